@@ -1,0 +1,281 @@
+"""What a network is: every choice that changes its function, checked when the configuration is built.
+
+`ModelConfig` is frozen and strict. What changes from step to step of a run (capacity warm-up, a curriculum) is not here: it is an
+argument of the forward pass, so that the network itself stays a function of its configuration and its inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from mor_model.errors import ConfigError, refuse_unknown_keys
+from mor_model.schedule import LayerSchedule, layer_schedule
+
+RouterNetwork = Literal["linear", "mlp", "wide_mlp", "random"]
+KVSharing = Literal["recursion_wise", "shared", "hybrid"]
+
+
+def _check_choice(where: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def _check_not_negative(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"{where}.{name}: must be a finite number of at least 0, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class ExpertChoiceConfig:
+    """Expert-choice routing: at every recursion step the step chooses its tokens (paper, section 2.2.1).
+
+    Attributes:
+        network: the router at each recursion step. `linear` (no bias) is the paper's; `wide_mlp` is 4x as wide as `mlp`;
+            `random` draws scores and learns nothing (the control beside which every routing claim belongs).
+        gate: bounds the score before it weighs the block's output; `none` is unbounded and known to give NaN.
+        alpha: scale of the gate.
+        capacities: share of the SEQUENCE each step may take, one per recursion, not increasing; None is (R-r+1)/R.
+        causal: what decides at inference without looking ahead. `aux_loss` trains the scores themselves so that sigmoid >= 0.5 does;
+            `aux_router` trains a second router on detached hidden states and leaves the scores alone.
+        causal_coefficient: weight of the binary cross-entropy that trains it.
+        z_loss: weight of the router z-loss (mean squared score).
+        entropy: weight of a bonus for undecided gates (mean binary entropy of sigmoid(score)).
+        target_depth: mean depth that the causal router is drawn to, in recursion steps; None leaves depth to capacity.
+        target_depth_coefficient: weight of (mean causal depth - target_depth)^2.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    network: RouterNetwork = "linear"
+    gate: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    alpha: float = 0.1
+    capacities: tuple[float, ...] | None = None
+    causal: Literal["aux_loss", "aux_router"] = "aux_loss"
+    causal_coefficient: float = 0.001
+    z_loss: float = 0.0
+    entropy: float = 0.0
+    target_depth: float | None = None
+    target_depth_coefficient: float = 0.01
+
+    def __post_init__(self) -> None:
+        where = "model.router"
+        _check_choice(f"{where}.network", self.network, get_args(RouterNetwork))
+        _check_choice(f"{where}.gate", self.gate, ("sigmoid", "tanh", "none"))
+        _check_choice(f"{where}.causal", self.causal, ("aux_loss", "aux_router"))
+        _check_not_negative(where, alpha=self.alpha, causal_coefficient=self.causal_coefficient, z_loss=self.z_loss)
+        _check_not_negative(where, entropy=self.entropy, target_depth_coefficient=self.target_depth_coefficient)
+        if self.network == "random" and self.causal == "aux_loss" and self.causal_coefficient > 0:
+            object.__setattr__(self, "causal_coefficient", 0.0)
+        if self.capacities is not None:
+            object.__setattr__(self, "capacities", tuple(float(c) for c in self.capacities))
+            _check_capacities(self.capacities)
+
+    def step_capacities(self, recursions: int) -> tuple[float, ...]:
+        """Share of the sequence each recursion step takes (length R)."""
+        if self.capacities is not None:
+            return self.capacities
+        return tuple((recursions - r) / recursions for r in range(recursions))
+
+
+def _check_capacities(capacities: tuple[float, ...] | None) -> None:
+    for capacity in capacities or ():
+        if not 0.0 < capacity <= 1.0:
+            raise ConfigError(f"model.router.capacities: each must lie in (0, 1], not {capacity!r}.")
+    for earlier, later in zip(capacities or (), (capacities or ())[1:]):
+        if later > earlier:
+            raise ConfigError(
+                f"model.router.capacities: {later} after {earlier}; they may not increase, because only tokens "
+                "selected at one step compete at the next."
+            )
+
+
+@dataclass(frozen=True)
+class TokenChoiceConfig:
+    """Token-choice routing: every token picks its depth once, before the first recursion step (paper, section 2.2.1).
+
+    Attributes:
+        network: as in `ExpertChoiceConfig`; one router with R outputs.
+        gate: turns the R scores into weights.
+        alpha: scale of the weights.
+        combine: `paper` weighs every step's output and adds the recursion input at the token's last step; `code` is the released
+            code's: earlier steps pass ungated.
+        balance: `loss` adds R/T * sum_i count_i * P_i; `bias` is loss-free: a bias used for selection only; `none` does nothing.
+        balance_coefficient: weight of the balance loss.
+        bias_update_rate: how far the loss-free bias moves per optimiser step.
+        z_loss: weight of the router z-loss (mean squared log-sum-exp of the scores).
+        entropy: weight of a bonus for undecided routers (mean entropy over the depths).
+        target_depth: mean depth the router is drawn to, in recursion steps; None leaves it to the balance.
+        target_depth_coefficient: weight of (mean expected depth - target_depth)^2.
+    """
+
+    kind: Literal["token_choice"] = "token_choice"
+    network: RouterNetwork = "linear"
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    alpha: float = 1.0
+    combine: Literal["paper", "code"] = "paper"
+    balance: Literal["loss", "bias", "none"] = "loss"
+    balance_coefficient: float = 0.1
+    bias_update_rate: float = 0.001
+    z_loss: float = 0.0
+    entropy: float = 0.0
+    target_depth: float | None = None
+    target_depth_coefficient: float = 0.01
+
+    def __post_init__(self) -> None:
+        where = "model.router"
+        _check_choice(f"{where}.network", self.network, get_args(RouterNetwork))
+        _check_choice(f"{where}.gate", self.gate, ("softmax", "sigmoid"))
+        _check_choice(f"{where}.combine", self.combine, ("paper", "code"))
+        _check_choice(f"{where}.balance", self.balance, ("loss", "bias", "none"))
+        _check_not_negative(where, alpha=self.alpha, z_loss=self.z_loss, entropy=self.entropy)
+        _check_not_negative(where, balance_coefficient=self.balance_coefficient, bias_update_rate=self.bias_update_rate)
+        _check_not_negative(where, target_depth_coefficient=self.target_depth_coefficient)
+
+
+RouterConfig = ExpertChoiceConfig | TokenChoiceConfig
+_ROUTERS: dict[str, type[ExpertChoiceConfig] | type[TokenChoiceConfig]] = {
+    "expert_choice": ExpertChoiceConfig,
+    "token_choice": TokenChoiceConfig,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model of the Llama family with recursive depth.
+
+    A vanilla transformer is `sharing='none'`, one recursion, no router: the same network, not another one.
+
+    Attributes:
+        vocab_size: V; hidden_size: D; num_layers: effective depth L (layer applications, not stored layers).
+        num_heads, num_kv_heads: H and the number of key-value heads it must be a multiple of (grouped-query attention).
+        head_dim: K; None is hidden_size / num_heads.
+        intermediate_size: width of the SwiGLU feed-forward.
+        context_length: longest sequence trained on, in tokens.
+        rope_theta: base of the rotary position embedding; norm_eps: epsilon of RMSNorm.
+        tie_embeddings: the output head is the embedding matrix.
+        sharing, recursions: parameter sharing, see `mor_model.schedule`.
+        router: None runs every token through every recursion step.
+        kv_sharing: `recursion_wise` keeps keys and values of the selected tokens per step; `shared` lets later steps read the
+            first step's; `hybrid` reads the first step's, refreshed at the tokens selected since (paper, section 2.2.2).
+        document_masking: attention never crosses a document boundary (the forward pass then needs document ids).
+        reset_positions: rotary positions restart with every document; wants document_masking.
+        init_std: standard deviation of the initial weights, see `mor_model.initialization`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    head_dim: int | None = None
+    context_length: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    sharing: str = "none"
+    recursions: int = 1
+    router: RouterConfig | None = None
+    kv_sharing: KVSharing = "recursion_wise"
+    document_masking: bool = False
+    reset_positions: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "context_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"model.{name}: must be a whole number of at least 1, not {value!r}.")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model: hidden_size ({self.hidden_size}) is not a multiple of num_heads ({self.num_heads}); "
+                "change one of them or set head_dim."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"model: num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads}).")
+        if self.head_width % 2:
+            raise ConfigError(f"model.head_dim: {self.head_width} is odd; rotary embeddings turn pairs of channels.")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"model.{name}: must be a positive number, not {getattr(self, name)!r}.")
+        _check_choice("model.kv_sharing", self.kv_sharing, get_args(KVSharing))
+        schedule = self.schedule  # refuses impossible sharing
+        if self.router is not None and self.recursions < 2:
+            raise ConfigError("model.router: a router needs at least 2 recursions to choose between; set recursions or leave the router out.")
+        if isinstance(self.router, ExpertChoiceConfig) and self.router.capacities is not None:
+            if len(self.router.capacities) != self.recursions:
+                raise ConfigError(
+                    f"model.router.capacities: {len(self.router.capacities)} values for {self.recursions} recursions; give one per recursion."
+                )
+        target = self.router.target_depth if self.router is not None else None
+        if target is not None and not 1.0 <= target <= self.recursions:
+            raise ConfigError(f"model.router.target_depth: must lie between 1 and {self.recursions} recursions, not {target}.")
+        if self.kv_sharing != "recursion_wise":
+            if self.router is None:
+                raise ConfigError(
+                    f"model.kv_sharing: {self.kv_sharing!r} shares the first recursion's keys with routed tokens and wants a router; "
+                    "use 'recursion_wise' without one."
+                )
+            if not schedule.steps_share_layers:
+                raise ConfigError(
+                    f"model.kv_sharing: {self.kv_sharing!r} wants the same layers at every recursion, which sharing "
+                    f"{self.sharing!r} does not give; use cycle or middle_cycle."
+                )
+        if self.reset_positions and not self.document_masking:
+            raise ConfigError("model.reset_positions: positions restart only where documents are told apart; set document_masking too.")
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one attention head."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @cached_property
+    def schedule(self) -> LayerSchedule:
+        return layer_schedule(self.num_layers, self.recursions, self.sharing)
+
+    @property
+    def capacities(self) -> tuple[float, ...]:
+        """Planned share of the sequence at each recursion step: ones without expert-choice routing.
+
+        Token-choice has no fixed capacity; what a balanced router gives, (R-r+1)/R, is what a plan can assume.
+        """
+        if isinstance(self.router, ExpertChoiceConfig):
+            return self.router.step_capacities(self.recursions)
+        if isinstance(self.router, TokenChoiceConfig):
+            return tuple((self.recursions - r) / self.recursions for r in range(self.recursions))
+        return (1.0,) * self.recursions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` (and JSON, and YAML) bring back unchanged."""
+        plain = dataclasses.asdict(self)
+        if isinstance(self.router, ExpertChoiceConfig) and self.router.capacities is not None:
+            plain["router"]["capacities"] = list(self.router.capacities)
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build a configuration from plain values.
+
+        Raises:
+            ConfigError: for an unknown key (naming the nearest known one), a missing one, or an impossible combination.
+        """
+        values = dict(values)
+        refuse_unknown_keys("model", values, [field.name for field in dataclasses.fields(cls)])
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise ConfigError(f"model: {', '.join(missing)} missing; give each a value or start from a preset.")
+        router = values.get("router")
+        if isinstance(router, dict):
+            router = dict(router)
+            kind = router.get("kind", "expert_choice")
+            _check_choice("model.router.kind", kind, tuple(_ROUTERS))
+            router_class = _ROUTERS[kind]
+            refuse_unknown_keys("model.router", router, [field.name for field in dataclasses.fields(router_class)])
+            if router.get("capacities") is not None:
+                router["capacities"] = tuple(router["capacities"])
+            values["router"] = router_class(**router)
+        return cls(**values)

@@ -1,0 +1,20 @@
+"""What the network raises when it is asked for something that cannot be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message says what is wrong and what would be right, in one sentence."""
+
+
+def refuse_unknown_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `ConfigError` for the first key of `given` that is not in `known`, naming the nearest known one."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(sorted(known))}."
+            raise ConfigError(f"{where}: unknown key '{key}'; {hint}")

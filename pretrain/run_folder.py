@@ -1,0 +1,138 @@
+"""A run is a folder: everything downstream (evaluation, comparison, `mor runs`) reads these files and nothing else.
+
+    recipe.yaml       the resolved recipe, complete
+    model.json        the network's configuration
+    environment.json  versions, commit, host, device, world size, launcher
+    plan.json         steps, tokens and FLOPs as planned
+    metrics.jsonl     one JSON object a line, told apart by "kind": train, validation, event
+    checkpoints/      step-00000100/ ... and latest
+    weights/          final weights in plain torch (model.safetensors, model.json)
+    tokenizer/        the tokenizer the run was trained with
+    evaluation/       <suite>.json
+    status.json       running, finished, stopped or failed, and at which step
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_json, write_text
+from pretrain.errors import RunError
+
+
+class RunFolder:
+    """Paths of one run and checked, atomic access to its files.
+
+    Raises (all methods that read):
+        RunError: when a file is missing or is not what it should be; the message names the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def model_file(self) -> Path:
+        return self.path / "model.json"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """The run at `path`, which must be one."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"{path}: no such run folder; give the folder that `mor train` wrote (it holds recipe.yaml).")
+        if not run.recipe_file.is_file():
+            raise RunError(f"{path}: holds no recipe.yaml, so it is not a run folder; give the folder that `mor train` wrote.")
+        return run
+
+    def read_json(self, file: Path) -> Any:
+        """The value in one of this folder's JSON files."""
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{file}: missing; the run has not come that far, or the folder was copied without it.") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: cannot be read as JSON ({error}); restore it or start the run in a new folder.") from None
+
+    def write_json(self, file: Path, value: Any) -> None:
+        write_json(file, value)
+
+    def write_text(self, file: Path, text: str) -> None:
+        write_text(file, text)
+
+    def plan(self) -> dict[str, Any]:
+        return self.read_json(self.plan_file)
+
+    def model(self) -> dict[str, Any]:
+        return self.read_json(self.model_file)
+
+    def environment(self) -> dict[str, Any]:
+        return self.read_json(self.environment_file)
+
+    def status(self) -> dict[str, Any]:
+        """The run's state; `{"state": "absent"}` before it has begun."""
+        return self.read_json(self.status_file) if self.status_file.is_file() else {"state": "absent"}
+
+    def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """Lines of metrics.jsonl in order, of one kind or all.
+
+        A last line without its newline is one that a killed process did not finish; it is left out.
+        """
+        if not self.metrics_file.is_file():
+            raise RunError(f"{self.metrics_file}: missing; the run has not logged a step yet.")
+        with self.metrics_file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.endswith("\n"):
+                    return
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    raise RunError(f"{self.metrics_file}:{number}: not a JSON object; the file is damaged at this line.") from None
+                if kind is None or record.get("kind") == kind:
+                    yield record
