@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.metadata
 import sys
-
-import click
-import typer.core
-import typer.main
 
 from data_prep.errors import DataError
 from mor_model.errors import ConfigError
@@ -29,37 +27,41 @@ _COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    """Lists every subcommand from the table above and imports only the one that is called."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
-            return None
-        module = importlib.import_module(_COMMANDS[name][0])
-        command = typer.main.get_command(module.app)
-        command.name = name
-        return command
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mor-pretrain")
-def cli() -> None:
-    """Pretrain Mixture-of-Recursions and vanilla transformers, and compare them at equal FLOPs."""
+def usage() -> str:
+    """What `mor --help` prints."""
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: mor COMMAND [OPTIONS]",
+            "",
+            "Pretrain Mixture-of-Recursions and vanilla transformers, and compare them at equal FLOPs.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "`mor COMMAND --help` says what a command takes; `mor --version` names the version.",
+        ]
+    )
 
 
 def main() -> None:
     """Run `mor`; an error meant for a person is printed as its message alone and exits with 2."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(importlib.metadata.version("mor-pretrain"))
+        return
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, _COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`mor --help` lists them."
+        sys.exit(f"mor: no command '{name}'; {hint}")
     try:
-        cli(prog_name="mor")
+        importlib.import_module(_COMMANDS[name][0]).app(args=arguments, prog_name=f"mor {name}")
     except (ConfigError, DataError, UserError) as error:
-        print(f"mor: {error}", file=sys.stderr)
+        print(f"mor {name}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
