@@ -1,0 +1,63 @@
+# `make quickstart` and `make test` do all their set-up themselves. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+# Two environments must not rebuild each other's compiled operators, and ninja must be found beside the interpreter.
+export PATH := $(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+# What pip resolves against: the tested versions.
+CONSTRAINTS ?= constraints.txt
+TEST_WORKERS ?= 2
+
+.PHONY: help quickstart test test-slow test-gpu lint types check install install-dev clean
+
+help:
+	@echo "make quickstart            text -> shards -> three models at one FLOPs budget -> report (a laptop, about 12 minutes)"
+	@echo "     CORPUS=... TOKENIZER=...   your text (path, glob or hub:NAME) and tokenizer (.model or tokenizer.json)"
+	@echo "make test                  install and run the tests       make test-slow   the long ones"
+	@echo "make test-gpu              tests that need a CUDA device"
+	@echo "make lint types            ruff and mypy                   make check       lint, types and tests"
+	@echo "make install               the environment in $(VENV)          make clean       remove it (runs/ stays)"
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "No virtual environment could be made; on Debian: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -c $(CONSTRAINTS) -e '.[fast]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -c $(CONSTRAINTS) -e '.[fast,mpi,dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/mor compare run recipes/quickstart.yaml \
+		$(if $(CORPUS),'data.corpus=$(CORPUS)') $(if $(TOKENIZER),'data.tokenizer=$(TOKENIZER)') $(OVERRIDES)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m 'slow and not gpu' --timeout 3600 $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build *.egg-info

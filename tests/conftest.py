@@ -1,0 +1,26 @@
+"""What every test may use: the shared corpora, and one way to skip for something that is not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test for a tool or data that is absent; where everything must be there (`MOR_REQUIRE_ALL=1`), fail instead."""
+    if os.environ.get("MOR_REQUIRE_ALL") == "1":
+        pytest.fail(f"MOR_REQUIRE_ALL=1 and {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real corpora, evaluation sets and tokenizers (`MOR_SHARED_DATA`)."""
+    folder = os.environ.get("MOR_SHARED_DATA")
+    if not folder:
+        skip_or_fail("MOR_SHARED_DATA is not set: point it at a folder with train/, valid/, eval/ and tokenizers/")
+    if not Path(str(folder)).is_dir():
+        pytest.fail(f"MOR_SHARED_DATA={folder} is not a folder")
+    return Path(str(folder))
