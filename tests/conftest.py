@@ -20,7 +20,7 @@ def shared_data() -> Path:
     """Folder of real corpora, evaluation sets and tokenizers (`MOR_SHARED_DATA`)."""
     folder = os.environ.get("MOR_SHARED_DATA")
     if not folder:
-        skip_or_fail("MOR_SHARED_DATA is not set: point it at a folder with train/, valid/, eval/ and tokenizers/")
+        pytest.skip("MOR_SHARED_DATA is not set: point it at a folder with train/, valid/, eval/ and tokenizers/")
     if not Path(str(folder)).is_dir():
         pytest.fail(f"MOR_SHARED_DATA={folder} is not a folder")
     return Path(str(folder))
