@@ -1,12 +1,13 @@
 """What a network is: every choice that changes its function, checked when the configuration is built.
 
-`ModelConfig` is frozen and strict. What changes from step to step of a run (capacity warm-up, a curriculum) is not here: it is an
-argument of the forward pass, so that the network itself stays a function of its configuration and its inputs.
+`ModelConfig` is frozen and strict. What changes from step to step of a run (capacity warm-up, a curriculum) is not
+here: it is an argument of the forward pass, so that the network stays a function of its configuration and its inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +19,60 @@ from mor_model.schedule import LayerSchedule, layer_schedule
 RouterNetwork = Literal["linear", "mlp", "wide_mlp", "random"]
 KVSharing = Literal["recursion_wise", "shared", "hybrid"]
 
+_WHOLE_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "context_length",
+    "recursions",
+)
+
 
 def _check_choice(where: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}.")
 
 
-def _check_not_negative(where: str, **values: float) -> None:
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_not_negative(where: str, **values: object) -> None:
     for name, value in values.items():
-        if not math.isfinite(value) or value < 0:
+        if not (_is_number(value) and value >= 0):  # type: ignore[operator]
             raise ConfigError(f"{where}.{name}: must be a finite number of at least 0, not {value!r}.")
+
+
+def _check_whole(where: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where}.{name}: must be a whole number of at least 1, not {value!r}.")
+
+
+def _check_flag(where: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}.{name}: must be true or false, not {value!r}.")
+
+
+def _refuse_idle_options(router: ExpertChoiceConfig | TokenChoiceConfig, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that were changed from their defaults although they can have no effect."""
+    defaults = {field.name: field.default for field in dataclasses.fields(router)}
+    for name in names:
+        if getattr(router, name) != defaults[name]:
+            raise ConfigError(f"model.router.{name}: {getattr(router, name)!r} has no effect {why}; leave it out.")
+
+
+def _check_target_depth(router: ExpertChoiceConfig | TokenChoiceConfig) -> None:
+    if router.target_depth is None:
+        _refuse_idle_options(router, ("target_depth_coefficient",), "without a target_depth")
+    elif not _is_number(router.target_depth):
+        raise ConfigError(
+            f"model.router.target_depth: must be a number of recursion steps or null, not {router.target_depth!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -35,13 +80,14 @@ class ExpertChoiceConfig:
     """Expert-choice routing: at every recursion step the step chooses its tokens (paper, section 2.2.1).
 
     Attributes:
-        network: the router at each recursion step. `linear` (no bias) is the paper's; `wide_mlp` is 4x as wide as `mlp`;
-            `random` draws scores and learns nothing (the control beside which every routing claim belongs).
+        network: the router at each recursion step. `linear` (no bias) is the paper's; `wide_mlp` is 4x as wide as
+            `mlp`; `random` draws scores and learns nothing (the control beside which every routing claim belongs).
         gate: bounds the score before it weighs the block's output; `none` is unbounded and known to give NaN.
         alpha: scale of the gate.
         capacities: share of the SEQUENCE each step may take, one per recursion, not increasing; None is (R-r+1)/R.
-        causal: what decides at inference without looking ahead. `aux_loss` trains the scores themselves so that sigmoid >= 0.5 does;
-            `aux_router` trains a second router on detached hidden states and leaves the scores alone.
+        causal: what decides at inference without looking ahead. `aux_loss` trains the scores themselves so that
+            sigmoid >= 0.5 does; `aux_router` trains a second router on detached hidden states and leaves the scores
+            alone.
         causal_coefficient: weight of the binary cross-entropy that trains it.
         z_loss: weight of the router z-loss (mean squared score).
         entropy: weight of a bonus for undecided gates (mean binary entropy of sigmoid(score)).
@@ -68,11 +114,21 @@ class ExpertChoiceConfig:
         _check_choice(f"{where}.causal", self.causal, ("aux_loss", "aux_router"))
         _check_not_negative(where, alpha=self.alpha, causal_coefficient=self.causal_coefficient, z_loss=self.z_loss)
         _check_not_negative(where, entropy=self.entropy, target_depth_coefficient=self.target_depth_coefficient)
-        if self.network == "random" and self.causal == "aux_loss" and self.causal_coefficient > 0:
-            object.__setattr__(self, "causal_coefficient", 0.0)
+        _check_target_depth(self)
+        if self.network == "random":
+            why = "with random scores, which nothing can train"
+            _refuse_idle_options(self, ("z_loss", "entropy", "target_depth"), why)
+            if self.causal == "aux_loss":
+                if self.causal_coefficient != 0.0:
+                    _refuse_idle_options(self, ("causal_coefficient",), why)
+                object.__setattr__(self, "causal_coefficient", 0.0)
         if self.capacities is not None:
-            object.__setattr__(self, "capacities", tuple(float(c) for c in self.capacities))
+            if not isinstance(self.capacities, (tuple, list)):
+                raise ConfigError(
+                    f"{where}.capacities: must be a list with one share per recursion, not {self.capacities!r}."
+                )
             _check_capacities(self.capacities)
+            object.__setattr__(self, "capacities", tuple(float(capacity) for capacity in self.capacities))
 
     def step_capacities(self, recursions: int) -> tuple[float, ...]:
         """Share of the sequence each recursion step takes (length R)."""
@@ -81,11 +137,11 @@ class ExpertChoiceConfig:
         return tuple((recursions - r) / recursions for r in range(recursions))
 
 
-def _check_capacities(capacities: tuple[float, ...] | None) -> None:
-    for capacity in capacities or ():
-        if not 0.0 < capacity <= 1.0:
+def _check_capacities(capacities: tuple[float, ...] | list[float]) -> None:
+    for capacity in capacities:
+        if not (_is_number(capacity) and 0.0 < capacity <= 1.0):
             raise ConfigError(f"model.router.capacities: each must lie in (0, 1], not {capacity!r}.")
-    for earlier, later in zip(capacities or (), (capacities or ())[1:]):
+    for earlier, later in itertools.pairwise(capacities):
         if later > earlier:
             raise ConfigError(
                 f"model.router.capacities: {later} after {earlier}; they may not increase, because only tokens "
@@ -101,9 +157,10 @@ class TokenChoiceConfig:
         network: as in `ExpertChoiceConfig`; one router with R outputs.
         gate: turns the R scores into weights.
         alpha: scale of the weights.
-        combine: `paper` weighs every step's output and adds the recursion input at the token's last step; `code` is the released
-            code's: earlier steps pass ungated.
-        balance: `loss` adds R/T * sum_i count_i * P_i; `bias` is loss-free: a bias used for selection only; `none` does nothing.
+        combine: `paper` weighs every step's output and adds the recursion input at the token's last step; `code` is the
+            released code's: earlier steps pass ungated.
+        balance: `loss` adds R/T * sum_i count_i * P_i; `bias` is loss-free: a bias used for selection only; `none` does
+            nothing.
         balance_coefficient: weight of the balance loss.
         bias_update_rate: how far the loss-free bias moves per optimiser step.
         z_loss: weight of the router z-loss (mean squared log-sum-exp of the scores).
@@ -134,6 +191,14 @@ class TokenChoiceConfig:
         _check_not_negative(where, alpha=self.alpha, z_loss=self.z_loss, entropy=self.entropy)
         _check_not_negative(where, balance_coefficient=self.balance_coefficient, bias_update_rate=self.bias_update_rate)
         _check_not_negative(where, target_depth_coefficient=self.target_depth_coefficient)
+        _check_target_depth(self)
+        if self.balance != "loss":
+            _refuse_idle_options(self, ("balance_coefficient",), f"with balance {self.balance!r}")
+        if self.balance != "bias":
+            _refuse_idle_options(self, ("bias_update_rate",), f"with balance {self.balance!r}")
+        if self.network == "random":
+            idle = ("z_loss", "entropy", "target_depth", "balance_coefficient")
+            _refuse_idle_options(self, idle, "with random scores, which nothing can train")
 
 
 RouterConfig = ExpertChoiceConfig | TokenChoiceConfig
@@ -159,8 +224,9 @@ class ModelConfig:
         tie_embeddings: the output head is the embedding matrix.
         sharing, recursions: parameter sharing, see `mor_model.schedule`.
         router: None runs every token through every recursion step.
-        kv_sharing: `recursion_wise` keeps keys and values of the selected tokens per step; `shared` lets later steps read the
-            first step's; `hybrid` reads the first step's, refreshed at the tokens selected since (paper, section 2.2.2).
+        kv_sharing: `recursion_wise` keeps keys and values of the selected tokens per step; `shared` lets later steps
+            read the first step's; `hybrid` reads the first step's, refreshed at the tokens selected since (paper,
+            section 2.2.2).
         document_masking: attention never crosses a document boundary (the forward pass then needs document ids).
         reset_positions: rotary positions restart with every document; wants document_masking.
         init_std: standard deviation of the initial weights, see `mor_model.initialization`.
@@ -186,39 +252,34 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "context_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"model.{name}: must be a whole number of at least 1, not {value!r}.")
+        _check_whole("model", **{name: getattr(self, name) for name in _WHOLE_NUMBERS})
+        if self.head_dim is not None:
+            _check_whole("model", head_dim=self.head_dim)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model: hidden_size ({self.hidden_size}) is not a multiple of num_heads ({self.num_heads}); "
                 "change one of them or set head_dim."
             )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"model: num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads}).")
+            raise ConfigError(
+                f"model: num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.num_kv_heads})."
+            )
         if self.head_width % 2:
             raise ConfigError(f"model.head_dim: {self.head_width} is odd; rotary embeddings turn pairs of channels.")
         for name in ("rope_theta", "norm_eps", "init_std"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"model.{name}: must be a positive number, not {getattr(self, name)!r}.")
         _check_choice("model.kv_sharing", self.kv_sharing, get_args(KVSharing))
+        _check_flag("model", tie_embeddings=self.tie_embeddings, document_masking=self.document_masking)
+        _check_flag("model", reset_positions=self.reset_positions)
         schedule = self.schedule  # refuses impossible sharing
-        if self.router is not None and self.recursions < 2:
-            raise ConfigError("model.router: a router needs at least 2 recursions to choose between; set recursions or leave the router out.")
-        if isinstance(self.router, ExpertChoiceConfig) and self.router.capacities is not None:
-            if len(self.router.capacities) != self.recursions:
-                raise ConfigError(
-                    f"model.router.capacities: {len(self.router.capacities)} values for {self.recursions} recursions; give one per recursion."
-                )
-        target = self.router.target_depth if self.router is not None else None
-        if target is not None and not 1.0 <= target <= self.recursions:
-            raise ConfigError(f"model.router.target_depth: must lie between 1 and {self.recursions} recursions, not {target}.")
+        if self.router is not None:
+            self._check_router()
         if self.kv_sharing != "recursion_wise":
             if self.router is None:
                 raise ConfigError(
-                    f"model.kv_sharing: {self.kv_sharing!r} shares the first recursion's keys with routed tokens and wants a router; "
-                    "use 'recursion_wise' without one."
+                    f"model.kv_sharing: {self.kv_sharing!r} shares the first recursion's keys with routed tokens and "
+                    "wants a router; use 'recursion_wise' without one."
                 )
             if not schedule.steps_share_layers:
                 raise ConfigError(
@@ -226,7 +287,33 @@ class ModelConfig:
                     f"{self.sharing!r} does not give; use cycle or middle_cycle."
                 )
         if self.reset_positions and not self.document_masking:
-            raise ConfigError("model.reset_positions: positions restart only where documents are told apart; set document_masking too.")
+            raise ConfigError(
+                "model.reset_positions: positions restart only where documents are told apart; "
+                "set document_masking too."
+            )
+
+    def _check_router(self) -> None:
+        router = self.router
+        if not isinstance(router, (ExpertChoiceConfig, TokenChoiceConfig)):
+            raise ConfigError(
+                f"model.router: {router!r} is not a router; give its fields, for example kind: expert_choice, or null."
+            )
+        if self.recursions < 2:
+            raise ConfigError(
+                "model.router: a router needs at least 2 recursions to choose between; "
+                "set recursions or leave the router out."
+            )
+        if isinstance(router, ExpertChoiceConfig) and router.capacities is not None:
+            given = len(router.capacities)
+            if given != self.recursions:
+                raise ConfigError(
+                    f"model.router.capacities: {given} values for {self.recursions} recursions; give one per recursion."
+                )
+        if router.target_depth is not None and not 1.0 <= router.target_depth <= self.recursions:
+            raise ConfigError(
+                f"model.router.target_depth: must lie between 1 and {self.recursions} recursions, "
+                f"not {router.target_depth}."
+            )
 
     @property
     def head_width(self) -> int:
@@ -263,6 +350,8 @@ class ModelConfig:
         Raises:
             ConfigError: for an unknown key (naming the nearest known one), a missing one, or an impossible combination.
         """
+        if not isinstance(values, dict):
+            raise ConfigError(f"model: must be a mapping of fields to values, not {values!r}.")
         values = dict(values)
         refuse_unknown_keys("model", values, [field.name for field in dataclasses.fields(cls)])
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
@@ -275,7 +364,5 @@ class ModelConfig:
             _check_choice("model.router.kind", kind, tuple(_ROUTERS))
             router_class = _ROUTERS[kind]
             refuse_unknown_keys("model.router", router, [field.name for field in dataclasses.fields(router_class)])
-            if router.get("capacities") is not None:
-                router["capacities"] = tuple(router["capacities"])
             values["router"] = router_class(**router)
         return cls(**values)

@@ -1,7 +1,8 @@
 """Named sizes, each as vanilla, recursive or MoR.
 
-Sizes 135m to 1.7b are the paper's (arXiv 2507.10524, appendix table of architectures; SmolLM's shapes). `350m` and `1.3b` are the
-GPT-3 shapes that cluster recipes ask for, in this architecture. `tiny` is for tests and laptops.
+Sizes 135m, 360m, 730m and 1.7b are the paper's (arXiv 2507.10524, appendix table of architectures; SmolLM's shapes).
+`350m` and `1.3b` are the GPT-3 shapes that cluster recipes ask for, in this architecture. `tiny` is for tests and
+laptops.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ Variant = Literal["vanilla", "recursive", "mor"]
 _SMOLLM_VOCABULARY = 49_152
 
 _SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_layers": 8, "hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 384, "context_length": 256, "vocab_size": 8192},
+    "tiny": {
+        "num_layers": 8,
+        "hidden_size": 128,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "intermediate_size": 384,
+        "context_length": 256,
+        "vocab_size": 8192,
+    },
     "135m": {"num_layers": 30, "hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "intermediate_size": 1536},
     "350m": {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "num_kv_heads": 16, "intermediate_size": 2736},
     "360m": {"num_layers": 32, "hidden_size": 960, "num_heads": 15, "num_kv_heads": 5, "intermediate_size": 2560},
@@ -34,8 +43,10 @@ def preset(name: str, variant: Variant = "vanilla", recursions: int = 3, **overr
 
     Args:
         name: one of `PRESETS`.
-        variant: `vanilla`; `recursive` (middle_cycle sharing, every token takes every step); `mor` (the same with expert-choice routing).
-        recursions: R for the last two. Where R does not divide the preset's depth, the depth is rounded up as the paper does.
+        variant: `vanilla`; `recursive` (middle_cycle sharing, every token takes every step); `mor` (the same with
+            expert-choice routing).
+        recursions: R for the last two. Where R does not divide the preset's depth, the depth is rounded up as the paper
+            does.
         overrides: fields of `ModelConfig` that replace the preset's.
 
     Raises:

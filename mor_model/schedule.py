@@ -1,7 +1,7 @@
 """Which stored layer runs at which place of the network: parameter sharing as data.
 
-Everything here is a pure function of (depth, recursions, strategy). A schedule is what the network iterates over, what FLOPs
-accounting sums over, and what export writes; no other module knows the strategies' names.
+Everything here is a pure function of (depth, recursions, strategy). A schedule is what the network iterates over, what
+FLOPs accounting sums over, and what export writes; no other module knows the strategies' names.
 
 Source of the maps: Bae et al. 2025 (arXiv 2507.10524), section 2.2 and appendix, table of sharing strategies.
 """
@@ -55,7 +55,8 @@ def layer_schedule(depth: int, recursions: int, sharing: str) -> LayerSchedule:
         sharing: one of `SHARING_STRATEGIES`; `none` is the vanilla transformer and wants one recursion.
 
     Raises:
-        ConfigError: when the strategy is unknown or the depth cannot be divided; the message names the nearest valid depths.
+        ConfigError: when the strategy is unknown or the depth cannot be divided; the message names the nearest valid
+            depths.
     """
     if sharing not in SHARING_STRATEGIES:
         raise ConfigError(f"model.sharing: {sharing!r} is not one of {', '.join(SHARING_STRATEGIES)}.")
