@@ -91,8 +91,8 @@ class ShardSummary:
 class ShardWriter:
     """Streams documents into a shard that appears under its name only when it is whole.
 
-    Memory does not grow with the number of tokens or documents. As a context manager it finishes the shard at the end of
-    the block and discards it when the block raises; `.idx` gets its name after `.bin`, so a shard with an index is whole.
+    Memory does not grow with the number of tokens or documents. As a context manager it finishes the shard at the end
+    of the block and discards it when the block raises; `.idx` gets its name last, so a shard with an index is whole.
 
     Args:
         prefix: path without suffix; the folder is created when missing.
