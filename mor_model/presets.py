@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig
-from mor_model.errors import ConfigError, refuse_unknown_keys
+from mor_model.errors import ConfigError
 from mor_model.schedule import valid_depth
 
 Variant = Literal["vanilla", "recursive", "mor"]
@@ -52,7 +52,8 @@ def preset(name: str, variant: Variant = "vanilla", recursions: int = 3, **overr
     Raises:
         ConfigError: for an unknown preset or variant, or an override that makes the model impossible.
     """
-    refuse_unknown_keys("model.preset", [name], PRESETS)
+    if name not in _SHAPES:
+        raise ConfigError(f"model.preset: there is no {name!r}; choose one of {', '.join(PRESETS)}.")
     values: dict[str, Any] = {"vocab_size": _SMOLLM_VOCABULARY, **_SHAPES[name]}
     if variant not in ("vanilla", "recursive", "mor"):
         raise ConfigError(f"model.variant: {variant!r} is not one of 'vanilla', 'recursive', 'mor'.")

@@ -1,0 +1,104 @@
+"""`mor flops`: parameters, FLOPs and key-value bytes of a recipe's model, or of a preset's variants side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from mor_model.config import ModelConfig
+from mor_model.flops import count_parameters, flops_per_token, kv_bytes_per_token
+from mor_model.presets import PRESETS, preset
+from pretrain.errors import UserError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def flops(
+    recipe: Annotated[Optional[str], typer.Argument(help="Recipe file; its model is counted.")] = None,  # noqa: UP045
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="Changes to the recipe: section.key=value.")] = None,  # noqa: UP045
+    preset_name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--preset", help=f"Instead of a recipe, a named size ({', '.join(PRESETS)}): all its variants."),
+    ] = None,
+    recursions: Annotated[int, typer.Option(help="Recursions of the preset's recursive and MoR variants.")] = 3,
+) -> None:
+    """Count parameters, FLOPs per token and key-value bytes per token."""
+    if (recipe is None) == (preset_name is None):
+        raise UserError(f"give either a recipe file or --preset with one of {', '.join(PRESETS)}.")
+    if recipe is not None:
+        from pretrain.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        _print_counts({loaded.name: (loaded.model_config(), loaded.batch.sequence_length)})
+        return
+    assert preset_name is not None
+    configs = {
+        "vanilla": preset(preset_name),
+        f"recursive R={recursions}": preset(preset_name, "recursive", recursions),
+        f"MoR R={recursions}": preset(preset_name, "mor", recursions),
+    }
+    _print_counts({name: (config, config.context_length) for name, config in configs.items()})
+
+
+def _print_counts(models: dict[str, tuple[ModelConfig, int]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = {name: _describe(config, length) for name, (config, length) in models.items()}
+    table = Table(caption="Attention is counted as the causal half; training is 3 x forward.")
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    for section in next(iter(counts.values())):
+        fullest_first = sorted(counts.values(), key=lambda count: -len(count[section]))
+        rows = dict.fromkeys(row for count in fullest_first for row in count[section])
+        table.add_row(f"[bold]{section}[/bold]")
+        for row in rows:
+            table.add_row(f"  {row}", *(count[section].get(row, "-") for count in counts.values()))
+        table.add_section()
+    Console().print(table)
+
+
+def _describe(config: ModelConfig, length: int) -> dict[str, dict[str, str]]:
+    """The figures of one model: section -> row -> text."""
+    parameters = count_parameters(config)
+    count = flops_per_token(config, length)
+    schedule = config.schedule
+    return {
+        "network": {
+            "layer applications": str(len(schedule.applications)),
+            "stored layers": str(schedule.num_stored),
+            "tokens a sequence": f"{length:,}",
+            "active at each step": " ".join(f"{capacity:.2f}" for capacity in config.capacities),
+        },
+        "stored parameters": {
+            "layers": _millions(parameters.layers),
+            "router": _millions(parameters.router),
+            "norms": _millions(parameters.norms),
+            "non-embedding": _millions(parameters.non_embedding_stored),
+            "embedding": _millions(parameters.embedding),
+            "head": _millions(parameters.head) if parameters.head else "tied",
+            "total": _millions(parameters.total_stored),
+        },
+        "applied, non-embedding": {"of a full-depth token": _millions(parameters.applied)},
+        "forward FLOPs per token": {
+            **{_label(name): _millions(value) for name, value in count.by_kind().items()},
+            "total": _millions(count.forward),
+        },
+        "of these, by place": {_label(name): _millions(value) for name, value in count.by_place().items()},
+        "training FLOPs per token": {
+            **{_label(name): _millions(3 * value) for name, value in count.by_kind().items()},
+            "total": _millions(count.training),
+        },
+        "cache per generated token": {"keys, values (16 bit)": f"{kv_bytes_per_token(config):,.0f} B"},
+    }
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.3f} M" if value < 1e6 else f"{value / 1e6:,.2f} M"
