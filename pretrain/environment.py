@@ -1,0 +1,405 @@
+"""Who am I among how many, and whom do I meet where: read from whatever started this process, in this one place.
+
+`prepare_environment()` is the first line of every training entry point. It finds rank, world size and meeting place
+from deepspeed, torchrun, srun, mpirun (Open MPI, MPICH/Hydra, MVAPICH) or nothing at all, and sets the variables that
+torch and DeepSpeed read, so that nothing has to be exported by hand. What cannot be known is an error that names the
+missing variable; guessing would leave ranks waiting for one another for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import LaunchError
+from pretrain.hostlist import expand_hostlist
+from pretrain.toolchain import prepare_toolchain
+
+_LOG = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
+_TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What prepare_environment() set and in which process, so that a child does not take its parent's place for its own.
+_MARKER = "MOR_RANKS"
+# Ports below the range that Linux hands out by itself (32768-60999), above the usual services.
+_FIRST_PORT, _PORTS = 15000, 14000
+# Slurm numbers its own steps (batch script, interactive shell, ...) from here on; smaller numbers are srun's.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+_MPI_LAUNCHERS = (
+    # name, rank, world size, rank on the node, ranks on the node
+    (
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    (
+        "mvapich",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+_RANK_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MV2_", "MPI_LOCAL", "TORCHELASTIC_", "PRTE_", "HYDI_", "HYDRA_")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of the run.
+
+    `rank` is 0 .. world_size-1; `local_rank` is 0 .. local_world_size-1 on this node; `device` is the accelerator's
+    index among those this process can see, which is 0 where the launcher shows each process only its own.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: int
+    master_address: str
+    master_port: int
+    launcher: str
+
+
+def prepare_environment() -> Ranks:
+    """Find this process's ranks and set everything torch and DeepSpeed read from the environment. Safe to call twice.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (all of them, so that DeepSpeed
+    never goes looking for MPI by itself), OMP_NUM_THREADS where nobody chose it, and what `prepare_toolchain` sets.
+
+    Raises:
+        LaunchError: when the variables contradict one another, or the launcher's are incomplete.
+    """
+    ranks = discover_ranks()
+    prepare_toolchain(shared_host=ranks.local_world_size == ranks.world_size)
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.device),
+        LOCAL_WORLD_SIZE=str(ranks.local_world_size),
+        MASTER_ADDR=ranks.master_address,
+        MASTER_PORT=str(ranks.master_port),
+    )
+    if ranks.launcher != "torchrun":
+        # Left over from a parent under torchrun, this makes torch wait for a store that nobody serves.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ[_MARKER] = f"{os.getpid()} {ranks.launcher} {ranks.local_rank} {_fingerprint(os.environ)}"
+    if ranks.world_size > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks.local_world_size)))
+    if ranks.master_address == LOOPBACK and Path("/sys/class/net/lo").exists():
+        # Everybody is on this host; a host name that does not resolve must not stop gloo.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return ranks
+
+
+def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """A copy for a program of its own: without this process's ranks, so that it neither joins nor awaits them."""
+    dropped = {
+        *_TORCH_VARIABLES,
+        _MARKER,
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+        "GROUP_RANK",
+        "OMP_NUM_THREADS",
+    }
+    kept = ("SLURM_CONF",)
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in kept or (name not in dropped and not name.startswith(_RANK_PREFIXES))
+    }
+
+
+def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """This process's ranks from the launcher's variables; changes nothing.
+
+    The order matters where launchers are nested: torchrun or deepspeed inside mpirun or srun decide over those, and
+    mpirun inside a Slurm job (whose daemons srun starts) decides over srun.
+
+    Raises:
+        LaunchError: when the variables contradict one another, or the launcher's are incomplete.
+    """
+    environ, own = _without_parents_place(environ)
+    found = _from_mpi(environ) or _from_slurm(environ)
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        explicit = _from_torch_variables(environ, own)
+        if found and explicit.launcher == "environment":
+            if (found.rank, found.world_size) != (explicit.rank, explicit.world_size):
+                raise LaunchError(
+                    f"RANK={explicit.rank} and WORLD_SIZE={explicit.world_size} are set, but {found.launcher} started "
+                    f"this process as rank {found.rank} of {found.world_size}; unset RANK and WORLD_SIZE "
+                    "(they come from your shell or job script)."
+                )
+            return _with_launcher(explicit, found.launcher)
+        return explicit
+    if found:
+        return found
+    if "PMIX_RANK" in environ:
+        raise LaunchError(
+            f"PMIX_RANK={environ['PMIX_RANK']} says that a PMIx launcher started this process, but nothing says of how "
+            "many; set WORLD_SIZE, RANK and LOCAL_RANK, or start with mpirun, srun or torchrun."
+        )
+    return _plain(environ)
+
+
+def rendezvous_port(environ: Mapping[str, str]) -> int | None:
+    """The port that every process of this job and of no other derives alike; None outside a job.
+
+    The step and the restart are part of it: steps of one job run beside one another, and a requeued job's old
+    processes may live on for some seconds.
+    """
+    job = next((environ[name] for name in _JOB_ID_VARIABLES if environ.get(name)), None)
+    if job is None:
+        return None
+    key = f"{job} {environ.get('SLURM_STEP_ID', '')} {environ.get('SLURM_RESTART_COUNT', '0')}"
+    return _FIRST_PORT + zlib.crc32(key.encode()) % _PORTS
+
+
+def _without_parents_place(environ: Mapping[str, str]) -> tuple[Mapping[str, str], tuple[str, int] | None]:
+    """`environ` without ranks that a parent process prepared for itself; and this process's own launcher and local
+    rank, if prepared.
+    """
+    marker = environ.get(_MARKER, "").split(" ", 3)
+    if len(marker) != 4 or marker[3] != _fingerprint(environ):
+        return environ, None
+    if marker[0] == str(os.getpid()):
+        return environ, (marker[1], int(marker[2]))
+    ours = {*_TORCH_VARIABLES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_RUN_ID"}
+    return {name: value for name, value in environ.items() if name not in ours}, None
+
+
+def _fingerprint(environ: Mapping[str, str]) -> str:
+    return " ".join(environ.get(name, "-") for name in _TORCH_VARIABLES)
+
+
+def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | None) -> Ranks:
+    world_size = _integer(environ, "WORLD_SIZE", minimum=1)
+    rank = _integer(environ, "RANK", below=world_size)
+    alone = world_size == 1
+    if own:
+        launcher = own[0]
+    elif "TORCHELASTIC_RUN_ID" in environ:
+        launcher = "torchrun"
+    elif "CROSS_RANK" in environ and "LOCAL_SIZE" in environ:
+        launcher = "deepspeed"
+    else:
+        launcher = "environment"
+    local_size_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
+    local_world_size = _integer(environ, local_size_name, default=1 if alone else None, minimum=1, fallback=world_size)
+    if own:
+        local_rank = own[1]
+    else:
+        local_rank = _integer(environ, "LOCAL_RANK", default=0 if alone else None, below=local_world_size)
+    address = environ.get("MASTER_ADDR") or (LOOPBACK if alone else None)
+    if address is None:
+        raise LaunchError(
+            f"WORLD_SIZE={world_size} and RANK={rank} are set, but not MASTER_ADDR; set it to the host of rank 0."
+        )
+    port = _port(environ, rendezvous_port(environ) or (_free_port() if alone else None))
+    device = int(environ["LOCAL_RANK"]) if own else _device(environ, local_rank)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, address, port, launcher)
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
+    names = next((row for row in _MPI_LAUNCHERS if row[1] in environ and row[2] in environ), None)
+    if names is None:
+        return None
+    launcher, rank_name, size_name, local_rank_name, local_size_name = names
+    if launcher == "hydra" and _in_srun_step(environ) and local_rank_name not in environ:
+        return None  # srun --mpi=pmi2 sets PMI_RANK too; its own variables say more
+    world_size = _integer(environ, size_name, minimum=1)
+    rank = _integer(environ, rank_name, below=world_size)
+    alone = world_size == 1
+    local_world_size = _integer(environ, local_size_name, default=1 if alone else None, minimum=1)
+    local_rank = _integer(environ, local_rank_name, default=0 if alone else None, below=local_world_size)
+    port = rendezvous_port(environ)
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        if local_world_size == world_size:
+            address = LOOPBACK
+        elif _slurm_hosts(environ):
+            address = _reachable(_slurm_hosts(environ)[0])
+        else:
+            address, port = _agree_through_mpi(rank, world_size, port)
+    if port is None:
+        # mpirun's own name for this run, the same in all its processes.
+        name = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or ""
+        port = _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS
+    port = _port(environ, port)
+    return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, launcher)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
+    if not _in_srun_step(environ):
+        return None
+    world_size = _integer(
+        environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", minimum=1
+    )
+    rank = _integer(environ, "SLURM_PROCID", below=world_size)
+    per_node = _tasks_per_node(environ)
+    node = _integer(environ, "SLURM_NODEID", default=0)
+    local_world_size = per_node[node] if per_node and node < len(per_node) else world_size
+    local_rank = _integer(environ, "SLURM_LOCALID", below=local_world_size)
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        hosts = _slurm_hosts(environ)
+        if local_world_size == world_size:
+            address = LOOPBACK
+        elif hosts:
+            address = _reachable(hosts[0])
+        else:
+            raise LaunchError(
+                "srun started this process on several nodes, but SLURM_STEP_NODELIST is not set; set MASTER_ADDR."
+            )
+    port = _port(environ, rendezvous_port(environ))
+    return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, "srun")
+
+
+def _plain(environ: Mapping[str, str]) -> Ranks:
+    tasks = environ.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in environ and tasks.isdecimal() and int(tasks) > 1:
+        _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
+    port = _port(environ, _free_port())
+    return Ranks(0, 1, 0, 1, 0, environ.get("MASTER_ADDR") or LOOPBACK, port, "python")
+
+
+def _in_srun_step(environ: Mapping[str, str]) -> bool:
+    step = environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in environ and step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def _tasks_per_node(environ: Mapping[str, str]) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in (environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "").split(","):
+        count, _, times = part.partition("(x")
+        if not count.isdecimal():
+            return []
+        counts.extend([int(count)] * (int(times.rstrip(")")) if times else 1))
+    return counts
+
+
+def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
+    names = environ.get("SLURM_STEP_NODELIST") if _in_srun_step(environ) else None
+    names = names or environ.get("SLURM_JOB_NODELIST")
+    return expand_hostlist(names) if names else []
+
+
+def _reachable(host: str) -> str:
+    """`host`, or the address Slurm knows it by when its name does not resolve."""
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        pass
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "node", host], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        shown = ""
+    for word in shown.split():
+        name, _, value = word.partition("=")
+        if name == "NodeAddr" and value:
+            with contextlib.suppress(OSError):
+                socket.getaddrinfo(value, None)
+                return value
+    raise LaunchError(
+        f"The name of rank 0's node, {host}, does not resolve from {socket.gethostname()}; "
+        "set MASTER_ADDR to its address."
+    )
+
+
+def _agree_through_mpi(rank: int, world_size: int, port: int | None) -> tuple[str, int]:
+    """Rank 0's host name and a free port of it, told to all ranks by MPI; for mpirun over several hosts outside
+    Slurm.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            "mpirun started ranks on several hosts and mpi4py, which could tell them where to meet, does not load "
+            f"({error}); set MASTER_ADDR to the host of rank 0 (mpirun -x MASTER_ADDR=...)."
+        ) from None
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (rank, world_size):
+        raise LaunchError(
+            f"mpirun started rank {rank} of {world_size}, but mpi4py's MPI sees rank {world.Get_rank()} of "
+            f"{world.Get_size()}: they belong to different MPI libraries. Set MASTER_ADDR to the host of rank 0, "
+            "or use mpi4py's own mpirun."
+        )
+    address, agreed = world.bcast((socket.gethostname(), port or _free_port()) if rank == 0 else None)
+    return address, agreed
+
+
+def _device(environ: Mapping[str, str], local_rank: int) -> int:
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if environ.get(name) and "," not in environ[name]:
+            return 0
+    return local_rank
+
+
+def _with_launcher(ranks: Ranks, launcher: str) -> Ranks:
+    return Ranks(**{**ranks.__dict__, "launcher": launcher})
+
+
+def _integer(
+    environ: Mapping[str, str],
+    name: str,
+    *,
+    default: int | None = None,
+    fallback: int | None = None,
+    minimum: int = 0,
+    below: int | None = None,
+) -> int:
+    """An integer variable, or `default`, or `fallback`; LaunchError says what is wrong with it."""
+    text = environ.get(name)
+    if text is None:
+        value = default if default is not None else fallback
+        if value is None:
+            raise LaunchError(
+                f"{name} is not set although the launcher's other variables are; set it, or start with mor, "
+                "torchrun or srun."
+            )
+        return value
+    try:
+        value = int(text)
+    except ValueError:
+        raise LaunchError(f"{name}={text!r} is not an integer.") from None
+    if value < minimum or (below is not None and value >= below):
+        limit = f"between {minimum} and {below - 1}" if below is not None else f"at least {minimum}"
+        raise LaunchError(f"{name}={value} does not fit the launcher's other variables: expected {limit}.")
+    return value
+
+
+def _port(environ: Mapping[str, str], derived: int | None) -> int:
+    if "MASTER_PORT" in environ:
+        return _integer(environ, "MASTER_PORT", minimum=1, below=65536)
+    if derived is None:
+        raise LaunchError(
+            "RANK, WORLD_SIZE and MASTER_ADDR are set, but not MASTER_PORT; set it to a free port of MASTER_ADDR, "
+            "alike on all ranks."
+        )
+    return derived
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

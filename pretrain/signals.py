@@ -1,0 +1,180 @@
+"""Stop politely: signals, files in the run folder and the clock, asked once a step.
+
+The loop polls on every rank and reduces the answers with MAX, so that all ranks act in the same step:
+
+    with StopRequest(run.path, watch_files=ranks.rank == 0, wall_clock=recipe_limit) as stop:
+        for step in steps:
+            ...
+            request = Request(all_reduce_max(int(stop.poll())))
+            if request:
+                save_checkpoint()
+                stop.acknowledge()
+            if request.stops:
+                return request.exit_code
+
+Exit codes that launch scripts understand are the constants below.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from pretrain.errors import LaunchError
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1  # an error with a traceback
+EXIT_USER = 2  # a message for a person; starting again without a change ends the same way
+EXIT_NO_PROGRESS = 73  # restarted several times without one new checkpoint
+EXIT_STALLED = 74  # the watchdog ended a run that had stopped moving; its last checkpoint is valid
+EXIT_AGAIN = 75  # stopped early with a checkpoint (signal, time limit): start the same command again
+EXIT_HELD = 76  # stopped by hand (RUN/stop) with a checkpoint: nothing should start it again by itself
+
+STOP_FILE = "stop"
+CHECKPOINT_FILE = "checkpoint"
+
+
+class Request(enum.IntEnum):
+    """What is asked of the loop; the larger wins when ranks differ."""
+
+    NONE = 0
+    CHECKPOINT = 1  # write a checkpoint and go on
+    STOP = 2  # write a checkpoint and exit; to be started again
+    HOLD = 3  # write a checkpoint and exit; by a person's hand
+
+    @property
+    def stops(self) -> bool:
+        return self >= Request.STOP
+
+    @property
+    def exit_code(self) -> int:
+        return {Request.STOP: EXIT_AGAIN, Request.HOLD: EXIT_HELD}.get(self, EXIT_FINISHED)
+
+
+class StopRequest:
+    """Collects what asks this rank to stop or to write a checkpoint.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask to stop. A second SIGTERM or SIGINT ends the process at once with 128 +
+    its number, even while a collective blocks the interpreter. USR1 and USR2 announce an end and never count as the
+    first of two; launchers repeat a terminal's Ctrl-C within moments, so repetitions within `debounce` seconds count
+    as one.
+
+    Args:
+        run_folder: folder watched for the files `stop` and `checkpoint`.
+        watch_files: whether this rank looks at those files; on a shared file system only rank 0 should.
+        wall_clock: seconds from now until the run should have stopped; None for no limit.
+        reserve: seconds before a time limit at which to stop. May be changed at any time, as checkpoints turn out
+            slower.
+        debounce: see above, in seconds.
+        environ: where SLURM_JOB_END_TIME (seconds since 1970) is read.
+
+    Raises:
+        LaunchError: for a limit that is not positive or an unreadable SLURM_JOB_END_TIME.
+    """
+
+    def __init__(
+        self,
+        run_folder: str | os.PathLike[str] | None = None,
+        *,
+        watch_files: bool = True,
+        wall_clock: float | None = None,
+        reserve: float = 120.0,
+        debounce: float = 1.0,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        if wall_clock is not None and wall_clock <= 0:
+            raise LaunchError(f"The wall-clock limit is {wall_clock} seconds; it must be positive.")
+        self.reserve = reserve
+        self.reason: str | None = None
+        self._folder = Path(run_folder) if run_folder is not None and watch_files else None
+        self._deadline = None if wall_clock is None else time.monotonic() + wall_clock
+        self._job_end = _job_end(environ)
+        self._debounce = debounce
+        self._signalled: str | None = None
+        self._previous: dict[int, Any] = {}
+        self._previous_wakeup = -1
+        self._pipe: tuple[socket.socket, socket.socket] | None = None
+
+    def __enter__(self) -> StopRequest:
+        """Install the handlers; only the main thread may."""
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._pipe = (receiver, sender)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            self._previous[number] = signal.signal(number, self._handle)
+        self._previous_wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._count, args=(receiver,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put the former handlers back."""
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+        if self._pipe:
+            self._pipe[1].close()  # ends the counting thread, which closes its own end
+            self._pipe = None
+
+    def poll(self) -> Request:
+        """The strongest request so far, on this rank alone; `reason` then says why. Costs two stat calls at most."""
+        found = [(Request.STOP, self._signalled)] if self._signalled else []
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline - self.reserve:
+            found.append((Request.STOP, "the wall-clock limit is near"))
+        if self._job_end is not None and time.time() >= self._job_end - self.reserve:
+            found.append((Request.STOP, "the Slurm job's end is near"))
+        if self._folder is not None:
+            if (self._folder / STOP_FILE).exists():
+                found.append((Request.HOLD, f"{self._folder / STOP_FILE} was made"))
+            if (self._folder / CHECKPOINT_FILE).exists():
+                found.append((Request.CHECKPOINT, f"{self._folder / CHECKPOINT_FILE} was made"))
+        if not found:
+            return Request.NONE
+        request, self.reason = max(found, key=lambda item: item[0])
+        return request
+
+    def acknowledge(self) -> None:
+        """Remove the request files; call once the checkpoint they asked for is complete."""
+        if self._folder is not None:
+            for name in (STOP_FILE, CHECKPOINT_FILE):
+                (self._folder / name).unlink(missing_ok=True)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled is None:
+            self._signalled = f"{signal.Signals(number).name} was received"
+
+    def _count(self, receiver: socket.socket) -> None:
+        """Runs beside the main thread, which a blocked collective keeps from running any Python."""
+        first: float | None = None
+        with receiver:
+            while data := receiver.recv(1):
+                number = data[0]
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                now = time.monotonic()
+                if first is None:
+                    first = now
+                elif now - first > self._debounce:
+                    os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
+                    os._exit(128 + number)
+
+
+def _job_end(environ: Mapping[str, str]) -> float | None:
+    text = environ.get("SLURM_JOB_END_TIME")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise LaunchError(f"SLURM_JOB_END_TIME={text!r} is not a time in seconds since 1970; unset it.") from None

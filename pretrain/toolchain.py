@@ -1,0 +1,90 @@
+"""Compiler tools, build folder and accelerator for DeepSpeed's operators, so that nothing is exported by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
+
+
+def prepare_toolchain(*, shared_host: bool = True) -> None:
+    """Let DeepSpeed find its compiler tools, its build folder and the right accelerator.
+
+    Args:
+        shared_host: whether every process that may be building at this moment runs on this host.
+    """
+    if shutil.which("ninja") is None:
+        folders = [
+            str(folder) for folder in (Path(sys.executable).parent, _ninja_folder()) if (folder / "ninja").is_file()
+        ]
+        if folders:
+            os.environ["PATH"] = os.pathsep.join([folders[0], os.environ.get("PATH", os.defpath)])
+    extensions = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder())))
+    _remove_abandoned_locks(extensions, shared_host)
+    if not accelerator_present():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def accelerator_present(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the machine shows a device other than its CPU; looks at device files only, so that it costs nothing."""
+    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    patterns = ("nvidia[0-9]*", "kfd", "dxg", "davinci[0-9]*", "dri/renderD*", "accel/accel*", "nvhpu*")
+    return any(next(Path("/dev").glob(pattern), None) is not None for pattern in patterns)
+
+
+def _ninja_folder() -> Path:
+    try:
+        import ninja
+    except ImportError:
+        return Path(sys.executable).parent
+    return Path(ninja.BIN_DIR)
+
+
+def _extensions_folder() -> Path:
+    """One build folder per environment: two environments sharing one would rebuild each other's operators."""
+    environment = Path(sys.prefix)
+    if (sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ) and os.access(environment, os.W_OK):
+        return environment / "torch_extensions"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "mor" / f"torch_extensions-{zlib.crc32(str(environment).encode()):08x}"
+
+
+def _remove_abandoned_locks(extensions: Path, shared_host: bool) -> None:
+    """Remove build locks whose builder was killed: torch waits for such a lock without end.
+
+    torch holds the file open while it builds, which shows on the builder's own host. A builder on another host gets
+    ten minutes.
+    """
+    suspects = {lock: _age(lock) for lock in extensions.glob("**/lock") if not _open_somewhere(lock)}
+    if not suspects:
+        return
+    time.sleep(0.5)  # torch closes the file just before it removes it
+    for lock, age in suspects.items():
+        if age is not None and (shared_host or age > 600) and _age(lock) is not None and not _open_somewhere(lock):
+            _LOG.warning("Removed %s: the process that was building there is gone.", lock)
+            lock.unlink(missing_ok=True)
+
+
+def _age(file: Path) -> float | None:
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _open_somewhere(file: Path) -> bool:
+    name = str(file.resolve())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == name:
+                return True
+    return False

@@ -1,0 +1,131 @@
+"""Requests to stop: real signals to this and to other processes, files, and limits in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.errors import LaunchError
+from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, Request, StopRequest
+
+
+def test_the_larger_request_wins_a_reduction_over_ranks():
+    assert max(Request.NONE, Request.CHECKPOINT, Request.STOP, Request.HOLD) is Request.HOLD
+    assert max(int(Request.CHECKPOINT), int(Request.STOP)) == Request.STOP
+    assert [request.stops for request in Request] == [False, False, True, True]
+    assert [request.exit_code for request in Request] == [EXIT_FINISHED, EXIT_FINISHED, EXIT_AGAIN, EXIT_HELD]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_asks_to_stop_and_names_itself(number):
+    before = signal.getsignal(number)
+    with StopRequest(environ={}) as stop:
+        assert stop.poll() is Request.NONE
+        os.kill(os.getpid(), number)
+        assert stop.poll() is Request.STOP
+        assert signal.Signals(number).name in stop.reason
+        assert stop.poll() is Request.STOP, "a request does not go away by being asked for"
+    assert signal.getsignal(number) is before
+
+
+def test_files_ask_once_and_by_hand(tmp_path):
+    with StopRequest(tmp_path, environ={}) as stop:
+        (tmp_path / "checkpoint").touch()
+        assert stop.poll() is Request.CHECKPOINT
+        stop.acknowledge()
+        assert stop.poll() is Request.NONE
+        (tmp_path / "stop").touch()
+        (tmp_path / "checkpoint").touch()
+        assert stop.poll() is Request.HOLD
+        stop.acknowledge()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_does_not_watch_leaves_the_files_alone(tmp_path):
+    (tmp_path / "stop").touch()
+    with StopRequest(tmp_path, watch_files=False, environ={}) as stop:
+        assert stop.poll() is Request.NONE
+        stop.acknowledge()
+    assert (tmp_path / "stop").exists()
+
+
+def test_stopping_by_hand_outranks_a_signal(tmp_path):
+    with StopRequest(tmp_path, environ={}) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        (tmp_path / "stop").touch()
+        assert stop.poll() is Request.HOLD, "a person's stop must not be started again by a script"
+
+
+def test_limits_in_time(monkeypatch):
+    now = time.time()
+    assert StopRequest(wall_clock=1000, reserve=10, environ={}).poll() is Request.NONE
+    assert StopRequest(wall_clock=1000, reserve=1001, environ={}).poll() is Request.STOP
+    late = StopRequest(reserve=60, environ={"SLURM_JOB_END_TIME": str(int(now + 3600))})
+    assert late.poll() is Request.NONE
+    late.reserve = 4000
+    assert late.poll() is Request.STOP
+    assert "Slurm" in late.reason
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"wall_clock": 0}, {"wall_clock": -1}, {"environ": {"SLURM_JOB_END_TIME": "soon"}}]
+)
+def test_limits_that_are_none(arguments):
+    with pytest.raises(LaunchError):
+        StopRequest(**{"environ": {}, **arguments})
+
+
+# Locking a mutex twice never returns, not even for a signal: no Python handler runs, as in a collective that waits for
+# a dead rank.
+BLOCKED = """
+import ctypes
+from pretrain.signals import StopRequest
+libc = ctypes.CDLL(None)
+lock = ctypes.create_string_buffer(64)  # pthread_mutex_t
+with StopRequest(debounce=0.0, environ={}):
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(lock)
+    libc.pthread_mutex_lock(lock)
+"""
+
+
+def blocked_process():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number):
+    process = blocked_process()
+    try:
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert "second time" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_announcements_do_not_count_as_the_first_of_two():
+    process = blocked_process()
+    try:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM):
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
