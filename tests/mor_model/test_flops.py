@@ -1,0 +1,162 @@
+"""Counted FLOPs and parameters against what torch executes and stores, and against sums written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mor_model.config import ModelConfig
+from mor_model.errors import ConfigError
+from mor_model.flops import count_parameters, flops_per_sequence, flops_per_token, kv_bytes_per_token
+from tests.mor_model.counter import counted_flops
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_vanilla_counts_what_transformers_llama_executes(training):
+    length = 96
+    config = ModelConfig(
+        vocab_size=192, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=160, head_dim=24
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_width,
+            intermediate_size=config.intermediate_size,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+        )
+    )
+    tokens = torch.arange(length)[None]
+
+    def run():
+        logits = llama(tokens, use_cache=False).logits
+        if training:
+            logits.sum().backward()
+
+    flops = flops_per_sequence(config, length)
+    assert (flops.training if training else flops.forward) == pytest.approx(counted_flops(run), rel=0.005)
+    assert count_parameters(config).total_stored == llama.num_parameters()
+
+
+SHAPE = {
+    "vocab_size": 500,
+    "hidden_size": 48,
+    "num_layers": 8,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 112,
+    "sharing": "middle_cycle",
+    "recursions": 3,
+}
+# Per token and layer, by hand: q and o are 48x48 each, k and v 48x24 each; the feed-forward has three 48x112 matrices.
+QUERY_AND_OUTPUT, KEY_AND_VALUE, FEED_FORWARD = 2 * (2 * 48 * 48), 2 * (2 * 48 * 24), 2 * (3 * 48 * 112)
+LAYER = QUERY_AND_OUTPUT + KEY_AND_VALUE + FEED_FORWARD
+
+
+def model(**changes) -> ModelConfig:
+    return ModelConfig.from_dict({**SHAPE, **changes})
+
+
+def test_recursion_wise_counts_active_tokens_in_every_layer():
+    flops = flops_per_sequence(model(router={}), 90)
+    assert flops.by_place() == pytest.approx(
+        {
+            "prelude": 90 * LAYER + 2 * 90 * 90 * 48,
+            "recursion_1": 2 * (90 * LAYER + 2 * 90 * 90 * 48) + 2 * 48 * 90,
+            "recursion_2": 2 * (60 * LAYER + 2 * 60 * 60 * 48) + 2 * 48 * 90,
+            "recursion_3": 2 * (30 * LAYER + 2 * 30 * 30 * 48) + 2 * 48 * 60,
+            "coda": 90 * LAYER + 2 * 90 * 90 * 48,
+            "head": 2 * 90 * 500 * 48,
+        }
+    )
+    assert flops.forward == pytest.approx(sum(flops.by_kind().values()))
+    assert flops.training == pytest.approx(3 * flops.forward)
+
+
+def test_shared_keys_are_computed_once_and_read_whole():
+    places = flops_per_sequence(model(router={}, kv_sharing="shared"), 90).by_place()
+    own = flops_per_sequence(model(router={}), 90).by_place()
+    assert places["recursion_1"] == pytest.approx(own["recursion_1"])
+    queries_only = QUERY_AND_OUTPUT + FEED_FORWARD
+    assert places["recursion_2"] == pytest.approx(2 * (60 * queries_only + 2 * 60 * 90 * 48) + 2 * 48 * 90)
+    assert places["recursion_3"] == pytest.approx(2 * (30 * queries_only + 2 * 30 * 90 * 48) + 2 * 48 * 60)
+
+
+def test_hybrid_keys_are_refreshed_and_read_whole():
+    places = flops_per_sequence(model(router={}, kv_sharing="hybrid"), 90).by_place()
+    assert places["recursion_2"] == pytest.approx(2 * (60 * LAYER + 2 * 60 * 90 * 48) + 2 * 48 * 90)
+
+
+def test_measured_active_tokens_replace_the_plan():
+    config = model(router={"kind": "token_choice"})
+    flops = flops_per_sequence(config, 90, active=[90, 11.5, 4])
+    assert flops.components["recursion_1.router"] == 2 * 48 * 3 * 90
+    assert "recursion_2.router" not in flops.components
+    assert flops.by_place()["recursion_2"] == pytest.approx(2 * (11.5 * LAYER + 2 * 11.5**2 * 48))
+
+
+@pytest.mark.parametrize("kv_sharing", ["recursion_wise", "shared", "hybrid"])
+def test_documents_add_up(kv_sharing):
+    config = model(router={}, kv_sharing=kv_sharing, document_masking=True)
+    whole = flops_per_sequence(config, 90, document_lengths=[60, 30]).components
+    apart = [flops_per_sequence(config, length).components for length in (60, 30)]
+    assert whole == pytest.approx({name: sum(part[name] for part in apart) for name in whole})
+    assert flops_per_sequence(config, 90, document_lengths=[90]) == flops_per_sequence(config, 90)
+
+
+def test_flops_per_token_is_the_mean_over_a_sequence():
+    config = model(router={})
+    per_token, whole = flops_per_token(config, 90), flops_per_sequence(config, 90)
+    assert per_token.forward == pytest.approx(whole.forward / 90)
+    assert per_token.hardware("recursion") == pytest.approx(whole.hardware("recursion") / 90)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"length": 0}, "length must be at least 1"),
+        ({"length": 90, "active": [90, 60]}, "active must give 3 numbers"),
+        ({"length": 90, "active": [91, 60, 30]}, "between 0 and 90"),
+        ({"length": 90, "document_lengths": [60, 31]}, "must be positive and sum to 90"),
+        ({"length": 90, "document_lengths": [90, 0]}, "must be positive and sum to 90"),
+    ],
+)
+def test_impossible_numbers_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        flops_per_sequence(model(router={}), **arguments)
+    with pytest.raises(ConfigError, match="'full' is not one of none, recursion, layer, selective"):
+        flops_per_sequence(model(), 90).hardware("full")
+
+
+@pytest.mark.parametrize(
+    ("network", "causal", "numbers"),
+    [
+        ("linear", "aux_loss", 3 * 48),
+        ("linear", "aux_router", 2 * 3 * 48),
+        ("mlp", "aux_loss", 3 * (48 * 48 + 48)),
+        ("wide_mlp", "aux_router", 2 * 3 * (48 * 192 + 192)),
+        ("random", "aux_loss", 0),
+    ],
+)
+def test_router_parameters(network, causal, numbers):
+    assert count_parameters(model(router={"network": network, "causal": causal})).router == numbers
+
+
+def test_cache_bytes_shrink_as_the_paper_says():
+    recursions, layers = 4, 8
+    shape = {**SHAPE, "num_layers": layers, "sharing": "cycle", "recursions": recursions}
+    vanilla = kv_bytes_per_token(ModelConfig.from_dict({**shape, "sharing": "none", "recursions": 1}))
+    assert vanilla == layers * 2 * 2 * 12 * 2  # keys and values of 2 heads of 12 numbers of 2 bytes
+
+    def ratio(**changes) -> float:
+        return kv_bytes_per_token(ModelConfig.from_dict({**shape, **changes})) / vanilla
+
+    assert ratio() == 1.0
+    assert ratio(router={}) == pytest.approx((recursions + 1) / (2 * recursions))
+    assert ratio(router={}, kv_sharing="shared") == pytest.approx(1 / recursions)
+    assert ratio(router={}, kv_sharing="hybrid") == ratio(router={})
