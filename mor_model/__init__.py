@@ -1,0 +1,45 @@
+"""Recursive language models: vanilla, recursive and Mixture-of-Recursions transformers as one network, in plain
+PyTorch.
+
+The names below are loaded when they are first used, so that configuration, schedules and FLOPs accounting cost no
+torch import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mor_model.config import ExpertChoiceConfig as ExpertChoiceConfig
+    from mor_model.config import ModelConfig as ModelConfig
+    from mor_model.config import TokenChoiceConfig as TokenChoiceConfig
+    from mor_model.errors import ConfigError as ConfigError
+    from mor_model.model import RecursiveTransformer as RecursiveTransformer
+    from mor_model.outputs import ModelOutput as ModelOutput
+    from mor_model.outputs import Routing as Routing
+    from mor_model.presets import preset as preset
+    from mor_model.schedule import LayerSchedule as LayerSchedule
+    from mor_model.schedule import layer_schedule as layer_schedule
+
+_HOMES = {
+    "ConfigError": "errors",
+    "ExpertChoiceConfig": "config",
+    "LayerSchedule": "schedule",
+    "ModelConfig": "config",
+    "ModelOutput": "outputs",
+    "RecursiveTransformer": "model",
+    "Routing": "outputs",
+    "TokenChoiceConfig": "config",
+    "layer_schedule": "schedule",
+    "preset": "presets",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mor_model' has no attribute '{name}'")
+    value = getattr(import_module(f"mor_model.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

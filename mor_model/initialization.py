@@ -1,0 +1,52 @@
+"""Initial weights: a pure function of the seed and a parameter's name.
+
+Scheme (GPT-2: Radford et al. 2019, section 2.3; also Megatron-LM, arXiv 1909.08053, section 3): normal with
+`init_std` everywhere, and the two projections that write into the residual stream divided by sqrt(2 L). L is the
+effective depth: a shared layer writes into the stream once per application, so what must not grow with depth is the
+    number of writes, not of stored layers. Norm weights are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from mor_model.config import ModelConfig
+
+RESIDUAL_WRITERS = ("attention.output.weight", "feed_forward.down.weight")
+Gathered = Callable[[nn.Parameter], AbstractContextManager[object]]
+
+
+def _ungathered(_: nn.Parameter) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def initialize(model: nn.Module, config: ModelConfig, seed: int, gathered: Gathered = _ungathered) -> None:
+    """Fill every parameter in place.
+
+    Each parameter draws from a generator of its own, seeded by (seed, name), on the CPU: neither the order of
+    parameters nor the device, the ZeRO stage or the number of processes changes a value.
+
+    Args:
+        model: the network. seed: any integer.
+        gathered: context in which a parameter is whole and may be written; for a partitioned model
+            `lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)`.
+    """
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    for name, parameter in model.named_parameters():
+        with gathered(parameter), torch.no_grad():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values.normal_(
+                0.0, residual_std if name.endswith(RESIDUAL_WRITERS) else config.init_std, generator=generator
+            )
+            parameter.copy_(values)
