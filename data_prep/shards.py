@@ -322,6 +322,10 @@ class Shard:
     @cached_property
     def tokens(self) -> np.ndarray:
         """All ids, `[num_tokens]`, a read-only view of the mapped `.bin`."""
+        return self.map_tokens()
+
+    def map_tokens(self) -> np.ndarray:
+        """A mapping of its own of all ids, which ends with the last view of it."""
         return np.frombuffer(_map(self.bin), dtype=self.dtype) if self.bin_bytes else np.empty(0, self.dtype)
 
     @cached_property
