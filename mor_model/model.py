@@ -29,9 +29,7 @@ class RecursiveTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.schedule.num_stored))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Head(
-            config.hidden_size, config.vocab_size, self.embedding.weight if config.tie_embeddings else None
-        )
+        self.head = Head(config.hidden_size, config.vocab_size, self.embedding if config.tie_embeddings else None)
 
     def initialize(self, seed: int, gathered: Gathered = _ungathered) -> None:
         """Deterministic weights, see `mor_model.initialization`."""
