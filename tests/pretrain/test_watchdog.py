@@ -1,0 +1,141 @@
+"""A stalled, a frozen and a locked-up rank, in real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pretrain.signals import EXIT_STALLED
+
+RANK_PROGRAM = """
+import ctypes, os, signal, sys, time
+import torch
+import torch.distributed as dist
+from pretrain.environment import prepare_environment
+from pretrain.watchdog import Watchdog
+
+def stuck_in_the_data_loader():
+    time.sleep(600)
+
+def frozen():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def holding_the_interpreter():
+    ctypes.PyDLL(None).sleep(600)
+
+folder, how, culprit = sys.argv[1], sys.argv[2], int(sys.argv[3])
+ranks = prepare_environment()
+if ranks.world_size > 1:
+    dist.init_process_group("gloo")
+with Watchdog(folder, ranks, timeout=2.0, on_stall=lambda report: print("STALL", flush=True)) as watchdog:
+    for step in range(6):
+        watchdog.beat(f"step {step}: data")
+        if step == 4 and ranks.rank == culprit and how in globals():
+            globals()[how]()
+        time.sleep(0.5)
+        watchdog.beat(f"step {step}: forward")
+        if ranks.world_size > 1:
+            dist.all_reduce(torch.ones(1))
+    watchdog.beat("evaluation", allow=60)
+    time.sleep(2.5)
+print("FINISHED", flush=True)
+"""
+
+
+def start(tmp_path, how, culprit, world_size):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_PROGRAM)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        environ = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(script), str(tmp_path / "stacks"), how, str(culprit)]
+        processes.append(
+            subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def finish(processes, seconds=120):
+    """Exit codes and outputs; ends whatever does not end by itself."""
+    results = []
+    try:
+        for process in processes:
+            try:
+                output, errors = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+                process.communicate()
+                output, errors = "", "did not end"
+            results.append((process.returncode, output, errors))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def incident(tmp_path):
+    folders = [entry for entry in (tmp_path / "stacks").iterdir() if entry.is_dir()]
+    assert len(folders) == 1, "one alarm makes one folder"
+    return folders[0]
+
+
+def test_a_run_that_moves_is_left_alone(tmp_path):
+    results = finish(start(tmp_path, "nothing", 0, 2))
+    assert [(code, output) for code, output, _ in results] == [(0, "FINISHED\n")] * 2, results
+    assert list((tmp_path / "stacks").iterdir()) == []
+
+
+def test_the_rank_the_others_wait_for_is_named(tmp_path):
+    results = finish(start(tmp_path, "stuck_in_the_data_loader", 1, 3))
+    assert [code for code, _, _ in results] == [EXIT_STALLED] * 3, results
+    assert sum("STALL" in output for _, output, _ in results) == 1
+    report = (incident(tmp_path) / "report.txt").read_text()
+    assert "rank 1 on" in report and "the others wait for it" in report and "step 4: data" in report
+    assert "rank 0 on" not in report and "rank 2 on" not in report
+    stacks = [(incident(tmp_path) / f"rank-{rank:05d}.txt").read_text() for rank in range(3)]
+    assert "stuck_in_the_data_loader" in stacks[1]
+    assert "all_reduce" in stacks[0] and "all_reduce" in stacks[2]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_frozen_process_is_named_and_the_others_end(tmp_path, culprit):
+    processes = start(tmp_path, "frozen", culprit, 2)
+    other = processes[1 - culprit]
+    try:
+        _, errors = other.communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+    processes[culprit].communicate()
+    assert other.returncode == EXIT_STALLED, errors
+    assert f"rank {culprit}" in errors
+    assert "does not answer" in errors or "no longer answers" in errors
+
+
+def test_one_process_alone(tmp_path):
+    ((code, _, errors),) = finish(start(tmp_path, "stuck_in_the_data_loader", 0, 1))
+    assert code == EXIT_STALLED, errors
+    assert "stuck_in_the_data_loader" in (incident(tmp_path) / "rank-00000.txt").read_text()
+
+
+def test_a_rank_that_keeps_the_interpreter_to_itself_still_ends_with_its_stack(tmp_path):
+    ((code, _, _),) = finish(start(tmp_path, "holding_the_interpreter", 0, 1))
+    assert code == 1
+    assert "holding_the_interpreter" in (tmp_path / "stacks" / "no-interpreter-00000.txt").read_text()
