@@ -1,0 +1,184 @@
+"""Which sequences a step trains on, and how they reach the ranks.
+
+The batch of a step is a pure function of the seed and of the run's position, one integer: the number of the next sample. It does
+not depend on the world size: the global batch is cut into micro-batches in order and dealt out to the ranks in turn.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from data_prep.sampling import SampleOrder
+
+if TYPE_CHECKING:
+    from data_prep.dataset import TokenDataset
+
+SkipRanges = tuple[tuple[int, int], ...]
+
+
+class SampleSource(Protocol):
+    """Sequences by sample number; `seed` and data alone decide which sequence a number names."""
+
+    def sequence(self, sample: int) -> np.ndarray:
+        """Token ids of one sample, length T+1: inputs and the token after the last."""
+        ...
+
+    def source_of(self, sample: int) -> str:
+        """Name of the data set that a sample comes from."""
+        ...
+
+    def epochs(self, samples: int) -> float:
+        """How often the data has been seen after so many samples."""
+        ...
+
+
+class ShuffledDataset:
+    """One data set in the order of `SampleOrder`: every sequence once an epoch, each epoch in another order."""
+
+    def __init__(self, dataset: TokenDataset, length: int, seed: int, name: str) -> None:
+        self._dataset = dataset
+        self._length = length
+        self._name = name
+        self._size = dataset.num_sequences(length)
+        self._order = SampleOrder(self._size, seed)
+
+    def sequence(self, sample: int) -> np.ndarray:
+        return self._dataset.sequence(self._order[sample], self._length)
+
+    def source_of(self, sample: int) -> str:
+        return self._name
+
+    def epochs(self, samples: int) -> float:
+        return samples / self._size
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass sees on one rank.
+
+    Attributes:
+        inputs_BT, labels_BT: int64; labels are the inputs' successors.
+        documents_BT: int64 number of each token's document within its sequence; None unless the network masks documents.
+    """
+
+    inputs_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    documents_BT: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimiser step's data on one rank.
+
+    Attributes:
+        samples: numbers of the whole global batch, alike on all ranks; next_position: where the following step starts.
+        micro_batches: this rank's share.
+    """
+
+    samples: tuple[int, ...]
+    next_position: int
+    micro_batches: tuple[MicroBatch, ...]
+
+
+def take_samples(position: int, count: int, skipped: SkipRanges) -> tuple[tuple[int, ...], int]:
+    """The next `count` sample numbers from `position` on that are in no range of `skipped`, and the position after them.
+
+    Args:
+        skipped: ascending, disjoint ranges [first, last].
+    """
+    starts = [first for first, _ in skipped]
+    numbers: list[int] = []
+    while len(numbers) < count:
+        index = bisect.bisect_right(starts, position) - 1
+        if index >= 0 and position <= skipped[index][1]:
+            position = skipped[index][1] + 1
+            continue
+        following = starts[index + 1] if index + 1 < len(starts) else position + count
+        stop = min(following, position + count - len(numbers))
+        numbers.extend(range(position, stop))
+        position = stop
+    return tuple(numbers), position
+
+
+def rank_share(count: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
+    """Places within a global batch of `count` that `rank` trains on, one range per micro-batch.
+
+    Micro-batch number i of the global batch goes to rank i modulo the world size.
+    """
+    return [range(start, start + micro_batch) for start in range(rank * micro_batch, count, world_size * micro_batch)]
+
+
+class BatchReader:
+    """Reads this rank's micro-batches, one step ahead of the training loop in a thread."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        end_of_document: int | None,
+    ) -> None:
+        """`end_of_document` is the token that ends a document where the network masks documents, else None."""
+        self._source = source
+        self._micro_batch = micro_batch
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
+        self._end_of_document = end_of_document
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[tuple[int, int, SkipRanges], Future[StepBatch]] | None = None
+
+    def read(self, position: int, count: int, skipped: SkipRanges, next_count: int) -> StepBatch:
+        """The batch of `count` samples from `position` on; starts reading the one after it, of `next_count` samples."""
+        wanted = (position, count, skipped)
+        if self._ahead is not None and self._ahead[0] == wanted:
+            batch = self._ahead[1].result()
+        else:
+            batch = self._read(*wanted)
+        following = (batch.next_position, next_count, skipped)
+        self._ahead = (following, self._thread.submit(self._read, *following)) if next_count else None
+        if self._device.type == "cpu":
+            return batch
+        return StepBatch(batch.samples, batch.next_position, tuple(map(self._to_device, batch.micro_batches)))
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, position: int, count: int, skipped: SkipRanges) -> StepBatch:
+        samples, next_position = take_samples(position, count, skipped)
+        micro_batches = []
+        for places in rank_share(count, self._micro_batch, self._rank, self._world_size):
+            rows = [self._source.sequence(samples[place]) for place in places]
+            micro_batches.append(make_micro_batch(rows, self._end_of_document, pin=self._device.type == "cuda"))
+        return StepBatch(samples, next_position, tuple(micro_batches))
+
+    def _to_device(self, batch: MicroBatch) -> MicroBatch:
+        move = {"device": self._device, "non_blocking": True}
+        documents = batch.documents_BT.to(**move) if batch.documents_BT is not None else None
+        return MicroBatch(batch.inputs_BT.to(**move), batch.labels_BT.to(**move), documents)
+
+
+def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, pin: bool = False) -> MicroBatch:
+    """Stack sequences of T+1 tokens into inputs and labels; number the documents where `end_of_document` is given."""
+    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    documents = None
+    if end_of_document is not None:
+        # A document ends WITH its end token, so the number rises at the position after it.
+        ends = (inputs == end_of_document).long()
+        documents = ends.cumsum(1) - ends
+    if pin:
+        inputs, labels = inputs.pin_memory(), labels.pin_memory()
+        documents = documents.pin_memory() if documents is not None else None
+    return MicroBatch(inputs, labels, documents)

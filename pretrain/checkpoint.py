@@ -1,0 +1,279 @@
+"""Checkpoints that are whole or absent, and the way back to the newest one that is sound.
+
+    checkpoints/step-00000100/    DeepSpeed's files and checkpoint.json (written last: sizes, checksums, training state)
+    checkpoints/latest            name of the newest
+
+A checkpoint is written under a temporary name, flushed, and renamed when every rank's files are complete. `latest` is only a hint
+for people and tools: resuming looks at the folders themselves and takes the newest one whose files agree with checkpoint.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data_prep.files import sha256_file, sync_folder, write_json, write_text
+from pretrain.errors import RunError
+from pretrain.recipe import Checkpointing
+
+_NAME = re.compile(r"step-(\d{8,})")
+_MANIFEST = "checkpoint.json"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; together with DeepSpeed's state all that resuming needs.
+
+    Attributes:
+        step: finished optimiser steps; position: number of the next sample; tokens: trained on; flops: training FLOPs counted
+            from measured active shares.
+        skipped: ranges [first, last] of sample numbers that are left out.
+        non_finite_in_row: non-finite steps up to now without a sound one between.
+        recent_losses: language-model loss of the last steps, for spotting spikes.
+        best_validation: lowest causal validation loss so far, and its step.
+    """
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    skipped: tuple[tuple[int, int], ...] = ()
+    non_finite_in_row: int = 0
+    recent_losses: tuple[float, ...] = ()
+    best_validation: tuple[float, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        best = values["best_validation"]
+        return cls(
+            **{
+                **values,
+                "skipped": tuple((first, last) for first, last in values["skipped"]),
+                "recent_losses": tuple(values["recent_losses"]),
+                "best_validation": None if best is None else (best[0], best[1]),
+            }
+        )
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+class CheckpointStore:
+    """Checkpoints of one run. All methods that take an engine are collective: every rank calls them in the same step.
+
+    Args:
+        folder: RUN/checkpoints; engine: DeepSpeed's; settings: the recipe's; keep_every: in steps, 0 for never.
+        pinned: steps whose checkpoints always stay (where branches leave the trunk).
+        describe: what a checkpoint must match to be resumed: world_size, zero_stage, precision, optimizer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Any,
+        settings: Checkpointing,
+        *,
+        keep_every: int,
+        pinned: frozenset[int],
+        describe: dict[str, Any],
+    ) -> None:
+        from pretrain.checkpoint_files import CheckpointFiles
+
+        self.folder = folder
+        self._engine = engine
+        self._settings = settings
+        self._keep_every = keep_every
+        self._pinned = pinned
+        self._describe = describe
+        self._rank = dist.get_rank()
+        self._files = CheckpointFiles(asynchronous=settings.asynchronous)
+        self._open: dict[str, Any] | None = None
+        engine.checkpoint_engine = self._files
+        # DeepSpeed copies scripts beside the checkpoints; on a full disk that would raise on rank 0 alone.
+        engine._copy_recovery_script = lambda save_path: None
+
+    @property
+    def writing(self) -> bool:
+        """True between `begin` and `finish` of an asynchronous checkpoint."""
+        return self._open is not None
+
+    @property
+    def written(self) -> bool:
+        """True when this rank's part of the open checkpoint is on the disk."""
+        return self._open is not None and self._files.done
+
+    def begin(self, state: TrainState) -> None:
+        """Write the files of a checkpoint under a temporary name, or start to, when asynchronous."""
+        name = checkpoint_name(state.step)
+        temporary = f".{name}.writing"
+        self._files.start()
+        if self._rank == 0:
+            shutil.rmtree(self.folder / temporary, ignore_errors=True)
+        self._engine.save_checkpoint(str(self.folder), tag=temporary, save_latest=False)
+        self._open = {"name": name, "temporary": temporary, "state": state.to_dict()}
+
+    def finish(self) -> str | None:
+        """Wait for every rank's files and give the checkpoint its name; returns what went wrong, if anything did.
+
+        A failure leaves the older checkpoints as they were, and training can go on.
+        """
+        assert self._open is not None
+        opened, self._open = self._open, None
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, self._files.collect())
+        problem = [next((error for _, error in reports if error), None)]
+        if self._rank == 0:
+            if problem[0] is None:
+                files = {name: facts for written, _ in reports for name, facts in written.items()}
+                try:
+                    self._publish(opened, files)
+                except OSError as error:
+                    problem = [f"{self.folder / opened['name']}: {error}"]
+            if problem[0] is not None:
+                shutil.rmtree(self.folder / opened["temporary"], ignore_errors=True)
+        dist.broadcast_object_list(problem, src=0)
+        return problem[0]
+
+    def resume(self, warn: Any) -> TrainState | None:
+        """Load the newest sound checkpoint into the engine; None when there is none.
+
+        Args:
+            warn: called on rank 0 with a sentence about every damaged checkpoint that was passed over.
+
+        Raises:
+            RunError: when checkpoints are there but none can be used, or the run's shape (world size, ZeRO stage, ...) has changed.
+        """
+        chosen: list[Any] = [None]
+        if self._rank == 0:
+            try:
+                chosen = [("found", self._newest_sound(warn))]
+            except RunError as error:
+                chosen = [("error", str(error))]
+        dist.broadcast_object_list(chosen, src=0)
+        kind, value = chosen[0]
+        if kind == "error":
+            raise RunError(value)
+        return None if value is None else self.load(value)
+
+    def load(self, name: str) -> TrainState:
+        """Load one checkpoint of this run, known to be sound, into the engine."""
+        manifest = read_manifest(self.folder / name)
+        self._require_same_shape(name, manifest)
+        self._engine.load_checkpoint(str(self.folder), tag=name)
+        return TrainState.from_dict(manifest["state"])
+
+    def close(self) -> None:
+        """End the writing thread."""
+        self._files.close()
+
+    def _publish(self, opened: dict[str, Any], files: dict[str, Any]) -> None:
+        temporary = self.folder / opened["temporary"]
+        final = self.folder / opened["name"]
+        write_json(
+            temporary / _MANIFEST, {"format_version": 1, **self._describe, "state": opened["state"], "files": files}
+        )
+        sync_folder(temporary)
+        if final.exists():
+            # Only after a fall back past it: the damaged or superseded one makes room.
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync_folder(self.folder)
+        write_text(self.folder / "latest", opened["name"] + "\n")
+        self._rotate(opened["state"])
+
+    def _rotate(self, state: dict[str, Any]) -> None:
+        steps = sorted(step for step, _ in list_checkpoints(self.folder))
+        keep = set(steps[-self._settings.keep :]) | self._pinned
+        if self._keep_every:
+            keep |= {step for step in steps if step % self._keep_every == 0}
+        if self._settings.log_spaced:
+            keep |= {step for step in steps if step & (step - 1) == 0}
+        if self._settings.keep_best and state["best_validation"] is not None:
+            keep.add(state["best_validation"][1])
+        for step in steps:
+            if step not in keep:
+                # Renamed first, so that a kill in between leaves no half checkpoint under a sound name.
+                doomed = self.folder / f".{checkpoint_name(step)}.removing"
+                os.rename(self.folder / checkpoint_name(step), doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+        for leftover in self.folder.glob(".step-*.removing"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _newest_sound(self, warn: Any) -> str | None:
+        found = sorted(list_checkpoints(self.folder), reverse=True)
+        for _, name in found:
+            problem = find_damage(self.folder / name)
+            if problem is None:
+                return name
+            warn(f"Checkpoint {self.folder / name} is damaged ({problem}); trying the one before it.")
+        if found:
+            raise RunError(
+                f"{self.folder}: all {len(found)} checkpoints are damaged; restore one from a copy, or remove the folder to start over."
+            )
+        return None
+
+    def _require_same_shape(self, name: str, manifest: dict[str, Any]) -> None:
+        for key, now in self._describe.items():
+            then = manifest.get(key)
+            if then != now:
+                raise RunError(
+                    f"{self.folder / name}: written with {key} {then}, but this start has {now}; {_shape_advice(key, then)}"
+                )
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, str]]:
+    """(step, folder name) of every finished checkpoint in RUN/checkpoints."""
+    if not folder.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir())
+    return [(int(match[1]), entry.name) for match, entry in matches if match and (entry / _MANIFEST).is_file()]
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """checkpoint.json of one checkpoint.
+
+    Raises:
+        RunError: when it cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{checkpoint / _MANIFEST}: cannot be read ({error}).") from None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every file present, of its size, with its checksum."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except RunError as error:
+        return str(error)
+    for name, facts in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if sha256_file(file) != facts["sha256"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _shape_advice(key: str, then: Any) -> str:
+    if key == "world_size":
+        return f"start it with {then} ranks, or set checkpoint.universal=true to convert it."
+    if key == "zero_stage":
+        return f"use a DeepSpeed configuration of stage {then}; optimiser states cannot change their stage."
+    return f"set {key} back to {then}."

@@ -1,0 +1,112 @@
+"""The DeepSpeed engine of a run: process group, network, optimiser, in the order that ZeRO wants.
+
+What is known about DeepSpeed's corners is kept here and in `checkpoint.py`, so that the loop reads like training.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mor_model.config import ModelConfig
+from pretrain.environment import Ranks
+from pretrain.optimizer import build_optimizer
+from pretrain.recipe import Recipe
+
+_SHM_COMM = "deepspeed_shm_comm"
+_PEAK_DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2.25e15}
+
+
+def start_process_group(ranks: Ranks, timeout_seconds: float) -> torch.device:
+    """Join the process group and return this rank's device. Every collective that waits longer than the limit raises."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        _skip_shared_memory_build()
+    else:
+        accelerator.set_device(ranks.device)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    return torch.device(accelerator.device_name(ranks.device) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bf16 where the device computes in it, else fp32; anything else stays."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _cpu_computes_bf16() else "fp32"
+
+
+def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any]) -> Any:
+    """Network, optimiser and DeepSpeed around them, on every rank alike.
+
+    Args:
+        recipe: with its precision resolved.
+        config: the network.
+        ds_config: what `resolve_ds_config` returned.
+
+    Returns:
+        deepspeed.DeepSpeedEngine.
+    """
+    import deepspeed
+
+    from mor_model import RecursiveTransformer
+    from pretrain.ds_config import offload_device
+
+    model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+    model.initialize(recipe.seed)
+    offloaded = offload_device(ds_config, "offload_optimizer") != "none"
+    optimizer = build_optimizer(model.named_parameters(), recipe.optim, offloaded=offloaded)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if recipe.compile:
+        engine.compile()
+    return engine
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step on one rank.
+
+    Randomness is a function of the step, so a resumed run draws what the undisturbed one drew without storing generators.
+    """
+    mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    torch.manual_seed(mixed % (1 << 63))
+    np.random.seed(mixed % (1 << 32))
+    random.seed(mixed)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOPs per second that the device's vendor promises; None where that is not known (any CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_DENSE_BF16.items() if part in name), None)
+
+
+def _skip_shared_memory_build() -> None:
+    """Leave out DeepSpeed's shared-memory collectives where they are not built yet: building takes half a minute."""
+    import deepspeed.ops
+
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    built = folder is not None and next(Path(folder).glob(f"**/{_SHM_COMM}.so"), None) is not None
+    if not built:
+        deepspeed.ops.__compatible_ops__[_SHM_COMM] = False
+
+
+def _cpu_computes_bf16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None) or getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe is not None and probe())

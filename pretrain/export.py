@@ -1,0 +1,32 @@
+"""Final weights in plain torch, gathered from however DeepSpeed has partitioned them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mor_model.config import ModelConfig
+
+
+def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
+    """Write model.safetensors and model.json in fp32 (master weights where there are any). Collective.
+
+    One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+    from mor_model.weights import save_weights
+
+    first = dist.get_rank() == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = parameter if not engine.zero_optimization() else safe_get_full_fp32_param(parameter)
+        if first:
+            assert whole is not None
+            state[name] = whole.detach().to("cpu", torch.float32, copy=True)
+    if first:
+        state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()}
+        save_weights(folder, state, config)
+    dist.barrier()

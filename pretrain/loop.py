@@ -1,0 +1,286 @@
+"""THE training loop.
+
+One step: read the batch that the position names, run its micro-batches, update, add up over the ranks what happened, write it down,
+and look whether it is time to validate, to write a checkpoint or to stop. Everything that a resumed run needs is in `TrainState`
+and DeepSpeed's own state; everything else is a function of the step number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mor_model.config import ModelConfig
+from mor_model.flops import flops_per_sequence
+from pretrain.batches import BatchReader, SampleSource, StepBatch
+from pretrain.checkpoint import CheckpointStore, TrainState
+from pretrain.engine import seed_step
+from pretrain.environment import Ranks
+from pretrain.errors import RunError
+from pretrain.plan import Plan
+from pretrain.recipe import Recipe
+from pretrain.signals import Request, StopRequest
+from pretrain.telemetry import Stopwatch, Telemetry, peak_memory_bytes
+from pretrain.validation import Validator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `finished` or `stopped` (with the request that stopped it)."""
+
+    state: str
+    request: Request = Request.NONE
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, added up over all ranks. `values` are means over micro-batches by name; `active` per recursion step."""
+
+    values: dict[str, float]
+    active: list[float]
+    memory: list[int]
+    request: Request
+    written: bool
+
+
+class Trainer:
+    """Everything a step touches, and the loop over the steps."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        config: ModelConfig,
+        plan: Plan,
+        ranks: Ranks,
+        device: torch.device,
+        engine: Any,
+        reader: BatchReader,
+        source: SampleSource,
+        validator: Validator,
+        store: CheckpointStore,
+        telemetry: Telemetry,
+        stop: StopRequest,
+        alive: Callable[[int], None],
+        peak_flops: float | None,
+    ) -> None:
+        """`alive` is told the step number after every step, for the watchdog; `peak_flops` is one rank's."""
+        self.recipe, self.config, self.plan, self.ranks, self.device = recipe, config, plan, ranks, device
+        self.engine, self.reader, self.source, self.validator = engine, reader, source, validator
+        self.store, self.telemetry, self.stop, self.alive, self.peak_flops = store, telemetry, stop, alive, peak_flops
+        self.stopwatch = Stopwatch(device)
+        self.peak_rates = [group["lr"] for group in engine.optimizer.param_groups]
+
+    def train(self, state: TrainState) -> Outcome:
+        """Train from `state` to the end of the plan, changing `state` in place.
+
+        Raises:
+            RunError: after too many non-finite steps in a row.
+        """
+        plan, telemetry = self.plan, self.telemetry
+        since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
+        while state.step < plan.steps:
+            step = state.step
+            with self.stopwatch.part("data"):
+                following = plan.batch.at(step + 1) if step + 1 < plan.steps else 0
+                batch = self.reader.read(state.position, plan.batch.at(step), state.skipped, following)
+            sums = self._forward_backward(step, batch)
+            with self.stopwatch.part("optimizer"):
+                applied = self._update(step)
+            report = self._add_up(sums)
+
+            state.step += 1
+            state.position = batch.next_position
+            state.tokens += len(batch.samples) * plan.sequence_length
+            flops = self._count_flops(report, len(batch.samples))
+            state.flops += flops
+            steps_since, tokens_since = steps_since + 1, tokens_since + len(batch.samples) * plan.sequence_length
+            flops_since += flops
+            self._judge(state, batch, report, applied)
+
+            if state.step % self.recipe.logging.every == 0 or state.step in (1, plan.steps):
+                seconds = time.perf_counter() - since
+                self._log(state, step, report, seconds, steps_since, tokens_since, flops_since)
+                since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
+            if self._due(state.step, plan.evaluate_every):
+                self._validate(state)
+                since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
+            if self.store.writing and report.written:
+                self._finish_checkpoint(state)
+            if self._checkpoint_due(state.step) or report.request:
+                self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
+                if report.request:
+                    self.stop.acknowledge()
+            self.alive(state.step)
+            if report.request.stops and state.step < plan.steps:
+                telemetry.event("stopped", state.step, reason=self.stop.reason)
+                return Outcome("stopped", report.request)
+        return Outcome("finished")
+
+    def _forward_backward(self, step: int, batch: StepBatch) -> dict[str, torch.Tensor]:
+        seed_step(self.recipe.seed, step, self.ranks.rank)
+        capacities = self.plan.capacities.at(step) if self.plan.capacities is not None else None
+        count = len(batch.micro_batches)
+        sums: dict[str, torch.Tensor] = {}
+        for index, micro in enumerate(batch.micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == count - 1)
+            with self.stopwatch.part("forward"):
+                output = self.engine(
+                    micro.inputs_BT, micro.labels_BT, documents_BT=micro.documents_BT, capacities=capacities
+                )
+            with self.stopwatch.part("backward"):
+                # Scaled here, because the number of micro-batches changes during a batch-size warm-up.
+                self.engine.backward(output.loss / count, scale_wrt_gas=False)
+            parts = {"loss": output.loss.detach(), "lm_loss": output.lm_loss}
+            parts |= {f"aux/{name}": value for name, value in output.aux.items()} | output.stats
+            for name, value in parts.items():
+                value = value.double() / count
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _update(self, step: int) -> bool:
+        """Update the weights; False when a non-finite gradient made every rank leave the update out."""
+        factor = self.plan.learning_rate.factor(step)
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates):
+            group["lr"] = peak * factor
+        if not self.engine.zero_optimization():
+            # Stage 0 has no check of its own. Gradients are already summed, so every rank sees the same ones.
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.grad_norm = float(norm)
+            if not torch.isfinite(norm):
+                for parameter in self.engine.module.parameters():
+                    parameter.grad = None
+                return False
+            self.engine.step()
+            return True
+        self.engine.step()
+        self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return not self.engine.optimizer.overflow
+
+    def _add_up(self, sums: dict[str, torch.Tensor]) -> StepReport:
+        """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its checkpoint."""
+        names = sorted(sums)
+        world = self.ranks.world_size
+        memory = torch.zeros(world, dtype=torch.float64, device=self.device)
+        memory[self.ranks.rank] = peak_memory_bytes(self.device)
+        requests = torch.zeros(len(Request), dtype=torch.float64, device=self.device)
+        requests[int(self.stop.poll())] = 1
+        written = memory.new_tensor([float(self.store.written)])
+        vector = torch.cat([*(sums[name].reshape(-1) for name in names), memory, requests, written])
+        with self.stopwatch.part("communication"):
+            dist.all_reduce(vector)
+            flat = vector.tolist()
+        values: dict[str, float] = {}
+        active: list[float] = []
+        place = 0
+        for name in names:
+            size = sums[name].numel()
+            part = [value / world for value in flat[place : place + size]]
+            place += size
+            if name == "active_R":
+                active = part
+            else:
+                values[name] = part[0]
+        asked = [request for request in Request if flat[place + world + request]]
+        return StepReport(values, active, [int(m) for m in flat[place : place + world]], max(asked), flat[-1] == world)
+
+    def _count_flops(self, report: StepReport, sequences: int) -> float:
+        length = self.plan.sequence_length
+        active = [share * length for share in report.active]
+        return sequences * flops_per_sequence(self.config, length, active=active).training
+
+    def _judge(self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool) -> None:
+        """Count non-finite steps and give up after too many in a row."""
+        loss = report.values["loss"]
+        finite = loss - loss == 0.0
+        if applied and finite:
+            state.non_finite_in_row = 0
+            return
+        if finite and self.recipe.precision == "fp16":
+            # The loss scale was too high and is halved: how fp16 works, not a fault.
+            self.telemetry.event("loss_scale_lowered", state.step)
+            return
+        state.non_finite_in_row += 1
+        samples = [batch.samples[0], batch.samples[-1]]
+        self.telemetry.event("non_finite", state.step, samples=samples, in_row=state.non_finite_in_row)
+        self.telemetry.say(
+            f"Step {state.step}: loss or gradient is not finite; its update is left out (samples {samples})."
+        )
+        if state.non_finite_in_row >= self.recipe.faults.max_non_finite:
+            raise RunError(
+                f"{state.non_finite_in_row} steps in a row had a non-finite loss or gradient, the last at step {state.step} "
+                f"(samples {samples[0]} to {samples[1]}). Lower optim.lr, or leave the samples out with data.skip_samples, and start again."
+            )
+
+    def _log(
+        self, state: TrainState, step: int, report: StepReport, seconds: float, steps: int, tokens: int, flops: float
+    ) -> None:
+        values = dict(report.values)
+        aux = {name.removeprefix("aux/"): values.pop(name) for name in list(values) if name.startswith("aux/")}
+        utilisation = flops / seconds / (self.peak_flops * self.ranks.world_size) if self.peak_flops else None
+        planned = self.plan.training_flops * state.step / self.plan.steps
+        self.telemetry.record(
+            "train",
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "flops": state.flops,
+                "flops_planned": planned,
+                "loss": values.pop("loss"),
+                "lm_loss": values.pop("lm_loss"),
+                "aux": aux,
+                "grad_norm": self.grad_norm,
+                "lr": self.engine.optimizer.param_groups[0]["lr"],
+                "tokens_per_second": tokens / seconds,
+                "mfu": utilisation,
+                "step_seconds": seconds / steps,
+                "parts": {name: part / steps for name, part in self.stopwatch.take().items()},
+                "memory_peak_bytes": max(report.memory),
+                "memory_peak_bytes_per_rank": report.memory,
+                "active": report.active,
+                "epoch": self.source.epochs(state.position),
+                **values,
+            },
+        )
+        self.telemetry.progress(state.step, report.values["lm_loss"], tokens / seconds, seconds / steps)
+
+    def _validate(self, state: TrainState) -> None:
+        records = self.validator.run()
+        for record in records:
+            self.telemetry.record(
+                "validation", {"step": state.step, "tokens": state.tokens, "flops": state.flops, **record}
+            )
+        if records:
+            mean = sum(record["loss_causal"] for record in records) / len(records)
+            if state.best_validation is None or mean < state.best_validation[0]:
+                state.best_validation = (mean, state.step)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.plan.steps or (every > 0 and step % every == 0)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        log_spaced = self.recipe.checkpoint.log_spaced and step & (step - 1) == 0
+        branches = any(branch.start == step for branch in self.plan.branches)
+        return self._due(step, self.plan.checkpoint_every) or log_spaced or branches
+
+    def _checkpoint(self, state: TrainState, wait: bool) -> None:
+        if self.store.writing:
+            self._finish_checkpoint(state)
+        self.store.begin(state)
+        if wait or not self.recipe.checkpoint.asynchronous:
+            self._finish_checkpoint(state)
+
+    def _finish_checkpoint(self, state: TrainState) -> None:
+        problem = self.store.finish()
+        self.telemetry.sync()
+        if problem is not None:
+            self.telemetry.event("checkpoint_failed", state.step, problem=problem)
+            self.telemetry.say(
+                f"No checkpoint at step {state.step}: {problem}. Training goes on; the previous one stays valid."
+            )

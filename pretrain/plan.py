@@ -1,0 +1,221 @@
+"""From a budget to steps: how long a run is, what it costs, where its decay, its branches, its checkpoints and evaluations lie.
+
+FLOPs are those of `mor_model.flops`: training FLOPs are three times the forward pass, every layer application counted for its
+active tokens. A plan is a pure function of the recipe; only the names of data and tokenizer are added when data is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mor_model.config import ExpertChoiceConfig, ModelConfig
+from mor_model.flops import count_parameters, flops_per_sequence
+from pretrain.errors import RecipeError
+from pretrain.recipe import Amount, Recipe
+from pretrain.schedule import BatchSize, Capacities, LearningRate
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A smaller budget of the same run: leaves the trunk after `start` steps and decays until `steps`."""
+
+    amount: float
+    start: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.amount:g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run in numbers.
+
+    Attributes:
+        steps: optimiser updates; sequence_length: T.
+        flops_per_sequence: training FLOPs of one sequence at the configured capacities.
+        training_flops, tokens: of the whole run, warm-ups included.
+        checkpoint_every, keep_every, evaluate_every: in steps; 0 is never.
+        anneal: steps at the end over which the mixture's weights move.
+    """
+
+    steps: int
+    sequence_length: int
+    batch: BatchSize
+    learning_rate: LearningRate
+    capacities: Capacities | None
+    flops_per_sequence: float
+    training_flops: float
+    tokens: int
+    checkpoint_every: int
+    keep_every: int
+    evaluate_every: int
+    anneal: int
+    branches: tuple[Branch, ...]
+    parameters: dict[str, int]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.full * self.sequence_length
+
+    def is_decaying(self, step: int) -> bool:
+        """True where update number `step` belongs to the final fall of a warm-up-stable-decay schedule."""
+        return self.learning_rate.kind == "wsd" and step >= self.steps - self.learning_rate.decay
+
+    def to_dict(self, data: dict[str, Any]) -> dict[str, Any]:
+        """What plan.json holds; `data` adds tokenizer_fingerprint and data_manifest."""
+        return {
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "sequence_length": self.sequence_length,
+            "tokens": self.tokens,
+            "flops_per_token_forward": self.flops_per_sequence / 3.0 / self.sequence_length,
+            "training_flops": self.training_flops,
+            "parameters": self.parameters,
+            "warmup_steps": self.learning_rate.warmup,
+            "decay_steps": self.learning_rate.decay,
+            "checkpoint_every": self.checkpoint_every,
+            "evaluate_every": self.evaluate_every,
+            "branches": [dataclasses.asdict(branch) for branch in self.branches],
+            **data,
+        }
+
+
+def training_flops_of_sequence(config: ModelConfig, length: int, capacities: tuple[float, ...] | None = None) -> float:
+    """Training FLOPs of one sequence when every recursion step takes its planned share of `length` tokens."""
+    if capacities is None:
+        return flops_per_sequence(config, length).training
+    active = [float(max(1, int(capacity * length))) for capacity in capacities]
+    return flops_per_sequence(config, length, active=active).training
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Derive the plan of a recipe.
+
+    Raises:
+        RecipeError: when the budget is too small for one step, or warm-up, decay and branches do not fit into it.
+    """
+    config = recipe.network()
+    per_sequence = training_flops_of_sequence(config, recipe.batch.sequence_length)
+    smallest = recipe.budget.branches[0] if recipe.budget.branches else recipe.budget.amount
+    smallest_steps = _solve(recipe, config, per_sequence, smallest)[0]
+    steps, batch, capacities = _solve(recipe, config, per_sequence, recipe.budget.amount)
+    convert = _Converter(recipe, per_sequence)
+    rate = _learning_rate(recipe, convert, steps, smallest_steps)
+    branches = []
+    for amount in recipe.budget.branches:
+        length = _solve(recipe, config, per_sequence, amount)[0]
+        decay = _learning_rate(recipe, convert, length, smallest_steps).decay
+        branches.append(Branch(amount, length - decay, length))
+    if branches and recipe.schedule.kind != "wsd":
+        raise RecipeError(
+            "budget.branches: only the wsd schedule can branch off a decay; set schedule.kind to wsd or drop the branches."
+        )
+    keep_every = recipe.checkpoint.keep_every
+    return Plan(
+        steps=steps,
+        sequence_length=recipe.batch.sequence_length,
+        batch=batch,
+        learning_rate=rate,
+        capacities=capacities,
+        flops_per_sequence=per_sequence,
+        training_flops=_run_flops(config, recipe.batch.sequence_length, per_sequence, batch, capacities, steps),
+        tokens=batch.before(steps) * recipe.batch.sequence_length,
+        checkpoint_every=convert(recipe.checkpoint.every, steps),
+        keep_every=0 if keep_every is None else convert(keep_every, steps),
+        evaluate_every=convert(recipe.evaluation.every, steps),
+        anneal=min(steps, convert(recipe.data.anneal, steps)),
+        branches=tuple(branches),
+        parameters=dataclasses.asdict(count_parameters(config)),
+    )
+
+
+class _Converter:
+    """Lengths of a recipe to steps."""
+
+    def __init__(self, recipe: Recipe, flops_per_sequence: float) -> None:
+        self._tokens = recipe.batch.sequences * recipe.batch.sequence_length
+        self._flops = recipe.batch.sequences * flops_per_sequence
+
+    def __call__(self, length: int | float | Amount, steps: int) -> int:
+        if isinstance(length, Amount):
+            amount = length.tokens / self._tokens if length.tokens is not None else (length.flops or 0.0) / self._flops
+            return max(1, round(amount))
+        if isinstance(length, float):
+            return max(1, round(length * steps)) if length > 0 else 0
+        return length
+
+
+def _solve(
+    recipe: Recipe, config: ModelConfig, per_sequence: float, amount: float
+) -> tuple[int, BatchSize, Capacities | None]:
+    """Steps nearest to `amount` of the budget's unit, with the warm-ups that go with so many steps."""
+    unit = recipe.budget.unit
+    length = recipe.batch.sequence_length
+    per_full_step = {
+        "steps": 1.0,
+        "tokens": recipe.batch.sequences * length,
+        "flops": recipe.batch.sequences * per_sequence,
+    }[unit]
+    steps = max(1, round(amount / per_full_step))
+    # Warm-ups may be shares of the run, whose length depends on what the warm-ups cost: a few rounds settle it.
+    for _ in range(8):
+        batch, capacities = _warmups(recipe, config, per_sequence, steps)
+        if unit == "steps":
+            return steps, batch, capacities
+        warm = max(batch.warmup, capacities.warmup if capacities is not None else 0)
+        if unit == "tokens":
+            spent = float(batch.before(warm) * length)
+        else:
+            spent = _run_flops(config, length, per_sequence, batch, capacities, warm)
+        solved = max(1, warm + round((amount - spent) / per_full_step))
+        if solved == steps:
+            break
+        steps = solved
+    if amount < 0.5 * per_full_step and recipe.batch.warmup_from is None:
+        raise RecipeError(
+            f"budget.{unit}: {amount:g} is less than half an optimiser step ({per_full_step:g} {unit}); raise it or shrink the batch."
+        )
+    return steps, batch, capacities
+
+
+def _warmups(
+    recipe: Recipe, config: ModelConfig, per_sequence: float, steps: int
+) -> tuple[BatchSize, Capacities | None]:
+    convert = _Converter(recipe, per_sequence)
+    full, start = recipe.batch.sequences, recipe.batch.warmup_from
+    batch = BatchSize(full, full)
+    if start is not None:
+        if full % start or (full // start) & (full // start - 1):
+            raise RecipeError(f"batch.warmup_from: {start} must be sequences ({full}) halved a whole number of times.")
+        batch = BatchSize(full, start, convert(recipe.batch.warmup, steps))
+    capacities = None
+    if recipe.capacity_warmup is not None and isinstance(config.router, ExpertChoiceConfig):
+        capacities = Capacities(config.capacities, convert(recipe.capacity_warmup.length, steps))
+    return batch, capacities
+
+
+def _run_flops(
+    config: ModelConfig, length: int, per_sequence: float, batch: BatchSize, capacities: Capacities | None, steps: int
+) -> float:
+    warm = min(steps, capacities.warmup if capacities is not None else 0)
+    total = 0.0
+    for step in range(warm):
+        assert capacities is not None
+        total += batch.at(step) * training_flops_of_sequence(config, length, capacities.at(step))
+    return total + (batch.before(steps) - batch.before(warm)) * per_sequence
+
+
+def _learning_rate(recipe: Recipe, convert: _Converter, steps: int, smallest_steps: int) -> LearningRate:
+    schedule = recipe.schedule
+    # All branches share one trunk, so their warm-up is that of the smallest budget (as in the paper).
+    warmup = convert(schedule.warmup, smallest_steps)
+    decay = convert(schedule.decay, steps) if schedule.kind == "wsd" else 0
+    if warmup + decay > steps:
+        raise RecipeError(
+            f"schedule: warm-up ({warmup} steps) and decay ({decay} steps) do not fit into a run of {steps} steps; shorten them."
+        )
+    return LearningRate(schedule.kind, steps, warmup, decay, schedule.decay_shape, schedule.floor)

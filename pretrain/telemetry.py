@@ -1,0 +1,265 @@
+"""What a run tells: metrics.jsonl always, wandb and TensorBoard as mirrors of it, one progress line for a person.
+
+Only rank 0 writes. A record is one line, written in one call and flushed, so a killed run leaves at most one unfinished line.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from data_prep.files import atomic_write
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
+
+
+class Stopwatch:
+    """Seconds spent in the parts of a step. On CUDA the parts are timed by events and read when the step has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what runs inside as `name`."""
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """Seconds per part since the last call. The device must have finished the step."""
+        for name, start, end in self._events:
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1e3
+        seconds, self._seconds, self._events = self._seconds, {}, []
+        return seconds
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on the device, or resident in this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Telemetry:
+    """Writer of one run's records.
+
+    Args:
+        run: the run folder; recipe: what to mirror and where; steps: length of the run, for the estimate.
+        active: False on every rank but 0, where all methods do nothing.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, steps: int, *, active: bool) -> None:
+        self._active = active
+        self._run = run
+        self._steps = steps
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        self._progress = _Progress(recipe.name, steps) if active else None
+        if active:
+            run.path.mkdir(parents=True, exist_ok=True)
+            self._stream = run.metrics_file.open("ab")
+            self._open_mirrors(recipe)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Append one record and show it in the mirrors."""
+        if not self._active:
+            return
+        self._stream.write(orjson.dumps({"kind": kind, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        self._stream.flush()
+        self._mirror(kind, values)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Append an event: something that happened once and is worth finding again."""
+        self.record("event", {"event": event, "step": step, "time": time.time(), **values})
+
+    def progress(self, step: int, loss: float | None, tokens_per_second: float | None, seconds_per_step: float) -> None:
+        """Update the progress line."""
+        if self._progress is not None:
+            self._progress.update(step, loss, tokens_per_second, seconds_per_step)
+
+    def say(self, text: str) -> None:
+        """Print a line for a person, on rank 0 only."""
+        if self._progress is not None:
+            self._progress.say(text)
+
+    def sync(self) -> None:
+        """Make everything recorded so far survive a power cut; called when a checkpoint is complete."""
+        if self._active:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Finish the mirrors and the progress line."""
+        if not self._active:
+            return
+        self.sync()
+        self._stream.close()
+        if self._progress is not None:
+            self._progress.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+    def _open_mirrors(self, recipe: Recipe) -> None:
+        if recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._run.path / "tensorboard"))
+        if recipe.logging.wandb != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=recipe.logging.wandb_project,
+                name=recipe.name,
+                id=_wandb_id(self._run.path / "wandb_id"),
+                dir=str(self._run.path),
+                config=recipe.model_dump(mode="json"),
+                mode=recipe.logging.wandb,
+                resume="allow",
+                settings=wandb.Settings(silent=True),
+            )
+
+    def _mirror(self, kind: str, values: dict[str, Any]) -> None:
+        if self._wandb is None and self._tensorboard is None:
+            return
+        prefix = f"{kind}/{values['source']}" if kind == "validation" else kind
+        flat = {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
+        if self._wandb is not None:
+            self._wandb.log(flat, step=values["step"])
+        if self._tensorboard is not None:
+            for name, value in flat.items():
+                self._tensorboard.add_scalar(name, value, values["step"])
+
+
+def rewind_metrics(run: RunFolder, step: int) -> None:
+    """Drop training and validation records after `step` and an unfinished last line.
+
+    A run that resumes at `step` logs what follows again; events stay, because they happened.
+    """
+    if not run.metrics_file.is_file():
+        return
+    kept = []
+    changed = False
+    for line in run.metrics_file.read_bytes().splitlines(keepends=True):
+        record = _parse(line)
+        if record is None or (record.get("kind") != "event" and record.get("step", 0) > step):
+            changed = True
+        else:
+            kept.append(line)
+    if changed:
+        with atomic_write(run.metrics_file) as stream:
+            stream.writelines(kept)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, (int, float)):
+            yield prefix + name, value
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
+            yield from ((f"{prefix}{name}/{index + 1}", item) for index, item in enumerate(value))
+
+
+def _wandb_id(file: Path) -> str:
+    """The id this run has in wandb, the same after every restart."""
+    if file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    import wandb
+
+    new = wandb.util.generate_id()
+    with atomic_write(file, "w") as stream:
+        stream.write(new)
+    return new
+
+
+class _Progress:
+    """One rich line on a terminal; elsewhere a plain line now and then."""
+
+    _PLAIN_SECONDS = 30.0
+
+    def __init__(self, name: str, steps: int) -> None:
+        self._name = name
+        self._steps = steps
+        self._printed = 0.0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=Console(stderr=True),
+                transient=False,
+            )
+            self._task = self._bar.add_task(name, total=steps, detail="")
+            self._bar.start()
+
+    def update(self, step: int, loss: float | None, tokens_per_second: float | None, seconds_per_step: float) -> None:
+        parts = []
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        if tokens_per_second is not None:
+            parts.append(f"{tokens_per_second:,.0f} tokens/s")
+        parts.append(f"{format_seconds((self._steps - step) * seconds_per_step)} left")
+        detail = " · ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, detail=detail)
+        elif time.monotonic() - self._printed >= self._PLAIN_SECONDS or step == self._steps:
+            self._printed = time.monotonic()
+            print(f"{self._name}: step {step}/{self._steps} · {detail}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Whole units that a person reads at a glance: `3 d 4 h`, `2 h 05 min`, `12 min`, `40 s`."""
+    seconds = max(0.0, seconds)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

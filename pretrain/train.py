@@ -1,0 +1,97 @@
+"""Entry point of a training process, alike under every launcher:
+
+deepspeed pretrain/train.py --config RECIPE [section.key=value ...]
+torchrun --nproc-per-node 8 pretrain/train.py --config RECIPE
+srun python pretrain/train.py --config RECIPE          mpirun -n 8 python pretrain/train.py --config RECIPE
+python pretrain/train.py --config RECIPE               mor train RECIPE
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Started as a file: this folder is on the path in place of its parent, and would shadow modules of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data_prep.errors import DataError
+from mor_model.errors import ConfigError
+from pretrain.environment import Ranks, prepare_environment
+from pretrain.errors import UserError
+from pretrain.recipe import load_recipe
+from pretrain.signals import EXIT_FINISHED, EXIT_USER
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code. A message for a person is printed once, without a traceback."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    ranks: Ranks | None = None
+    try:
+        ranks = prepare_environment()
+        return train(
+            options.config,
+            options.overrides,
+            ranks,
+            run_dir=options.run_dir,
+            print_only=options.print,
+            dry_run=options.dry_run,
+        )
+    except (UserError, DataError, ConfigError) as error:
+        # The first rank of every node speaks: a missing file may be missing on one node alone.
+        if ranks is None or ranks.local_rank == 0:
+            place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
+            print(f"train{place}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+
+
+def train(
+    config: str,
+    overrides: list[str],
+    ranks: Ranks,
+    *,
+    run_dir: str | None = None,
+    print_only: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Run one recipe on this rank; returns the exit code.
+
+    Raises:
+        UserError, DataError, ConfigError: one sentence for a person, before or during training.
+    """
+    recipe = load_recipe(config, [*overrides, *([f"run_dir={run_dir}"] if run_dir else [])])
+    if print_only:
+        if ranks.rank == 0:
+            print(recipe.to_yaml(), end="")
+        return EXIT_FINISHED
+    from pretrain.run import execute, is_finished, prepare
+
+    prepared = prepare(recipe, ranks)
+    if dry_run:
+        from pretrain.dry_run import describe
+
+        if ranks.rank == 0:
+            print(describe(prepared, ranks))
+        return EXIT_FINISHED
+    if is_finished(prepared):
+        if ranks.rank == 0:
+            print(f"{recipe.name}: already finished; its weights are in {prepared.folder.weights}. Nothing to do.")
+        return EXIT_FINISHED
+    return execute(prepared, ranks)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train one recipe on this rank.")
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe file (YAML)")
+    parser.add_argument("--run-dir", metavar="FOLDER", help="run folder, instead of the recipe's")
+    parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, estimate memory and time, and stop")
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values to replace")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
