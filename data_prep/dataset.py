@@ -70,7 +70,7 @@ def open_dataset(
             f"{manifest.dtype}; the manifest is damaged, write the data set again."
         )
     entries = manifest.splits[split].shards
-    shards = [_open_shard(folder, entry, manifest.dtype) for entry in entries]
+    shards = [open_shard(folder, entry, manifest.dtype) for entry in entries]
     if verify == "checksums":
         _verify_checksums(folder, entries)
     elif verify != "structure":
@@ -221,7 +221,8 @@ def document_ids(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:
     return numbers
 
 
-def _open_shard(folder: Path, entry: ShardEntry, dtype: str) -> Shard:
+def open_shard(folder: Path, entry: ShardEntry, dtype: str) -> Shard:
+    """The shard of a manifest's entry; DataError when its files or counts are not what the manifest says."""
     if not entry.name or entry.name != Path(entry.name).name:
         raise DataError(
             f"{folder}: the manifest names a shard {entry.name!r} that is not a plain file name of this folder."

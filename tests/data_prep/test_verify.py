@@ -1,0 +1,146 @@
+"""Verification: a sound folder passes, and every kind of damage is found, in every shard at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import verify as module
+from data_prep.errors import DataError
+from data_prep.verify import verify_dataset
+from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
+
+DOCUMENTS = make_documents(30, 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "_PIECE", 8)  # so that every check crosses the seams between pieces
+    shards = {"train": [("web", DOCUMENTS), ("web", make_documents(5, 2))], "test": [("web", make_documents(3, 3))]}
+    return write_dataset(tmp_path / "data", shards)
+
+
+def renew_checksums(folder: Path) -> None:
+    """Let the manifest agree with the damaged files, so that only the check under test can find the damage."""
+    path = folder / "manifest.json"
+    value = json.loads(path.read_text())
+    for split in value["splits"].values():
+        for shard in split["shards"]:
+            for kind in ("bin", "idx"):
+                shard[f"sha256_{kind}"] = hashlib.sha256((folder / f"{shard['name']}.{kind}").read_bytes()).hexdigest()
+    path.write_text(json.dumps(value))
+
+
+def change_tokens(folder: Path, change: Callable[[np.ndarray], None]) -> None:
+    path = folder / "train-00000.bin"
+    ids = np.frombuffer(path.read_bytes(), "<u2").copy()
+    change(ids)
+    path.write_bytes(ids.tobytes())
+    renew_checksums(folder)
+
+
+def change_index(folder: Path, position: int, kind: str, value: int) -> None:
+    path = folder / "train-00000.idx"
+    raw = bytearray(path.read_bytes())
+    struct.pack_into(kind, raw, position, value)
+    path.write_bytes(raw)
+    renew_checksums(folder)
+
+
+def test_a_sound_folder_passes(folder: Path) -> None:
+    done: list[tuple[str, int]] = []
+    report = verify_dataset(folder, progress=lambda name, tokens: done.append((name, tokens)))
+    assert report.ok and report.problems == []
+    assert (report.shards, report.documents) == (3, 38)
+    assert report.tokens == sum(tokens for _, tokens in done)
+    assert sorted(name for name, _ in done) == ["test-00000", "train-00000", "train-00001"]
+
+
+def test_an_id_outside_the_vocabulary_is_found(folder: Path) -> None:
+    position = next(n for n, token in enumerate([t for d in DOCUMENTS for t in d]) if token != EOD and n > 20)
+
+    def change(ids: np.ndarray) -> None:
+        ids[position] = VOCABULARY
+
+    change_tokens(folder, change)
+    (problem,) = verify_dataset(folder).problems
+    assert f"1 ids are outside the vocabulary of {VOCABULARY}, the first is {VOCABULARY} at token {position}" in problem
+
+
+def test_a_document_without_its_end_is_found(folder: Path) -> None:
+    last = sum(map(len, DOCUMENTS[:18])) - 1  # END_OF_DOCUMENT of document 17
+
+    def change(ids: np.ndarray) -> None:
+        assert ids[last] == EOD
+        ids[last] = 5
+
+    change_tokens(folder, change)
+    problems = verify_dataset(folder).problems
+    assert any("29 END_OF_DOCUMENT ids (0) for 30 documents" in problem for problem in problems)
+    assert any("1 documents do not end with END_OF_DOCUMENT (0), the first is document 17" in p for p in problems)
+
+
+def test_an_end_inside_a_document_is_found(folder: Path) -> None:
+    inner = next(n for n, token in enumerate([t for d in DOCUMENTS for t in d]) if token != EOD)
+
+    def change(ids: np.ndarray) -> None:
+        ids[inner] = EOD
+
+    change_tokens(folder, change)
+    (problem,) = verify_dataset(folder).problems
+    assert "31 END_OF_DOCUMENT ids (0) for 30 documents" in problem
+
+
+@pytest.mark.parametrize(
+    ("position", "kind", "value", "sentence"),
+    [
+        (34 + 4 * 12, "<i", -4, "sequence 12 has a negative length"),
+        (34 + 4 * 12, "<i", 1000, "sequence 13 begins at byte"),
+        (34 + 4 * 30 + 8 * 3, "<q", 2**50, "sequence 3 begins at byte 1125899906842624"),
+        (34 + 12 * 30 + 8 * 9, "<q", 2, "document entries do not rise from 0 to 30"),
+        (34 + 12 * 30, "<q", 1, "document entries do not rise from 0 to 30"),
+        (34 + 12 * 30 + 8 * 9, "<q", -(2**60), "document entries do not rise from 0 to 30"),
+        (34 + 12 * 30 + 8 * 16, "<q", 2**60, "document entries do not rise from 0 to 30"),
+    ],
+)
+def test_a_wrong_index_is_found(folder: Path, position: int, kind: str, value: int, sentence: str) -> None:
+    change_index(folder, position, kind, value)
+    (problem,) = verify_dataset(folder).problems
+    assert sentence in problem and "train-00000.idx" in problem
+
+
+def test_documents_of_no_sequence_are_found(folder: Path) -> None:
+    change_index(folder, 34 + 12 * 30 + 8 * 9, "<q", 10)  # document 9 loses its sequence to document 8
+    problems = verify_dataset(folder).problems
+    assert (
+        len(problems) == 1 and "1 documents do not end with END_OF_DOCUMENT (0), the first is document 9" in problems[0]
+    )
+
+
+def test_problems_of_all_shards_are_collected(folder: Path) -> None:
+    (folder / "train-00000.bin").unlink()
+    raw = bytearray((folder / "test-00000.bin").read_bytes())
+    raw[0] ^= 1
+    (folder / "test-00000.bin").write_bytes(raw)
+    problems = verify_dataset(folder).problems
+    assert any("train-00000.bin is missing" in problem for problem in problems)
+    assert any("test-00000.bin has changed since it was written" in problem for problem in problems)
+
+
+def test_a_shard_listed_twice_is_found(folder: Path) -> None:
+    path = folder / "manifest.json"
+    value = json.loads(path.read_text())
+    value["splits"]["train"]["shards"].append(value["splits"]["train"]["shards"][0])
+    path.write_text(json.dumps(value))
+    assert any("lists shard train-00000 twice" in problem for problem in verify_dataset(folder).problems)
+
+
+def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a finished data set"):
+        verify_dataset(tmp_path)
