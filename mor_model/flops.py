@@ -130,17 +130,23 @@ class _LayerSizes:
 def _router_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Numbers in the matrices of the routers that run before each recursion step (length R)."""
     router = config.router
-    if router is None or router.network == "random":
+    if router is None:
         return (0,) * config.recursions
-    hidden = {"linear": 0, "mlp": config.hidden_size, "wide_mlp": 4 * config.hidden_size}[router.network]
+    width = config.hidden_size
 
-    def size(outputs: int) -> int:
-        return config.hidden_size * hidden + hidden * outputs if hidden else config.hidden_size * outputs
+    def size(network: str, outputs: int) -> int:
+        if network == "random":
+            return 0
+        hidden = {"linear": 0, "mlp": width, "wide_mlp": 4 * width}[network]
+        return width * hidden + hidden * outputs if hidden else width * outputs
 
     if isinstance(router, TokenChoiceConfig):
-        return (size(config.recursions), *(0,) * (config.recursions - 1))
-    networks = 2 if router.causal == "aux_router" else 1
-    return (networks * size(1),) * config.recursions
+        return (size(router.network, config.recursions), *(0,) * (config.recursions - 1))
+    numbers = size(router.network, 1)
+    if router.causal == "aux_router":
+        # Beside random scores the auxiliary router is the linear one.
+        numbers += size("linear" if router.network == "random" else router.network, 1)
+    return (numbers,) * config.recursions
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:

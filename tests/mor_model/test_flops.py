@@ -141,6 +141,7 @@ def test_impossible_numbers_are_refused(arguments, message):
         ("mlp", "aux_loss", 3 * (48 * 48 + 48)),
         ("wide_mlp", "aux_router", 2 * 3 * (48 * 192 + 192)),
         ("random", "aux_loss", 0),
+        ("random", "aux_router", 3 * 48),
     ],
 )
 def test_router_parameters(network, causal, numbers):

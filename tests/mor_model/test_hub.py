@@ -1,0 +1,82 @@
+"""Interchange with transformers: vanilla is Llama, and what is exported loads without this project."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mor_model.config import ModelConfig
+from mor_model.hub.llama import from_llama, llama_config, to_llama
+from mor_model.model import RecursiveTransformer
+
+SHAPES = {
+    "grouped heads": {"num_heads": 4, "num_kv_heads": 2},
+    "own heads, untied": {"num_heads": 4, "num_kv_heads": 4, "tie_embeddings": False},
+    "one key head, wide heads": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 20, "rope_theta": 5e4},
+    "a cycle of one recursion, untied": {
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "sharing": "cycle",
+        "tie_embeddings": False,
+        "norm_eps": 1e-6,
+    },
+}
+
+
+def vanilla(name: str) -> ModelConfig:
+    shape = {"vocab_size": 97, "hidden_size": 48, "num_layers": 3, "intermediate_size": 80, **SHAPES[name]}
+    return ModelConfig.from_dict(shape)
+
+
+def initialized(config: ModelConfig) -> RecursiveTransformer:
+    """A network whose logits are large enough for a comparison to mean something."""
+    model = RecursiveTransformer(config)
+    model.initialize(1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0).add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def llama_of(model: RecursiveTransformer) -> LlamaForCausalLM:
+    llama = LlamaForCausalLM(LlamaConfig(**llama_config(model.config)))
+    missing, unexpected = llama.load_state_dict(to_llama(model.state_dict(), model.config), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if model.config.tie_embeddings else [], [])
+    llama.tie_weights()
+    return llama
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_vanilla_logits_and_gradients_are_llamas(name):
+    model = initialized(vanilla(name))
+    llama = llama_of(model)
+    tokens = torch.randint(97, (2, 34), generator=torch.Generator().manual_seed(3))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+
+    expected = llama(inputs).logits
+    output = model(inputs, labels, return_logits=True)
+    torch.testing.assert_close(output.logits_BTV, expected, rtol=1e-5, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=1e-5)
+
+    loss.backward()
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = to_llama(gradients, model.config)
+    compared = 0
+    for parameter_name, parameter in llama.named_parameters():
+        torch.testing.assert_close(gradients[parameter_name], parameter.grad, rtol=1e-5, atol=1e-5)
+        assert parameter.grad.abs().max() > 1e-4
+        compared += 1
+    assert compared == len(gradients) == 2 + 9 * 3 + (0 if model.config.tie_embeddings else 1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_weights_survive_the_way_to_llama_and_back(name):
+    model = initialized(vanilla(name))
+    state = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
+    back = from_llama(to_llama(state, model.config), model.config, "checkpoint")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
