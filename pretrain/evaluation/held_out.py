@@ -1,0 +1,113 @@
+"""The run's held-out text: which files, and which part of it is read.
+
+A part is chosen in bytes, not tokens, and in an order that only the documents decide, so models with other tokenizers
+and other training data orders are measured on the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import yaml
+import zstandard
+
+from data_prep.errors import DataError
+from pretrain.errors import RunError
+from pretrain.run_folder import RunFolder
+
+TEST_FILE = Path("held_out", "test.jsonl.zst")
+
+
+class Document(NamedTuple):
+    text: str
+    source: str
+
+
+def held_out_files(run: RunFolder, data: Path | None = None) -> list[Path]:
+    """Files with the held-out test documents of the run's data sets.
+
+    Args:
+        data: data set folder to read instead of the ones the recipe names (they may have moved).
+
+    Raises:
+        RunError: when the recipe names no data set, or a data set has no held-out text.
+    """
+    folders = [data] if data else _data_folders(run)
+    files = [folder / TEST_FILE for folder in folders]
+    for file in files:
+        if not file.is_file():
+            raise RunError(
+                f"{file}: missing; perplexity, own and routing read the raw text of the held-out documents. "
+                "Give the data set's folder (--data DIR), or prepare it with a test split (mor prep tokenize)."
+            )
+    return files
+
+
+def _data_folders(run: RunFolder) -> list[Path]:
+    try:
+        recipe = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+        data = recipe["data"]
+        folders = [data["path"]] if data.get("path") else [source["path"] for source in data["sources"]]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise RunError(f"{run.recipe_file}: names no data set ({error}); give its folder with --data DIR.") from None
+    return [Path(folder) for folder in folders]
+
+
+def read_documents(files: list[Path]) -> list[Document]:
+    """Every document of JSON lines files (.jsonl.zst, fields `text` and, where there is one, `source`), those without
+    words left out.
+
+    Raises:
+        DataError: a file that is not zstandard, a line that is not an object with a text, or no documents at all.
+    """
+    documents = []
+    for file in files:
+        number = 0
+        try:
+            with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+                for line in io.BufferedReader(stream):
+                    number += 1
+                    record = orjson.loads(line)
+                    if record["text"].strip():
+                        documents.append(Document(record["text"], record.get("source") or ""))
+        except (zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file}: damaged at or after line {number} ({error!r}); prepare the data set again."
+            ) from None
+    if not documents:
+        raise DataError(
+            f"{', '.join(map(str, files))}: no held-out documents; prepare the data set with a larger test share."
+        )
+    return documents
+
+
+def choose(documents: list[Document], most_bytes: int) -> list[Document]:
+    """Documents in the order of their texts' SHA-256, up to `most_bytes` UTF-8 bytes; the last one is cut after a
+    word.
+    """
+    ordered = sorted(documents, key=lambda document: hashlib.sha256(document.text.encode("utf-8")).digest())
+    chosen = []
+    room = most_bytes
+    for document in ordered:
+        size = len(document.text.encode("utf-8"))
+        if size > room:
+            cut = document.text.encode("utf-8")[:room].decode("utf-8", errors="ignore")
+            head = cut[: max(cut.rfind(" "), cut.rfind("\n"), 0)].rstrip()
+            if head:
+                chosen.append(Document(head, document.source))
+            break
+        chosen.append(document)
+        room -= size
+    return chosen
+
+
+def digest(documents: list[Document]) -> str:
+    """SHA-256 (hex) of the documents in order."""
+    value = hashlib.sha256()
+    for document in documents:
+        value.update(document.text.encode("utf-8") + b"\0")
+    return value.hexdigest()

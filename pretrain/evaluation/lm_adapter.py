@@ -1,0 +1,114 @@
+"""The network as a language model of lm-evaluation-harness.
+
+Every rank builds all requests and receives all answers; `Scorer` divides the computation. So the harness sees one
+process, and a task with fewer questions than ranks is no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from pretrain.errors import UserError
+from pretrain.evaluation.likelihood import Scorer, evaluating, split_windows
+
+
+class HarnessModel(TemplateLM):
+    """`lm_eval.api.model.TemplateLM` over a `Scorer` and a tokenizer.
+
+    Args:
+        tokenizer: `encode_batch(list of str) -> list of ids`, `decode(ids) -> str` and `eod_id`. END_OF_DOCUMENT
+            stands where a request has no context, and before every rolling document.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: Any) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self._tokenizer = tokenizer
+        self._encoded: dict[str, list[int]] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.scorer.eod_id
+
+    @property
+    def max_length(self) -> int:
+        return self.scorer.max_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if string not in self._encoded:
+            self._encode([string])
+        return self._encoded[string]
+
+    def count_tokens(self, string: str) -> int:
+        return len(self.tok_encode(string))
+
+    def _encode(self, strings: Sequence[str]) -> None:
+        unknown = list(dict.fromkeys(string for string in strings if string not in self._encoded))
+        self._encoded.update(zip(unknown, (list(ids) for ids in self._tokenizer.encode_batch(unknown))))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives it) of each request's continuation."""
+        pairs = [request.args for request in requests]
+        # The harness asks string by string; encoded together, they go through the tokenizer's batched path.
+        self._encode([text for context, continuation in pairs for text in (context + continuation, context.rstrip())])
+        answers = super().loglikelihood(requests, disable_tqdm=True)
+        self._encoded.clear()
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        windows, owner = [], []
+        for number, ((_, text), context, continuation) in enumerate(requests):
+            # A token that spans the border, or a tokenizer that drops bytes, can leave the continuation without a
+            # token of its own.
+            pieces = split_windows(
+                context or [self.eot_token_id], continuation or self.tok_encode(text), self.max_length
+            )
+            windows.extend(pieces)
+            owner.extend([number] * len(pieces))
+        answers = [(0.0, True)] * len(requests)
+        for number, nats, greedy in zip(owner, *self.scorer.score(windows)):
+            answers[number] = (answers[number][0] + float(nats), answers[number][1] and bool(greedy))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood in nats of each request's whole text, in rolling windows after one END_OF_DOCUMENT."""
+        texts = [request.args[0] for request in requests]
+        self._encode(texts)
+        whole = [((("", text)), [self.eot_token_id], self._encoded[text]) for text in texts]
+        return [nats for nats, _ in self._loglikelihood_tokens(whole)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy (or sampled, as the task says) continuations, cut at the task's stop strings.
+
+        Raises:
+            UserError: under top-k routing, which needs the future of what it generates.
+        """
+        from mor_model.generation import generate
+
+        if self.scorer.routing != "causal":
+            raise UserError("text is generated token by token, which top-k routing cannot do; use routing=causal.")
+        texts = []
+        with evaluating(self.scorer.model):
+            for context, options in (request.args for request in requests):
+                length = int(options.get("max_gen_toks", 256))
+                prompt = (self.tok_encode(context) if context else [])[-max(1, self.max_length - length) :]
+                made = generate(
+                    self.scorer.model,
+                    [prompt or [self.eot_token_id]],
+                    max_new_tokens=min(length, self.max_length - 1),
+                    temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+                    eos_id=self.eot_token_id,
+                    depth=self.scorer.depth,
+                )
+                text = self._tokenizer.decode([token for token in made.tokens[0] if token != self.eot_token_id])
+                stops = options.get("until") or []
+                for stop in [stops] if isinstance(stops, str) else stops:
+                    text = text.split(stop)[0] if stop else text
+                texts.append(text)
+        return texts

@@ -1,0 +1,114 @@
+"""Perplexity the way WikiText is measured: per token, per word and per byte, and bits per byte.
+
+Every document is scored on its own, after one END_OF_DOCUMENT token, in the rolling windows of
+`likelihood.split_windows`. With L the summed log-likelihood (nats) of all tokens:
+
+    token perplexity = exp(-L / tokens)      word perplexity = exp(-L / words)
+    byte perplexity  = exp(-L / bytes)       bits per byte   = -L / (bytes ln 2)
+
+Words are white-space separated, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer; token
+perplexity does, and is comparable only between models that share one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pretrain.evaluation.likelihood import Scorer, Window, split_windows
+
+Item = TypeVar("Item")
+METRICS = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_JACKKNIFE_BLOCKS = 50
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """One document: summed log-likelihood in nats, and what it is divided by."""
+
+    log_likelihood: float
+    tokens: int
+    words: int
+    bytes: int
+
+
+def perplexities(scores: Sequence[DocumentScore]) -> dict[str, float]:
+    """The figures of `METRICS` over all documents together.
+
+    Raises:
+        ValueError: no documents, or none with a token, a word and a byte.
+    """
+    nats = -math.fsum(score.log_likelihood for score in scores)
+    tokens, words, size = (sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes"))
+    if not (tokens and words and size):
+        raise ValueError("perplexity needs at least one document with a token and a word in it.")
+    return {
+        "token_perplexity": _exp(nats / tokens),
+        "word_perplexity": _exp(nats / words),
+        "byte_perplexity": _exp(nats / size),
+        "bits_per_byte": nats / size / math.log(2),
+    }
+
+
+def _figure(name: str, scores: Sequence[DocumentScore]) -> float:
+    return perplexities(scores)[name]
+
+
+def _exp(exponent: float) -> float:
+    # Word perplexity of an untrained model can pass the largest float.
+    return math.exp(exponent) if exponent < 700.0 else math.inf
+
+
+def jackknife(statistic: Callable[[Sequence[Item]], float], items: Sequence[Item]) -> float | None:
+    """Standard error of `statistic(items)` by the delete-a-group jackknife (Kott 2001, "The delete-a-group jackknife").
+
+    Items are dealt into at most 50 groups of nearly equal size; None when there are fewer than two items. For a mean
+    with one item a group it is the textbook standard deviation / sqrt(n).
+    """
+    groups = min(_JACKKNIFE_BLOCKS, len(items))
+    if groups < 2:
+        return None
+    left_out = [statistic([item for i, item in enumerate(items) if i % groups != group]) for group in range(groups)]
+    if not np.isfinite(left_out).all():
+        return None
+    return float(np.sqrt((groups - 1) / groups * np.square(np.asarray(left_out) - np.mean(left_out)).sum()))
+
+
+def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> list[DocumentScore]:
+    """Score every text on its own.
+
+    Args:
+        tokenizer: has `encode_batch(list of str)`, giving one list of ids a text.
+    """
+    encoded = [list(ids) for ids in tokenizer.encode_batch(list(texts))]
+    windows: list[Window] = []
+    owner: list[int] = []
+    for number, ids in enumerate(encoded):
+        pieces = split_windows([scorer.eod_id], ids, scorer.max_length)
+        windows.extend(pieces)
+        owner.extend([number] * len(pieces))
+    likelihood, _ = scorer.score(windows)
+    sums = np.bincount(np.asarray(owner, dtype=np.int64), weights=likelihood, minlength=len(texts))
+    return [
+        DocumentScore(float(nats), len(ids), len(text.split()), len(text.encode("utf-8")))
+        for nats, ids, text in zip(sums, encoded, texts)
+    ]
+
+
+def evaluate_perplexity(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Perplexities of the texts that hold a word, with standard errors over documents and the counts behind them."""
+    scores = score_documents(scorer, tokenizer, [text for text in texts if text.split()])
+    metrics = perplexities(scores)
+    return {
+        "metrics": metrics,
+        "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
+        "n": len(scores),
+        "tokens": sum(score.tokens for score in scores),
+        "words": sum(score.words for score in scores),
+        "bytes": sum(score.bytes for score in scores),
+    }

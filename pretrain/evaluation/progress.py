@@ -1,0 +1,34 @@
+"""One bar a suite, with the time that is left; nothing where no one is watching."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pretrain.evaluation.evaluate import SuiteProgress
+from pretrain.evaluation.likelihood import Progress
+
+
+@contextmanager
+def suite_progress(title: str) -> Iterator[SuiteProgress | None]:
+    """Yields what `evaluate_run` takes as `progress`; None when standard error is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(file=sys.stderr), transient=True) as bars:
+
+        def begin(suite: str) -> Progress:
+            bar = bars.add_task(f"{title}: {suite}", total=None)
+
+            def advance(done: int, total: int) -> None:
+                bars.update(bar, completed=done, total=total)
+
+            return advance
+
+        yield begin

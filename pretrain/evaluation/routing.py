@@ -1,0 +1,186 @@
+"""What the routers do with held-out text: how deep tokens go, which ones, and how much top-k's look ahead is worth.
+
+Text is packed as in training: documents joined by END_OF_DOCUMENT and cut into full windows, which is what top-k
+selection was trained on. The same windows are read twice, once with each routing. The difference of the two losses,
+causal minus top-k, is the measured leak: what the training-time loss owes to seeing the future (or to a causal router
+that decides otherwise).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.evaluation.likelihood import ROUTINGS, Progress, Scorer, evaluating, rank_and_world
+
+TOKEN_CLASSES = ("end of document", "white space", "number", "punctuation", "word start", "word inside", "other")
+_DEEPEST_SHOWN = 20
+_SEEN_AT_LEAST = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Windows read with one routing; arrays are (windows, T)."""
+
+    losses: np.ndarray
+    depths: np.ndarray
+
+
+def pack(documents: Sequence[Sequence[int]], eod_id: int, length: int) -> np.ndarray:
+    """Documents joined by END_OF_DOCUMENT in windows of length + 1 tokens, each starting where the one before ended:
+    (N, length+1).
+
+    What does not fill a window is left out, unless nothing fills one: then the only window is as long as the text.
+    """
+    stream = np.asarray([token for document in documents for token in (*document, eod_id)], dtype=np.int64)
+    length = min(length, len(stream) - 1)
+    if length < 1:
+        return np.empty((0, 2), dtype=np.int64)
+    starts = np.arange(0, len(stream) - length, length)
+    return np.stack([stream[start : start + length + 1] for start in starts])
+
+
+def read_windows(scorer: Scorer, windows: np.ndarray, progress: Progress | None = None) -> Reading:
+    """Per-token losses (nats) and depths (recursion steps taken) of every window, computed on all ranks, returned on
+    all.
+    """
+    rank, world = rank_and_world()
+    size = max(1, 4096 // (windows.shape[1] - 1))
+    batches = [windows[start : start + size] for start in range(0, len(windows), size)]
+    mine: list[tuple[int, np.ndarray, np.ndarray]] = []
+    with evaluating(scorer.model):
+        # Every rank makes the same number of forward passes, which are collectives under ZeRO-3.
+        for turn in range(-(-len(batches) // world)):
+            index = turn * world + rank
+            batch = torch.from_numpy(batches[min(index, len(batches) - 1)]).to(scorer.device)
+            out = scorer.forward(batch[:, :-1], labels_BT=batch[:, 1:], return_losses=True, return_routing=True)
+            if index < len(batches):
+                if out.routing is None:
+                    depths = np.full(out.losses_BT.shape, scorer.model.config.recursions)
+                else:
+                    depths = out.routing.depth_BT.cpu().numpy()
+                mine.append((index, out.losses_BT.float().cpu().numpy(), depths))
+            if progress is not None:
+                progress(min((turn + 1) * world, len(batches)) * batch[:, 1:].numel(), windows[:, 1:].size)
+    parts = [mine]
+    if world > 1:
+        parts = [[] for _ in range(world)]
+        dist.all_gather_object(parts, mine)
+    ordered = sorted((part for share in parts for part in share), key=lambda part: part[0])
+    return Reading(np.concatenate([p[1] for p in ordered]).astype(np.float64), np.concatenate([p[2] for p in ordered]))
+
+
+def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Depth histograms, depth per token class, and the loss under either routing.
+
+    Returns:
+        metrics (nats per token, recursion steps) and their standard errors over windows, depth_histogram by routing
+        (share of tokens at 0, 1, ... R steps), loss_at_depth (causal), token_classes (causal: share of tokens, mean
+        depth, mean loss of predicting what follows) and deepest_tokens.
+    """
+    config = scorer.model.config
+    windows = pack([list(ids) for ids in tokenizer.encode_batch(list(texts))], scorer.eod_id, scorer.max_length)
+    if not len(windows):
+        raise ValueError("routing analysis needs held-out text of at least two tokens.")
+    routed = config.router is not None
+    readings = {
+        routing: read_windows(dataclasses.replace(scorer, routing=routing), windows, scorer.progress)
+        for routing in (ROUTINGS if routed else ROUTINGS[:1])
+    }
+    causal = readings["causal"]
+    per_window = {f"loss_{name}": reading.losses.mean(axis=1) for name, reading in readings.items()}
+    per_window |= {f"mean_depth_{name}": reading.depths.mean(axis=1) for name, reading in readings.items()}
+    if routed:
+        per_window["leak"] = per_window["loss_causal"] - per_window["loss_topk"]
+    metrics = {name: float(values.mean()) for name, values in per_window.items()}
+    metrics["bits_per_byte"] = _bits_per_byte(causal.losses, windows[:, 1:], scorer.eod_id, tokenizer)
+    stderr = {
+        name: float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        for name, values in per_window.items()
+    }
+    return {
+        "metrics": metrics,
+        "stderr": stderr,
+        "n": len(windows),
+        "tokens": int(windows[:, 1:].size),
+        "recursions": config.recursions,
+        "routed": routed,
+        "depth_histogram": {
+            name: (np.bincount(reading.depths.ravel(), minlength=config.recursions + 1) / reading.depths.size).tolist()
+            for name, reading in readings.items()
+        },
+        "loss_at_depth": _loss_at_depth(causal, config.recursions),
+        **_by_token(causal, windows[:, :-1], scorer.eod_id, tokenizer),
+    }
+
+
+def _bits_per_byte(losses: np.ndarray, labels: np.ndarray, eod_id: int, tokenizer: Any) -> float:
+    """Of the text the windows predict; predicting END_OF_DOCUMENT costs nats but spells no bytes."""
+    size = sum(len(tokenizer.decode([int(t) for t in row if t != eod_id]).encode("utf-8")) for row in labels)
+    return float(losses.sum() / max(size, 1) / math.log(2))
+
+
+def _loss_at_depth(reading: Reading, recursions: int) -> list[float | None]:
+    """Mean loss of the tokens that took 0, 1, ... R steps; None for a depth that none took."""
+    means = []
+    for depth in range(recursions + 1):
+        chosen = reading.losses[reading.depths == depth]
+        means.append(float(chosen.mean()) if chosen.size else None)
+    return means
+
+
+def token_class(text: str) -> str:
+    """One of `TOKEN_CLASSES` for the text a token stands for, leading space included."""
+    bare = text.strip()
+    if not bare:
+        return "white space"
+    if "\ufffd" in bare:
+        return "other"
+    if all(character.isnumeric() for character in bare):
+        return "number"
+    if all(unicodedata.category(character)[0] in "PS" for character in bare):
+        return "punctuation"
+    if any(character.isalpha() for character in bare):
+        return "word start" if text[0].isspace() else "word inside"
+    return "other"
+
+
+def _spelling(tokenizer: Any, token: int) -> str:
+    # Decoded alone, a token loses the space it begins with; behind another one it keeps it.
+    anchor = list(tokenizer.encode("a"))[-1:]
+    return tokenizer.decode([*anchor, token])[len(tokenizer.decode(anchor)) :]
+
+
+def _by_token(reading: Reading, inputs: np.ndarray, eod_id: int, tokenizer: Any) -> dict[str, Any]:
+    ids, inverse = np.unique(inputs, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    spellings = [_spelling(tokenizer, int(token)) if token != eod_id else "" for token in ids]
+    classes = [
+        "end of document" if token == eod_id else token_class(text) for token, text in zip(ids.tolist(), spellings)
+    ]
+    class_of = np.asarray([TOKEN_CLASSES.index(name) for name in classes])[inverse]
+    depths, losses = reading.depths.ravel(), reading.losses.ravel()
+    table = {}
+    for number, name in enumerate(TOKEN_CLASSES):
+        chosen = class_of == number
+        if chosen.any():
+            table[name] = {
+                "share": float(chosen.mean()),
+                "mean_depth": float(depths[chosen].mean()),
+                "loss": float(losses[chosen].mean()),
+            }
+    counts = np.bincount(inverse)
+    means = np.bincount(inverse, weights=depths) / counts
+    frequent = [index for index in np.argsort(-means, kind="stable") if counts[index] >= _SEEN_AT_LEAST]
+    deepest = [
+        {"token": spellings[i], "id": int(ids[i]), "count": int(counts[i]), "mean_depth": float(means[i])}
+        for i in frequent[:_DEEPEST_SHOWN]
+    ]
+    return {"token_classes": table, "deepest_tokens": deepest}

@@ -1,0 +1,143 @@
+"""Which suites there are, and where each finds its data on this machine.
+
+`perplexity`, `own` and `routing` need the run's held-out text alone. The published benchmarks are rows of
+tasks/benchmarks.yaml: their questions come from files below $MOR_SHARED_DATA/eval, or from the hub where that is
+allowed and answers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from pretrain.errors import UserError
+
+TASKS = Path(__file__).parent / "tasks"
+HELD_OUT_SUITES = ("perplexity", "own", "routing")
+_HUB_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A row of benchmarks.yaml, where each field is explained."""
+
+    name: str
+    tasks: tuple[str, ...]
+    local: dict[str, str]
+    metric: str
+    chance: float | None = None
+    where: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    fewshot: int = 0
+
+    def task_files(self) -> list[Path]:
+        """The harness's task files of this suite; a leading underscore marks groups and templates.
+
+        Raises:
+            UserError: when the installed harness has none.
+        """
+        root = harness_tasks()
+        files = sorted({file for pattern in self.tasks for file in root.glob(pattern) if not file.name.startswith("_")})
+        if not files:
+            raise UserError(
+                f"{self.name}: the installed lm-eval has no {' or '.join(self.tasks)} below {root}; "
+                "install the version that constraints.txt names."
+            )
+        return files
+
+
+@functools.cache
+def harness_tasks() -> Path:
+    """lm-evaluation-harness's folder of task files, found without importing it."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "lm-eval is not installed, and few-shot suites need it; `pip install -c constraints.txt -e .` brings it."
+        )
+    return Path(spec.origin).parent / "tasks"
+
+
+@functools.cache
+def benchmarks() -> dict[str, Suite]:
+    """Every published benchmark by its suite's name."""
+    table = yaml.safe_load((TASKS / "benchmarks.yaml").read_text(encoding="utf-8"))
+    return {name: Suite(name=name, **{**row, "tasks": tuple(row["tasks"])}) for name, row in table.items()}
+
+
+def suite_names() -> list[str]:
+    return [*HELD_OUT_SUITES, *benchmarks()]
+
+
+def check_suites(names: Iterable[str]) -> list[str]:
+    """`names` without repetitions; `all` stands for every suite.
+
+    Raises:
+        UserError: for an unknown suite, naming the nearest known one.
+    """
+    known = suite_names()
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name == "all":
+            chosen.update(dict.fromkeys(known))
+        elif name in known:
+            chosen[name] = None
+        else:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known suites are {', '.join(known)}."
+            raise UserError(f"evaluation suite '{name}' is unknown; {hint}")
+    return list(chosen)
+
+
+def shared_evaluation_data() -> Path | None:
+    """$MOR_SHARED_DATA/eval, or None where the variable is not set.
+
+    Raises:
+        UserError: when the variable names a folder without eval/.
+    """
+    folder = os.environ.get("MOR_SHARED_DATA")
+    if not folder:
+        return None
+    data = Path(folder) / "eval"
+    if not data.is_dir():
+        raise UserError(
+            f"MOR_SHARED_DATA={folder} has no folder eval/ with evaluation sets; correct the variable or unset it."
+        )
+    return data
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub accepts a connection within two seconds. HF_HUB_OFFLINE and HF_ENDPOINT are
+    honoured.
+    """
+    if any(
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    ):
+        return False
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        with socket.create_connection((address.hostname or "", port), timeout=_HUB_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def skipped(task: str, why: str) -> dict[str, str]:
+    """An entry of a result's `skipped` list for a task whose data is out of reach."""
+    return {
+        "task": task,
+        "why": why,
+        "how": "set MOR_SHARED_DATA to a folder with eval/, or allow the hub where it answers (mor eval RUN --hub).",
+    }

@@ -1,0 +1,82 @@
+"""Evaluation results as a table: one row a suite, one column a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Results = dict[str, dict[str, dict[str, Any]]]
+"""By run name, by suite: what `evaluate.evaluate_run` returns."""
+
+
+def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: suite, metric (with its direction), questions, chance, then each run's value and standard
+    error.
+    """
+    header = ["suite", "metric", "n", "chance", *results]
+    suites = list(dict.fromkeys(suite for by_suite in results.values() for suite in by_suite))
+    rows = []
+    for suite in suites:
+        found = [by_suite.get(suite) for by_suite in results.values()]
+        figures = [result["primary"] if result else None for result in found]
+        known = next((figure for figure in figures if figure), None)
+        if known is None:
+            continue
+        counts = sorted({figure["n"] for figure in figures if figure})
+        rows.append(
+            [
+                suite,
+                f"{known['metric']} {'↑' if known['higher_is_better'] else '↓'}",
+                "/".join(map(str, counts)),
+                "" if known["chance"] is None else f"{known['chance']:.2f}",
+                *(_cell(figure, result) for figure, result in zip(figures, found)),
+            ]
+        )
+    return header, rows
+
+
+def _cell(figure: dict[str, Any] | None, result: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "skipped" if result else ""
+    if figure["value"] is None:
+        return "not finite"
+    error = figure["stderr"]
+    digits = 4 if error is None or error <= 0 else min(6, max(2, 1 - math.floor(math.log10(error))))
+    value = f"{figure['value']:.{digits}f}"
+    return value if error is None else f"{value} ± {error:.{digits}f}"
+
+
+def skipped_lines(results: Results) -> list[str]:
+    """One sentence for every suite that something was left out of, with the reason and what to do."""
+    lines: dict[str, None] = {}
+    for by_suite in results.values():
+        for suite, result in by_suite.items():
+            reasons: dict[tuple[str, str], list[str]] = {}
+            for entry in result["skipped"]:
+                reasons.setdefault((entry["why"], entry["how"]), []).append(entry["task"])
+            for (why, how), tasks in reasons.items():
+                what = suite if not result["tasks"] else f"{suite} ({len(tasks)} of its tasks)"
+                lines[f"{what} was skipped: {why}; {how}"] = None
+    return list(lines)
+
+
+def markdown_summary(results: Results) -> str:
+    """The table and the skipped suites in Markdown."""
+    header, rows = summary_rows(results)
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join([*lines, "", *(f"- {line}" for line in skipped_lines(results))]).rstrip() + "\n"
+
+
+def print_summary(results: Results) -> None:
+    """Print the table to standard output and, below it, what was skipped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, rows = summary_rows(results)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for line in skipped_lines(results):
+        console.print(line, style="yellow", markup=False, highlight=False)

@@ -1,0 +1,86 @@
+"""Perplexities against the definitions, written out, and the harness's own page rules."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.evaluation.likelihood import Scorer
+from pretrain.evaluation.local_data import wikitext_pages
+from pretrain.evaluation.perplexity import DocumentScore, evaluate_perplexity, jackknife, perplexities
+from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand
+
+TEXTS = ["A short text.", "Ein längerer Text mit Umlauten, über mehrere Fenster.\n\nUnd Absätzen.", "  three words here "]
+
+
+def test_the_four_figures_are_their_definitions():
+    model = BigramModel(context_length=16)
+    result = evaluate_perplexity(Scorer(model, EOD), ByteTokenizer(), TEXTS)
+    nats = -sum(by_hand(model, [EOD, *text.encode()]) for text in TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    words = 3 + 10 + 3
+    assert result["metrics"] == pytest.approx(
+        {
+            "token_perplexity": math.exp(nats / size),
+            "word_perplexity": math.exp(nats / words),
+            "byte_perplexity": math.exp(nats / size),
+            "bits_per_byte": nats / size / math.log(2),
+        },
+        rel=1e-6,
+    )
+    assert (result["n"], result["tokens"], result["bytes"], result["words"]) == (3, size, size, words)
+    assert all(value > 0 for value in result["stderr"].values())
+
+
+def test_texts_without_words_are_left_out_and_nothing_at_all_is_refused():
+    result = evaluate_perplexity(Scorer(BigramModel(), EOD), ByteTokenizer(), [*TEXTS, "", " \n"])
+    assert result["n"] == 3
+    with pytest.raises(ValueError, match="at least one document"):
+        perplexities([])
+
+
+def test_a_hopeless_model_has_infinite_word_perplexity_rather_than_an_error():
+    assert perplexities([DocumentScore(-5000.0, 100, 2, 400)])["word_perplexity"] == math.inf
+
+
+def test_the_jackknife_of_a_mean_is_the_textbook_standard_error():
+    values = np.random.default_rng(0).normal(size=40).tolist()
+    assert jackknife(np.mean, values) == pytest.approx(np.std(values, ddof=1) / math.sqrt(40), rel=1e-12)
+    assert jackknife(np.mean, values[:1]) is None
+
+
+def test_the_jackknife_of_a_ratio_agrees_with_repeated_sampling():
+    generator = np.random.default_rng(1)
+
+    def draw():
+        sizes = generator.integers(50, 500, 400)
+        return [(float(size * generator.normal(1.0, 0.2)), int(size)) for size in sizes]
+
+    def ratio(items):
+        return sum(a for a, _ in items) / sum(b for _, b in items)
+
+    spread = np.std([ratio(draw()) for _ in range(400)])
+    assert jackknife(ratio, draw()) == pytest.approx(spread, rel=0.35)
+
+
+def test_a_page_begins_at_its_title_and_nothing_but_line_ends_between_pages_is_lost():
+    text = " \n = One = \n \n = = Part = = \n text = a = b\n = Two = \n more \n"
+    pages = list(wikitext_pages(text))
+    assert pages == [" = One = \n \n = = Part = = \n text = a = b", " = Two = \n more \n"]
+    assert "\n".join([" ", *pages]) == text
+
+
+def test_wikitext_has_the_pages_words_and_bytes_it_is_known_to_have(shared_data: Path):
+    text = (shared_data / "eval/wikitext/wiki.test.raw").read_text(encoding="utf-8")
+    pages = list(wikitext_pages(text))
+    assert len(pages) == 62
+    assert len(text.encode()) == 1_290_590
+    assert len(text.split()) == sum(len(page.split()) for page in pages) == 241_211
+    # A border between two pages is one line end, and the blank line " \n" before the first title is no page.
+    assert sum(len(page.encode()) for page in pages) == 1_290_590 - 61 - 2
+    # The harness counts words by splitting at white space, which also counts what is empty at a page's ends.
+    assert sum(len(re.split(r"\s+", page)) for page in pages) == 241_335
