@@ -127,7 +127,7 @@ class ExpertChoiceConfig:
                 raise ConfigError(
                     f"{where}.capacities: must be a list with one share per recursion, not {self.capacities!r}."
                 )
-            _check_capacities(self.capacities)
+            check_capacities(f"{where}.capacities", self.capacities)
             object.__setattr__(self, "capacities", tuple(float(capacity) for capacity in self.capacities))
 
     def step_capacities(self, recursions: int) -> tuple[float, ...]:
@@ -137,14 +137,19 @@ class ExpertChoiceConfig:
         return tuple((recursions - r) / recursions for r in range(recursions))
 
 
-def _check_capacities(capacities: tuple[float, ...] | list[float]) -> None:
+def check_capacities(where: str, capacities: tuple[float, ...] | list[float]) -> None:
+    """Refuse shares of the sequence that no sequence of recursion steps can have.
+
+    Raises:
+        ConfigError: naming `where` they come from.
+    """
     for capacity in capacities:
         if not (_is_number(capacity) and 0.0 < capacity <= 1.0):
-            raise ConfigError(f"model.router.capacities: each must lie in (0, 1], not {capacity!r}.")
+            raise ConfigError(f"{where}: each must lie in (0, 1], not {capacity!r}.")
     for earlier, later in itertools.pairwise(capacities):
         if later > earlier:
             raise ConfigError(
-                f"model.router.capacities: {later} after {earlier}; they may not increase, because only tokens "
+                f"{where}: {later} after {earlier}; they may not increase, because only tokens "
                 "selected at one step compete at the next."
             )
 
@@ -285,6 +290,11 @@ class ModelConfig:
                 raise ConfigError(
                     f"model.kv_sharing: {self.kv_sharing!r} wants the same layers at every recursion, which sharing "
                     f"{self.sharing!r} does not give; use cycle or middle_cycle."
+                )
+            if self.capacities[0] < 1.0:
+                raise ConfigError(
+                    f"model.kv_sharing: {self.kv_sharing!r} reads every token's first keys, so the first of the router's "
+                    f"capacities must be 1, not {self.capacities[0]}."
                 )
         if self.reset_positions and not self.document_masking:
             raise ConfigError(

@@ -103,6 +103,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**routed(), "sharing": "middle_sequence", "kv_sharing": "hybrid"},
         "'hybrid' wants the same layers at every recursion",
     ),
+    "shared keys of some tokens": (
+        {**routed(capacities=[0.9, 0.5, 0.2]), "kv_sharing": "shared"},
+        "the first of the router's capacities must be 1, not 0.9",
+    ),
     "positions reset without documents": ({**SMALL, "reset_positions": True}, "set document_masking too"),
     "misspelt key": ({**SMALL, "hiden_size": 3}, "unknown key 'hiden_size'; did you mean 'hidden_size'"),
     "misspelt router key": (routed(alfa=1.0), "unknown key 'alfa'; did you mean 'alpha'"),
