@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mor_model.presets import preset as preset
     from mor_model.schedule import LayerSchedule as LayerSchedule
     from mor_model.schedule import layer_schedule as layer_schedule
+    from mor_model.weights import load_model as load_model
+    from mor_model.weights import save_weights as save_weights
 
 _HOMES = {
     "ConfigError": "errors",
@@ -32,7 +34,9 @@ _HOMES = {
     "Routing": "outputs",
     "TokenChoiceConfig": "config",
     "layer_schedule": "schedule",
+    "load_model": "weights",
     "preset": "presets",
+    "save_weights": "weights",
 }
 __all__ = sorted(_HOMES)
 

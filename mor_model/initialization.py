@@ -22,11 +22,11 @@ RESIDUAL_WRITERS = ("attention.output.weight", "feed_forward.down.weight")
 Gathered = Callable[[nn.Parameter], AbstractContextManager[object]]
 
 
-def _ungathered(_: nn.Parameter) -> AbstractContextManager[object]:
+def whole(_: nn.Parameter) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def initialize(model: nn.Module, config: ModelConfig, seed: int, gathered: Gathered = _ungathered) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int, gathered: Gathered = whole) -> None:
     """Fill every parameter in place.
 
     Each parameter draws from a generator of its own, seeded by (seed, name), on the CPU: neither the order of

@@ -61,18 +61,17 @@ class KVCache(Protocol):
 
 
 class Memory(NamedTuple):
-    """Keys and values of an earlier recursion step that this step's queries read instead of, or besides, their own.
+    """Keys and values of an earlier recursion step, which this step's queries read.
 
     Attributes:
-        key_BSGK, value_BSGK: rotated keys, and values.
-        slots_BN: None reads the memory as it is, so no keys or values are computed here. Otherwise the entry of each
-            present token, which is replaced by the token's present key and value.
-        written_BN: with slots_BN, False for places in the list that hold no real selection and must not be written;
-            None for all True.
+        key_BTGK, value_BTGK: rotated keys, and values, of all T tokens.
+        slots_BN: None reads the memory as it is, and no keys or values are computed here (shared). Otherwise (hybrid)
+            the place of each present token, whose entry its present key and value replace.
+        written_BN: with slots_BN, False for places that hold no selection and must not be written; None for all True.
     """
 
-    key_BSGK: Tensor
-    value_BSGK: Tensor
+    key_BTGK: Tensor
+    value_BTGK: Tensor
     slots_BN: Tensor | None = None
     written_BN: Tensor | None = None
 
@@ -99,13 +98,20 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear map without bias of which a caller may ask for the first outputs only."""
+    """A linear map without bias."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
-        return F.linear(x, self.weight if outputs is None else self.weight[:outputs])
+    def forward(self, x: Tensor, outputs: int | None = None, exact: bool = False) -> Tensor:
+        """x [..., inputs] to [..., outputs].
+
+        Args:
+            outputs: compute only the first so many outputs.
+            exact: use the weight in x's precision, whatever precision it is stored in.
+        """
+        weight = self.weight if outputs is None else self.weight[:outputs]
+        return F.linear(x, weight.to(x.dtype) if exact else weight)
 
 
 class Attention(nn.Module):
@@ -141,14 +147,14 @@ class Attention(nn.Module):
         batch, tokens, _ = x_BND.shape
         if memory is not None and memory.slots_BN is None:
             query = rotate(self.qkv(x_BND, heads * self.head_width).view(batch, tokens, heads, self.head_width), table)
-            key, value = memory.key_BSGK, memory.value_BSGK
+            key, value = memory.key_BTGK, memory.value_BTGK
         else:
             qkv = self.qkv(x_BND).view(batch, tokens, heads + 2 * kv_heads, self.head_width)
             query, key = rotate(qkv[:, :, : heads + kv_heads], table).split((heads, kv_heads), dim=2)
             value = qkv[:, :, heads + kv_heads :]
             if memory is not None:
-                key = _refreshed(memory.key_BSGK, key, memory.slots_BN, memory.written_BN)
-                value = _refreshed(memory.value_BSGK, value, memory.slots_BN, memory.written_BN)
+                key = _refreshed(memory.key_BTGK, key, memory.slots_BN, memory.written_BN)
+                value = _refreshed(memory.value_BTGK, value, memory.slots_BN, memory.written_BN)
             if cache is not None:
                 key, value = cache.update(key, value)
         attended = attend(query, key, value, visibility)

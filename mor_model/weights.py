@@ -1,0 +1,112 @@
+"""A model on disk: `model.safetensors` and `model.json` (the configuration) in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mor_model.config import ModelConfig
+from mor_model.errors import ConfigError
+from mor_model.model import RecursiveTransformer
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"
+TIED_HEAD = "head.weight"
+
+
+def save_weights(folder: str | Path, state_dict: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Write weights and configuration; a tied output head is stored once, as the embedding.
+
+    Each file appears whole or not at all; the configuration, which names the folder a model, comes last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in state_dict.items()
+        if not (config.tie_embeddings and name == TIED_HEAD)
+    }
+    _write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    _write_atomically(folder / CONFIG_FILE, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> RecursiveTransformer:
+    """Rebuild a saved model, in evaluation mode.
+
+    Args:
+        folder: what `save_weights` wrote.
+        dtype: precision of the parameters; None keeps what is stored.
+        device: where to put them.
+
+    Raises:
+        ConfigError: when a file is missing or damaged, or weights and configuration do not belong together.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder / WEIGHTS_FILE} is missing; name a folder that holds a saved model.") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{folder / WEIGHTS_FILE} cannot be read ({error}); copy or export the model again."
+        ) from None
+    model = RecursiveTransformer(config)
+    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    if config.tie_embeddings:
+        del expected[TIED_HEAD]
+    _check_fit(folder, expected, tensors)
+    if config.tie_embeddings:
+        tensors[TIED_HEAD] = tensors["embedding.weight"]
+    stored = tensors["embedding.weight"].dtype
+    model.to(dtype=dtype or stored)
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def _read_config(path: Path) -> ModelConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; name a folder that holds a saved model.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON ({error}); copy or export the model again.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} does not hold a configuration; copy or export the model again.")
+    return ModelConfig.from_dict(values)
+
+
+def _check_fit(folder: Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or surplus:
+        said = "; ".join(f"{what} {names[0]}" for what, names in (("missing", missing), ("unknown", surplus)) if names)
+        raise ConfigError(f"{folder}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} ({said}); export the model again.")
+    for name, tensor in expected.items():
+        if tensor.shape != given[name].shape:
+            raise ConfigError(
+                f"{folder}: {name} has shape {tuple(given[name].shape)} where {CONFIG_FILE} wants {tuple(tensor.shape)}; "
+                "export the model again."
+            )
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
