@@ -1,4 +1,6 @@
-"""DeepSpeed configurations, one plain JSON file each, to be named in a recipe (`deepspeed: {config: zero3}`) or passed by hand."""
+"""DeepSpeed configurations, one plain JSON file each, to be named in a recipe (`deepspeed: {config: zero3}`) or passed
+by hand.
+"""
 
 from __future__ import annotations
 

@@ -30,5 +30,8 @@ def find_disagreement(everyone: list[dict[str, str]]) -> str | None:
         odd = [(rank, value) for rank, value in enumerate(values) if value != usual]
         named = ", ".join(f"rank {rank} has {value}" for rank, value in odd[:4])
         more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-        return f"The ranks do not agree on {name}: {named}{more}, the others have {usual}; start all ranks from the same files."
+        return (
+            f"The ranks do not agree on {name}: {named}{more}, the others have {usual}; "
+            "start all ranks from the same files."
+        )
     return None

@@ -1,6 +1,7 @@
 """Which sequences a step trains on, and how they reach the ranks.
 
-The batch of a step is a pure function of the seed and of the run's position, one integer: the number of the next sample. It does
+The batch of a step is a pure function of the seed and of the run's position, one integer: the number of the next
+sample. It does
 not depend on the world size: the global batch is cut into micro-batches in order and dealt out to the ranks in turn.
 """
 
@@ -65,7 +66,8 @@ class MicroBatch:
 
     Attributes:
         inputs_BT, labels_BT: int64; labels are the inputs' successors.
-        documents_BT: int64 number of each token's document within its sequence; None unless the network masks documents.
+        documents_BT: int64 number of each token's document within its sequence; None unless the network masks
+            documents.
     """
 
     inputs_BT: torch.Tensor
@@ -88,7 +90,8 @@ class StepBatch:
 
 
 def take_samples(position: int, count: int, skipped: SkipRanges) -> tuple[tuple[int, ...], int]:
-    """The next `count` sample numbers from `position` on that are in no range of `skipped`, and the position after them.
+    """The next `count` sample numbers from `position` on that are in no range of `skipped`, and the position after
+    them.
 
     Args:
         skipped: ascending, disjoint ranges [first, last].
@@ -164,9 +167,11 @@ class BatchReader:
         return StepBatch(samples, next_position, tuple(micro_batches))
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
-        move = {"device": self._device, "non_blocking": True}
-        documents = batch.documents_BT.to(**move) if batch.documents_BT is not None else None
-        return MicroBatch(batch.inputs_BT.to(**move), batch.labels_BT.to(**move), documents)
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self._device, non_blocking=True)
+
+        documents = move(batch.documents_BT) if batch.documents_BT is not None else None
+        return MicroBatch(move(batch.inputs_BT), move(batch.labels_BT), documents)
 
 
 def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, pin: bool = False) -> MicroBatch:

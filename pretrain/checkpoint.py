@@ -3,8 +3,9 @@
     checkpoints/step-00000100/    DeepSpeed's files and checkpoint.json (written last: sizes, checksums, training state)
     checkpoints/latest            name of the newest
 
-A checkpoint is written under a temporary name, flushed, and renamed when every rank's files are complete. `latest` is only a hint
-for people and tools: resuming looks at the folders themselves and takes the newest one whose files agree with checkpoint.json.
+A checkpoint is written under a temporary name, flushed, and renamed when every rank's files are complete. `latest` is
+only a hint for people and tools: resuming looks at the folders themselves and takes the newest one whose files agree
+with checkpoint.json.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class TrainState:
     """Where a run stands; together with DeepSpeed's state all that resuming needs.
 
     Attributes:
-        step: finished optimiser steps; position: number of the next sample; tokens: trained on; flops: training FLOPs counted
-            from measured active shares.
+        step: finished optimiser steps; position: number of the next sample; tokens: trained on; flops: training FLOPs
+            counted from measured active shares.
         skipped: ranges [first, last] of sample numbers that are left out.
         non_finite_in_row: non-finite steps up to now without a sound one between.
         recent_losses: language-model loss of the last steps, for spotting spikes.
@@ -154,7 +155,8 @@ class CheckpointStore:
             warn: called on rank 0 with a sentence about every damaged checkpoint that was passed over.
 
         Raises:
-            RunError: when checkpoints are there but none can be used, or the run's shape (world size, ZeRO stage, ...) has changed.
+            RunError: when checkpoints are there but none can be used, or the run's shape (world size, ZeRO stage, ...)
+                has changed.
         """
         chosen: list[Any] = [None]
         if self._rank == 0:
@@ -221,7 +223,8 @@ class CheckpointStore:
             warn(f"Checkpoint {self.folder / name} is damaged ({problem}); trying the one before it.")
         if found:
             raise RunError(
-                f"{self.folder}: all {len(found)} checkpoints are damaged; restore one from a copy, or remove the folder to start over."
+                f"{self.folder}: all {len(found)} checkpoints are damaged; restore one from a copy, or remove the "
+                "folder to start over."
             )
         return None
 
@@ -230,7 +233,8 @@ class CheckpointStore:
             then = manifest.get(key)
             if then != now:
                 raise RunError(
-                    f"{self.folder / name}: written with {key} {then}, but this start has {now}; {_shape_advice(key, then)}"
+                    f"{self.folder / name}: written with {key} {then}, but this start has {now}; "
+                    f"{_shape_advice(key, then)}"
                 )
 
 

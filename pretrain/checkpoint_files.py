@@ -1,7 +1,8 @@
-"""Writing and reading the files of a checkpoint on one rank: checksummed, retried, in a thread if asked, never raising half-way.
+"""Writing and reading the files of a checkpoint on one rank: checksummed, retried, in a thread if asked, never raising
+half-way.
 
-DeepSpeed's `save_checkpoint` meets other ranks between its writes, so an exception on one rank would leave the others waiting.
-Here a failure is remembered, and the ranks agree on it afterwards.
+DeepSpeed's `save_checkpoint` meets other ranks between its writes, so an exception on one rank would leave the others
+waiting. Here a failure is remembered, and the ranks agree on it afterwards.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class CheckpointFiles(CheckpointEngine):
         return all(future.done() for future in self._pending)
 
     def collect(self) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """Wait for the writes: {file name: {bytes, sha256}} of what this rank wrote, and what went wrong, if anything."""
+        """Wait for the writes: {file name: {bytes, sha256}} of what this rank wrote, and what went wrong, if
+        anything.
+        """
         for future in self._pending:
             future.result()
         self._pending = []

@@ -59,7 +59,8 @@ def open_data(recipe: Recipe, config: ModelConfig) -> OpenedData:
 def _check_fit(dataset: TokenDataset, config: ModelConfig, path: str, length: int) -> None:
     if dataset.vocab_size > config.vocab_size:
         raise RecipeError(
-            f"model.vocab_size: {config.vocab_size} is smaller than the {dataset.vocab_size} tokens of {path}'s tokenizer; "
+            f"model.vocab_size: {config.vocab_size} is smaller than the {dataset.vocab_size} tokens of {path}'s "
+            "tokenizer; "
             f"set model.vocab_size to at least {dataset.vocab_size}, or use data of another tokenizer."
         )
     if dataset.num_sequences(length) < 1:

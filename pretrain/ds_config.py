@@ -1,9 +1,9 @@
 """The DeepSpeed JSON, checked key by key and against the recipe before any process group starts.
 
-DeepSpeed accepts and ignores what it does not know: `gradient_cliping` trains without clipping. Here an unknown key at any level
-is refused with the nearest known one. Batch, precision and clipping belong to the recipe: a file may leave them out (they are
-filled in) or repeat them (they must agree). Where DeepSpeed has a typed section, its own fields are the list of keys, so the check
-follows the installed release.
+DeepSpeed accepts and ignores what it does not know: `gradient_cliping` trains without clipping. Here an unknown key at
+any level is refused with the nearest known one. Batch, precision and clipping belong to the recipe: a file may leave
+them out (they are filled in) or repeat them (they must agree). Where DeepSpeed has a typed section, its own fields are
+the list of keys, so the check follows the installed release.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def resolve_ds_config(recipe: Recipe, world_size: int, values: Mapping[str, Any]
         values: contents of a DeepSpeed JSON; None reads `recipe.deepspeed.config`.
 
     Raises:
-        RecipeError: when a key is unknown, the batch cannot be divided over the ranks, or the file contradicts the recipe.
+        RecipeError: when a key is unknown, the batch cannot be divided over the ranks, or the file contradicts the
+            recipe.
     """
     where = f"DeepSpeed configuration '{recipe.deepspeed.config}'"
     given = dict(load_ds_config(recipe.deepspeed.config) if values is None else values)
@@ -158,7 +159,8 @@ def resolve_ds_config(recipe: Recipe, world_size: int, values: Mapping[str, Any]
     if start % (batch.micro_batch * world_size):
         name = "batch.sequences" if batch.warmup_from is None else "batch.warmup_from"
         raise RecipeError(
-            f"{name}: {start} is not micro_batch ({batch.micro_batch}) x {world_size} ranks x a whole number of accumulation "
+            f"{name}: {start} is not micro_batch ({batch.micro_batch}) x {world_size} ranks x a whole number of "
+            "accumulation "
             f"steps; {_batch_advice(start, batch.micro_batch, world_size)}"
         )
     expected = {
@@ -173,7 +175,8 @@ def resolve_ds_config(recipe: Recipe, world_size: int, values: Mapping[str, Any]
     for key, (value, source) in expected.items():
         if key in given and given[key] != value:
             raise RecipeError(
-                f"{where}: {key} is {given[key]} but the recipe's {source} is {value}; make them agree or remove the key."
+                f"{where}: {key} is {given[key]} but the recipe's {source} is {value}; make them agree or remove the "
+                "key."
             )
         given[key] = value
     _resolve_precision(recipe, where, given)
@@ -197,7 +200,8 @@ def _resolve_precision(recipe: Recipe, where: str, given: dict[str, Any]) -> Non
         enabled = (given.get(section) or {}).get("enabled")
         if enabled is not None and enabled != (precision == recipe.precision):
             raise RecipeError(
-                f"{where}: {section}.enabled is {str(enabled).lower()} but the recipe's precision is {recipe.precision}; "
+                f"{where}: {section}.enabled is {str(enabled).lower()} but the recipe's precision is "
+                f"{recipe.precision}; "
                 f"make them agree or remove the section."
             )
     for section, precision in _PRECISION_SECTIONS.items():
@@ -213,13 +217,15 @@ def _check_stage(recipe: Recipe, where: str, given: Mapping[str, Any]) -> None:
     stage = zero_stage(given)
     if stage == 0 and recipe.precision in ("bf16", "fp16"):
         raise RecipeError(
-            f"{where}: {recipe.precision} at ZeRO stage 0 keeps no fp32 master weights and diverges; use zero1 to zero3, "
+            f"{where}: {recipe.precision} at ZeRO stage 0 keeps no fp32 master weights and diverges; use zero1 to "
+            "zero3, "
             "or precision fp32 or bf16_autocast."
         )
     accumulation = (given.get("data_types") or {}).get("grad_accum_dtype")
     if stage == 1 and recipe.precision == "bf16" and accumulation == "fp32":
         raise RecipeError(
-            f"{where}: data_types.grad_accum_dtype fp32 with bf16 at stage 1 switches off the check for non-finite gradients; "
+            f"{where}: data_types.grad_accum_dtype fp32 with bf16 at stage 1 switches off the check for non-finite "
+            "gradients; "
             "use zero2 or zero3, or remove the key."
         )
     if (given.get("bf16") or {}).get("check_grad_overflow") is False:
@@ -228,19 +234,22 @@ def _check_stage(recipe: Recipe, where: str, given: Mapping[str, Any]) -> None:
         )
     if "activation_checkpointing" in given and recipe.checkpointing != "none":
         raise RecipeError(
-            f"{where}: activation_checkpointing configures DeepSpeed's own checkpointing, which is wrong for shared layers; "
+            f"{where}: activation_checkpointing configures DeepSpeed's own checkpointing, which is wrong for shared "
+            "layers; "
             "remove the section, the recipe's checkpointing does it."
         )
     if recipe.optim.name == "muon" and stage not in (0, 1):
         raise RecipeError(
-            f"{where}: muon needs whole gradient matrices, which ZeRO stage {stage} does not keep; use zero0 or zero1, or adamw."
+            f"{where}: muon needs whole gradient matrices, which ZeRO stage {stage} does not keep; use zero0 or "
+            "zero1, or adamw."
         )
     nvme = [s for s in ("offload_param", "offload_optimizer") if offload_device(given, s) == "nvme"]
     for section in nvme:
         path = given["zero_optimization"][section].get("nvme_path")
         if not path or not Path(path).is_dir():
             raise RecipeError(
-                f"{where}: zero_optimization.{section}.nvme_path: {path!r} is not a folder; name one on a local NVMe disk."
+                f"{where}: zero_optimization.{section}.nvme_path: {path!r} is not a folder; name one on a local NVMe "
+                "disk."
             )
 
 
@@ -250,7 +259,8 @@ def _batch_advice(start: int, micro: int, world: int) -> str:
         return f"set batch.micro_batch to {per_rank[-1]}, or make it a multiple of {micro * world}."
     below = start // (micro * world) * micro * world
     choices = [str(value) for value in (below, below + micro * world) if value > 0]
-    return f"make it a multiple of {micro * world} ({' or '.join(choices)}), or use a number of ranks that divides {start}."
+    multiple = f"make it a multiple of {micro * world} ({' or '.join(choices)})"
+    return f"{multiple}, or use a number of ranks that divides {start}."
 
 
 def _typed_sections() -> dict[str, type[BaseModel]]:
@@ -326,7 +336,7 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _refuse(where: str, path: str, known: list[str]) -> None:
-    prefix, _, key = path.rpartition(".")
+    _, _, key = path.rpartition(".")
     names = sorted(name.rpartition(".")[2] for name in known)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(names)}."

@@ -6,8 +6,10 @@ What is known about DeepSpeed's corners is kept here and in `checkpoint.py`, so 
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,15 @@ _PEAK_DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2.25
 
 
 def start_process_group(ranks: Ranks, timeout_seconds: float) -> torch.device:
-    """Join the process group and return this rank's device. Every collective that waits longer than the limit raises."""
+    """Join the process group and return this rank's device. Every collective that waits longer than the limit
+    raises.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed reports every file it touches, and torch warns of names that DeepSpeed still uses.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         _skip_shared_memory_build()
@@ -81,7 +88,8 @@ def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any])
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every generator for one step on one rank.
 
-    Randomness is a function of the step, so a resumed run draws what the undisturbed one drew without storing generators.
+    Randomness is a function of the step, so a resumed run draws what the undisturbed one drew without storing
+    generators.
     """
     mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
     torch.manual_seed(mixed % (1 << 63))

@@ -1,14 +1,13 @@
 """THE training loop.
 
-One step: read the batch that the position names, run its micro-batches, update, add up over the ranks what happened, write it down,
-and look whether it is time to validate, to write a checkpoint or to stop. Everything that a resumed run needs is in `TrainState`
-and DeepSpeed's own state; everything else is a function of the step number.
+One step: read the batch that the position names, run its micro-batches, update, add up over the ranks what happened,
+write it down, and look whether it is time to validate, to write a checkpoint or to stop. Everything that a resumed run
+needs is in `TrainState` and DeepSpeed's own state; everything else is a function of the step number.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from pretrain.recipe import Recipe
 from pretrain.signals import Request, StopRequest
 from pretrain.telemetry import Stopwatch, Telemetry, peak_memory_bytes
 from pretrain.validation import Validator
+from pretrain.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,19 @@ class Trainer:
         store: CheckpointStore,
         telemetry: Telemetry,
         stop: StopRequest,
-        alive: Callable[[int], None],
+        watchdog: Watchdog,
         peak_flops: float | None,
     ) -> None:
-        """`alive` is told the step number after every step, for the watchdog; `peak_flops` is one rank's."""
+        """`peak_flops` is one rank's, None where unknown."""
         self.recipe, self.config, self.plan, self.ranks, self.device = recipe, config, plan, ranks, device
         self.engine, self.reader, self.source, self.validator = engine, reader, source, validator
-        self.store, self.telemetry, self.stop, self.alive, self.peak_flops = store, telemetry, stop, alive, peak_flops
+        self.store, self.telemetry, self.stop, self.watchdog, self.peak_flops = (
+            store,
+            telemetry,
+            stop,
+            watchdog,
+            peak_flops,
+        )
         self.stopwatch = Stopwatch(device)
         self.peak_rates = [group["lr"] for group in engine.optimizer.param_groups]
 
@@ -86,6 +92,7 @@ class Trainer:
         since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
         while state.step < plan.steps:
             step = state.step
+            self.watchdog.beat(f"step {step}")
             with self.stopwatch.part("data"):
                 following = plan.batch.at(step + 1) if step + 1 < plan.steps else 0
                 batch = self.reader.read(state.position, plan.batch.at(step), state.skipped, following)
@@ -116,7 +123,6 @@ class Trainer:
                 self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
                 if report.request:
                     self.stop.acknowledge()
-            self.alive(state.step)
             if report.request.stops and state.step < plan.steps:
                 telemetry.event("stopped", state.step, reason=self.stop.reason)
                 return Outcome("stopped", report.request)
@@ -164,7 +170,9 @@ class Trainer:
         return not self.engine.optimizer.overflow
 
     def _add_up(self, sums: dict[str, torch.Tensor]) -> StepReport:
-        """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its checkpoint."""
+        """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its
+        checkpoint.
+        """
         names = sorted(sums)
         world = self.ranks.world_size
         memory = torch.zeros(world, dtype=torch.float64, device=self.device)
@@ -214,8 +222,10 @@ class Trainer:
         )
         if state.non_finite_in_row >= self.recipe.faults.max_non_finite:
             raise RunError(
-                f"{state.non_finite_in_row} steps in a row had a non-finite loss or gradient, the last at step {state.step} "
-                f"(samples {samples[0]} to {samples[1]}). Lower optim.lr, or leave the samples out with data.skip_samples, and start again."
+                f"{state.non_finite_in_row} steps in a row had a non-finite loss or gradient, the last at step "
+                f"{state.step} "
+                f"(samples {samples[0]} to {samples[1]}). Lower optim.lr, or leave the samples out with "
+                "data.skip_samples, and start again."
             )
 
     def _log(
@@ -251,6 +261,7 @@ class Trainer:
         self.telemetry.progress(state.step, report.values["lm_loss"], tokens / seconds, seconds / steps)
 
     def _validate(self, state: TrainState) -> None:
+        self.watchdog.beat(f"validation after step {state.step}")
         records = self.validator.run()
         for record in records:
             self.telemetry.record(
@@ -272,6 +283,7 @@ class Trainer:
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
         if self.store.writing:
             self._finish_checkpoint(state)
+        self.watchdog.beat(f"checkpoint after step {state.step}")
         self.store.begin(state)
         if wait or not self.recipe.checkpoint.asynchronous:
             self._finish_checkpoint(state)

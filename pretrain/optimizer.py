@@ -13,8 +13,8 @@ from pretrain.recipe import Optim
 def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: Optim) -> list[dict[str, Any]]:
     """Split parameters into matrices, which decay, and vectors (norm scales, biases), which do not.
 
-    Every group's `lr` is its peak; the loop multiplies it by the schedule's factor each step. A parameter that several modules
-    share counts once.
+    Every group's `lr` is its peak; the loop multiplies it by the schedule's factor each step. A parameter that several
+    modules share counts once.
     """
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
@@ -36,7 +36,9 @@ def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: Optim, *, offloaded: bool
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`: torch's fused kernel, or DeepSpeed's CPU kernel where optimiser states are offloaded."""
+    """AdamW over `parameter_groups`: torch's fused kernel, or DeepSpeed's CPU kernel where optimiser states are
+    offloaded.
+    """
     groups = parameter_groups(named_parameters, optim)
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -1,7 +1,8 @@
-"""From a budget to steps: how long a run is, what it costs, where its decay, its branches, its checkpoints and evaluations lie.
+"""From a budget to steps: how long a run is, what it costs, where decay, branches, checkpoints and evaluations lie.
 
-FLOPs are those of `mor_model.flops`: training FLOPs are three times the forward pass, every layer application counted for its
-active tokens. A plan is a pure function of the recipe; only the names of data and tokenizer are added when data is opened.
+FLOPs are those of `mor_model.flops`: training FLOPs are three times the forward pass, every layer application counted
+for its active tokens. A plan is a pure function of the recipe; only the names of data and tokenizer are added when data
+is opened.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ def make_plan(recipe: Recipe) -> Plan:
         RecipeError: when the budget is too small for one step, or warm-up, decay and branches do not fit into it.
     """
     config = recipe.network()
-    per_sequence = training_flops_of_sequence(config, recipe.batch.sequence_length)
+    routed = isinstance(config.router, ExpertChoiceConfig)
+    per_sequence = training_flops_of_sequence(
+        config, recipe.batch.sequence_length, config.capacities if routed else None
+    )
     smallest = recipe.budget.branches[0] if recipe.budget.branches else recipe.budget.amount
     smallest_steps = _solve(recipe, config, per_sequence, smallest)[0]
     steps, batch, capacities = _solve(recipe, config, per_sequence, recipe.budget.amount)
@@ -112,7 +116,8 @@ def make_plan(recipe: Recipe) -> Plan:
         branches.append(Branch(amount, length - decay, length))
     if branches and recipe.schedule.kind != "wsd":
         raise RecipeError(
-            "budget.branches: only the wsd schedule can branch off a decay; set schedule.kind to wsd or drop the branches."
+            "budget.branches: only the wsd schedule can branch off a decay; set schedule.kind to wsd or drop the "
+            "branches."
         )
     keep_every = recipe.checkpoint.keep_every
     return Plan(
@@ -177,7 +182,8 @@ def _solve(
         steps = solved
     if amount < 0.5 * per_full_step and recipe.batch.warmup_from is None:
         raise RecipeError(
-            f"budget.{unit}: {amount:g} is less than half an optimiser step ({per_full_step:g} {unit}); raise it or shrink the batch."
+            f"budget.{unit}: {amount:g} is less than half an optimiser step ({per_full_step:g} {unit}); raise it or "
+            "shrink the batch."
         )
     return steps, batch, capacities
 
@@ -216,6 +222,7 @@ def _learning_rate(recipe: Recipe, convert: _Converter, steps: int, smallest_ste
     decay = convert(schedule.decay, steps) if schedule.kind == "wsd" else 0
     if warmup + decay > steps:
         raise RecipeError(
-            f"schedule: warm-up ({warmup} steps) and decay ({decay} steps) do not fit into a run of {steps} steps; shorten them."
+            f"schedule: warm-up ({warmup} steps) and decay ({decay} steps) do not fit into a run of {steps} steps; "
+            "shorten them."
         )
     return LearningRate(schedule.kind, steps, warmup, decay, schedule.decay_shape, schedule.floor)

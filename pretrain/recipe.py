@@ -1,7 +1,7 @@
 """One recipe is one run: typed, frozen and strict.
 
-A recipe is a YAML file; `load_recipe` applies dotted overrides (`optim.lr=1e-3`) and checks everything that can be checked without
-data, devices or ranks. An unknown key is refused with the nearest known one.
+A recipe is a YAML file; `load_recipe` applies dotted overrides (`optim.lr=1e-3`) and checks everything that can be
+checked without data, devices or ranks. An unknown key is refused with the nearest known one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Data(_Section):
     """What is trained on.
 
     Attributes:
-        path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the two.
+        path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the
+            two.
         anneal: the last part of the run over which weights move to `final_weight`; 0 switches it off.
         verify: `structure` compares file sizes with the manifest at every start, `checksums` reads every byte.
         skip_samples: ranges [first, last] of sample numbers that are left out, such as those a non-finite step named.
@@ -178,8 +179,10 @@ class Budget(_Section):
     """How long to train: exactly one of flops, tokens and steps.
 
     Attributes:
-        flops: training FLOPs (three times the forward pass, embedding look-up left out, every layer application counted).
-        branches: smaller budgets of the same unit. Each gets its own decay, branched off the trunk run, in RUN/branches/.
+        flops: training FLOPs (three times the forward pass, embedding look-up left out, every layer application
+            counted).
+        branches: smaller budgets of the same unit. Each gets its own decay, branched off the trunk run, in
+            RUN/branches/.
     """
 
     flops: Number | None = Field(default=None, gt=0)
@@ -210,9 +213,11 @@ class Batch(_Section):
     """How much one optimiser step sees.
 
     Attributes:
-        sequences: global batch, over all ranks and accumulation steps; micro_batch: sequences of one forward pass on one rank.
+        sequences: global batch, over all ranks and accumulation steps; micro_batch: sequences of one forward pass on
+            one rank.
         sequence_length: tokens per sequence (T).
-        warmup_from: global batch at the start of the run, growing to `sequences` over `warmup`; None starts at full size.
+        warmup_from: global batch at the start of the run, growing to `sequences` over `warmup`; None starts at full
+            size.
     """
 
     sequences: Whole = Field(gt=0)
@@ -227,7 +232,8 @@ class Batch(_Section):
             raise ValueError(f"sequences ({self.sequences}) must be a multiple of micro_batch ({self.micro_batch})")
         if self.warmup_from is not None and (self.warmup_from > self.sequences or self.warmup_from % self.micro_batch):
             raise ValueError(
-                f"warmup_from must be a multiple of micro_batch ({self.micro_batch}) and at most sequences ({self.sequences})"
+                f"warmup_from must be a multiple of micro_batch ({self.micro_batch}) and at most sequences "
+                f"({self.sequences})"
             )
         return self
 
@@ -243,8 +249,8 @@ class Checkpointing(_Section):
 
     Attributes:
         every: distance between checkpoints; 0 writes the last one only.
-        keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: so does the one with the
-            lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
+        keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: so does the one
+            with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
         asynchronous: files are written by a thread while training goes on (costs one copy of the state in memory).
         universal: convert automatically when the world size has changed.
     """
@@ -294,8 +300,10 @@ class Faults(_Section):
 
     Attributes:
         max_non_finite: so many non-finite steps in a row stop the run.
-        spike: a step whose language-model loss exceeds the mean of the last `spike_window` steps by so many nats is a spike; None: off.
-        on_spike: `skip` leaves the step's update out; `rollback` returns to the last checkpoint and leaves the samples since then out.
+        spike: a step whose language-model loss exceeds the mean of the last `spike_window` steps by so many nats is a
+            spike; None: off.
+        on_spike: `skip` leaves the step's update out; `rollback` returns to the last checkpoint and leaves the samples
+            since then out.
     """
 
     max_non_finite: Whole = Field(default=5, ge=1)
@@ -305,7 +313,9 @@ class Faults(_Section):
 
 
 class Limits(_Section):
-    """Attributes: wall_clock_hours: stop with a checkpoint after so long; stall_seconds: a rank silent for so long ends the job."""
+    """Attributes: wall_clock_hours: stop with a checkpoint after so long; stall_seconds: a rank silent for so long
+    ends the job.
+    """
 
     wall_clock_hours: Number | None = Field(default=None, gt=0)
     stall_seconds: Number = Field(default=1800.0, gt=0)
@@ -370,7 +380,8 @@ class Recipe(_Section):
             raise RecipeError(str(error)) from None
         if self.batch.sequence_length > config.context_length:
             raise RecipeError(
-                f"batch.sequence_length: {self.batch.sequence_length} exceeds model.context_length ({config.context_length}); "
+                f"batch.sequence_length: {self.batch.sequence_length} exceeds model.context_length "
+                f"({config.context_length}); "
                 "shorten the sequences or raise the context."
             )
         if self.capacity_warmup is not None and (config.router is None or config.router.kind != "expert_choice"):
@@ -388,7 +399,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a recipe file and apply `a.b=c` overrides (values are YAML).
 
     Raises:
-        RecipeError: for a missing or unreadable file, an unknown key (naming the nearest known one), or an impossible value.
+        RecipeError: for a missing or unreadable file, an unknown key (naming the nearest known one), or an impossible
+            value.
     """
     path = Path(path)
     try:

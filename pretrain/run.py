@@ -10,7 +10,6 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pretrain.plan import Plan, make_plan
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.signals import EXIT_FINISHED, StopRequest
+from pretrain.watchdog import Watchdog
 
 # What may differ between the starts of one run without making it another run.
 _FREE = (
@@ -88,7 +88,7 @@ def is_finished(prepared: Prepared) -> bool:
     return prepared.folder.status().get("state") == "finished"
 
 
-def execute(prepared: Prepared, ranks: Ranks, alive: Callable[[int], None] = lambda step: None) -> int:
+def execute(prepared: Prepared, ranks: Ranks) -> int:
     """Train (or go on training) a prepared run; returns the exit code. Collective over all ranks."""
     import torch
 
@@ -106,7 +106,8 @@ def execute(prepared: Prepared, ranks: Ranks, alive: Callable[[int], None] = lam
             if first:
                 _write_folder(prepared, ranks, device)
             torch.distributed.barrier()
-            return _train(prepared, ranks, device, stop, alive)
+            with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:
+                return _train(prepared, ranks, device, stop, watchdog)
         except UserError as error:
             if first and folder.path.is_dir():
                 folder.write_json(folder.status_file, {"state": "failed", "reason": str(error)})
@@ -116,7 +117,7 @@ def execute(prepared: Prepared, ranks: Ranks, alive: Callable[[int], None] = lam
                 torch.distributed.destroy_process_group()
 
 
-def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, alive: Callable[[int], None]) -> int:
+def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, watchdog: Watchdog) -> int:
     from pretrain.batches import BatchReader
     from pretrain.checkpoint import CheckpointStore, TrainState
     from pretrain.engine import build_engine, peak_flops
@@ -186,7 +187,7 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, ali
         store=store,
         telemetry=telemetry,
         stop=stop,
-        alive=alive,
+        watchdog=watchdog,
         peak_flops=peak_flops(device),
     )
     try:
@@ -240,7 +241,8 @@ def _check_folder(prepared: Prepared) -> None:
         ):
             if plan.get(key) != value:
                 raise RunError(
-                    f"{folder}: {name} has changed since the run began (was {str(plan.get(key))[:12]}, is {value[:12]}); "
+                    f"{folder}: {name} has changed since the run began (was {str(plan.get(key))[:12]}, is "
+                    f"{value[:12]}); "
                     "bring the data set back, or start a new run in another run_dir."
                 )
 
@@ -350,8 +352,10 @@ def _headline(prepared: Prepared, ranks: Ranks, step: int) -> str:
     plan = prepared.plan
     begun = f"resuming at step {step} of" if step else "training"
     return (
-        f"{prepared.recipe.name}: {begun} {plan.steps} steps, {plan.tokens / 1e6:,.1f}M tokens, {plan.training_flops:.3g} FLOPs; "
-        f"{plan.parameters['total_stored'] / 1e6:.1f}M parameters; {ranks.world_size} rank{'s' if ranks.world_size > 1 else ''}, "
+        f"{prepared.recipe.name}: {begun} {plan.steps} steps, {plan.tokens / 1e6:,.1f}M tokens, "
+        f"{plan.training_flops:.3g} FLOPs; "
+        f"{plan.parameters['total_stored'] / 1e6:.1f}M parameters; {ranks.world_size} "
+        f"rank{'s' if ranks.world_size > 1 else ''}, "
         f"ZeRO stage {zero_stage(prepared.ds_config)}, {prepared.recipe.precision}; {prepared.folder}"
     )
 

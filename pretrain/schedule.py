@@ -57,7 +57,9 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Global batch of every step: doubles from `start` to `full`, each size lasting equally long over `warmup` steps."""
+    """Global batch of every step: doubles from `start` to `full`, each size lasting equally long over `warmup`
+    steps.
+    """
 
     full: int
     start: int

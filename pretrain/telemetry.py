@@ -1,12 +1,14 @@
 """What a run tells: metrics.jsonl always, wandb and TensorBoard as mirrors of it, one progress line for a person.
 
-Only rank 0 writes. A record is one line, written in one call and flushed, so a killed run leaves at most one unfinished line.
+Only rank 0 writes. A record is one line, written in one call and flushed, so a killed run leaves at most one
+unfinished line.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -195,9 +197,7 @@ def _wandb_id(file: Path) -> str:
     """The id this run has in wandb, the same after every restart."""
     if file.is_file():
         return file.read_text(encoding="utf-8").strip()
-    import wandb
-
-    new = wandb.util.generate_id()
+    new = secrets.token_hex(4)
     with atomic_write(file, "w") as stream:
         stream.write(new)
     return new

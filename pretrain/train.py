@@ -25,7 +25,9 @@ from pretrain.signals import EXIT_FINISHED, EXIT_USER
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code. A message for a person is printed once, without a traceback."""
+    """Train as the command line says; returns the exit code. A message for a person is printed once, without a
+    traceback.
+    """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     ranks: Ranks | None = None
     try:

@@ -1,7 +1,8 @@
-"""Validation loss on a schedule: the same sequences every time, with causal routing (the headline) and with top-k routing.
+"""Validation loss on a schedule: the same sequences every time, with causal routing (the headline) and with top-k
+routing.
 
-All ranks take part, each with its share; under ZeRO-3 every rank runs as many forward passes as every other, filling up with
-sequences that do not count.
+All ranks take part, each with its share; under ZeRO-3 every rank runs as many forward passes as every other, filling
+up with sequences that do not count.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ROUTINGS = ("causal", "topk")
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Sequences of one source, evenly spread over its validation text. Attributes: source: its name; dataset, indexes."""
+    """Sequences of one source, evenly spread over its validation text. Attributes: source: its name; dataset,
+    indexes.
+    """
 
     source: str
     dataset: TokenDataset

@@ -1,0 +1,148 @@
+"""Tiny data sets and recipes, and training processes started the way a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from tests.data_prep.support import EOD, write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 64
+LENGTH = 32
+
+
+def markov_documents(count: int, seed: int) -> list[list[int]]:
+    """Documents that a model can learn: each token is followed by one of three others."""
+    generator = np.random.default_rng(seed)
+    followers = np.random.default_rng(1234).integers(1, VOCABULARY, (VOCABULARY, 3))
+    documents = []
+    for _ in range(count):
+        token = int(generator.integers(1, VOCABULARY))
+        document = []
+        for _ in range(int(generator.integers(20, 60))):
+            document.append(token)
+            token = int(followers[token, generator.integers(0, 3)])
+        documents.append([*document, EOD])
+    return documents
+
+
+def make_dataset(folder: Path, *, documents: int = 300, fingerprint: str = "f" * 64, seed: int = 0) -> Path:
+    """A data set with a training and a validation split."""
+    write_dataset(
+        folder,
+        {
+            "train": [("a", markov_documents(documents, seed))],
+            "validation": [("a", markov_documents(20, seed + 1)), ("b", markov_documents(20, seed + 2))],
+        },
+        fingerprint=fingerprint,
+        vocabulary=VOCABULARY,
+    )
+    (folder / "made-up").write_text("a tokenizer stands here", encoding="utf-8")
+    return folder
+
+
+def tiny_model(variant: str = "mor", **changes: Any) -> dict[str, Any]:
+    """A network of some thousand parameters, trained in milliseconds a step."""
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "intermediate_size": 48,
+        "context_length": LENGTH,
+        "num_layers": 5,
+    }
+    if variant != "vanilla":
+        shape |= {"sharing": "middle_cycle", "recursions": 3}
+    if variant == "mor":
+        shape["router"] = {"kind": "expert_choice"}
+    return {**shape, **changes}
+
+
+def recipe_values(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A complete tiny recipe as plain values; `changes` replace whole sections."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 7,
+        "model": tiny_model(),
+        "data": {"path": str(data)},
+        "optim": {"lr": 0.01},
+        "schedule": {"kind": "wsd", "warmup": 2, "decay": 4},
+        "budget": {"steps": 12},
+        "batch": {"sequences": 8, "micro_batch": 2, "sequence_length": LENGTH},
+        "precision": "fp32",
+        "deepspeed": {"config": "zero3"},
+        "checkpoint": {"every": 4},
+        "evaluation": {"every": 6, "sequences": 6},
+        "logging": {"every": 1},
+        "run_dir": str(run_dir),
+    }
+    return {**values, **changes}
+
+
+def write_recipe(file: Path, values: dict[str, Any]) -> Path:
+    """Write recipe values as YAML."""
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def environment() -> dict[str, str]:
+    """Environment of a training process: one thread, CPU, nothing of an outer launcher's."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(name, None)
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def command(recipe: Path, *arguments: str, ranks: int = 1) -> list[str]:
+    """How a user starts training: plain python for one rank, torchrun for more."""
+    script = [str(ROOT / "pretrain" / "train.py"), "--config", str(recipe), *arguments]
+    if ranks == 1:
+        return [sys.executable, *script]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, *script]
+
+
+def train(recipe: Path, *arguments: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Train and wait."""
+    process = subprocess.Popen(
+        command(recipe, *arguments, ranks=ranks),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Records of one kind from metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss of every logged step."""
+    return {record["step"]: record["loss"] for record in metrics(run_dir, "train")}
