@@ -179,6 +179,11 @@ class DecodingCache:
         layers = zip(*(earlier.layers for earlier in self.steps[: step + 1]))
         return Visibility(dense=dense), [None] * len(place.layers), [_RefreshedCache(list(each)) for each in layers]
 
+    def depth_at(self, rows_A: Tensor, positions_AN: Tensor) -> Tensor:
+        """Recursion steps taken so far by the tokens at some positions."""
+        self.depths_BT = _with_room(self.depths_BT, int(self.lengths_B.max()), 0)
+        return self.depths_BT[rows_A].gather(1, positions_AN)
+
     def _note_depth(self, depth: int, present: PresentTokens) -> None:
         self.depths_BT = _with_room(self.depths_BT, int(self.lengths_B.max()), 0)
         at = present.rows_A[present.row_M], present.positions_AN[present.row_M, present.place_M]

@@ -293,8 +293,8 @@ class ModelConfig:
                 )
             if self.capacities[0] < 1.0:
                 raise ConfigError(
-                    f"model.kv_sharing: {self.kv_sharing!r} reads every token's first keys, so the first of the router's "
-                    f"capacities must be 1, not {self.capacities[0]}."
+                    f"model.kv_sharing: {self.kv_sharing!r} reads every token's first keys, so the first of the "
+                    f"router's capacities must be 1, not {self.capacities[0]}."
                 )
         if self.reset_positions and not self.document_masking:
             raise ConfigError(
