@@ -32,9 +32,9 @@ _VOLATILE = ("created", "version", "engine")
 class TokenizerInfo:
     """Which tokenizer wrote the shards.
 
-    kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 of what decides ids (hex). vocab_size: every id is
-    below it. eod_id: END_OF_DOCUMENT, the last token of every document. file: path of the copy, relative to the data set folder,
-    or the encoding's name for tiktoken.
+    kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 of what decides ids (hex). vocab_size: every
+    id is below it. eod_id: END_OF_DOCUMENT, the last token of every document. file: path of the copy, relative to the
+    data set folder.
     """
 
     kind: str
@@ -48,8 +48,9 @@ class TokenizerInfo:
 class Shard:
     """One `.bin`/`.idx` pair.
 
-    name: file name without ending, relative to the folder. tokens: including each document's END_OF_DOCUMENT. text_bytes: UTF-8
-    bytes of the documents. sha256_bin, sha256_idx: hex digests. source: name of the source (or Pile subset) of all documents.
+    name: file name without ending, relative to the folder. tokens: including each document's END_OF_DOCUMENT.
+    text_bytes: UTF-8 bytes of the documents. sha256_bin, sha256_idx: hex digests. source: name of the source (or Pile
+    subset) that all its documents come from.
     """
 
     name: str
@@ -92,9 +93,10 @@ class Split:
 class Manifest:
     """All that is known of a data set folder.
 
-    dtype: `uint16` or `int32`, the type of the ids in `.bin`. splits: by name, only those that hold documents. sources: one entry
-    per source name with documents, tokens and text bytes. settings: what decided the shards (never how many workers wrote them).
-    engine: encoder and versions. rejects: documents left out, by reason. statistics: length histogram, round trip and the like.
+    dtype: `uint16` or `int32`, the type of the ids in `.bin`. splits: by name, only those that hold documents. sources:
+    one entry per source name with documents, tokens and text bytes. settings: what decided the shards (never how many
+    workers wrote them). engine: encoder and versions. rejects: documents left out, by reason. statistics: length
+    histogram, round trip and the like.
     """
 
     tokenizer: TokenizerInfo
@@ -116,7 +118,7 @@ class Manifest:
         return {"format_version": value.pop("format_version"), **value}
 
     def digest(self) -> str:
-        """sha256 (hex) of everything that decides what is read: two folders with the same shards have the same digest."""
+        """sha256 (hex) of everything that decides what is read; folders with the same shards have the same digest."""
         value = {key: part for key, part in self.to_dict().items() if key not in _VOLATILE}
         return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 

@@ -1,0 +1,205 @@
+"""The encoder: an exact accelerator in front of the reference tokenizer, checked against it before it is trusted.
+
+The reference is the tokenizer's own library. fastokens computes the same ids many times faster where it can load the
+tokenizer; at start both encode a set of nasty strings and a sample of the user's documents, and on the slightest
+difference the reference is used. A text on which the accelerator raises an error goes to the next, slower engine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.nasty import nasty_texts
+from data_prep.tokenizers.base import Tokenizer
+
+REFERENCE = "reference"
+FASTOKENS = "fastokens"
+# fastokens with SmolLM's separate pass over digits folded into the word pattern.
+FASTOKENS_DIGITS = "fastokens+digits"
+
+_LIBRARIES = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken"}
+_REFERENCE_BATCH = 1 << 19  # characters the reference encodes at once; it holds ~200 bytes for every token
+
+# GPT-2's word pattern with each digit a word of its own; white space in front of a digit counts as at the end.
+_DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# Unicode versions disagree whether U+180E is white space, so texts with it are left to the next engine.
+_DISPUTED = "\u180e"
+
+
+class Engine:
+    """Encodes parts of documents into one flat array of ids.
+
+    Args:
+        tokenizer: the reference.
+        name: `reference`, `fastokens` or `fastokens+digits`.
+
+    fallbacks: texts that were handed to a slower engine.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str = REFERENCE) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.fallbacks = 0
+        self._fast = [_load_fastokens(tokenizer, variant) for variant in _chain(name)]
+        self._prefixed = _puts_prefix(tokenizer)
+
+    def encode(self, texts: Sequence[str], continued: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all `texts` in one array `[ids]` (uint32 or int32), and where each begins, `[texts + 1]`.
+
+        `continued` names the texts that continue the one before them (see `data_prep.cutting`).
+        """
+        if continued and self._prefixed:
+            found = [
+                self.tokenizer.encode_continuations([text])[0]
+                if number in set(continued)
+                else self._reference([text])[0]
+                for number, text in enumerate(texts)
+            ]
+            return _join(found)
+        return self._encode(list(texts), 0)
+
+    def _encode(self, texts: list[str], level: int) -> tuple[np.ndarray, np.ndarray]:
+        if level == len(self._fast):
+            return self._reference(texts)
+        if self._disputed(texts, level):
+            if len(texts) == 1:
+                self.fallbacks += 1
+                return self._encode(texts, level + 1)
+        else:
+            try:
+                ids, starts = self._fast[level].encode_batch_flat(texts, split_special_tokens=True)
+                return np.frombuffer(ids, np.uint32), np.frombuffer(starts, np.int64)
+            except BaseException as error:  # a panic in Rust is no Exception
+                if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                    raise
+                if len(texts) == 1:
+                    self.fallbacks += 1
+                    return self._encode(texts, level + 1)
+        # Halving finds the texts that are at fault and leaves the others to the fast engine.
+        middle = len(texts) // 2
+        parts = [self._encode(texts[:middle], level), self._encode(texts[middle:], level)]
+        ids = np.concatenate([part[0] for part in parts])
+        return ids, np.concatenate([parts[0][1], parts[1][1][1:] + parts[0][1][-1]])
+
+    def _disputed(self, texts: list[str], level: int) -> bool:
+        return level == 0 and self.name == FASTOKENS_DIGITS and any(_DISPUTED in text for text in texts)
+
+    def _reference(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        batches: list[list[str]] = []
+        size = _REFERENCE_BATCH
+        for text in texts:
+            if size >= _REFERENCE_BATCH:
+                batches.append([])
+                size = 0
+            batches[-1].append(text)
+            size += len(text)
+        ids, starts = [], [np.zeros(1, np.int64)]
+        for batch in batches:
+            flat, bounds = self.tokenizer.encode_flat(batch)
+            ids.append(flat)
+            starts.append(bounds[1:] + starts[-1][-1])
+        return np.concatenate(ids) if ids else np.zeros(0, np.int32), np.concatenate(starts)
+
+
+def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, dict[str, Any]]:
+    """The fastest engine that agrees with the reference on the nasty texts and on `sample`, and what is known of it.
+
+    The second value goes into the manifest: name, library versions, texts compared, and why a faster one was refused.
+    """
+    reference = Engine(tokenizer)
+    texts = [*nasty_texts(), *sample]
+    report: dict[str, Any] = {"name": REFERENCE, "refused": {}}
+    report["versions"] = {_LIBRARIES[tokenizer.kind]: importlib.metadata.version(_LIBRARIES[tokenizer.kind])}
+    chosen = reference
+    candidates = [FASTOKENS_DIGITS, FASTOKENS] if tokenizer.kind == "huggingface" else []
+    expected = reference.encode(texts) if candidates else None
+    for name in candidates:
+        try:
+            candidate = Engine(tokenizer, name)
+        except _Unsuitable as why:
+            if why.worth_saying:
+                report["refused"][name] = str(why)
+            continue
+        found = candidate.encode(texts)
+        assert expected is not None
+        if np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1]):
+            chosen = candidate
+            report["name"] = name
+            report["versions"]["fastokens"] = importlib.metadata.version("fastokens")
+            report["compared"] = len(texts)
+            break
+        report["refused"][name] = f"{count_differences(found, expected)} of {len(texts)} texts gave other ids"
+    chosen.fallbacks = 0
+    return chosen, report
+
+
+def count_differences(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> int:
+    """How many texts have other ids in `one` than in `other`."""
+    pairs = zip(np.split(one[0], one[1][1:-1]), np.split(other[0], other[1][1:-1]))
+    return sum(not np.array_equal(a, b) for a, b in pairs)
+
+
+class _Unsuitable(Exception):
+    def __init__(self, why: str, worth_saying: bool = True) -> None:
+        super().__init__(why)
+        self.worth_saying = worth_saying
+
+
+def _chain(name: str) -> list[str]:
+    return {REFERENCE: [], FASTOKENS: [FASTOKENS], FASTOKENS_DIGITS: [FASTOKENS_DIGITS, FASTOKENS]}[name]
+
+
+def _load_fastokens(tokenizer: Tokenizer, variant: str) -> Any:
+    try:
+        import fastokens
+    except ImportError:
+        raise _Unsuitable("fastokens is not installed (`pip install fastokens`)") from None
+    content = json.loads(tokenizer.text)  # type: ignore[attr-defined]
+    content["truncation"] = content["padding"] = None
+    if variant == FASTOKENS_DIGITS and not _fold_digits(content):
+        raise _Unsuitable("no digits to fold", worth_saying=False)
+    # Its thread pool takes one thread for every processor it may run on; a worker wants one in all.
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        if allowed:
+            os.sched_setaffinity(0, {min(allowed)})
+        fast = fastokens.Tokenizer.from_json_str(json.dumps(content))
+        fast.encode_batch_flat(["one", "two"], split_special_tokens=True)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise _Unsuitable(f"fastokens cannot load this tokenizer: {error}") from None
+    finally:
+        if allowed:
+            os.sched_setaffinity(0, allowed)
+    return fast
+
+
+def _fold_digits(content: dict[str, Any]) -> bool:
+    """Turn `Digits, ByteLevel` into one split by pattern; False where the pre-tokenizer is another."""
+    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    if [step["type"] for step in steps] != ["Digits", "ByteLevel"]:
+        return False
+    digits, byte_level = steps
+    if not digits["individual_digits"] or byte_level["add_prefix_space"] or not byte_level.get("use_regex", True):
+        return False
+    split = {"type": "Split", "pattern": {"Regex": _DIGITS_PATTERN}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"]["pretokenizers"] = [split, {**byte_level, "use_regex": False}]
+    return True
+
+
+def _puts_prefix(tokenizer: Tokenizer) -> bool:
+    """Whether the first word of a text gets another id than the same word behind a newline."""
+    lead = tokenizer.encode("\n")
+    return tokenizer.encode("\nword")[len(lead) :] != tokenizer.encode("word")
+
+
+def _join(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    starts = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([part.size for part in parts], out=starts[1:])
+    return (np.concatenate(parts) if len(parts) else np.zeros(0, np.int32)), starts

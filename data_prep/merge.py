@@ -1,0 +1,200 @@
+"""From receipts to a manifest: what serial work there is, and it touches metadata only (and held-out text)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import orjson
+import zstandard
+
+from data_prep.errors import DataError
+from data_prep.files import atomic_write
+from data_prep.manifest import SPLITS, Manifest, Shard, Split, write_manifest
+from data_prep.piece import Receipt, read_receipt, rejects_path
+from data_prep.plan import WORK, Plan
+from data_prep.schedule import Schedule, Share
+from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
+
+REJECTS = "rejects.jsonl"
+HELD_OUT = "held_out"
+# Rejects of these kinds mean that an unknown number of documents is lost.
+BROKEN = ("unreadable_file", "broken_compression")
+
+
+def load_receipts(folder: Path, schedule: Schedule) -> None:
+    """Give the schedule what is finished. Pieces that met a broken file are done again, for it may be repaired."""
+    for path in sorted((folder / WORK).glob("piece-*.json")):
+        receipt = read_receipt(path)
+        if any(receipt.rejects.get(kind) for kind in BROKEN):
+            path.unlink()
+            continue
+        schedule.add(receipt)
+
+
+def missing_shards(folder: Path, receipts: list[Receipt]) -> list[str]:
+    """Files that receipts speak of and that are not there."""
+    return [
+        path.name
+        for receipt in receipts
+        for shards in receipt.shards.values()
+        for shard in shards
+        for path in (bin_path(folder / shard.name), idx_path(folder / shard.name))
+        if not path.is_file()
+    ]
+
+
+def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int) -> str:
+    """Why the rejects are too many, or an empty string."""
+    rejects = Counter[str]()
+    for receipt in receipts:
+        rejects.update(receipt.rejects)
+    broken = sum(rejects[kind] for kind in BROKEN)
+    documents = sum(shard.documents for r in receipts for shards in r.shards.values() for shard in shards)
+    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
+    if broken > max_broken:
+        return (
+            f"{broken} file(s) could not be read to the end ({listed}). Repair them and run the same command again, "
+            f"or accept the loss with --max-broken-files {broken}."
+        )
+    others = rejects.total() - broken
+    allowed = max_rejects if max_rejects >= 1 else max_rejects * (documents + others)
+    if others > allowed:
+        return (
+            f"{others} of {documents + others} documents were rejected ({listed}), more than --max-rejects "
+            f"{max_rejects:g} allows. Look at them, then repair the source or raise the limit; nothing is done twice."
+        )
+    return ""
+
+
+def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> int:
+    """Write all rejects into one file, with line numbers that count from the beginning of each file."""
+    lines: Counter[int] = Counter()
+    written = 0
+    with atomic_write(target) as stream:
+        for receipt in receipts:
+            part = rejects_path(folder, receipt.group, receipt.piece)
+            if receipt.rejects and part.is_file():
+                with part.open("rb") as source:
+                    for line in source:
+                        value = orjson.loads(line)
+                        value["line"] += lines[receipt.group]
+                        stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
+                        written += 1
+            lines[receipt.group] += receipt.lines
+    if not written:
+        target.unlink()
+    return written
+
+
+def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
+    """Write each held-out split's text as one zstd frame, so that every reader reads all of it."""
+    for split in ("validation", "test"):
+        parts = [folder / WORK / r.held_out[split] for r in receipts if split in r.held_out]
+        target = folder / HELD_OUT / f"{split}.jsonl.zst"
+        if not parts:
+            continue
+        with atomic_write(target) as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as out:
+            for part in parts:
+                with part.open("rb") as source:
+                    zstandard.ZstdDecompressor().copy_stream(source, _Forward(out))  # type: ignore[arg-type]
+
+
+def _trimmed(counts: list[int]) -> list[int]:
+    """`counts` without the zeros at its end."""
+    return counts[: max((n + 1 for n, count in enumerate(counts) if count), default=0)]
+
+
+class _Forward:
+    """A writer that forwards; copy_stream wants nothing but `write`."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def write(self, data: bytes) -> int:
+        self._target.write(data)
+        return len(data)
+
+
+def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
+    """The manifest of finished pieces, in order."""
+    shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    sources: dict[str, dict[str, Any]] = {}
+    rejects, filtered = Counter[str](), Counter[str]()
+    lengths: dict[str, list[int]] = {}
+    for receipt in receipts:
+        rejects.update(receipt.rejects)
+        filtered.update(receipt.filtered)
+        for split, found in receipt.shards.items():
+            shards[split] += found
+            for shard in found:
+                entry = sources.setdefault(
+                    shard.source, {"name": shard.source, "documents": 0, "tokens": 0, "text_bytes": 0}
+                )
+                entry["documents"] += shard.documents
+                entry["tokens"] += shard.tokens
+                entry["text_bytes"] += shard.text_bytes
+        for source, counts in receipt.lengths.items():
+            sums = lengths.setdefault(source, [0] * len(counts))
+            lengths[source] = [a + b for a, b in zip(sums, counts)]
+    settings = plan.to_dict()["settings"]
+    settings["piece_bytes"] = plan.groups[0].piece_bytes if plan.groups else 0
+    statistics: dict[str, Any] = {
+        "filtered": dict(sorted(filtered.items())),
+        "lengths_log2": {source: _trimmed(counts) for source, counts in sorted(lengths.items())},
+        "forced_cuts": sum(receipt.forced_cuts for receipt in receipts),
+        "round_trip": plan.round_trip,
+    }
+    return Manifest(
+        tokenizer=plan.tokenizer,
+        dtype=dtype_for_vocabulary(plan.tokenizer.vocab_size).name,
+        splits={split: Split(tuple(found)) for split, found in shards.items() if found},
+        sources=list(sources.values()),
+        settings=settings,
+        engine=plan.engine,
+        rejects=dict(sorted(rejects.items())),
+        statistics=statistics,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        version=importlib.metadata.version("mor-pretrain"),
+    )
+
+
+def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max_broken: int) -> Manifest:
+    """Check that all is there, then write rejects, held-out text and, last, the manifest.
+
+    Raises:
+        DataError: pieces are missing, or more was rejected than is allowed.
+    """
+    receipts = schedule.in_order()
+    if len(receipts) < len(schedule.receipts) and not plan.settings.max_tokens:
+        raise DataError(f"{folder}: pieces are missing; run the tasks that did not finish again, then merge.")
+    gone = missing_shards(folder, receipts)
+    if gone:
+        raise DataError(
+            f"{folder}: {gone[0]} is missing though it was finished; remove {folder / WORK} to begin again."
+        )
+    rejected = join_rejects(folder, receipts, folder / REJECTS)
+    problem = check_rejects(receipts, max_rejects, max_broken)
+    if problem:
+        raise DataError(f"{problem} They are listed in {folder / REJECTS}.")
+    manifest = build_manifest(plan, receipts)
+    if not any(split.documents for split in manifest.splits.values()):
+        raise DataError(
+            f"the sources held no document that could be used ({rejected} rejected, "
+            f"{sum(manifest.statistics['filtered'].values())} filtered); nothing was written."
+        )
+    join_held_out(folder, receipts)
+    write_manifest(folder, manifest)
+    shutil.rmtree(folder / WORK)
+    return manifest
+
+
+def merged_schedule(folder: Path, plan: Plan) -> Schedule:
+    """A schedule of the whole plan that knows every receipt in the folder."""
+    schedule = Schedule(plan.groups, Share(), plan.settings.max_tokens)
+    load_receipts(folder, schedule)
+    return schedule

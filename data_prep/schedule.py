@@ -1,0 +1,148 @@
+"""Which piece comes next, for whom. The order changes nothing about the result, only how much is read twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from data_prep.piece import Receipt
+from data_prep.sources import Group
+
+Key = tuple[int, int]  # group, piece
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass
+class Share:
+    """Task `index` of `count`: which pieces are this task's. Even for files whose number of pieces nobody knows yet."""
+
+    index: int = 0
+    count: int = 1
+    _starts: list[float] = field(default_factory=list)
+
+    def prepare(self, groups: Iterable[Group]) -> None:
+        """Lay all groups along a line by their size; a task owns one stretch of it."""
+        at = 0.0
+        self._starts = [at := at + max(group.bytes, 1) for group in groups]
+        self._starts.insert(0, 0.0)
+
+    def owner(self, key: Key) -> int:
+        """The task that a piece belongs to.
+
+        Pieces of a file fall evenly over the stretches that the file lies on, by multiples of the golden ratio.
+        """
+        group, piece = key
+        low, high = self._starts[group], self._starts[group + 1]
+        place = low + (high - low) * ((piece * _GOLDEN) % 1.0)
+        return min(self.count - 1, int(place / self._starts[-1] * self.count))
+
+    def mine(self, key: Key) -> bool:
+        """Whether this task does the piece."""
+        return self.count == 1 or self.owner(key) == self.index
+
+
+class Schedule:
+    """Hands out pieces and knows when all are done.
+
+    A worker stays with the file it has open; then unbegun files are handed out, then help is sent to the busy ones.
+    """
+
+    def __init__(self, groups: tuple[Group, ...], share: Share, max_tokens: int = 0) -> None:
+        self.groups, self.share, self.max_tokens = groups, share, max_tokens
+        share.prepare(groups)
+        self.receipts: dict[Key, Receipt] = {}
+        self.running: dict[Key, object] = {}
+        self.returned: list[Key] = []  # pieces whose worker was lost
+        self._next = [0] * len(groups)
+        self._ends: list[int | None] = [group.pieces for group in groups]
+        self._current: dict[object, int] = {}
+
+    def add(self, receipt: Receipt) -> None:
+        """A piece is finished."""
+        key = (receipt.group, receipt.piece)
+        self.receipts[key] = receipt
+        self.running.pop(key, None)
+        if receipt.last:
+            end = self._ends[receipt.group]
+            self._ends[receipt.group] = receipt.piece + 1 if end is None else min(end, receipt.piece + 1)
+
+    def lost(self, worker: object) -> list[Key]:
+        """`worker` is gone; what it was doing is handed out again."""
+        keys = [key for key, owner in self.running.items() if owner == worker]
+        for key in keys:
+            del self.running[key]
+            self.returned.append(key)
+        self._current.pop(worker, None)
+        return keys
+
+    def take(self, worker: object) -> Key | None:
+        """The next piece for `worker`; None when there is nothing to hand out now."""
+        key = self._choose(worker)
+        if key is not None:
+            self.running[key] = worker
+            self._current[worker] = key[0]
+        return key
+
+    def _choose(self, worker: object) -> Key | None:
+        while self.returned:
+            again = self.returned.pop(0)
+            if self._open(again) and again not in self.receipts:
+                return again
+        if self._enough():
+            return None
+        current = self._current.get(worker)
+        if current is not None and (key := self._peek(current)) is not None:
+            return key
+        waiting = [key for group in range(len(self.groups)) if (key := self._peek(group)) is not None]
+        if not waiting:
+            return None
+        busy = set(self._current.values())
+        fresh = [key for key in waiting if key[0] not in busy]
+        # Help where the most is left to do, as far as sizes tell.
+        return fresh[0] if fresh else max(waiting, key=lambda k: self.groups[k[0]].bytes)
+
+    def _peek(self, group: int) -> Key | None:
+        end = self._ends[group]
+        piece = self._next[group]
+        while end is None or piece < end:
+            key = (group, piece)
+            if key not in self.receipts and key not in self.running and self.share.mine(key):
+                # Beyond the end of a file of unknown length there is nothing: do not run ahead without measure.
+                return key
+            piece += 1
+            if end is None and piece > self._next[group] + 64 * self.share.count:
+                return None
+        self._next[group] = piece
+        return None
+
+    def _open(self, key: Key) -> bool:
+        end = self._ends[key[0]]
+        return end is None or key[1] < end
+
+    def _enough(self) -> bool:
+        return bool(self.max_tokens) and self.prefix_tokens() >= self.max_tokens
+
+    def prefix_tokens(self) -> int:
+        """Training tokens of the finished pieces in front of the first unfinished one."""
+        return sum(receipt.train_tokens for receipt in self.in_order())
+
+    def in_order(self) -> list[Receipt]:
+        """Receipts in the order of the data set, up to the first piece that is missing."""
+        found: list[Receipt] = []
+        for number in range(len(self.groups)):
+            piece = 0
+            while (end := self._ends[number]) is None or piece < end:
+                receipt = self.receipts.get((number, piece))
+                if receipt is None:
+                    return found
+                found.append(receipt)
+                piece += 1
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether every piece of this share is finished."""
+        if self._enough():
+            return not self.running
+        return not self.running and not self.returned and all(self._peek(g) is None for g in range(len(self.groups)))

@@ -1,0 +1,188 @@
+"""What a reader of a corpus yields: documents, documents too large for memory, and what had to be left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.errors import DataError
+
+# A line or file above this many bytes is not held in memory: its text goes through a file of its own.
+LARGE = 8 << 20
+
+
+class SourceError(DataError):
+    """A source cannot be read any further; `reason` is the word under which it is counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Document(NamedTuple):
+    """One document: its text, the line (or row, or file) it comes from, and its subset where the source names one."""
+
+    text: str
+    line: int
+    subset: str | None = None
+
+
+class LargeDocument(NamedTuple):
+    """A document whose text lies as UTF-8 in `path`, from byte `start` to `end`; `temporary`: remove it when done."""
+
+    path: Path
+    start: int
+    end: int
+    line: int
+    subset: str | None = None
+    temporary: bool = True
+
+
+class Reject(NamedTuple):
+    """Something that is not in the shards though it was in the source. `line` counts from 1 inside the piece."""
+
+    reason: str
+    line: int
+    detail: str
+    file: str = ""
+
+
+class Filtered(NamedTuple):
+    """A document a filter left out; counted, not listed."""
+
+    reason: str
+
+
+Item = Document | LargeDocument | Reject | Filtered
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are found in a source and which of them are wanted.
+
+    text_field, subset_field, language_field: dotted names of JSON or parquet fields. subsets: the subsets wanted; empty
+    for all. languages: the values wanted in language_field. separator: what stands between documents of a text file;
+    empty for one document a file. minimum_bytes, maximum_bytes: UTF-8 length of a wanted document (0: no limit).
+    maximum_document_bytes: a larger document is a reject. format: `jsonl`, `parquet`, `text` or `wikitext` for files
+    whose names do not say.
+    """
+
+    text_field: str = "text"
+    subset_field: str = ""
+    subsets: tuple[str, ...] = ()
+    language_field: str = ""
+    languages: tuple[str, ...] = ()
+    separator: str = ""
+    minimum_bytes: int = 0
+    maximum_bytes: int = 0
+    maximum_document_bytes: int = 1 << 32
+    format: str = ""
+
+    def __post_init__(self) -> None:
+        if self.subsets and not self.subset_field:
+            raise DataError("subsets were named without a field to find them in; add --subset-field.")
+        if bool(self.languages) != bool(self.language_field):
+            raise DataError("a language filter needs both --language and --language-field.")
+        if self.maximum_bytes and self.maximum_bytes < self.minimum_bytes:
+            raise DataError(f"the maximum length {self.maximum_bytes} is below the minimum {self.minimum_bytes}.")
+        if not self.text_field:
+            raise DataError("--text-field must name a field.")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that are read together, and the unit in which pieces are numbered.
+
+    Several small files form one group of one piece. A large file is a group of its own, read in pieces of `piece_bytes`
+    bytes of (decompressed) text; `pieces` is None where the number shows only when the end is met.
+    """
+
+    number: int
+    source: str
+    kind: str
+    files: tuple[str, ...]
+    bytes: int
+    pieces: int | None
+    piece_bytes: int
+    extra: dict[str, str | int] = field(default_factory=dict)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a later piece can be reached only by reading through the earlier ones."""
+        return self.pieces is None
+
+
+class PieceReader:
+    """Base of all readers: yields the items of one piece.
+
+    A reader lives as long as its worker works on the group, so that the next piece starts where the last one ended.
+    """
+
+    def __init__(self, group: Group, options: ReadOptions, scratch: Path) -> None:
+        self.group, self.options, self.scratch = group, options, scratch
+        self.end_seen = False  # set by items() when the group ends in this piece
+        self.position = 0  # bytes of the group's files read so far, for the progress display
+        self.lines = 0  # lines (rows, files) met in this piece
+        self.file = ""  # file under way
+
+    def items(self, piece: int) -> Iterator[Item]:
+        """Items of piece number `piece`.
+
+        Raises:
+            SourceError: nothing more can be read from this group.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of open files."""
+
+
+def accept(text: object, subset: object, language: object, line: int, options: ReadOptions) -> Item:
+    """Judge one record: a Document, or why it is not one. Bytes are judged later, when the text is encoded anyway."""
+    if type(text) is not str:
+        if text is None:
+            return Reject("missing_field", line, f"no field {options.text_field!r}")
+        return Reject("wrong_type", line, f"field {options.text_field!r} is {type(text).__name__}, not a string")
+    name: str | None = None
+    if options.subset_field:
+        if type(subset) is not str:
+            return Reject("missing_field", line, f"no string in the field {options.subset_field!r}")
+        if options.subsets and subset not in options.subsets:
+            return Filtered("subset")
+        name = subset
+    if options.languages and language not in options.languages:
+        return Filtered("language")
+    if not text or text.isspace():
+        return Reject("empty_document", line, "the text is empty or white space")
+    if "\x00" in text:
+        return Reject("nul_byte", line, f"NUL character at position {text.index(chr(0))}")
+    return Document(text, line, name)
+
+
+def field_path(name: str) -> tuple[str, ...]:
+    """`meta.pile_set_name` as the keys to follow."""
+    return tuple(name.split(".")) if name else ()
+
+
+def look_up(record: object, path: tuple[str, ...]) -> object:
+    """The value at `path` inside nested dicts; None where a key is missing."""
+    for key in path:
+        if type(record) is not dict:
+            return None
+        record = record.get(key)
+    return record
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None

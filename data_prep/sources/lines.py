@@ -1,0 +1,156 @@
+"""Lines of a stream, found by where they start, so that any number of readers share a file without talking."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.sources.base import LARGE, SourceError
+from data_prep.sources.streams import ByteStream
+
+_CHUNK = 1 << 20
+
+
+class LongLine(NamedTuple):
+    """A line above the size that is held in memory; its bytes (without the separator) lie in `path`."""
+
+    path: Path
+    bytes: int
+
+
+class LineReader:
+    """Yields the lines that start inside a range of (decompressed) bytes.
+
+    A line belongs to the range that its first byte lies in. Ranges asked for in rising order continue where the last
+    one ended; on a compressed file a gap is decompressed and dropped.
+
+    Args:
+        path: the file.
+        scratch: folder for lines too long for memory.
+        separator: what ends a line. Ranges other than the whole file need one that cannot overlap with itself.
+
+    Raises:
+        SourceError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str, scratch: Path, separator: bytes = b"\n") -> None:
+        self.path, self.scratch, self.separator = path, scratch, separator
+        self.stream = ByteStream(path)
+        self.offset = 0  # where the next line starts
+        self.at_end = False
+        self._ready: list[bytes | LongLine] = []  # whole lines already split, the next one last
+        self._carry = b""  # what follows them, up to the reading position of the stream
+
+    def lines(self, start: int, end: int | None) -> Iterator[bytes | LongLine]:
+        """Lines whose first byte lies in [start, end); `end` None reads to the end of the file.
+
+        Damage in front of the range's first line is the concern of an earlier range: then there are no lines here.
+
+        Raises:
+            SourceError: damage inside the range, after the lines in front of it were yielded.
+        """
+        if start < self.offset:
+            self.stream.close()
+            self.stream = ByteStream(self.path)
+            self.offset, self.at_end, self._ready, self._carry = 0, False, [], b""
+        if start > self.offset:
+            try:
+                self._skip_to(start)
+            except SourceError:
+                self.at_end = True
+        width = len(self.separator)
+        while end is None or self.offset < end:
+            if not self._ready and not self._fill():
+                break
+            line = self._ready.pop()
+            self.offset += (line.bytes if isinstance(line, LongLine) else len(line)) + width
+            yield line
+        if not self._ready and not self._carry and not self.at_end:
+            try:
+                self._fill()
+            except SourceError:
+                return  # the next range meets it again and reports it
+        self.at_end = self.at_end and not self._ready
+
+    def _skip_to(self, start: int) -> None:
+        """Go to the first line that starts at or after `start`."""
+        width = len(self.separator)
+        while self._ready and self.offset < start:
+            line = self._ready.pop()
+            self.offset += (line.bytes if isinstance(line, LongLine) else len(line)) + width
+        if self._ready or self.offset >= start:
+            return
+        # A separator that ends exactly at `start` makes a line start there, so reading begins in front of it.
+        position = max(self.offset, start - width)
+        if position <= self.stream.offset:
+            data = self._carry[position - (self.stream.offset - len(self._carry)) :]
+        else:
+            self.stream.seek(position)
+            data = b""
+        base = position
+        self._carry = b""
+        while True:
+            found = data.find(self.separator)
+            if found >= 0:
+                self._carry = data[found + width :]
+                self.offset = base + found + width
+                return
+            keep = min(len(data), width - 1)
+            base += len(data) - keep
+            chunk = self.stream.read(_CHUNK)
+            if not chunk:
+                self.offset, self.at_end = self.stream.offset, True
+                return
+            data = data[len(data) - keep :] + chunk
+
+    def _fill(self) -> bool:
+        """Read on until at least one whole line is there; False at the end of the file."""
+        if self.at_end:
+            return False
+        data = self._carry
+        while self.separator not in data:
+            if len(data) > LARGE:
+                self._spool(data)
+                return True
+            chunk = self.stream.read(_CHUNK)
+            if not chunk:
+                self.at_end, self._carry = True, b""
+                self._ready = [data] if data else []
+                return bool(data)
+            data = data + chunk if data else chunk
+        *lines, self._carry = data.split(self.separator)
+        lines.reverse()
+        self._ready = lines  # type: ignore[assignment]
+        return True
+
+    def _spool(self, data: bytes) -> None:
+        """Write the long line that begins with `data` to a file and keep what follows it."""
+        descriptor, name = tempfile.mkstemp(prefix="line-", dir=self.scratch)
+        width, size = len(self.separator), 0
+        with os.fdopen(descriptor, "wb") as spool:
+            while True:
+                found = data.find(self.separator)
+                whole = found >= 0
+                cut = found if whole else max(0, len(data) - (width - 1))
+                spool.write(data[:cut])
+                size += cut
+                if whole:
+                    self._carry = data[found + width :]
+                    break
+                rest = data[cut:]
+                chunk = self.stream.read(_CHUNK)
+                if not chunk:
+                    spool.write(rest)
+                    size += len(rest)
+                    self.at_end, self._carry = True, b""
+                    break
+                data = rest + chunk
+        self._ready = [LongLine(Path(name), size)]
+
+
+def can_overlap(separator: bytes) -> bool:
+    """Whether two occurrences of `separator` can share bytes; then where one starts depends on what stands before."""
+    return any(separator[:n] == separator[-n:] for n in range(1, len(separator)))

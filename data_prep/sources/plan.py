@@ -1,0 +1,240 @@
+"""From what a person names as sources to the numbered groups of files that are worked on.
+
+The plan depends on the names and sizes of the files alone, never on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.sources.base import Group, PieceReader, ReadOptions, SourceError, size_of
+from data_prep.sources.embedded import NAME as EMBEDDED
+from data_prep.sources.embedded import EmbeddedReader
+from data_prep.sources.hub import PRESETS, HubReader, hub_groups
+from data_prep.sources.jsonl import JsonlReader
+from data_prep.sources.lines import can_overlap
+from data_prep.sources.parquet import ParquetReader, pieces_of
+from data_prep.sources.streams import COMPRESSIONS, compression
+from data_prep.sources.text import TextReader, WikitextReader
+
+KINDS: dict[str, type[PieceReader]] = {
+    "jsonl": JsonlReader,
+    "parquet": ParquetReader,
+    "text": TextReader,
+    "wikitext": WikitextReader,
+    "embedded": EmbeddedReader,
+    "hub": HubReader,
+}
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".raw": "wikitext",
+    ".tokens": "wikitext",
+}
+_SMALLEST_PIECE, _LARGEST_PIECE = 16 << 20, 1 << 30
+_PIECES = 512  # a corpus is cut into about this many pieces, within the limits above
+_EXPANSION = 3  # bytes of text to expect of a byte of a compressed file
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """One source as named on the command line: its name, and its files or hub address."""
+
+    name: str
+    files: tuple[str, ...] = ()
+    hub: str = ""
+
+
+def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[list[SourceFiles], list[str]]:
+    """Resolve `[NAME=]PATH|FOLDER|GLOB|hub:REPO[:CONFIG[:SPLIT]]|PRESET|python-docs`.
+
+    Returns:
+        The sources in the order given, and the files that were left out because their kind is unknown.
+
+    Raises:
+        DataError: nothing there, or two sources of the same name.
+    """
+    sources: list[SourceFiles] = []
+    ignored: list[str] = []
+    for specification in specifications:
+        name, address = _split_name(specification)
+        if address == EMBEDDED:
+            sources.append(SourceFiles(name or EMBEDDED))
+            continue
+        if address in PRESETS or address.startswith("hub:"):
+            hub = PRESETS.get(address, address)
+            sources.append(SourceFiles(name or (address if address in PRESETS else hub.split(":")[1]), hub=hub))
+            continue
+        found, left = _files(address, options)
+        ignored += left
+        sources.append(SourceFiles(name or _default_name(address), tuple(found)))
+    names = [source.name for source in sources]
+    merged: list[SourceFiles] = []
+    for source in sources:  # files of one name given one by one are one source
+        same = next((i for i, s in enumerate(merged) if s.name == source.name and s.files and source.files), None)
+        if same is None:
+            merged.append(source)
+        else:
+            merged[same] = replace(merged[same], files=merged[same].files + source.files)
+    if len({source.name for source in merged}) < len(merged):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"two sources are named {twice!r}; give one another name with NAME=SOURCE.")
+    every = [path for source in merged for path in source.files]
+    if len(set(every)) < len(every):
+        twice = next(path for path in every if every.count(path) > 1)
+        raise DataError(f"{twice} is given twice; its documents would be in the data set twice.")
+    return merged, ignored
+
+
+def plan_groups(sources: Sequence[SourceFiles], options: ReadOptions, piece_bytes: int = 0) -> list[Group]:
+    """The numbered groups of all sources; `piece_bytes` 0 chooses by the size of the corpus.
+
+    Raises:
+        DataError: a file is missing, or its kind is unknown.
+    """
+    sizes = {path: size_of(path) for source in sources for path in source.files}
+    if not piece_bytes:
+        total = sum(size * (_EXPANSION if compression(path) else 1) for path, size in sizes.items())
+        piece_bytes = _SMALLEST_PIECE
+        while piece_bytes < _LARGEST_PIECE and piece_bytes * _PIECES < total:
+            piece_bytes *= 2
+    groups: list[Group] = []
+    for source in sources:
+        if source.hub:
+            groups += hub_groups(source.name, source.hub, len(groups), piece_bytes)
+        elif not source.files:
+            groups.append(Group(len(groups), source.name, "embedded", (), 0, 1, piece_bytes))
+        else:
+            groups += _file_groups(source, sizes, options, len(groups), piece_bytes)
+    return groups
+
+
+def reader_for(group: Group, options: ReadOptions, scratch: Path) -> PieceReader:
+    """The reader that yields the documents of `group`.
+
+    Raises:
+        SourceError: its file cannot be opened.
+    """
+    return KINDS[group.kind](group, options, scratch)
+
+
+def _file_groups(
+    source: SourceFiles, sizes: dict[str, int], options: ReadOptions, number: int, piece_bytes: int
+) -> list[Group]:
+    groups: list[Group] = []
+    small: list[str] = []
+    small_bytes = 0
+    small_kind = ""
+
+    def close() -> None:
+        nonlocal small, small_bytes
+        if small:
+            at = number + len(groups)
+            groups.append(Group(at, source.name, small_kind, tuple(small), small_bytes, 1, piece_bytes))
+            small, small_bytes = [], 0
+
+    for path in source.files:
+        kind = kind_of(path, options)
+        size = sizes[path] * (_EXPANSION if compression(path) else 1)
+        if kind != small_kind or small_bytes + size > piece_bytes:
+            close()
+        small_kind = kind
+        if size <= piece_bytes // 2:
+            small.append(path)
+            small_bytes += sizes[path]
+            continue
+        close()
+        pieces = _pieces(path, kind, sizes[path], options, piece_bytes)
+        groups.append(Group(number + len(groups), source.name, kind, (path,), sizes[path], pieces, piece_bytes))
+    close()
+    return groups
+
+
+def _pieces(path: str, kind: str, size: int, options: ReadOptions, piece_bytes: int) -> int | None:
+    """How many pieces a large file has; None where only reading tells."""
+    if kind == "parquet":
+        try:
+            return len(pieces_of(path, piece_bytes))
+        except SourceError:
+            return 1  # reported as a reject when it is read
+    separated = kind == "text" and options.separator and not can_overlap(options.separator.encode())
+    if kind != "jsonl" and not separated:
+        return 1
+    if compression(path):
+        return None
+    return max(1, -(-size // piece_bytes))
+
+
+def kind_of(path: str, options: ReadOptions) -> str:
+    """What a file holds, by its name, or as `options.format` says.
+
+    Raises:
+        DataError: the name does not tell.
+    """
+    if options.format:
+        return options.format
+    bare = Path(path).name.lower()
+    for ending in COMPRESSIONS:
+        bare = bare.removesuffix(ending)
+    kind = _SUFFIXES.get(Path(bare).suffix, "")
+    if not kind:
+        raise DataError(
+            f"{path}: the name does not say what the file holds; known endings are {', '.join(_SUFFIXES)} "
+            "(also with .gz, .zst, .xz, .bz2). Say it with --format."
+        )
+    return kind
+
+
+def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
+    path = Path(address)
+    if path.is_file():
+        kind_of(address, options)
+        return [address], []
+    if path.is_dir():
+        candidates = sorted(str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    elif glob.has_magic(address):
+        candidates = sorted(p for p in glob.glob(address, recursive=True) if Path(p).is_file())
+    else:
+        raise DataError(
+            f"there is no file, folder or source {address!r}. Named sources are {EMBEDDED}, {', '.join(PRESETS)} "
+            "and hub:REPOSITORY."
+        )
+    found, ignored = [], []
+    for candidate in candidates:
+        try:
+            kind_of(candidate, options)
+            found.append(candidate)
+        except DataError:
+            ignored.append(candidate)
+    if not found:
+        raise DataError(f"{address} holds no file of a known kind ({', '.join(_SUFFIXES)}, also compressed).")
+    return found, ignored
+
+
+def _split_name(specification: str) -> tuple[str, str]:
+    name, equals, address = specification.partition("=")
+    if equals and name and "/" not in name and "*" not in name and not Path(specification).exists():
+        return name, address
+    return "", specification
+
+
+def _default_name(address: str) -> str:
+    path = Path(address.rstrip("/"))
+    if path.is_dir():
+        return path.name
+    if glob.has_magic(address):
+        return path.parent.name or "files"
+    bare = path.name
+    for ending in (*COMPRESSIONS, *_SUFFIXES):
+        bare = bare.removesuffix(ending)
+    return bare or path.name

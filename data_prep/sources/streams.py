@@ -1,0 +1,148 @@
+"""Bytes of a file, decompressed, with every way of being broken told apart from a regular end."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from data_prep.sources.base import SourceError
+
+COMPRESSIONS = (".zst", ".zstd", ".gz", ".xz", ".bz2")
+_CHUNK = 1 << 20
+# One byte of zstd input can stand for 32 KB of output, so the input handed over at once bounds memory.
+_STEP = {".zst": 4096, ".gz": 16384, ".xz": 16384, ".bz2": 16384}
+_BURST = 4 << 20
+
+
+def compression(path: str | os.PathLike[str]) -> str:
+    """The compression a file name ends in (`.zst` for `.zstd` too), or an empty string."""
+    suffix = Path(path).suffix.lower()
+    return {".zstd": ".zst"}.get(suffix, suffix) if suffix in COMPRESSIONS else ""
+
+
+class ByteStream:
+    """Reads a plain or compressed file from its beginning.
+
+    Everything in front of the first damage is handed out before the error is raised, and the error is raised again by
+    every later read: two readers of a damaged file see the same, however they read.
+
+    offset: decompressed bytes handed out. consumed: bytes taken from the file on disk.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.offset = 0
+        self._kind = compression(path)
+        self._failure: SourceError | None = None
+        self._pending = b""
+        self._input = b""
+        self._frame: Any = None  # decompressor of the frame under way
+        self._frames = 0
+        self._step = _STEP.get(self._kind, 0)
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise SourceError("unreadable_file", f"{path} cannot be opened: {error.strerror}") from None
+
+    @property
+    def consumed(self) -> int:
+        """Bytes of the file on disk that are behind the reading position."""
+        return self._file.tell()
+
+    def seek(self, offset: int) -> None:
+        """Go to a decompressed `offset` that is not behind the current one; costs nothing on plain files.
+
+        Raises:
+            SourceError: the data is damaged in front of `offset`.
+        """
+        if not self._kind:
+            self._file.seek(offset)
+            self.offset = offset
+            return
+        while self.offset < offset:
+            if not self.read(min(_CHUNK, offset - self.offset)):
+                return
+
+    def read(self, size: int = _CHUNK) -> bytes:
+        """Up to `size` bytes; empty only at the regular end.
+
+        Raises:
+            SourceError: `unreadable_file`, or `broken_compression` for damaged or truncated data.
+        """
+        if not self._pending and self._failure is None:
+            if self._kind:
+                self._pending = self._decompressed(size)
+            else:
+                self._pending = self._raw(size)
+        if not self._pending and self._failure is not None:
+            raise self._failure
+        data, self._pending = self._pending[:size], self._pending[size:]
+        self.offset += len(data)
+        return data
+
+    def _raw(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self._failure = SourceError(
+                "unreadable_file", f"{self.path}: reading failed after {self.offset} bytes: {error.strerror or error}"
+            )
+            return b""
+
+    def _decompressed(self, size: int) -> bytes:
+        parts: list[bytes] = []
+        total = 0
+        while total < size and self._failure is None:
+            if not self._input:
+                self._input = self._raw(1 << 16)
+                if not self._input:
+                    if self._failure is None and (self._frame is not None or not self._frames):
+                        self._fail("the file ends inside a frame" if self._frame else "the file is empty", total)
+                    break
+            if self._frame is None:
+                if self._frames and self._kind in (".gz", ".xz"):  # both allow zeros behind their last frame
+                    self._input = self._input.lstrip(b"\x00")
+                    if not self._input:
+                        continue
+                self._frame = _decompressor(self._kind)
+                self._frames += 1
+            piece, self._input = self._input[: self._step], self._input[self._step :]
+            try:
+                part = self._frame.decompress(piece)
+            except (zstandard.ZstdError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+                self._fail(str(error), total)
+                break
+            self._step = 64 if len(part) > _BURST else _STEP[self._kind]
+            if self._frame.eof:
+                self._input = self._frame.unused_data + self._input
+                self._frame = None
+            if part:
+                parts.append(part)
+                total += len(part)
+        return b"".join(parts)
+
+    def _fail(self, why: str, ahead: int) -> None:
+        self._failure = SourceError(
+            "broken_compression",
+            f"{self.path}: {self._kind} data is broken after {self.offset + ahead} decompressed bytes: {why}",
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _decompressor(kind: str) -> Any:
+    if kind == ".zst":  # files written with `zstd --long=31` need the large window
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    if kind == ".gz":
+        return zlib.decompressobj(wbits=31)
+    if kind == ".xz":
+        return lzma.LZMADecompressor()
+    return bz2.BZ2Decompressor()

@@ -1,0 +1,56 @@
+"""What a tokenizer is to the rest of the package."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. No id is added in front or behind, and text never turns into a control token.
+
+    kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 (hex) of what decides the ids. vocab_size:
+    every id is below it. eod_id, eod_token: END_OF_DOCUMENT, put behind every document by the pipeline. path: the file.
+    """
+
+    kind: str
+    path: Path
+    fingerprint: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens appear by name where the tokenizer has one for them."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one array, int32 `[ids]`, and where each text starts, int64 `[texts + 1]`."""
+        lists = self.encode_batch(texts)
+        starts = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(ids) for ids in lists], out=starts[1:])
+        flat = np.fromiter((token for ids in lists for token in ids), np.int32, int(starts[-1]))
+        return flat, starts
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of texts that continue another text, int32 each: nothing is put in front of the first word.
+
+        Right for pieces cut at `data_prep.cutting`'s boundaries. Every piece is encoded behind a newline, whose own
+        ids are then taken off; a tokenizer without a dummy prefix gives the same ids as `encode`.
+        """
+        lead = self.encode("\n")
+        found = self.encode_batch(["\n" + text for text in texts])
+        if any(ids[: len(lead)] != lead for ids in found):
+            return [np.asarray(ids, np.int32) for ids in self.encode_batch(texts)]
+        return [np.asarray(ids[len(lead) :], np.int32) for ids in found]

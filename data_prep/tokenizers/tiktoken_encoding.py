@@ -1,0 +1,50 @@
+"""tiktoken encodings by name, where tiktoken is installed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.tokenizers.base import Tokenizer
+
+PREFIX = "tiktoken:"
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A tiktoken encoding such as `tiktoken:gpt2`; END_OF_DOCUMENT is `<|endoftext|>` unless another is named.
+
+    Raises:
+        DataError: tiktoken is not installed, the encoding is unknown or its files cannot be loaded.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, name: str, eod_token: str = "") -> None:
+        try:
+            import tiktoken
+        except ImportError:
+            raise DataError(f"{PREFIX}{name} needs tiktoken; install it with `pip install tiktoken`.") from None
+        try:
+            self._encoding = tiktoken.get_encoding(name)
+        except Exception as error:  # unknown names and every network error
+            raise DataError(f"tiktoken encoding {name!r} cannot be loaded: {error}") from None
+        self.path = Path(PREFIX + name)
+        digest = hashlib.sha256(self._encoding._pat_str.encode())
+        for token, rank in sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+            digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
+        for token, rank in sorted(self._encoding._special_tokens.items()):
+            digest.update(token.encode() + rank.to_bytes(4, "little"))
+        self.fingerprint = digest.hexdigest()
+        self.vocab_size = self._encoding.n_vocab
+        self.eod_token = eod_token or "<|endoftext|>"
+        if self.eod_token not in self._encoding._special_tokens:
+            raise DataError(f"tiktoken encoding {name!r} has no special token {self.eod_token!r}.")
+        self.eod_id = self._encoding._special_tokens[self.eod_token]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode([int(token) for token in ids])

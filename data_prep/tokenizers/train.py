@@ -1,0 +1,157 @@
+"""Training a tokenizer, on the documents that `tokenize` will train on and no others."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from data_prep.errors import DataError
+from data_prep.files import atomic_write
+from data_prep.plan import Settings
+from data_prep.sources import Document, LargeDocument, SourceError, plan_groups, reader_for
+from data_prep.sources.streams import compression
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+
+KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
+END_OF_DOCUMENT = "<|endoftext|>"
+_EXPANSION = 3  # text expected of a byte of a compressed file
+_SENTENCE = 4000  # bytes; sentencepiece leaves out what is longer than its limit, so lines are cut below it
+_THREADS = 4  # written into the model file, so it must not depend on the machine
+
+
+def train_tokenizer(
+    settings: Settings, out: str | os.PathLike[str], kind: str, vocab_size: int, max_bytes: int, scratch: Path
+) -> tuple[Tokenizer, dict[str, int]]:
+    """Train on the training split of `settings.sources` and write the tokenizer to `out`.
+
+    Where the sources hold more than `max_bytes` of text, documents are sampled by the hash of their text.
+
+    Returns:
+        The tokenizer, and what it was trained on: documents, bytes, left_out (rejects and filtered), held_out.
+
+    Raises:
+        DataError: an unknown kind, a wrong ending of `out`, or too little text for the vocabulary.
+    """
+    if kind not in KINDS:
+        raise DataError(f"--kind must be one of {', '.join(KINDS)}, found {kind!r}.")
+    suffix = ".json" if kind == "byte-bpe" else ".model"
+    if Path(out).suffix != suffix:
+        raise DataError(f"a {kind} tokenizer is a {suffix} file; --out {out} has another ending.")
+    if vocab_size < 260:
+        raise DataError(f"a vocabulary of {vocab_size} is too small: 256 single bytes and control tokens come first.")
+    counts = {"documents": 0, "bytes": 0, "left_out": 0, "held_out": 0}
+    texts = training_texts(settings, max_bytes, scratch, counts)
+    if kind == "byte-bpe":
+        data = _train_byte_bpe(texts, vocab_size)
+    else:
+        data = _train_sentencepiece(texts, kind.removeprefix("sentencepiece-"), vocab_size, counts)
+    with atomic_write(out) as stream:
+        stream.write(data)
+    return load_tokenizer(out), counts
+
+
+def training_texts(settings: Settings, max_bytes: int, scratch: Path, counts: dict[str, int]) -> Iterator[str]:
+    """Texts of the training split, a sample of about `max_bytes` of them; `counts` is kept up to date."""
+    groups = plan_groups(settings.sources, settings.options)
+    expected = sum(g.bytes * (_EXPANSION if g.files and compression(g.files[0]) else 1) for g in groups)
+    held_out = settings.validation + settings.test
+    # A hash of its own: the splits' hash would tie the sample to the splits.
+    keep = min(1.0, max_bytes / expected) if max_bytes and expected else 1.0
+    for group in groups:
+        try:
+            reader = reader_for(group, settings.options, scratch)
+            piece = 0
+            while True:
+                for item in reader.items(piece):
+                    if isinstance(item, LargeDocument):
+                        item.path.unlink(missing_ok=True)
+                    if not isinstance(item, Document):
+                        counts["left_out"] += 1
+                        continue
+                    data = item.text.encode("utf-8", "surrogatepass")
+                    if xxhash.xxh3_64_intdigest(data, settings.split_seed) / 2**64 < held_out:
+                        counts["held_out"] += 1
+                        continue
+                    if xxhash.xxh3_64_intdigest(data, settings.split_seed + 1) / 2**64 >= keep:
+                        continue
+                    counts["documents"] += 1
+                    counts["bytes"] += len(data)
+                    yield item.text
+                    if max_bytes and counts["bytes"] >= 2 * max_bytes:
+                        return
+                piece += 1
+                if reader.end_seen or (group.pieces is not None and piece >= group.pieces):
+                    break
+            reader.close()
+        except SourceError:
+            counts["left_out"] += 1
+
+
+def _sentences(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            if not line or "\x00" in line:
+                continue
+            if len(line) * 4 <= _SENTENCE:
+                yield line
+                continue
+            data = line.encode("utf-8", "ignore")
+            while data:
+                cut = data.rfind(b" ", _SENTENCE // 2, _SENTENCE) if len(data) > _SENTENCE else len(data)
+                if cut < 0:
+                    cut = _SENTENCE
+                    while data[cut] & 0xC0 == 0x80:
+                        cut -= 1
+                yield data[:cut].decode()
+                data = data[cut:]
+
+
+def _train_sentencepiece(texts: Iterator[str], model_type: str, vocab_size: int, counts: dict[str, int]) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",  # the text comes back as it was
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=2 * _SENTENCE,
+            num_threads=_THREADS,
+            train_extremely_large_corpus=model_type == "unigram",
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"sentencepiece could not train a vocabulary of {vocab_size} on {counts['bytes']:,} bytes of text: {error} "
+            "A smaller --vocab-size or more text helps."
+        ) from None
+    return model.getvalue()
+
+
+def _train_byte_bpe(texts: Iterator[str], vocab_size: int) -> bytes:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=False).encode()

@@ -1,0 +1,158 @@
+"""Worker processes: each does one piece at a time and reports to the parent through a pipe of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.piece import PieceWorker, Progress, orphaned, read_receipt, receipt_path
+from data_prep.plan import Plan
+from data_prep.schedule import Key, Schedule
+
+_TRIES = 3  # a piece that takes its worker down this often stops the run
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: Any
+    pipe: Connection
+    piece: Key | None = None
+
+
+@dataclass
+class Pool:
+    """Runs a schedule on `count` processes.
+
+    on_progress: called with (worker number, piece, Progress); on_piece: called when a piece is finished.
+    """
+
+    folder: Path
+    plan: Plan
+    schedule: Schedule
+    count: int
+    on_progress: Callable[[int, Key, Progress], None]
+    _workers: list[_Worker] = field(default_factory=list)
+    _losses: dict[Key, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Do all pieces.
+
+        Raises:
+            DataError: as a worker raised it, or a piece killed its worker three times.
+            OSError: a worker could not write.
+        """
+        try:
+            while not self.schedule.complete:
+                self._assign()
+                busy = [worker for worker in self._workers if worker.piece is not None]
+                if not busy:
+                    break
+                for pipe in wait([worker.pipe for worker in busy], timeout=1.0):
+                    self._hear(next(worker for worker in busy if worker.pipe is pipe))
+        finally:
+            self._stop()
+
+    def _assign(self) -> None:
+        idle = [worker for worker in self._workers if worker.piece is None]
+        while len(self._workers) < self.count or idle:
+            number = idle[0].number if idle else self._free_number()
+            key = self.schedule.take(number)
+            if key is None:
+                return
+            worker = idle.pop(0) if idle else self._start(number)
+            worker.piece = key
+            try:
+                worker.pipe.send(key)
+            except OSError:
+                self._lose(worker)
+
+    def _free_number(self) -> int:
+        taken = {worker.number for worker in self._workers}
+        return next(number for number in range(self.count) if number not in taken)
+
+    def _start(self, number: int) -> _Worker:
+        # Spawned, not forked: a copy of the parent would hold its locks and threads in an unknown state.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_main, args=(str(self.folder), self.plan, theirs, os.getpid()))
+        process.start()
+        theirs.close()
+        worker = _Worker(number, process, ours)
+        self._workers.append(worker)
+        return worker
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._lose(worker)
+            return
+        key = worker.piece
+        assert key is not None
+        if isinstance(message, Progress):
+            self.on_progress(worker.number, key, message)
+        elif message == "done":
+            worker.piece = None
+            self.schedule.add(read_receipt(receipt_path(self.folder, *key)))
+        else:
+            raise message
+
+    def _lose(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.pipe.close()
+        worker.process.join()
+        for key in self.schedule.lost(worker.number):
+            self._losses[key] = self._losses.get(key, 0) + 1
+            if self._losses[key] == _TRIES:
+                files = ", ".join(self.plan.groups[key[0]].files) or self.plan.groups[key[0]].source
+                raise DataError(
+                    f"the worker at piece {key[1]} of {files} was killed {_TRIES} times (exit code "
+                    f"{worker.process.exitcode}); out of memory is the usual reason: use fewer --workers. "
+                    "Run the same command again to continue."
+                )
+
+    def _stop(self) -> None:
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(timeout=0.2 if worker.piece is None else 0)
+            if worker.process.is_alive():
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(timeout=10)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers.clear()
+
+
+def quiet_libraries() -> None:
+    """One thread for this process: the tokenizer library would start one for every processor."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _main(folder: str, plan: Plan, pipe: Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    quiet_libraries()
+    try:
+        worker = PieceWorker(Path(folder), plan)
+        while True:
+            key = pipe.recv()
+            for progress in worker.work(*key):
+                pipe.send(progress)
+                if orphaned(parent):
+                    return
+            pipe.send("done")
+    except (EOFError, BrokenPipeError):
+        return  # the parent has finished, or is gone
+    except (DataError, OSError) as error:
+        pipe.send(error if isinstance(error, DataError) else OSError(error.errno, str(error)))
