@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mor_model.config import ModelConfig
@@ -33,8 +32,9 @@ def save_weights(folder: str | Path, state_dict: Mapping[str, Tensor], config: M
         for name, tensor in state_dict.items()
         if not (config.tie_embeddings and name == TIED_HEAD)
     }
-    _write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    _write_atomically(folder / CONFIG_FILE, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    description = json.dumps(config.to_dict(), indent=2) + "\n"
+    _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write(folder / CONFIG_FILE, lambda path: path.write_text(description, encoding="utf-8"))
 
 
 def load_model(
@@ -60,17 +60,18 @@ def load_model(
         raise ConfigError(
             f"{folder / WEIGHTS_FILE} cannot be read ({error}); copy or export the model again."
         ) from None
-    model = RecursiveTransformer(config)
-    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        model = RecursiveTransformer(config)
+    expected = dict(model.state_dict())
     if config.tie_embeddings:
         del expected[TIED_HEAD]
     _check_fit(folder, expected, tensors)
     if config.tie_embeddings:
         tensors[TIED_HEAD] = tensors["embedding.weight"]
-    stored = tensors["embedding.weight"].dtype
-    model.to(dtype=dtype or stored)
-    model.load_state_dict(tensors)
-    return model.to(device).eval()
+    model.load_state_dict(tensors, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def _read_config(path: Path) -> ModelConfig:
@@ -93,20 +94,17 @@ def _check_fit(folder: Path, expected: Mapping[str, Tensor], given: Mapping[str,
     for name, tensor in expected.items():
         if tensor.shape != given[name].shape:
             raise ConfigError(
-                f"{folder}: {name} has shape {tuple(given[name].shape)} where {CONFIG_FILE} wants {tuple(tensor.shape)}; "
-                "export the model again."
+                f"{folder}: {name} has shape {tuple(given[name].shape)} where {CONFIG_FILE} wants "
+                f"{tuple(tensor.shape)}; export the model again."
             )
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _write(path: Path, writer: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        writer(temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""Small configurations and batches that the tests of this package share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor_model.config import ModelConfig
+from mor_model.model import RecursiveTransformer
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 19,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 12,
+    "context_length": 32,
+    "init_std": 0.5,
+}
+
+
+def small_config(**fields: Any) -> ModelConfig:
+    """A network of width 8; recursive (middle_cycle, R=3, one layer a step) unless told otherwise."""
+    values = {**SMALL, "num_layers": 5, "sharing": "middle_cycle", "recursions": 3, **fields}
+    return ModelConfig(**values)
+
+
+def small_model(config: ModelConfig, checkpointing: str = "none", seed: int = 0, **to: Any) -> RecursiveTransformer:
+    model = RecursiveTransformer(config, checkpointing)
+    model.initialize(seed)
+    return model.to(**to) if to else model
+
+
+@dataclass
+class Batch:
+    """ids and labels [B, T], and optionally which tokens are real and of which document."""
+
+    ids: Tensor
+    labels: Tensor
+    valid: Tensor | None = None
+    documents: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "input_ids_BT": self.ids,
+            "labels_BT": self.labels,
+            "valid_BT": self.valid,
+            "documents_BT": self.documents,
+        }
+
+    def rows(self, first: int, last: int) -> Batch:
+        cut = [None if x is None else x[first:last] for x in (self.ids, self.labels, self.valid, self.documents)]
+        return Batch(*cut)  # type: ignore[arg-type]
+
+
+def random_batch(
+    config: ModelConfig,
+    sequences: int = 2,
+    length: int = 11,
+    seed: int = 0,
+    *,
+    padded: bool = False,
+    documents: bool | None = None,
+    ignored: bool = False,
+) -> Batch:
+    """A batch of random ids; `padded` makes the sequences of different lengths, on either side."""
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.randint(config.vocab_size, (sequences, length + 1), generator=generator)
+    ids, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+    valid = None
+    if padded:
+        valid = torch.ones(sequences, length, dtype=torch.bool)
+        for b in range(sequences):
+            missing = int(torch.randint(length, (), generator=generator))
+            if b % 2:
+                valid[b, :missing] = False
+            else:
+                valid[b, length - missing :] = False
+        labels = labels.masked_fill(~valid, -100)
+    if ignored:
+        labels = labels.masked_fill(torch.rand(labels.shape, generator=generator) < 0.3, -100)
+    numbers = None
+    if documents if documents is not None else config.document_masking:
+        starts = torch.rand(sequences, length, generator=generator) < 0.3
+        numbers = starts.long().cumsum(1)
+    return Batch(ids, labels, valid, numbers)
