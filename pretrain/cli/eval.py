@@ -33,7 +33,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Every token takes so many recursion steps; routers are ignored.")
     ] = None,
     text_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes. [default: 1000000]")
+        int | None, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes. [default: 500000]")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Data set folder whose held-out text is read; the recipe's unless given.")

@@ -29,7 +29,7 @@ from pretrain.evaluation.suites import (
 from pretrain.run_folder import RunFolder
 
 FORMAT_VERSION = 1
-TEXT_BYTES = 1_000_000
+TEXT_BYTES = 500_000
 SuiteProgress = Callable[[str], Progress | None]
 """Given a suite's name when it begins; returns what is told of its progress."""
 

@@ -20,8 +20,9 @@ from pretrain.errors import UserError
 
 Routing = Literal["causal", "topk"]
 ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
-# The logits of a batch are its largest tensor; these keep them at 256 MiB on a CPU and 2 GiB on an accelerator (fp32).
-_LOGITS_CPU = 1 << 26
+# The logits of a batch are its largest tensor: 64 MiB on a CPU, where larger ones cost more in fresh memory than they
+# gain, and 2 GiB on an accelerator (fp32).
+_LOGITS_CPU = 1 << 24
 _LOGITS_ACCELERATOR = 1 << 29
 
 Progress = Callable[[int, int], None]

@@ -52,7 +52,7 @@ def read_windows(scorer: Scorer, windows: np.ndarray, progress: Progress | None 
     all.
     """
     rank, world = rank_and_world()
-    size = max(1, 4096 // (windows.shape[1] - 1))
+    size = max(1, 2048 // (windows.shape[1] - 1))
     batches = [windows[start : start + size] for start in range(0, len(windows), size)]
     mine: list[tuple[int, np.ndarray, np.ndarray]] = []
     with evaluating(scorer.model):
