@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,32 +110,57 @@ def environment() -> dict[str, str]:
     }
 
 
-def command(recipe: Path, *arguments: str, ranks: int = 1) -> list[str]:
-    """How a user starts training: plain python for one rank, torchrun for more."""
-    script = [str(ROOT / "pretrain" / "train.py"), "--config", str(recipe), *arguments]
-    if ranks == 1:
-        return [sys.executable, *script]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, *script]
+class Job:
+    """Training processes started without a launcher, so that a test can kill any one of them."""
+
+    def __init__(self, recipe: Path, *arguments: str, ranks: int = 1, extra: dict[str, str] | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        script = [sys.executable, str(ROOT / "pretrain" / "train.py"), "--config", str(recipe), *arguments]
+        self.processes = []
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            variables = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
+            if ranks > 1:
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            self.processes.append(
+                subprocess.Popen(
+                    script,
+                    env={**environment(), **variables, **(extra or {})},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    @property
+    def running(self) -> bool:
+        """True while every process lives."""
+        return all(process.poll() is None for process in self.processes)
+
+    def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            process.send_signal(number)
+
+    def wait(self, timeout: float = 240) -> tuple[list[int], str, str]:
+        """Exit codes by rank, and what was printed, rank after rank."""
+        try:
+            printed = [process.communicate(timeout=timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.kill()
+        codes = [process.returncode for process in self.processes]
+        return codes, "".join(out for out, _ in printed), "".join(errors for _, errors in printed)
 
 
-def train(recipe: Path, *arguments: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Train and wait."""
-    process = subprocess.Popen(
-        command(recipe, *arguments, ranks=ranks),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+def train(recipe: Path, *arguments: str, ranks: int = 1, expect: int = 0) -> str:
+    """Train to the end; returns what was printed. Fails unless every rank exits with `expect`."""
+    codes, output, errors = Job(recipe, *arguments, ranks=ranks).wait()
+    assert codes == [expect] * ranks, f"exit codes {codes}\n{output}\n{errors}"
+    return output + errors
 
 
 def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
