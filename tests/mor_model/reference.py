@@ -109,7 +109,7 @@ class Network:
             for r in range(self.fixed_depth or config.recursions):
                 hidden = self.shared_block(r, sequence, hidden, {})
                 sequence.step_tokens.append(len(sequence.tokens))
-            sequence.depth = {t: self.fixed_depth or config.recursions for t in sequence.tokens}
+            sequence.depth = dict.fromkeys(sequence.tokens, self.fixed_depth or config.recursions)
         for layer in config.schedule.coda:
             hidden = self.block(layer, sequence, hidden, {})
         head = weights["embedding.weight"] if config.tie_embeddings else weights["head.weight"]
@@ -199,7 +199,7 @@ class Network:
                 selected = [t for t in competing if unconditional or deciding[t] >= 0]
             else:
                 room = max(1, int(self.capacities[r] * len(sequence.tokens))) if sequence.tokens else 0
-                ranked = sorted(competing, key=lambda t: -float(scores[t]))  # noqa: B023
+                ranked = sorted(competing, key=lambda t: -float(scores[t]))
                 selected = sorted(ranked[:room])
                 learned = self.expert_choice_losses(sequence, scores, deciding, selected, unconditional)
                 soft_depth = soft_depth + learned
@@ -236,7 +236,7 @@ class Network:
         return soft / max(1, len(sequence.tokens))
 
     def token_choice(self, sequence: Sequence, hidden: Vectors) -> Vectors:
-        config, router, R = self.config, self.config.router, self.config.recursions
+        _config, router, R = self.config, self.config.router, self.config.recursions
         gates, scores, share = {}, {}, {}
         for t in sequence.tokens:
             if router.network == "random":
@@ -250,7 +250,7 @@ class Network:
             preference = [float(gates[t][i]) for i in range(R)]
             if router.balance == "bias" and self.balance_steps is not None:
                 preference = [p + router.bias_update_rate * n for p, n in zip(preference, self.balance_steps)]
-            sequence.depth[t] = self.fixed_depth or max(range(R), key=lambda i: preference[i]) + 1  # noqa: B023
+            sequence.depth[t] = self.fixed_depth or max(range(R), key=lambda i: preference[i]) + 1
         if not self.fixed_depth:
             self.token_choice_losses(sequence, scores, share)
         start, memories = hidden, {}
