@@ -230,7 +230,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
         if local_world_size == world_size:
             address = LOOPBACK
         elif _slurm_hosts(environ):
-            address = _reachable(_slurm_hosts(environ)[0])
+            address = reachable_address(_slurm_hosts(environ)[0])
         else:
             address, port = _agree_through_mpi(rank, world_size, port)
     if port is None:
@@ -258,7 +258,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
         if local_world_size == world_size:
             address = LOOPBACK
         elif hosts:
-            address = _reachable(hosts[0])
+            address = reachable_address(hosts[0])
         else:
             raise LaunchError(
                 "srun started this process on several nodes, but SLURM_STEP_NODELIST is not set; set MASTER_ADDR."
@@ -297,7 +297,7 @@ def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
     return expand_hostlist(names) if names else []
 
 
-def _reachable(host: str) -> str:
+def reachable_address(host: str) -> str:
     """`host`, or the address Slurm knows it by when its name does not resolve."""
     try:
         socket.getaddrinfo(host, None)

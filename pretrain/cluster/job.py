@@ -1,0 +1,253 @@
+"""What a batch script runs on its first node: start the ranks, pass the end's announcement on, and start again.
+
+Needs nothing beyond the standard library, so that it runs on a node whose real environment is inside a container. These
+variables change what it does; all are optional:
+
+    MOR_CONTAINER   image the ranks run in: *.sif with apptainer, *.sqsh or a registry name with enroot (pyxis)
+    MOR_LAUNCHER    `srun` (default: Slurm starts every rank) or `deepspeed` (Slurm starts one launcher a node)
+    MOR_HEALTH      `check` looks at every node before training, `exclude` also requeues without the bad ones
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from data_prep.files import write_text
+from pretrain.cluster.restarts import note_start
+from pretrain.environment import clean_environment, reachable_address, rendezvous_port
+from pretrain.errors import LaunchError, UserError
+from pretrain.hostlist import expand_hostlist
+from pretrain.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_NO_PROGRESS, EXIT_USER
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_NEVER_AGAIN = (EXIT_FINISHED, EXIT_USER, EXIT_HELD, EXIT_NO_PROGRESS)
+
+
+class Job:
+    """The Slurm job this process is the batch script of."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        """Raises LaunchError outside a Slurm job."""
+        if "SLURM_JOB_ID" not in environ:
+            raise LaunchError("This runs inside a Slurm job: sbatch slurm/train.sbatch RECIPE, or mor submit RECIPE.")
+        self.environ = environ
+        self.identity = environ["SLURM_JOB_ID"]
+        self.array = environ.get("SLURM_ARRAY_JOB_ID")
+        self.restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        self.hosts = expand_hostlist(environ["SLURM_JOB_NODELIST"])
+        self.python = "python" if environ.get("MOR_CONTAINER") else sys.executable
+        self.announced: signal.Signals | None = None
+        self._step: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
+
+    def step(self, command: list[str], *, per_node: int | None = None) -> int:
+        """Run `command` as a job step on all nodes and return its exit code.
+
+        `per_node` is the number of tasks on each node; by default as many as the job asked for, otherwise one for each
+        GPU of a node.
+        """
+        chosen = per_node or self._tasks_per_node()
+        options = ["--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
+        if per_node:
+            options.append(f"--ntasks={per_node * len(self.hosts)}")
+        tasks = chosen or -(-int(self.environ.get("SLURM_NTASKS", "1")) // len(self.hosts))
+        cores = int(self.environ.get("SLURM_CPUS_ON_NODE", "1"))
+        # Since Slurm 22.05 srun no longer takes over what sbatch was told.
+        options.append("--overcommit" if tasks > cores else f"--cpus-per-task={cores // tasks}")
+        self._step = subprocess.Popen(["srun", *options, *self.container_options(), *command])
+        try:
+            return self._step.wait()
+        finally:
+            self._step = None
+
+    def inside(self, command: list[str]) -> list[str]:
+        """`command` as it runs in the image of MOR_CONTAINER where that is not srun's own business."""
+        image = self.environ.get("MOR_CONTAINER", "")
+        if not image.endswith(".sif"):
+            return command
+        return ["apptainer", "exec", "--nv", "--bind", f"{_ROOT},{Path.cwd()}", image, *command]
+
+    def requeue(self) -> bool:
+        """Ask Slurm to start this job again; False where that is not allowed."""
+        done = subprocess.run(["scontrol", "requeue", self.identity], capture_output=True, text=True)
+        if done.returncode:
+            say(f"scontrol requeue: {(done.stderr or done.stdout).strip()}")
+        return done.returncode == 0
+
+    def is_ending(self) -> bool:
+        """Whether Slurm is already ending this job: cancelled, out of time, or requeued by Slurm itself."""
+        shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.identity], capture_output=True, text=True)
+        return shown.returncode == 0 and "JobState=RUNNING" not in shown.stdout.split()
+
+    def exclude(self, hosts: list[str]) -> bool:
+        """Keep these nodes out of this job's next start."""
+        done = subprocess.run(
+            ["scontrol", "update", f"JobId={self.identity}", f"ExcNodeList={','.join(hosts)}"],
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode == 0
+
+    def cancel_rest_of_array(self) -> None:
+        """Cancel the elements that wait behind this one."""
+        subprocess.run(["scancel", "--state=PENDING", str(self.array)], capture_output=True)
+
+    def _tasks_per_node(self) -> int | None:
+        if "SLURM_NTASKS_PER_NODE" in self.environ or "SLURM_NTASKS" in self.environ:
+            return None
+        return int(self.environ.get("SLURM_GPUS_ON_NODE") or 1)
+
+    def container_options(self) -> list[str]:
+        image = self.environ.get("MOR_CONTAINER", "")
+        if not image or image.endswith(".sif"):
+            return []
+        mounts = ",".join(f"{folder}:{folder}" for folder in {_ROOT, Path.cwd()})
+        return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.announced = signal.Signals(number)
+        if self._step is not None:
+            # Always USR1: where Slurm has sent the ranks a SIGTERM of its own, a second one would end them at once.
+            self._step.send_signal(signal.SIGUSR1)
+
+
+def train(job: Job, arguments: list[str]) -> int:
+    """Train a recipe on all of the job's nodes, again and again until it is finished; returns the exit code."""
+    run = locate(job, arguments)
+    if _state(run) == "finished":
+        say(f"{run} is finished.")
+        return _finish(job)
+    cause = "first start" if job.restarts == 0 and not job.array else f"restart {job.restarts}"
+    if problem := note_start(run, job.array or job.identity, cause):
+        say(problem)
+        if job.array:
+            job.cancel_rest_of_array()
+        return EXIT_NO_PROGRESS
+    if job.environ.get("MOR_HEALTH") in ("check", "exclude"):
+        from pretrain.cluster.health import check_nodes
+
+        bad = check_nodes(job)
+        if bad:
+            return _leave_bad_nodes(job, bad)
+    polite = run.parent / f".{run.name}.exit-code"
+    polite.unlink(missing_ok=True)
+    os.environ["MOR_EXIT_CODE_FILE"] = str(polite)
+    if job.environ.get("MOR_LAUNCHER", "srun") == "deepspeed":
+        code = _deepspeed_step(job, run, arguments)
+    else:
+        code = job.step(job.inside([job.python, "-u", "-m", "pretrain.cluster.rank", "--config", *arguments]))
+    # After a node has failed srun may return 0; only the run itself knows that it is finished.
+    if _state(run) == "finished":
+        return _finish(job)
+    if polite.is_file():
+        code = int(polite.read_text(encoding="utf-8"))
+        polite.unlink()
+    return _again(job, run, code or EXIT_FAILED)
+
+
+def locate(job: Job, arguments: list[str]) -> Path:
+    """The run folder of a recipe, read where its packages are installed.
+
+    Raises:
+        LaunchError: when the recipe cannot be used; the reason has been printed.
+    """
+    command = job.inside([job.python, "-m", "pretrain.cluster.locate", *arguments])
+    options = job.container_options()
+    if options:
+        command = ["srun", "--nodes=1", "--ntasks=1", *options, *command]
+    environ = clean_environment() if not options else None
+    paths = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env={**(environ or os.environ), "PYTHONPATH": paths}
+    )
+    if done.returncode:
+        raise LaunchError("the recipe cannot be used; nothing was started.")
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def say(text: str) -> None:
+    """A line for the job's log."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {os.environ.get('SLURM_JOB_ID')}: {text}", flush=True)
+
+
+def _finish(job: Job) -> int:
+    if job.array:
+        job.cancel_rest_of_array()
+    return EXIT_FINISHED
+
+
+def _again(job: Job, run: Path, code: int) -> int:
+    """Requeue after an announced end or a crash; at the next start `note_start` decides whether that was wise."""
+    if code in _NEVER_AGAIN or job.is_ending():
+        return code
+    why = f"{job.announced.name} announced the end" if job.announced else f"the ranks ended with code {code}"
+    if job.array:
+        say(f"{why}; the next element of array {job.array} continues {run}.")
+        return EXIT_FINISHED if code == EXIT_AGAIN else code
+    say(f"{why}; requeueing to continue {run}.")
+    if not job.requeue():
+        say("Requeueing is not allowed here; submit a chain instead: sbatch --array=1-10%1 slurm/train.sbatch RECIPE")
+        return code
+    # Slurm ends this script; returning first would count as the job's own end.
+    time.sleep(120)
+    return EXIT_AGAIN
+
+
+def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
+    for host, reason in bad.items():
+        say(f"node {host} is not sound: {reason}")
+    if job.environ["MOR_HEALTH"] == "exclude" and job.exclude(list(bad)) and job.requeue():
+        say(f"requeued without {', '.join(bad)}.")
+        time.sleep(120)
+        return EXIT_AGAIN
+    return EXIT_FAILED
+
+
+def _state(run: Path) -> str:
+    try:
+        return json.loads((run / "status.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError):
+        return "absent"
+
+
+def _deepspeed_step(job: Job, run: Path, arguments: list[str]) -> int:
+    """One DeepSpeed launcher on each node, told by a hostfile of the job's nodes how many ranks there are."""
+    slots = job.environ.get("SLURM_NTASKS_PER_NODE") or job.environ.get("SLURM_GPUS_ON_NODE") or "1"
+    hostfile = run.parent / f".{run.name}.hostfile"
+    write_text(hostfile, "".join(f"{host} slots={slots}\n" for host in job.hosts))
+    options = {
+        "hostfile": hostfile,
+        "master_addr": os.environ.get("MASTER_ADDR") or reachable_address(job.hosts[0]),
+        "master_port": rendezvous_port(job.environ),
+    }
+    launcher = [job.python, "-m", "deepspeed.launcher.runner", "--no_ssh", "--force_multi", "--no_local_rank"]
+    launcher += [f"--{name}={value}" for name, value in options.items()]
+    program = ["--module", "pretrain.cluster.rank", "--config", *arguments]
+    # Only the node itself knows its number.
+    command = f"exec {shlex.join(launcher)} --node_rank=$SLURM_NODEID {shlex.join(program)}"
+    return job.step(job.inside(["bash", "-c", command]), per_node=1)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m pretrain.cluster.job train RECIPE [section.key=value ...]`; returns the exit code."""
+    try:
+        if len(arguments) < 2 or arguments[0] != "train":
+            raise LaunchError("usage: sbatch slurm/train.sbatch RECIPE [section.key=value ...]")
+        return train(Job(), arguments[1:])
+    except UserError as error:
+        print(f"slurm job: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

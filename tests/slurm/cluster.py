@@ -1,0 +1,253 @@
+"""A Slurm cluster of its own on this machine: controller and several node daemons, as root or as an ordinary user.
+
+Nothing outside its folder is touched, its ports are free ones, and only processes it started are ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+# Daemons live outside an ordinary user's PATH on Debian.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+
+CONFIGURATION = """\
+ClusterName=local
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+TmpFS={folder}/tmp/%n
+SlurmctldPidFile={folder}/pid/slurmctld.pid
+SlurmdPidFile={folder}/pid/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+SlurmctldPort={port}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/linux
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=5,sched_min_interval=0,bf_interval=2
+KillWait=5
+CompleteWait=0
+MinJobAge=3600
+SlurmdTimeout=10
+JobRequeue=1
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/log/jobcomp.log
+AccountingStorageType=accounting_storage/none
+{nodes}
+PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=1 State=UP
+PartitionName=urgent Nodes={names} MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=10 State=UP
+"""
+
+
+def missing_programs() -> list[str]:
+    """What of Slurm and munge is not installed."""
+    return [name for name in PROGRAMS if not shutil.which(name, path=SEARCH_PATH)]
+
+
+@dataclass
+class Cluster:
+    """A running cluster. `environ` is what a client needs; `submit`, `state` and `wait` are what tests mostly use."""
+
+    folder: Path
+    nodes: int
+    cpus: int
+    gpus: int
+    environ: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def run(self, *command: str, check: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run a client command in the cluster's environment."""
+        done = subprocess.run(
+            command,
+            env={**self.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=self.folder / "work",
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def submit(self, *arguments: str, **environ: str) -> str:
+        """`sbatch` with these arguments; the job's number."""
+        return self.run("sbatch", "--parsable", *arguments, **environ).stdout.strip().split(";")[0]
+
+    def show(self, job: str) -> dict[str, str]:
+        """The job's record as scontrol shows it."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()[0]
+        return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+    def state(self, job: str) -> str:
+        return self.show(job)["JobState"]
+
+    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+        """Wait until the job is in one of `states` (default: over) and return that state."""
+        over = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+        return self.until(
+            lambda: self.state(job) if self.state(job) in over else None, f"job {job} to be {over}", seconds
+        )
+
+    def until(self, probe: Callable[[], str | None], what: str, seconds: float = 240) -> str:
+        """Poll until `probe` answers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if answer := probe():
+                return answer
+            time.sleep(0.2)
+        raise AssertionError(f"waited {seconds} s for {what}\n{self.run('squeue', '-t', 'all').stdout}\n{self.logs()}")
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs and of the jobs' output."""
+        files = [*sorted((self.folder / "log").glob("*.log")), *sorted((self.folder / "work").rglob("*.out"))]
+        return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node's daemon as a power cut would (its jobs' processes live on)."""
+        daemon = self.daemons[node]
+        daemon.kill()
+        daemon.wait()
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon (again)."""
+        self.daemons[node] = _daemon(["slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", node], self)
+
+    def stop(self) -> None:
+        """End every job, then every daemon, and wait for them."""
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            self.run("scancel", "--user", getpass.getuser(), check=False)
+            self.run("scancel", "--full", "--signal=KILL", "--user", getpass.getuser(), check=False)
+            self.until(
+                lambda: None if self.run("squeue", "-h", check=False).stdout.strip() else "empty", "an empty queue", 15
+            )
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+            try:
+                daemon.wait(15)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def _daemon(command: list[str], cluster: Cluster) -> subprocess.Popen[bytes]:
+    """Start a daemon in the foreground, as a child of this process, so that its end can be awaited."""
+    program = shutil.which(command[0], path=SEARCH_PATH)
+    assert program, command[0]
+    log = (cluster.folder / "log" / f"{command[0]}-{command[-1].strip('/').replace('/', '_')[-20:]}.out").open("ab")
+    with log:
+        return subprocess.Popen(
+            [program, *command[1:]],
+            env=cluster.environ,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def _gpu_files(folder: Path, gpus: int) -> str:
+    """Character devices that stand for GPUs; an ordinary user cannot make any and borrows terminals."""
+    devices = folder / "dev"
+    devices.mkdir()
+    try:
+        for index in range(gpus):
+            os.mknod(devices / f"gpu{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        return f"/dev/tty[0-{gpus - 1}]"
+    return f"{devices}/gpu[0-{gpus - 1}]"
+
+
+@contextlib.contextmanager
+def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2) -> Iterator[Cluster]:
+    """Start a cluster in `folder` (which must be empty) and stop it afterwards.
+
+    Args:
+        folder: its path must be short: a socket's path holds about 100 characters.
+        nodes: virtual nodes, named node1, node2, ...
+        cpus: processors each node claims, whatever this machine has.
+        gpus: generic resources "gpu" of each node.
+    """
+    for name in ("munge", "state", "spool", "tmp", "pid", "log", "work"):
+        (folder / name).mkdir(parents=True)
+    for index in range(1, nodes + 1):
+        (folder / "spool" / f"node{index}").mkdir()
+        (folder / "tmp" / f"node{index}").mkdir()
+    (folder / "munge").chmod(0o755)
+    key = folder / "munge" / "key"
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o400)
+    host = socket.gethostname().split(".")[0]
+    names = f"node[1-{nodes}]" if nodes > 1 else "node1"
+    port, *ports = _free_ports(nodes + 1)
+    lines = [
+        f"NodeName=node{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[index - 1]} CPUs={cpus} "
+        f"RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
+        for index in range(1, nodes + 1)
+    ]
+    text = CONFIGURATION.format(
+        host=host, user=getpass.getuser(), folder=folder, port=port, nodes="\n".join(lines), names=names
+    )
+    (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={_gpu_files(folder, gpus)}\n")
+    # Nothing of a surrounding job or launcher belongs to this cluster.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
+    cluster = Cluster(folder, nodes, cpus, gpus, {**environ, "SLURM_CONF": str(folder / "slurm.conf")})
+    try:
+        munge = [f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+        cluster.daemons["munged"] = _daemon(["munged", "--foreground", "--force", f"--key-file={key}", *munge], cluster)
+        cluster.until(lambda: "yes" if (folder / "munge" / "socket").exists() else None, "munged", 30)
+        cluster.daemons["slurmctld"] = _daemon(["slurmctld", "-D", "-f", str(folder / "slurm.conf")], cluster)
+        for index in range(1, nodes + 1):
+            cluster.start_node(f"node{index}")
+        cluster.until(lambda: _all_idle(cluster), "all nodes to be idle", 60)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def _all_idle(cluster: Cluster) -> str | None:
+    done = cluster.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T", check=False)
+    return "idle" if done.stdout.split() == ["idle"] * cluster.nodes else None
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

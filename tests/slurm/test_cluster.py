@@ -1,0 +1,70 @@
+"""The cluster the other tests stand on: real jobs, an ordinary user's, and nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pwd
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import alive, local_cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+
+JOB = """#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=2 --gpus-per-node=2
+srun bash -c 'echo $SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $CUDA_VISIBLE_DEVICES'
+"""
+
+
+def run_one_job(folder: Path) -> list[int]:
+    """A job on two nodes of a cluster of its own; the daemons' process numbers."""
+    with local_cluster(folder) as cluster:
+        script = folder / "work" / "job.sh"
+        script.write_text(JOB)
+        job = cluster.submit("--output=job.out", str(script))
+        assert cluster.wait(job) == "COMPLETED", cluster.logs()
+        lines = sorted((folder / "work" / "job.out").read_text().split("\n"))
+        assert lines == ["", "0 0 0 0,1", "1 0 1 0,1", "2 1 0 0,1", "3 1 1 0,1"]
+        return [daemon.pid for daemon in cluster.daemons.values()]
+
+
+def test_jobs_run_on_both_nodes_and_nothing_stays(cluster):
+    # Beside the cluster of the other tests, on ports of its own.
+    folder = Path(tempfile.mkdtemp(prefix="mor-slurm-", dir="/tmp"))
+    try:
+        daemons = run_one_job(folder)
+        assert len(daemons) == 4
+        assert not any(alive(pid) for pid in daemons)
+        assert "idle" in cluster.run("sinfo", "-h", "-o", "%T").stdout, "another cluster was disturbed"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_nobody(folder: str, user: int, group: int) -> None:
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
+    os.environ.update(HOME=folder, USER="nobody", LOGNAME="nobody")
+    run_one_job(Path(folder))
+
+
+def test_an_ordinary_user_can_have_one(cluster):
+    if os.getuid() != 0:
+        pytest.skip("the other tests already run as an ordinary user")
+    nobody = pwd.getpwnam("nobody")
+    folder = Path(tempfile.mkdtemp(prefix="mor-slurm-", dir="/tmp"))
+    try:
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        process = multiprocessing.get_context("fork").Process(
+            target=as_nobody, args=(str(folder), nobody.pw_uid, nobody.pw_gid)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
