@@ -20,7 +20,7 @@ def evaluate(
         typer.Option(
             "--suite",
             "-s",
-            help="Suite to run; repeat it for several, `all` for every one. [default: perplexity, own, routing]",
+            help="Suite to run; repeat it for several, `all` for every one. (unless given: perplexity, own, routing)",
         ),
     ] = None,
     limit: Annotated[
@@ -33,7 +33,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Every token takes so many recursion steps; routers are ignored.")
     ] = None,
     text_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes. [default: 500000]")
+        int | None, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes. (unless given: 500000)")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Data set folder whose held-out text is read; the recipe's unless given.")
@@ -64,12 +64,12 @@ def evaluate(
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [run.name for run in folders]
     results = {}
     for run in folders:
-        with suite_progress(run.name) as progress:
-            results[str(run)] = evaluate_run(
-                run, suites, device=device, settings=settings, data=data, progress=progress
-            )
+        title = run.name if names.count(run.name) == 1 else str(run)
+        with suite_progress(title) as progress:
+            results[title] = evaluate_run(run, suites, device=device, settings=settings, data=data, progress=progress)
     print_summary(results)
     if markdown is not None:
         write_text(markdown, markdown_summary(results))

@@ -137,9 +137,8 @@ def evaluate_run(
     results = {name: stored for name in names if (stored := _stored(run, name, settings, identity)) is not None}
     missing = [name for name in names if name not in results]
     if missing:
-        from mor_model.weights import load_model
-
         from data_prep.tokenizers import load_tokenizer
+        from mor_model.weights import load_model
 
         tokenizer = load_tokenizer(run.tokenizer)
         model = load_model(run.weights, device=device)

@@ -47,17 +47,14 @@ def _cell(figure: dict[str, Any] | None, result: dict[str, Any] | None) -> str:
 
 
 def skipped_lines(results: Results) -> list[str]:
-    """One sentence for every suite that something was left out of, with the reason and what to do."""
-    lines: dict[str, None] = {}
+    """One sentence for every reason that something was left out for, with what and what to do."""
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
     for by_suite in results.values():
         for suite, result in by_suite.items():
-            reasons: dict[tuple[str, str], list[str]] = {}
             for entry in result["skipped"]:
-                reasons.setdefault((entry["why"], entry["how"]), []).append(entry["task"])
-            for (why, how), tasks in reasons.items():
-                what = suite if not result["tasks"] else f"{suite} ({len(tasks)} of its tasks)"
-                lines[f"{what} was skipped: {why}; {how}"] = None
-    return list(lines)
+                what = entry["task"] if result["tasks"] else suite
+                reasons.setdefault((entry["why"], entry["how"]), {})[what] = None
+    return [f"Skipped: {', '.join(what)}, because {why}; {how}" for (why, how), what in reasons.items()]
 
 
 def markdown_summary(results: Results) -> str:

@@ -54,7 +54,11 @@ def test_greedy_means_every_target_is_the_most_likely():
     model = BigramModel()
     best = log_probabilities(model).argmax(axis=1)
     second = int(best[best[5]])
-    windows = [Window((5,), (int(best[5]),)), Window((5,), (int(best[5]), second)), Window((5,), (int(best[5]), second ^ 1))]
+    windows = [
+        Window((5,), (int(best[5]),)),
+        Window((5,), (int(best[5]), second)),
+        Window((5,), (int(best[5]), second ^ 1)),
+    ]
     assert Scorer(model, EOD).score(windows)[1].tolist() == [True, True, False]
 
 

@@ -14,7 +14,11 @@ from pretrain.evaluation.local_data import wikitext_pages
 from pretrain.evaluation.perplexity import DocumentScore, evaluate_perplexity, jackknife, perplexities
 from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand
 
-TEXTS = ["A short text.", "Ein längerer Text mit Umlauten, über mehrere Fenster.\n\nUnd Absätzen.", "  three words here "]
+TEXTS = [
+    "A short text.",
+    "Ein längerer Text mit Umlauten, über mehrere Fenster.\n\nUnd Absätzen.",
+    "  three words here ",
+]
 
 
 def test_the_four_figures_are_their_definitions():

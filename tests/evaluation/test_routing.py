@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ def test_losses_and_depths_of_every_token():
     windows = pack([list(text.encode()) for text in TEXTS], EOD, 8)
     reading = read_windows(Scorer(model, EOD), windows)
     table = log_probabilities(model)
-    expected = [[-table[a, b] for a, b in zip(row, row[1:])] for row in windows]
+    expected = [[-table[a, b] for a, b in itertools.pairwise(row)] for row in windows]
     np.testing.assert_allclose(reading.losses, expected, rtol=1e-5)
     assert (reading.depths == 1 + windows[:, :-1] % 3).all()
 
@@ -34,7 +36,7 @@ def test_the_leak_is_causal_minus_top_k_and_every_share_adds_up():
     result = evaluate_routing(Scorer(model, EOD), ByteTokenizer(), TEXTS)
     windows = pack([list(text.encode()) for text in TEXTS], EOD, 8)
     table = log_probabilities(model)
-    causal = np.mean([[-table[a, b] for a, b in zip(row, row[1:])] for row in windows])
+    causal = np.mean([[-table[a, b] for a, b in itertools.pairwise(row)] for row in windows])
     assert result["metrics"]["loss_causal"] == pytest.approx(causal, rel=1e-5)
     # The stub's top-k losses are half its causal ones.
     assert result["metrics"]["leak"] == pytest.approx(causal / 2, rel=1e-5)

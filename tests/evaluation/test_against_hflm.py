@@ -1,0 +1,97 @@
+"""Our numbers against those of the harness's own Hugging Face model, on the same weights and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.tokenizers import load_tokenizer
+from mor_model.config import ModelConfig
+from mor_model.hub.llama import llama_config, to_llama
+from mor_model.model import RecursiveTransformer
+from pretrain.evaluation.harness import plan_tasks, run_tasks
+from pretrain.evaluation.likelihood import Scorer
+from pretrain.evaluation.lm_adapter import HarnessModel
+from pretrain.evaluation.suites import benchmarks
+
+CONFIG = ModelConfig(
+    vocab_size=600,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=64,
+    context_length=160,
+    init_std=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")] * 2, trainer)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
+    (file.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def both(tokenizer_file):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    network = RecursiveTransformer(CONFIG).eval()
+    network.initialize(3)
+    llama = LlamaForCausalLM(LlamaConfig(**llama_config(CONFIG)))
+    state = {name: tensor.clone() for name, tensor in to_llama(dict(network.state_dict()), CONFIG).items()}
+    missing, unexpected = llama.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    llama.tie_weights()
+    theirs_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>")
+    theirs = HFLM(
+        pretrained=llama.eval().to(torch.float32),
+        tokenizer=theirs_tokenizer,
+        device="cpu",
+        batch_size=4,
+        max_length=160,
+    )
+    tokenizer = load_tokenizer(tokenizer_file)
+    return HarnessModel(Scorer(network, tokenizer.eod_id), tokenizer), theirs
+
+
+@pytest.mark.parametrize("suite", ["wikitext", "lambada", "hellaswag", "arc_easy", "winogrande", "boolq"])
+def test_every_figure_agrees(both, shared_data, suite):
+    ours, theirs = both
+    row = benchmarks()[suite]
+    texts, missing = plan_tasks(row, shared_data / "eval", hub=False, limit=3)
+    assert not missing
+    # run_tasks asks its model only for what the harness's interface has, and for token counts.
+    theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
+    found = run_tasks(ours, texts, limit=3)
+    expected = run_tasks(theirs, texts, limit=3)
+    for name in expected:
+        assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4)
+        assert found[name]["n"] == expected[name]["n"] == 3
+
+
+def test_blimp_agrees_paradigm_by_paradigm(both, shared_data):
+    ours, theirs = both
+    texts, _ = plan_tasks(benchmarks()["blimp"], shared_data / "eval", hub=False, limit=5)
+    texts = dict(list(texts.items())[:5])
+    found, expected = run_tasks(ours, texts, limit=5), run_tasks(theirs, texts, limit=5)
+    for name in texts:
+        assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4)

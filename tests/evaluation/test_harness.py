@@ -1,0 +1,228 @@
+"""Suites through the harness: its questions, asked of a network whose answers can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import DataError
+from pretrain.errors import UserError
+from pretrain.evaluation import suites
+from pretrain.evaluation.evaluate import evaluate_model
+from pretrain.evaluation.harness import local_task_file, plan_tasks, run_tasks
+from pretrain.evaluation.likelihood import Scorer
+from pretrain.evaluation.lm_adapter import HarnessModel
+from pretrain.evaluation.local_data import read_records
+from pretrain.evaluation.suites import benchmarks, check_suites
+from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand, log_probabilities
+
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> BigramModel:
+    return BigramModel(context_length=4096)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError(f"evaluation tried to reach {arguments}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+@pytest.fixture
+def evaluation_sets(shared_data: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("MOR_SHARED_DATA", str(shared_data))
+    return shared_data / "eval"
+
+
+def records(file: Path) -> list[dict]:
+    with file.open(encoding="utf-8") as stream:
+        return [json.loads(next(stream)) for _ in range(LIMIT)]
+
+
+def likelihood(model: BigramModel, context: str, answer: str) -> float:
+    before = list(context.encode()) or [EOD]
+    return by_hand(model, [*before, *answer.encode()], first=len(before))
+
+
+def accuracy(model: BigramModel, questions: list[tuple[list[tuple[str, str]], int]]) -> float:
+    """Share of questions whose right (context, answer) pair is the likeliest."""
+    hits = []
+    for pairs, gold in questions:
+        values = [likelihood(model, context, answer) for context, answer in pairs]
+        hits.append(values.index(max(values)) == gold)
+    return statistics.fmean(hits)
+
+
+def test_arc_easy_by_hand(model, evaluation_sets):
+    result = evaluate_model(model, ByteTokenizer(), ["arc_easy"], limit=LIMIT)["arc_easy"]
+    questions, nats, size = [], 0.0, 0
+    for record in records(evaluation_sets / "arc_easy.test.jsonl"):
+        context = f"Question: {record['question']}\nAnswer:"
+        gold = record["choices"]["label"].index(record["answerKey"])
+        questions.append(([(context, " " + text) for text in record["choices"]["text"]], gold))
+        nats -= likelihood(model, *questions[-1][0][gold])
+        size += len(questions[-1][0][gold][1].encode())
+    task = result["tasks"]["arc_easy"]
+    assert task["metrics"]["acc"] == accuracy(model, questions)
+    assert task["metrics"]["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
+    share = task["metrics"]["acc"]
+    assert task["stderr"]["acc"] == pytest.approx(math.sqrt(share * (1 - share) / (LIMIT - 1)))
+    assert (task["n"], task["split"], task["routing"], task["depth"]) == (LIMIT, "test", "causal", None)
+    assert result["primary"]["value"] == share and result["primary"]["chance"] == 0.25
+    assert result["skipped"] == []
+
+
+def test_lambada_by_hand(model, evaluation_sets):
+    task = evaluate_model(model, ByteTokenizer(), ["lambada"], limit=LIMIT)["lambada"]["tasks"]["lambada"]
+    values = []
+    for record in records(evaluation_sets / "lambada_openai.test.jsonl"):
+        words = record["text"].split(" ")
+        values.append(likelihood(model, " ".join(words[:-1]), " " + words[-1]))
+    assert task["metrics"]["perplexity"] == pytest.approx(math.exp(-statistics.fmean(values)), rel=1e-5)
+    assert task["metrics"]["acc"] == 0.0
+    assert task["harness_task"] == "lambada_openai"
+
+
+def test_wikitext_by_hand(model, evaluation_sets):
+    task = evaluate_model(model, ByteTokenizer(), ["wikitext"], limit=2)["wikitext"]["tasks"]["wikitext"]
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    pages = [record["page"] for record in read_records(evaluation_sets / "wikitext/wiki.test.raw")[:2]]
+    texts = [wikitext_detokenizer({"page": page}) for page in pages]
+    nats = -sum(likelihood(model, "", text) for text in texts)
+    size = sum(len(page.encode()) for page in pages)
+    assert task["metrics"]["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
+    tokens = sum(len(text.encode()) for text in texts)
+    assert task["metrics"]["token_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_boolq_and_wsc273_with_the_fields_their_local_files_have(model, evaluation_sets):
+    results = evaluate_model(model, ByteTokenizer(), ["boolq", "wsc273"], limit=LIMIT)
+    questions = []
+    for record in records(evaluation_sets / "boolq.validation.jsonl"):
+        context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
+        questions.append(([(context, " no"), (context, " yes")], int(record["answer"])))
+    assert results["boolq"]["primary"]["value"] == accuracy(model, questions)
+    schemas = records(evaluation_sets / "wsc273.jsonl")
+    pairs = [([(c, " " + r["continuation"]) for c in r["context_options"]], r["gold"]) for r in schemas]
+    assert results["wsc273"]["primary"]["value"] == accuracy(model, pairs)
+
+
+def test_blimp_is_the_mean_over_its_67_paradigms(model, evaluation_sets):
+    result = evaluate_model(model, ByteTokenizer(), ["blimp"], limit=LIMIT)["blimp"]
+    assert len(result["tasks"]) == 68
+    shares = []
+    for file in sorted((evaluation_sets / "blimp").glob("*.jsonl")):
+        better = [
+            likelihood(model, "", " " + record["sentence_good"]) - likelihood(model, "", " " + record["sentence_bad"])
+            for record in records(file)
+        ]
+        shares.append(result["tasks"][f"blimp_{file.stem}"]["metrics"]["acc"])
+        # Sentences of the same bigrams in another order are equally likely, up to rounding.
+        assert sum(b > 1e-3 for b in better) <= round(shares[-1] * LIMIT) <= sum(b > -1e-3 for b in better)
+    assert result["tasks"]["blimp"]["metrics"]["acc"] == pytest.approx(statistics.fmean(shares))
+    assert result["tasks"]["blimp"]["n"] == 67 * LIMIT
+
+
+def test_mmlu_asks_after_five_examples_of_its_subject(evaluation_sets):
+    """A bigram model likes one letter best whatever the question, so how many it gets right is known."""
+    network = BigramModel(context_length=8192)
+    result = evaluate_model(network, ByteTokenizer(), ["mmlu"], limit=3)["mmlu"]
+    assert len(result["tasks"]) == 58 and result["tasks"]["mmlu"]["fewshot"] == 5
+    letters = log_probabilities(network)[ord(" "), [ord(letter) for letter in "ABCD"]]
+    asked: dict[str, list[int]] = {}
+    with (evaluation_sets / "mmlu.test.jsonl").open(encoding="utf-8") as stream:
+        for record in map(json.loads, stream):
+            asked.setdefault(record["subject"], []).append(record["answer"])
+    right = [answer == letters.argmax() for answers in asked.values() for answer in answers[:3]]
+    assert result["tasks"]["mmlu"]["metrics"]["acc"] == pytest.approx(statistics.fmean(right))
+    # Four one-letter answers are one row of tokens.
+    assert sum(rows for _, _, (rows, _) in network.calls) == 57 * 3
+
+
+@pytest.mark.parametrize("name", [n for n in benchmarks() if n not in ("blimp", "mmlu")])
+def test_every_other_benchmark_runs_from_local_files(model, evaluation_sets, name):
+    result = evaluate_model(model, ByteTokenizer(), [name], limit=4)[name]
+    assert not result["skipped"]
+    figure = result["primary"]
+    assert figure["n"] == 4 and math.isfinite(figure["value"])
+    if figure["metric"].startswith("acc"):
+        assert 0.0 <= figure["value"] <= 1.0
+
+
+def test_without_data_everything_is_skipped_with_its_reason_and_remedy(model, monkeypatch):
+    monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
+    results = evaluate_model(model, ByteTokenizer(), ["blimp", "hellaswag", "own"], limit=2)
+    assert len(results["blimp"]["skipped"]) == 67
+    entry = results["hellaswag"]["skipped"][0]
+    assert entry["task"] == "hellaswag" and "not set" in entry["why"] and "--hub" in entry["how"]
+    assert results["own"]["skipped"][0]["why"] == "no held-out text was given"
+    assert all(result["tasks"] == {} and result["primary"] is None for result in results.values())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    (tmp_path / "arc_easy.test.jsonl").write_text("{}\n")
+    texts, missing = plan_tasks(benchmarks()["arc_easy"], tmp_path, hub=False)
+    assert texts == {} and "arc_easy.train.jsonl is missing" in missing[0]["why"]
+
+
+def test_the_hub_is_used_only_when_asked_and_then_with_the_harness_own_data():
+    texts, missing = plan_tasks(benchmarks()["hellaswag"], None, hub=True)
+    assert missing == [] and "dataset_path" not in texts["hellaswag"] and "custom_dataset" not in texts["hellaswag"]
+
+
+def test_the_hub_does_not_answer_where_it_is_forbidden(monkeypatch):
+    suites.hub_answers.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # With connections refused by the fixture, asking would raise.
+    assert suites.hub_answers() is False
+    suites.hub_answers.cache_clear()
+
+
+def test_unknown_suites_and_broken_data_are_refused_by_name(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="did you mean 'hellaswag'"):
+        check_suites(["helaswag"])
+    assert check_suites(["own", "all"])[0] == "own" and len(check_suites(["all"])) == len(benchmarks()) + 3
+    monkeypatch.setenv("MOR_SHARED_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="has no folder eval/"):
+        suites.shared_evaluation_data()
+    broken = tmp_path / "a.jsonl"
+    broken.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
+        read_records(broken)
+    empty = tmp_path / "b.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(DataError, match="holds no records"):
+        read_records(empty)
+
+
+def test_f1_and_its_error_are_those_of_the_counts(model, tmp_path):
+    """A task with the harness's F1, whose aggregate is no mean of its items."""
+    source = tmp_path / "yes_no.yaml"
+    source.write_text(
+        "task: yes_no\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['no', 'yes']\n"
+        "doc_to_target: label\nmetric_list:\n  - {metric: acc}\n  - {metric: f1}\n"
+    )
+    file = tmp_path / "yes_no.jsonl"
+    labels = [0, 1, 1, 0, 1, 0, 1, 1, 0, 1]
+    file.write_text(
+        "".join(json.dumps({"q": f"{chr(65 + i)}?", "label": label}) + "\n" for i, label in enumerate(labels))
+    )
+    text = local_task_file(source, {"test": file}, {"task": "yes_no"})
+    task = run_tasks(HarnessModel(Scorer(model, EOD), ByteTokenizer()), {"yes_no": text})["yes_no"]
+    said = [
+        int(likelihood(model, f"{chr(65 + i)}?", " yes") > likelihood(model, f"{chr(65 + i)}?", " no"))
+        for i in range(10)
+    ]
+    hit = sum(s and label for s, label in zip(said, labels))
+    expected = 2 * hit / (sum(said) + sum(labels)) if sum(said) + sum(labels) else 0.0
+    assert task["metrics"]["f1"] == pytest.approx(expected)
+    assert task["stderr"]["f1"] is not None
