@@ -11,53 +11,28 @@ import bisect
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-
-from data_prep.sampling import SampleOrder
-
-if TYPE_CHECKING:
-    from data_prep.dataset import TokenDataset
 
 SkipRanges = tuple[tuple[int, int], ...]
 
 
 class SampleSource(Protocol):
-    """Sequences by sample number; `seed` and data alone decide which sequence a number names."""
+    """Sequences by sample number, such as `data_prep.mixture.Mixture`; seed and data alone decide which is which."""
 
     def sequence(self, sample: int) -> np.ndarray:
         """Token ids of one sample, length T+1: inputs and the token after the last."""
         ...
 
-    def source_of(self, sample: int) -> str:
-        """Name of the data set that a sample comes from."""
+    def drawn(self, samples: int) -> dict[str, int]:
+        """How many of the first `samples` samples each data set gives."""
         ...
 
-    def epochs(self, samples: int) -> float:
-        """How often the data has been seen after so many samples."""
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each data set has been seen after so many samples."""
         ...
-
-
-class ShuffledDataset:
-    """One data set in the order of `SampleOrder`: every sequence once an epoch, each epoch in another order."""
-
-    def __init__(self, dataset: TokenDataset, length: int, seed: int, name: str) -> None:
-        self._dataset = dataset
-        self._length = length
-        self._name = name
-        self._size = dataset.num_sequences(length)
-        self._order = SampleOrder(self._size, seed)
-
-    def sequence(self, sample: int) -> np.ndarray:
-        return self._dataset.sequence(self._order[sample], self._length)
-
-    def source_of(self, sample: int) -> str:
-        return self._name
-
-    def epochs(self, samples: int) -> float:
-        return samples / self._size
 
 
 @dataclass(frozen=True)

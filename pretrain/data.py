@@ -1,16 +1,22 @@
-"""A recipe's data, opened and checked before training: shards, tokenizer, vocabulary, validation text."""
+"""A recipe's data, opened and checked before training: shards, tokenizer, vocabulary, mixture, validation text."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.dataset import TokenDataset, open_dataset
+from data_prep.mixture import Mixture, MixtureSource, Phase
 from mor_model.config import ModelConfig
-from pretrain.batches import SampleSource, ShuffledDataset
+from pretrain.batches import SampleSource
 from pretrain.errors import RecipeError
-from pretrain.recipe import Recipe
+from pretrain.plan import Plan
+from pretrain.recipe import Recipe, Source
 from pretrain.validation import ValidationSet, spread
+
+# Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.
+_ANNEAL_PHASES = 16
 
 
 @dataclass(frozen=True)
@@ -18,15 +24,13 @@ class OpenedData:
     """What a run trains and validates on.
 
     Attributes:
-        source: training sequences by sample number; sequences: how many there are before an epoch ends.
-        validation: one set per source; empty where the data has no validation split.
+        source: training sequences by sample number; validation: one set per source, empty where the data has no
+            validation split.
         fingerprint, manifest: of the tokenizer and of the data, as plan.json records them.
-        tokenizer: file or folder of the tokenizer, to copy into the run folder.
-        end_of_document: its token.
+        tokenizer: file or folder of the tokenizer, to copy into the run folder; end_of_document: its token.
     """
 
     source: SampleSource
-    sequences: int
     validation: tuple[ValidationSet, ...]
     fingerprint: str
     manifest: str
@@ -34,34 +38,61 @@ class OpenedData:
     end_of_document: int
 
 
-def open_data(recipe: Recipe, config: ModelConfig) -> OpenedData:
+def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
     """Open the recipe's data sets.
 
     Raises:
-        DataError: for a missing, truncated or changed shard, or a folder that is no data set.
-        RecipeError: when the data does not go with the network: a larger vocabulary, too little text for one sequence.
+        DataError: for a missing, truncated or changed shard, a folder that is no data set, or data sets that do not go
+            together.
+        RecipeError: when the data does not go with the network: a larger vocabulary, too little text for a sequence.
     """
-    assert recipe.data.path is not None
     length = recipe.batch.sequence_length
-    dataset = open_dataset(recipe.data.path, "train", recipe.data.verify)
-    _check_fit(dataset, config, recipe.data.path, length)
+    # The name decides the order of samples, so a single data set has one that does not change when its folder moves.
+    sources = recipe.data.sources or (Source(path=str(recipe.data.path), name="data"),)
+    datasets = []
+    for source in sources:
+        dataset = open_dataset(source.path, "train", recipe.data.verify)
+        dataset = dataset if source.subset is None else dataset.only(source.subset)
+        _check_fit(dataset, config, source.path, length)
+        datasets.append(MixtureSource(source.label, dataset))
+    mixture = Mixture(datasets, length, _phases(sources, plan), recipe.seed)
+    digests = [
+        f"{source.label} {source.subset} {part.dataset.manifest_digest}" for source, part in zip(sources, datasets)
+    ]
+    manifest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return OpenedData(
-        source=ShuffledDataset(dataset, length, recipe.seed, Path(recipe.data.path).name),
-        sequences=dataset.num_sequences(length),
-        validation=_validation_sets(recipe, dataset, length),
-        fingerprint=dataset.tokenizer_fingerprint,
-        manifest=dataset.manifest_digest,
-        tokenizer=dataset.tokenizer_path,
-        end_of_document=dataset.eod_id,
+        source=mixture,
+        validation=_validation_sets(recipe, sources, length),
+        fingerprint=mixture.tokenizer_fingerprint,
+        manifest=datasets[0].dataset.manifest_digest if len(datasets) == 1 else manifest,
+        tokenizer=datasets[0].dataset.tokenizer_path,
+        end_of_document=mixture.eod_id,
     )
+
+
+def _phases(sources: tuple[Source, ...], plan: Plan) -> list[Phase]:
+    """The weights at the start, and where they move, a new set at every sixteenth of the way."""
+
+    def weights(x: float) -> dict[str, float]:
+        ends = {s.label: s.weight if s.final_weight is None else s.final_weight for s in sources}
+        return {s.label: (1.0 - x) * s.weight + x * ends[s.label] for s in sources}
+
+    phases = [Phase(0, weights(0.0))]
+    if plan.anneal and any(source.final_weight is not None for source in sources):
+        total = plan.batch.before(plan.steps)
+        begin = plan.batch.before(plan.steps - plan.anneal)
+        for number in range(1, _ANNEAL_PHASES + 1):
+            first = begin + (total - begin) * (number - 1) // _ANNEAL_PHASES
+            if first > phases[-1].first_sample:
+                phases.append(Phase(first, weights(number / _ANNEAL_PHASES)))
+    return phases
 
 
 def _check_fit(dataset: TokenDataset, config: ModelConfig, path: str, length: int) -> None:
     if dataset.vocab_size > config.vocab_size:
         raise RecipeError(
             f"model.vocab_size: {config.vocab_size} is smaller than the {dataset.vocab_size} tokens of {path}'s "
-            "tokenizer; "
-            f"set model.vocab_size to at least {dataset.vocab_size}, or use data of another tokenizer."
+            f"tokenizer; set model.vocab_size to at least {dataset.vocab_size}, or use data of another tokenizer."
         )
     if dataset.num_sequences(length) < 1:
         raise RecipeError(
@@ -70,14 +101,22 @@ def _check_fit(dataset: TokenDataset, config: ModelConfig, path: str, length: in
         )
 
 
-def _validation_sets(recipe: Recipe, train: TokenDataset, length: int) -> tuple[ValidationSet, ...]:
-    if "validation" not in train.manifest.splits:
-        return ()
-    dataset = open_dataset(train.path, "validation", recipe.data.verify)
-    sets = []
-    for source in dataset.sources:
-        part = dataset.only(source) if len(dataset.sources) > 1 else dataset
-        available = part.num_sequences(length)
-        if available:
-            sets.append(ValidationSet(source, part, spread(available, recipe.evaluation.sequences)))
+def _validation_sets(recipe: Recipe, sources: tuple[Source, ...], length: int) -> tuple[ValidationSet, ...]:
+    sets: list[ValidationSet] = []
+    opened: set[tuple[str, str | None]] = set()
+    for source in sources:
+        whole = open_dataset(source.path, "train", "structure")
+        if "validation" not in whole.manifest.splits or (source.path, source.subset) in opened:
+            continue
+        opened.add((source.path, source.subset))
+        dataset = open_dataset(source.path, "validation", recipe.data.verify)
+        names = [source.subset] if source.subset is not None else dataset.sources
+        for name in names:
+            if name not in dataset.sources:
+                continue
+            part = dataset.only(name)
+            available = part.num_sequences(length)
+            if available:
+                label = name if len(sources) == 1 or name == source.label else f"{source.label}/{name}"
+                sets.append(ValidationSet(label, part, spread(available, recipe.evaluation.sequences)))
     return tuple(sets)

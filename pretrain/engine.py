@@ -73,10 +73,16 @@ def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any])
     import deepspeed
 
     from mor_model import RecursiveTransformer
-    from pretrain.ds_config import offload_device
+    from pretrain.ds_config import offload_device, zero_stage
 
-    model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
-    model.initialize(recipe.seed)
+    if zero_stage(ds_config) == 3:
+        # Partitioned as it is built and filled one parameter at a time: no rank ever holds the whole network.
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+        model.initialize(recipe.seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+    else:
+        model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+        model.initialize(recipe.seed)
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     optimizer = build_optimizer(model.named_parameters(), recipe.optim, offloaded=offloaded)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)

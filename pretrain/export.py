@@ -17,6 +17,7 @@ def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
     One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone.
     """
     from deepspeed.utils import safe_get_full_fp32_param
+
     from mor_model.weights import save_weights
 
     first = dist.get_rank() == 0

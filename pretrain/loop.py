@@ -39,10 +39,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, added up over all ranks. `values` are means over micro-batches by name; `active` per recursion step."""
+    """One step, added up over all ranks.
 
-    values: dict[str, float]
-    active: list[float]
+    Attributes:
+        scalars, vectors: means over all micro-batches by name (`active_R`: share of tokens per recursion step).
+        memory: peak bytes of every rank; request: the strongest of any rank; written: every rank's checkpoint files
+            are.
+    """
+
+    scalars: dict[str, float]
+    vectors: dict[str, list[float]]
     memory: list[int]
     request: Request
     written: bool
@@ -100,6 +106,11 @@ class Trainer:
             with self.stopwatch.part("optimizer"):
                 applied = self._update(step)
             report = self._add_up(sums)
+            if "counts_R" in report.vectors:
+                # Whole tokens again, so that rounding of the mean cannot decide which way a bias moves.
+                micro_batches = len(batch.micro_batches) * self.ranks.world_size
+                counts = [round(count * micro_batches) for count in report.vectors["counts_R"]]
+                self.engine.module.update_balance(torch.tensor(counts, device=self.device))
 
             state.step += 1
             state.position = batch.next_position
@@ -184,28 +195,28 @@ class Trainer:
         with self.stopwatch.part("communication"):
             dist.all_reduce(vector)
             flat = vector.tolist()
-        values: dict[str, float] = {}
-        active: list[float] = []
+        scalars: dict[str, float] = {}
+        vectors: dict[str, list[float]] = {}
         place = 0
         for name in names:
-            size = sums[name].numel()
-            part = [value / world for value in flat[place : place + size]]
-            place += size
-            if name == "active_R":
-                active = part
+            part = [value / world for value in flat[place : place + sums[name].numel()]]
+            place += len(part)
+            if sums[name].dim():
+                vectors[name] = part
             else:
-                values[name] = part[0]
+                scalars[name] = part[0]
         asked = [request for request in Request if flat[place + world + request]]
-        return StepReport(values, active, [int(m) for m in flat[place : place + world]], max(asked), flat[-1] == world)
+        peaks = [int(peak) for peak in flat[place : place + world]]
+        return StepReport(scalars, vectors, peaks, max(asked), flat[-1] == world)
 
     def _count_flops(self, report: StepReport, sequences: int) -> float:
         length = self.plan.sequence_length
-        active = [share * length for share in report.active]
+        active = [share * length for share in report.vectors["active_R"]]
         return sequences * flops_per_sequence(self.config, length, active=active).training
 
     def _judge(self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool) -> None:
         """Count non-finite steps and give up after too many in a row."""
-        loss = report.values["loss"]
+        loss = report.scalars["loss"]
         finite = loss - loss == 0.0
         if applied and finite:
             state.non_finite_in_row = 0
@@ -231,7 +242,7 @@ class Trainer:
     def _log(
         self, state: TrainState, step: int, report: StepReport, seconds: float, steps: int, tokens: int, flops: float
     ) -> None:
-        values = dict(report.values)
+        values: dict[str, Any] = dict(report.scalars)
         aux = {name.removeprefix("aux/"): values.pop(name) for name in list(values) if name.startswith("aux/")}
         utilisation = flops / seconds / (self.peak_flops * self.ranks.world_size) if self.peak_flops else None
         planned = self.plan.training_flops * state.step / self.plan.steps
@@ -253,12 +264,14 @@ class Trainer:
                 "parts": {name: part / steps for name, part in self.stopwatch.take().items()},
                 "memory_peak_bytes": max(report.memory),
                 "memory_peak_bytes_per_rank": report.memory,
-                "active": report.active,
-                "epoch": self.source.epochs(state.position),
+                "active": report.vectors["active_R"],
+                "epochs": self.source.epochs(state.position),
+                "samples": self.source.drawn(state.position),
+                **{name: vector for name, vector in report.vectors.items() if name != "active_R"},
                 **values,
             },
         )
-        self.telemetry.progress(state.step, report.values["lm_loss"], tokens / seconds, seconds / steps)
+        self.telemetry.progress(state.step, report.scalars["lm_loss"], tokens / seconds, seconds / steps)
 
     def _validate(self, state: TrainState) -> None:
         self.watchdog.beat(f"validation after step {state.step}")

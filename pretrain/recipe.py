@@ -86,13 +86,21 @@ class Source(_Section):
     """One data set of a mixture.
 
     Attributes:
-        path: data set folder; weight: its share of the samples (normalised over the mixture).
+        path: data set folder; subset: one of the sources inside it (such as Pile-CC), None takes all.
+        name: what records call it; by default the subset, or the folder's name. The order of samples depends on it.
+        weight: its share of the samples (relative to the others').
         final_weight: its share at the end of the run; the shares move there over `data.anneal`.
     """
 
     path: str
+    subset: str | None = None
+    name: str | None = None
     weight: Number = Field(default=1.0, ge=0)
     final_weight: Number | None = Field(default=None, ge=0)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.subset or Path(self.path).name
 
 
 class Data(_Section):

@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     config = recipe.network()
     plan = make_plan(recipe)
     ds_config = resolve_ds_config(recipe, ranks.world_size)
-    data = open_data(recipe, config)
+    data = open_data(recipe, config, plan)
     folder = RunFolder(recipe.run_folder)
     prepared = Prepared(recipe, config, plan, ds_config, data, folder)
     _check_folder(prepared)
@@ -90,6 +90,7 @@ def is_finished(prepared: Prepared) -> bool:
 
 def execute(prepared: Prepared, ranks: Ranks) -> int:
     """Train (or go on training) a prepared run; returns the exit code. Collective over all ranks."""
+    import deepspeed
     import torch
 
     from pretrain.agreement import require_agreement
@@ -114,7 +115,7 @@ def execute(prepared: Prepared, ranks: Ranks) -> int:
             raise
         finally:
             if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+                deepspeed.comm.destroy_process_group()
 
 
 def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, watchdog: Watchdog) -> int:
