@@ -1,16 +1,21 @@
-"""Data set folders made of given ids, and an index reader and writer that share no code with the package."""
+"""Corpora and data set folders made of given documents; index files without the package's code."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import zstandard
 
+from data_prep.corpus import Entry
 from data_prep.manifest import Manifest, Shard, Split, TokenizerInfo, write_manifest
+from data_prep.sources import LargeDocument
 
 EOD = 0
 VOCABULARY = 1000
@@ -90,3 +95,19 @@ def write_dataset(
     tokenizer = TokenizerInfo("tiktoken", fingerprint, vocabulary, EOD, "made-up")
     write_manifest(folder, Manifest(tokenizer=tokenizer, dtype="uint16", splits=splits))
     return folder
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    """JSON lines, compressed as the name says."""
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes({".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)(data))
+    return path
+
+
+def large_entry(path: Path, text: str, margin: int = 0) -> Entry:
+    """A document whose text lies in a file, with bytes in front and behind that are not its own."""
+    data = b"?" * margin + text.encode() + b"?" * margin
+    path.write_bytes(data)
+    large = LargeDocument(path, margin, len(data) - margin, 1)
+    return Entry(0, "s", str(path), 1, None, "", large)

@@ -1,0 +1,290 @@
+"""Corpora for the tools that look at every document: reading, working in several processes, writing again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import orjson
+import zstandard
+
+from data_prep.errors import DataError
+from data_prep.files import atomic_write
+from data_prep.sources import (
+    Document,
+    LargeDocument,
+    ReadOptions,
+    Reject,
+    SourceError,
+    find_sources,
+    plan_groups,
+    reader_for,
+)
+
+_BATCH = 2 << 20  # characters of text that a worker takes at a time
+_PIECE = 1 << 20  # bytes of a large document that are in memory at a time
+_PART = 1 << 30  # bytes of text in one written file
+_WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """One document: its number in the corpus, where it was found, and its text or the file that holds it."""
+
+    number: int
+    source: str
+    file: str
+    line: int
+    subset: str | None
+    text: str
+    large: LargeDocument | None
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of a large document, characters of another."""
+        return self.large.end - self.large.start if self.large else len(self.text)
+
+    def pieces(self) -> Iterator[str]:
+        """The text, in pieces cut at white space where it is too large for memory."""
+        if self.large is None:
+            yield self.text
+            return
+        held = b""
+        for chunk in self.chunks():
+            held += chunk
+            cut = max(held.rfind(b" "), held.rfind(b"\n")) + 1
+            yield held[:cut].decode("utf-8", "replace")
+            held = held[cut:]
+        yield held.decode("utf-8", "replace")
+
+    def chunks(self) -> Iterator[bytes]:
+        """The text as UTF-8, in pieces cut anywhere."""
+        if self.large is None:
+            yield self.text.encode("utf-8", "replace")
+            return
+        with self.large.path.open("rb") as stream:
+            stream.seek(self.large.start)
+            left = self.large.end - self.large.start
+            while left and (chunk := stream.read(min(left, _PIECE))):
+                left -= len(chunk)
+                yield chunk
+
+
+class CorpusReader:
+    """The documents of some sources, in the order given; can be read more than once, unless a source is standard input.
+
+    rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
+
+    Raises:
+        DataError: a source that does not exist.
+    """
+
+    def __init__(self, specifications: Sequence[str], options: ReadOptions) -> None:
+        self.options = options
+        self._sources, self.ignored_files = find_sources(specifications, options)
+        self._groups = plan_groups(self._sources, options, _WHOLE_FILES)
+        self.rejects: Counter[str] = Counter()
+        self.examples: list[str] = []
+
+    def __iter__(self) -> Iterator[Entry]:
+        self.rejects.clear()
+        self.examples.clear()
+        number = 0
+        with tempfile.TemporaryDirectory(prefix="data-prep-") as scratch:
+            for group in self._groups:
+                piece, last = 0, False
+                reader = None
+                try:
+                    reader = reader_for(group, self.options, Path(scratch))
+                    while not last:
+                        for item in reader.items(piece):
+                            if isinstance(item, Reject):
+                                self._reject(item.reason, item.file or reader.file, item.line, item.detail)
+                            elif isinstance(item, (Document, LargeDocument)):
+                                large = item if isinstance(item, LargeDocument) else None
+                                text = "" if isinstance(item, LargeDocument) else item.text
+                                yield Entry(number, group.source, reader.file, item.line, item.subset, text, large)
+                                number += 1
+                        piece += 1
+                        last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
+                except SourceError as error:
+                    self._reject(error.reason, reader.file if reader else group.files[0], 0, str(error))
+                finally:
+                    if reader is not None:
+                        reader.close()
+
+    def _reject(self, reason: str, file: str, line: int, detail: str) -> None:
+        self.rejects[reason] += 1
+        if len(self.examples) < 100:
+            self.examples.append(f"{file}:{line}: {reason}: {detail}")
+
+
+def map_entries(
+    entries: Iterable[Entry], work: Callable[[S, list[Entry]], Sequence[T]], workers: int, shared: S
+) -> Iterator[tuple[Entry, T]]:
+    """Each entry with what `work` made of it, in order; a bounded number of batches is under way at a time.
+
+    A temporary file behind a large document is gone when the next entry is asked for.
+
+    Args:
+        work: takes `shared` and a batch of entries, and returns one result for each entry; a function of a module.
+        workers: processes; 1 works in this one.
+        shared: what every call needs; it reaches each process once.
+    """
+    waiting: deque[tuple[list[Entry], Future[Sequence[T]]]] = deque()
+    with ExitStack() as stack:
+        pool = None
+        if workers > 1:
+            context = multiprocessing.get_context("fork")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, context, _keep, (shared,)))
+        for batch in _batches(entries):
+            if pool is None:
+                yield from _finish(batch, work(shared, batch))
+                continue
+            waiting.append((batch, pool.submit(_run, work, batch)))
+            if len(waiting) > 2 * workers:
+                done, future = waiting.popleft()
+                yield from _finish(done, future.result())
+        for done, future in waiting:
+            yield from _finish(done, future.result())
+
+
+_kept: Any = None  # in a worker process: what all calls share
+
+
+def _keep(shared: Any) -> None:
+    global _kept
+    _kept = shared
+
+
+def _run(work: Callable[[Any, list[Entry]], Sequence[T]], batch: list[Entry]) -> Sequence[T]:
+    return work(_kept, batch)
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        batch.append(entry)
+        size += entry.size
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _finish(batch: list[Entry], results: Sequence[T]) -> Iterator[tuple[Entry, T]]:
+    for entry, result in zip(batch, results):
+        yield entry, result
+        if entry.large and entry.large.temporary:
+            entry.large.path.unlink(missing_ok=True)
+
+
+class CorpusWriter:
+    """Writes documents as `<source>-00000.jsonl.zst`, 1 GB of text each, readable with the options they were read with.
+
+    As a context manager it gives the files their names at the end of the block, and removes them when it raises.
+
+    Raises:
+        DataError: the folder exists and is not empty.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], options: ReadOptions) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise DataError(f"{self.folder} exists already and is not empty; remove it or name another --out.")
+        self._text_path = options.text_field.split(".")
+        self._subset_path = options.subset_field.split(".") if options.subset_field else []
+        self._parts: dict[str, _Part] = {}
+        self._numbers: Counter[str] = Counter()
+        self._finished: list[Path] = []
+        self.documents = 0
+        self.text_bytes = 0
+
+    def write(self, entry: Entry) -> None:
+        """Append a document to its source's file."""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", entry.source).strip("._") or "source"
+        part = self._parts.get(name)
+        if part is None:
+            path = self.folder / f"{name}-{self._numbers[name]:05d}.jsonl.zst"
+            part = self._parts[name] = _Part(path)
+            self._numbers[name] += 1
+        before, after = self._frame(entry)
+        part.stream.write(before)
+        size = 0
+        for piece in entry.pieces():
+            encoded = orjson.dumps(piece)[1:-1]
+            size += len(piece.encode())
+            part.stream.write(encoded)
+        part.stream.write(after)
+        part.text_bytes += size
+        self.text_bytes += size
+        self.documents += 1
+        if part.text_bytes >= _PART:
+            self._parts.pop(name).close()
+            self._finished.append(part.path)
+
+    def _frame(self, entry: Entry) -> tuple[bytes, bytes]:
+        """What stands before and after the text in the document's line."""
+        mark = "\x00text\x00"
+        record: dict[str, Any] = {}
+        _put(record, self._text_path, mark)
+        if entry.subset is not None and self._subset_path:
+            _put(record, self._subset_path, entry.subset)
+        before, after = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE).split(orjson.dumps(mark)[1:-1])
+        return before, after
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for part in self._parts.values():
+            if kind is None:
+                part.close()
+            else:
+                part.abort()
+        if kind is not None:
+            for path in self._finished:
+                path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Part:
+    """One file being written."""
+
+    path: Path
+    text_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._files = ExitStack()
+        raw: IO[bytes] = self._files.enter_context(atomic_write(self.path))
+        self.stream = self._files.enter_context(zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False))
+
+    def close(self) -> None:
+        self._files.close()
+
+    def abort(self) -> None:
+        self._files.__exit__(InterruptedError, InterruptedError(f"{self.path}: discarded"), None)
+
+
+def _put(record: dict[str, Any], path: Sequence[str], value: str) -> None:
+    for key in path[:-1]:
+        record = record.setdefault(key, {})
+    record[path[-1]] = value
+
+
+def default_workers() -> int:
+    """One process for each core this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))

@@ -1,0 +1,115 @@
+"""Reading corpora in order with several processes, and writing them so that they read the same again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_prep import corpus as module
+from data_prep.corpus import CorpusReader, CorpusWriter, Entry, map_entries
+from data_prep.errors import DataError
+from data_prep.sources import ReadOptions
+from tests.data_prep.support import large_entry, write_jsonl
+
+
+def lengths(factor: int, batch: list[Entry]) -> list[int]:
+    return [factor * sum(map(len, entry.pieces())) for entry in batch]
+
+
+def test_documents_come_in_order_with_their_places(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl.zst", [{"text": "one"}, {"text": "two"}])
+    second = write_jsonl(tmp_path / "b.jsonl.gz", [{"other": 1}, {"text": "three"}])
+    reader = CorpusReader([str(first), str(second)], ReadOptions())
+    for _ in range(2):
+        found = [(entry.number, entry.source, entry.file, entry.line, entry.text) for entry in reader]
+        assert found == [
+            (0, "a", str(first), 1, "one"),
+            (1, "a", str(first), 2, "two"),
+            (2, "b", str(second), 2, "three"),
+        ]
+        assert dict(reader.rejects) == {"missing_field": 1}
+        assert reader.examples == [f"{second}:1: missing_field: no field 'text'"]
+
+
+def test_a_broken_file_is_a_counted_reject_and_the_rest_is_read(tmp_path: Path) -> None:
+    whole = write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "x" * 1000}] * 50)
+    whole.write_bytes(whole.read_bytes()[:-40])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"text": "kept"}])
+    reader = CorpusReader([str(whole), str(other)], ReadOptions())
+    assert [entry.text for entry in reader][-1] == "kept"
+    assert set(reader.rejects) == {"broken_compression"}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_work_in_processes_keeps_the_order(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH", 50)
+    texts = ["x" * (number * 7 % 31 + 1) for number in range(200)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    results = list(map_entries(CorpusReader([str(path)], ReadOptions()), lengths, workers, 10))
+    assert [entry.number for entry, _ in results] == list(range(200))
+    assert [result for _, result in results] == [10 * len(text) for text in texts]
+
+
+def test_large_documents_are_read_in_pieces_cut_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 16)
+    text = "Größe und\nStraße " * 30 + "überlangeswortohneleerzeichen" * 3
+    entry = large_entry(tmp_path / "large", text, margin=5)
+    pieces = list(entry.pieces())
+    assert "".join(pieces) == text and len(pieces) > 20
+    assert all(piece.endswith((" ", "\n")) for piece in pieces[:-1] if piece)
+    assert b"".join(entry.chunks()) == text.encode()
+
+
+def test_temporary_files_of_large_documents_are_removed_after_use(tmp_path: Path) -> None:
+    entry = large_entry(tmp_path / "large", "some text")
+    for found, length in map_entries([entry], lengths, 1, 1):
+        assert found.large is not None and found.large.path.exists() and length == 9
+    assert not (tmp_path / "large").exists()
+
+
+def test_what_is_written_reads_the_same_with_the_same_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PART", 40)
+    records = [
+        {"content": {"body": f'tëxt \u2028 "quoted" \\ number {number}'}, "meta": {"pile_set_name": "Books3"}}
+        for number in range(6)
+    ]
+    path = write_jsonl(tmp_path / "the pile.jsonl", records)
+    options = ReadOptions(text_field="content.body", subset_field="meta.pile_set_name")
+    entries = list(CorpusReader([str(path)], options))
+    with CorpusWriter(tmp_path / "out", options) as writer:
+        for entry in entries:
+            writer.write(entry)
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"the_pile-{number:05d}.jsonl.zst" for number in range(3)]
+    again = list(CorpusReader([str(file) for file in files], options))
+    assert [(entry.text, entry.subset) for entry in again] == [(entry.text, entry.subset) for entry in entries]
+    assert (writer.documents, writer.text_bytes) == (6, sum(len(entry.text.encode()) for entry in entries))
+
+
+def test_a_large_document_is_written_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 10)
+    text = 'größer als "der Speicher"\n' * 20
+    with CorpusWriter(tmp_path / "out", ReadOptions()) as writer:
+        writer.write(large_entry(tmp_path / "large", text))
+    data = zstandard.ZstdDecompressor().stream_reader((tmp_path / "out" / "s-00000.jsonl.zst").read_bytes()).read()
+    assert json.loads(data) == {"text": text} and data.count(b"\n") == 1
+
+
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PART", 1)
+    entry = Entry(0, "s", "f", 1, None, "text", None)
+    with pytest.raises(RuntimeError), CorpusWriter(tmp_path / "out", ReadOptions()) as writer:
+        writer.write(entry)
+        monkeypatch.setattr(module, "_PART", 1000)
+        writer.write(entry)
+        raise RuntimeError
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(DataError, match="exists already and is not empty"):
+        CorpusWriter(tmp_path, ReadOptions())
