@@ -111,7 +111,8 @@ def check(cases: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> No
         for rank, result in enumerate(results):
             where = f"{name}, rank {rank}"
             assert result[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5), where
-            assert result[name]["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
+            if job["stage"] > 0:
+                assert result[name]["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
             assert result[name]["tied"], where
 
 
