@@ -1,0 +1,104 @@
+"""The experiment's text: prepared by `python -m data_prep` where it is not there yet."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from data_prep.files import write_json
+from data_prep.manifest import FILE_NAME
+from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment
+from pretrain.comparison.launch import run_child
+from pretrain.errors import RecipeError, RunError
+
+_RECORD = "prepared_from.json"
+
+
+def prepare_data(experiment: Experiment, console: Console) -> None:
+    """Make the data set folder of `experiment` exist: train a tokenizer where one is wanted, then tokenize.
+
+    Several processes may call this for one experiment; the first does the work and the others wait.
+
+    Raises:
+        RecipeError: the folder was prepared from another text or with another tokenizer, or there is no text to
+        prepare it from. RunError: preparation failed; its own message has been printed.
+        Interrupted: after a signal; the same call continues.
+    """
+    path, data = experiment.data_path, experiment.data
+    wanted = data.model_dump(mode="json", exclude={"path"})
+    if (path / FILE_NAME).is_file():
+        _refuse_other_text(experiment, wanted)
+        return
+    if data.corpus is None:
+        raise RecipeError(
+            f"{path}: no data set there (no {FILE_NAME}) and data.corpus names no text to prepare it from; "
+            "prepare it with `mor prep tokenize`, or set data.corpus."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.with_name(f".{path.name}.lock")):
+        if (path / FILE_NAME).is_file():
+            return
+        tokenizer = data.tokenizer
+        if tokenizer == TRAIN_TOKENIZER:
+            tokenizer = str(path.with_name(f"{path.name}-tokenizer.model"))
+            if not Path(tokenizer).is_file():
+                console.print(f"Training a tokenizer of {data.vocab_size} entries on {data.corpus}", highlight=False)
+                _data_prep(
+                    [
+                        "tokenizer",
+                        "train",
+                        data.corpus,
+                        "--out",
+                        tokenizer,
+                        "--vocab-size",
+                        str(data.vocab_size),
+                        *_shares(experiment),
+                    ]
+                )
+        console.print(f"Tokenizing {data.corpus} into {path}", highlight=False)
+        limit = ["--max-tokens", str(data.max_tokens)] if data.max_tokens else []
+        _data_prep(
+            ["tokenize", data.corpus, "--out", str(path), "--tokenizer", tokenizer, *limit, *_shares(experiment)]
+        )
+        write_json(path / _RECORD, wanted)
+
+
+def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> None:
+    record = experiment.data_path / _RECORD
+    if experiment.data.corpus is None or not record.is_file():
+        return  # prepared by hand: the folder is what the experiment asks for
+    found = json.loads(record.read_text(encoding="utf-8"))
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise RecipeError(
+                f"{experiment.data_path}: was prepared with data.{key} = {found.get(key)!r}, and the experiment "
+                f"says {value!r}; "
+                "give this experiment a name of its own (name=NAME), so that data and runs of both can stay."
+            )
+
+
+def _shares(experiment: Experiment) -> list[str]:
+    # The tokenizer must not see held-out documents either, so both commands get the same shares.
+    return ["--validation", str(experiment.data.validation), "--test", str(experiment.data.test)]
+
+
+def _data_prep(arguments: list[str]) -> None:
+    status = run_child([sys.executable, "-m", "data_prep", *arguments], log=None)
+    if status != 0:
+        raise RunError(
+            f"data preparation ended with status {status}; its message stands above. The same command continues."
+        )
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the operating system releases it when the process ends, however it ends."""
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

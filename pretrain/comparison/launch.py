@@ -1,0 +1,158 @@
+"""One child process at a time: started in a process group of its own, followed through its files, stopped so that it
+can save.
+
+A terminal sends Ctrl-C to every process of its foreground group at once, and DeepSpeed's launcher answers it by
+killing its ranks. So children get a group (session) of their own, and the first Ctrl-C or SIGTERM reaches the ranks
+alone, which finish their step, write a checkpoint and end. A second one ends everything at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from pretrain.comparison.experiment import LaunchSection
+from pretrain.environment import clean_environment
+
+_POLL_SECONDS = 0.5
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Interrupted(Exception):
+    """The person (or Slurm) asked to stop; the child has ended."""
+
+
+def training_command(launch: LaunchSection, recipe_file: Path) -> list[str]:
+    """The command that trains one recipe on this machine."""
+    if launch.launcher == "python":
+        return [sys.executable, "-m", "pretrain.cli.main", "train", str(recipe_file)]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        f"--num_gpus={launch.ranks}",
+        f"--master_port={_free_port()}",
+        str(Path(__file__).resolve().parent.parent / "train.py"),
+        "--config",
+        str(recipe_file),
+    ]
+
+
+def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = lambda: None) -> int:
+    """Run `command` to its end.
+
+    Args:
+        log: file that its output is appended to; None leaves it the terminal.
+        tick: called about twice a second, to show progress.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        Interrupted: after a signal, when the child has ended.
+    """
+    with contextlib.ExitStack() as stack:
+        output = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(log.open("ab"))
+        signals = stack.enter_context(_counting_signals())
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(),
+        )
+        forwarded = 0
+        while True:
+            try:
+                status = child.wait(_POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                tick()
+            if signals and forwarded == 0:
+                forwarded = 1
+                print(
+                    "\nStopping: the ranks finish their step and write a checkpoint (Ctrl-C again ends at once).",
+                    file=sys.stderr,
+                )
+                for process in _ranks(child.pid):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.send_signal(signal.SIGINT)
+            elif len(signals) > 1 and forwarded == 1:
+                forwarded = 2
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+    if signals:
+        raise Interrupted
+    return status
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The end of a log, for an error message."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(line for line in lines[-count:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environment() -> dict[str, str]:
+    """The child's variables: no rank that this process may itself have been given, and unbuffered output for the
+    log.
+    """
+    return {**clean_environment(), "PYTHONUNBUFFERED": "1"}
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """The ranks below `launcher`: the first processes on each branch to which a rank was given; itself where none
+    was.
+    """
+    try:
+        root = psutil.Process(launcher)
+        below = root.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    with_rank = {process.pid: process for process in below if _has_rank(process)}
+    ranks = [process for process in with_rank.values() if process.ppid() not in with_rank]
+    return ranks or [root]
+
+
+def _has_rank(process: psutil.Process) -> bool:
+    try:
+        return "RANK" in process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def _counting_signals() -> Iterator[list[int]]:
+    """Collect signals that ask to stop in a list instead of dying of them."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""What an experiment will cost, before anything trains: every run's recipe, its steps, tokens and FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from data_prep.manifest import FILE_NAME, read_manifest
+from data_prep.tokenizers import load_tokenizer
+from mor_model.config import ModelConfig
+from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
+from pretrain.comparison.report import numbers
+from pretrain.errors import RecipeError
+from pretrain.plan import Plan, make_plan
+from pretrain.recipe import Recipe, build_recipe
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an experiment with its checked recipe, network and plan."""
+
+    trial: Trial
+    label: str
+    recipe: Recipe
+    network: ModelConfig
+    plan: Plan
+
+
+def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[PlannedRun]:
+    """Resolve every run of the experiment (or of some arms).
+
+    Raises:
+        RecipeError: for a recipe that cannot be, naming the arm; or arms that do not share what makes their losses
+            comparable.
+    """
+    vocabulary = vocab_size(experiment)
+    planned = []
+    for trial in experiment.trials(arms):
+        values = experiment.recipe_values(trial)
+        if vocabulary is not None:
+            values["model"] = {"vocab_size": vocabulary, **values.get("model", {})}
+        recipe = build_recipe(values, where=f"arm '{trial.arm}'")
+        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), make_plan(recipe)))
+    _refuse_unlike(planned)
+    return planned
+
+
+def vocab_size(experiment: Experiment) -> int | None:
+    """Vocabulary of the prepared data, or of the tokenizer they will be made with; None where neither is here yet."""
+    if (experiment.data_path / FILE_NAME).is_file():
+        return read_manifest(experiment.data_path).tokenizer.vocab_size
+    if experiment.data.corpus is not None and experiment.data.tokenizer == TRAIN_TOKENIZER:
+        return experiment.data.vocab_size
+    if Path(experiment.data.tokenizer).exists():
+        return load_tokenizer(experiment.data.tokenizer).vocab_size
+    return None
+
+
+def plan_table(runs: Iterable[PlannedRun]) -> Table:
+    """The plan for a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run")
+    for head in ("stored", "applied", "FLOPs/token", "tokens", "steps", "FLOPs, training"):
+        table.add_column(head, justify="right")
+    for run in runs:
+        plan = run.plan
+        table.add_row(
+            run.trial.folder.name,
+            numbers.si(plan.parameters["total_stored"]),
+            numbers.si(plan.parameters["applied"]),
+            numbers.si(plan.flops_per_sequence / plan.sequence_length),
+            numbers.si(plan.tokens),
+            numbers.whole(plan.steps),
+            numbers.power_of_ten(plan.training_flops, 4),
+        )
+    return table
+
+
+def _refuse_unlike(planned: list[PlannedRun]) -> None:
+    """Arms of one vocabulary and one unit of budget: nats per token of two vocabularies do not compare."""
+    first = planned[0]
+    for run in planned[1:]:
+        if run.network.vocab_size != first.network.vocab_size:
+            raise RecipeError(
+                f"arms '{first.trial.arm}' and '{run.trial.arm}' have vocabularies of {first.network.vocab_size} "
+                f"and {run.network.vocab_size}; "
+                "leave model.vocab_size out, so that both take the tokenizer's."
+            )
+        if run.recipe.budget.unit != first.recipe.budget.unit:
+            raise RecipeError(
+                f"arms '{first.trial.arm}' and '{run.trial.arm}' have budgets in {first.recipe.budget.unit} and in "
+                f"{run.recipe.budget.unit}; "
+                "give both the same unit."
+            )

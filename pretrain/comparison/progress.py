@@ -1,0 +1,154 @@
+"""How far an experiment is: one bar per run and the time the rest will take, read from the runs' own metrics."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
+
+from pretrain.comparison.report import numbers
+from pretrain.run_folder import RunFolder
+
+_PLAIN_SECONDS = 20.0
+
+
+class Progress:
+    """Progress of several runs, whose shares of the whole are their FLOPs.
+
+    On a terminal a bar for the run and one for the experiment; elsewhere a line every twenty seconds.
+
+    Args:
+        flops: planned training FLOPs of each run, in the order they are trained.
+    """
+
+    def __init__(self, flops: list[float], console: Console) -> None:
+        self._flops = flops
+        self._console = console
+        self._started = time.monotonic()
+        self._reused = 0.0
+        self._done = 0.0
+        self._share = 0.0
+        self._first_share: float | None = None
+        self._number, self._name, self._steps = 0, "", 1
+        self._printed = 0.0
+        self._offset = 0
+        self._bars = Bars(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self._bars.add_task("experiment", total=sum(flops), detail="")
+        self._one = self._bars.add_task("", total=1, detail="", visible=False)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.update(self._one, visible=False)
+        self._bars.stop()
+
+    def begin(self, number: int, name: str, steps: int) -> None:
+        """Run `number` is next."""
+        self._number, self._name, self._steps = number, name, steps
+        self._offset, self._share, self._first_share = 0, 0.0, None
+        self._bars.update(
+            self._one,
+            description=f"{number + 1}/{len(self._flops)} {name}",
+            total=steps,
+            completed=0,
+            detail="starting",
+            visible=True,
+        )
+        if not self._console.is_terminal:
+            self.say(f"{number + 1}/{len(self._flops)} {name}")
+
+    def follow(self, run: RunFolder) -> None:
+        """Read what the run has logged since the last call."""
+        record = self._latest(run)
+        if record is None:
+            return
+        self._share = min(1.0, record["step"] / self._steps)
+        if self._first_share is None:
+            # What an earlier invocation trained cost no time in this one.
+            self._first_share = self._share
+            self._reused += self._share * self._flops[self._number]
+        loss = record.get("lm_loss", record["loss"])
+        detail = f"loss {loss:.3f} · {record.get('tokens_per_second', 0):,.0f} tokens/s"
+        self._bars.update(self._one, completed=record["step"], detail=detail)
+        self._show_whole()
+        if not self._console.is_terminal and time.monotonic() - self._printed > _PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.say(
+                f"{self._name}: step {record['step']} of {self._steps} · {detail} · experiment: {self._remaining()}"
+            )
+
+    def activity(self, text: str) -> None:
+        """Say what is going on apart from training."""
+        self._bars.update(self._one, completed=self._steps, detail=text)
+        if not self._console.is_terminal:
+            self.say(f"{self._name}: {text}")
+
+    def refresh(self) -> None:
+        """Keep the bars alive while a child works without telling how far it is."""
+        self._show_whole()
+
+    def end(self, number: int) -> None:
+        """Run `number` is over, whatever its end."""
+        if self._first_share is None:
+            self._reused += self._flops[number]
+        self._done += self._flops[number]
+        self._share = 0.0
+        self._show_whole()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def _show_whole(self) -> None:
+        self._bars.update(self._all, completed=self._spent, detail=self._remaining())
+
+    @property
+    def _spent(self) -> float:
+        current = self._share * self._flops[self._number] if self._share else 0.0
+        return self._done + current
+
+    def _remaining(self) -> str:
+        new = self._spent - self._reused
+        if new <= 0:
+            return ""
+        rate = new / (time.monotonic() - self._started)
+        return f"about {numbers.duration((sum(self._flops) - self._spent) / rate)} left"
+
+    def _latest(self, run: RunFolder) -> dict[str, Any] | None:
+        """The newest complete training record after what was read before."""
+        try:
+            size = run.metrics_file.stat().st_size
+            if size < self._offset:
+                self._offset = 0  # a resumed run rewrote the file
+            with run.metrics_file.open("rb") as stream:
+                stream.seek(self._offset)
+                text = stream.read()
+        except OSError:
+            return None
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        latest = None
+        for line in complete.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("kind") == "train":
+                latest = record
+        return latest

@@ -1,0 +1,1 @@
+"""The report of an experiment, built from run folders alone."""

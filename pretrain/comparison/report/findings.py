@@ -1,0 +1,154 @@
+"""What was measured, in plain sentences: differences with their uncertainty, and no claim beyond what the runs can
+carry.
+"""
+
+from __future__ import annotations
+
+from pretrain.comparison.report import numbers
+from pretrain.comparison.report.results import Arm, Results
+from pretrain.comparison.report.statistics import Difference, difference_of_seeds
+from pretrain.comparison.report.tables import HELD_OUT, TASK_NAMES, few_shot_scores
+
+
+def findings(results: Results) -> list[str]:
+    """The summary of a report, most important first; says what is missing rather than leaving it out."""
+    budget = results.main_budget
+    arms = results.arms(budget)
+    if not arms:
+        return ["No arm has finished training yet, so there is nothing to compare."]
+    sentences = []
+    reference = results.reference(budget)
+    if reference is None:
+        sentences.append(
+            f"{results.experiment.label(results.experiment.reference_arm)}, the arm to compare with, has not finished."
+        )
+    else:
+        sentences += [_against(results, arm, reference) for arm in arms if arm.name != reference.name]
+    sentences += [_few_shot(results, arms)] if few_shot_scores(results, budget) else []
+    if len(arms) > 1:
+        sentences.append(_agreement(arms))
+    sentences.append(_seeds(results, arms))
+    return [sentence for sentence in sentences if sentence]
+
+
+def test_difference(results: Results, arm: Arm, reference: Arm) -> tuple[Difference, str] | None:
+    """Difference of the causal loss, and the text it is on: the held-out test text, or the validation split where
+    that is missing.
+    """
+    tested = results.difference(arm, reference, HELD_OUT, "loss")
+    if tested is not None:
+        return tested, "the held-out test text"
+    values, references = (
+        {run.trial.seed: loss for run in side.runs if (loss := run.final_validation("causal")) is not None}
+        for side in (arm, reference)
+    )
+    over_seeds = difference_of_seeds(values, references)
+    if over_seeds is not None:
+        return over_seeds, "the validation text"
+    seed = next((seed for seed in values if seed in references), None)
+    if seed not in values or seed not in references:
+        return None
+    return Difference(values[seed] - references[seed], None, "examples"), "the validation text"
+
+
+def equal_cost(arms: list[Arm]) -> str:
+    """`equal training FLOPs`, `equal tokens` or, where neither holds within 1 %, neither."""
+    if _alike([arm.first.counted_flops for arm in arms]):
+        return "at equal training FLOPs"
+    if _alike([arm.first.tokens for arm in arms]):
+        return "at equal tokens"
+    return "at the unequal budgets of this experiment"
+
+
+def _alike(amounts: list[float | None]) -> bool:
+    known = [amount for amount in amounts if amount]
+    return len(known) == len(amounts) and max(known) <= 1.01 * min(known)
+
+
+def _against(results: Results, arm: Arm, reference: Arm) -> str:
+    found = test_difference(results, arm, reference)
+    if found is None:
+        return f"{arm.label} and {reference.label} have no loss in common to compare."
+    difference, text = found
+    cost = equal_cost([arm, reference])
+    if difference.half_width is None:
+        size = f"{abs(difference.value):.3f} nats per token {_direction(difference.value)} than"
+        sentence = f"{arm.label} is {size} {reference.label} on {text} {cost}"
+        sentence += "; no uncertainty of this difference was measured"
+    elif difference.clear:
+        size = f"{abs(difference.value):.3f} nats per token {_direction(difference.value)} than"
+        sentence = f"{arm.label} is {size} {reference.label} on {text} {cost} ({_interval(difference)})"
+    else:
+        sentence = (
+            f"{arm.label} and {reference.label} cannot be told apart on {text} {cost}: "
+            f"{numbers.signed(difference.value)} nats per token ({_interval(difference)})"
+        )
+    return f"{sentence}. {_terms(arm, reference)}"
+
+
+def _direction(value: float) -> str:
+    return "worse" if value > 0 else "better"
+
+
+def _interval(difference: Difference) -> str:
+    over = "over seeds" if difference.over == "seeds" else "over the test documents alone"
+    return f"95 % interval {numbers.signed(difference.low)} to {numbers.signed(difference.high)}, {over}"
+
+
+def _terms(arm: Arm, reference: Arm) -> str:
+    stored = arm.first.parameters["non_embedding_stored"] / reference.first.parameters["non_embedding_stored"]
+    terms = f"It stores {_ratio(stored)} parameters outside the embedding"
+    if arm.first.tokens and reference.first.tokens:
+        terms += f" and saw {_ratio(arm.first.tokens / reference.first.tokens)} tokens"
+    return f"{terms}."
+
+
+def _ratio(value: float) -> str:
+    return "as many" if abs(value - 1) < 0.005 else f"{value:.2f} times as many"
+
+
+def _few_shot(results: Results, arms: list[Arm]) -> str:
+    above: list[str] = []
+    at_chance: list[str] = []
+    for task, scores in few_shot_scores(results, results.main_budget).items():
+        gaps = [
+            (score.value - score.chance) / score.stderr
+            for score in scores
+            if score is not None and score.chance is not None and score.stderr
+        ]
+        if gaps:
+            (above if max(gaps) > 2 else at_chance).append(TASK_NAMES.get(task, task))
+    parts = []
+    if above:
+        parts.append(f"At least one arm is above chance (by more than two standard errors) on {_list(above)}.")
+    if at_chance:
+        parts.append(f"On {_list(at_chance)} no arm can be told from chance, so these scores do not rank the arms.")
+    return " ".join(parts)
+
+
+def _agreement(arms: list[Arm]) -> str:
+    flops = [flops for arm in arms for run in arm.runs if (flops := run.counted_flops)]
+    if not flops:
+        return ""
+    spread = max(flops) / min(flops) - 1
+    mean = numbers.power_of_ten(sum(flops) / len(flops))
+    verdict = "agree within" if spread <= 0.01 else "differ by"
+    return f"The arms' counted training FLOPs {verdict} {100 * spread:.2f} % (mean {mean})."
+
+
+def _seeds(results: Results, arms: list[Arm]) -> str:
+    fewest = min(len(arm.runs) for arm in arms)
+    if fewest == 1:
+        return (
+            "This is one seed per arm: how much a difference would change with another initialisation and order of "
+            "data was not measured, "
+            "and no interval here covers it."
+        )
+    return (
+        f"Each arm was trained with {fewest} seeds; intervals are Student's t over the differences seed by seed, "
+        "which is wide for so few."
+    )
+
+
+def _list(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,439 @@
+"""The report's pictures: SVG drawn with matplotlib, in colours that the page's style sheet decides.
+
+Every colour here is a stand-in that becomes a CSS variable, so that one drawing serves light, dark and print. Each
+picture is drawn twice, wide and narrow, and the page shows the one that can be read at its width.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from pretrain.comparison.report import numbers
+from pretrain.comparison.report.records import Curve, Score
+from pretrain.comparison.report.results import Arm, Results
+from pretrain.comparison.report.tables import TASK_NAMES, few_shot_scores
+
+ARM_COLOURS = 8
+_INK, _FAINT, _RULE, _PAPER = "#b00001", "#b00002", "#b00003", "#b00004"
+_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _RULE: "--rule", _PAPER: "--paper"}
+_VARIABLES |= {f"#a0000{i}": f"--arm-{i + 1}" for i in range(ARM_COLOURS)}
+# One hue, light to dark with depth, and the text that can be read on it; the same by day and by night.
+_DEPTH_COLOURS = ("#d9dde2", "#c6dcf0", "#74aed6", "#2b6ca8", "#0d3c6e", "#08264a", "#051a33")
+_DEPTH_TEXT = ("#222222", "#222222", "#222222", "#ffffff", "#ffffff", "#ffffff", "#ffffff")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_WIDE, _NARROW = 840, 380
+_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure: SVG for wide and narrow pages, a title, a caption, and what it shows in words for those who cannot
+    see it.
+    """
+
+    title: str
+    caption: str
+    alternative: str
+    wide: str
+    narrow: str
+
+
+def loss_picture(results: Results, budget: float | None) -> Picture | None:
+    """Loss against counted training FLOPs: the whole run, and its end magnified. None where nothing was logged."""
+    arms = [arm for arm in results.arms(budget) if arm.first.training]
+    if not arms:
+        return None
+    largest = max(arm.first.training.flops[-1] for arm in arms)
+    return _picture(
+        "Loss against training FLOPs",
+        "Validation loss with causal routing (marks) and training loss, smoothed (thin lines), in nats per token, "
+        "against training FLOPs as "
+        "counted. The second panel is the end of the first, magnified.",
+        "; ".join(_describe(arm) for arm in arms),
+        lambda width: _draw_curves(arms, width, largest, lambda curve: curve.flops, "training FLOPs"),
+    )
+
+
+def tokens_picture(results: Results, budget: float | None) -> Picture | None:
+    """The same losses against tokens seen."""
+    arms = [arm for arm in results.arms(budget) if arm.first.training]
+    if not arms:
+        return None
+    largest = max(arm.first.training.tokens[-1] for arm in arms)
+    return _picture(
+        "The same losses against tokens",
+        "At equal FLOPs the arms see different numbers of tokens; here each is drawn against the tokens it has seen.",
+        "; ".join(_describe(arm) for arm in arms),
+        lambda width: _draw_curves(arms, width, largest, lambda curve: curve.tokens, "training tokens"),
+    )
+
+
+def depth_picture(results: Results, budget: float | None) -> Picture | None:
+    """Share of tokens by recursion steps taken, one bar per arm."""
+    arms = [arm for arm in results.arms(budget) if arm.first.depth_shares]
+    if not arms:
+        return None
+    sources = dict.fromkeys(arm.first.depth_source for arm in arms)
+    words = [
+        f"{arm.label}: "
+        + ", ".join(
+            f"{numbers.percent(share, 0)} take {depth}"
+            for depth, share in enumerate(arm.first.depth_shares or [])
+            if share >= 0.005
+        )
+        for arm in arms
+    ]
+    return _picture(
+        "Depth of tokens",
+        f"Share of tokens by the number of recursion steps they took ({'; '.join(sources)}).",
+        "; ".join(words),
+        lambda width: _draw_depths(arms, width),
+    )
+
+
+def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
+    """Accuracy per task with 95 % intervals and chance level. None where no task was scored."""
+    scores = few_shot_scores(results, budget)
+    if not scores:
+        return None
+    arms = results.arms(budget)
+    return _picture(
+        "Few-shot accuracy",
+        "Accuracy with 95 % intervals over the examples; the short vertical line is chance.",
+        "The numbers are in the table that follows.",
+        lambda width: _draw_scores(arms, scores, width),
+    )
+
+
+def budget_picture(results: Results, value: Callable[[Arm], float | None], unit: str) -> Picture | None:
+    """Loss of every arm at every budget. None with fewer than two budgets."""
+    budgets = sorted(budget for budget in results.budgets if budget is not None)
+    if len(budgets) < 2:
+        return None
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name in results.experiment.arms:
+        points = [
+            (budget, loss)
+            for budget in budgets
+            if (arm := results.arm(name, budget)).runs and (loss := value(arm)) is not None
+        ]
+        if points:
+            lines[name] = points
+    if not lines:
+        return None
+    labels = {name: results.experiment.label(name) for name in lines}
+    order = list(results.experiment.arms)
+    return _picture(
+        "Loss at every budget",
+        f"{unit} at the end of training with each budget of training FLOPs (both axes logarithmic).",
+        "; ".join(
+            f"{labels[name]}: " + ", ".join(f"{y:.3f} at {x:.3g}" for x, y in points) for name, points in lines.items()
+        ),
+        lambda width: _draw_budgets(lines, labels, order, width, unit),
+    )
+
+
+def _picture(title: str, caption: str, alternative: str, draw: Callable[[int], Figure]) -> Picture:
+    with matplotlib.rc_context(_STYLE):
+        return Picture(
+            title, caption, alternative, _svg(draw(_WIDE), f"{title}-wide"), _svg(draw(_NARROW), f"{title}-narrow")
+        )
+
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 12.5,
+    "axes.titlesize": 12.5,
+    "axes.labelsize": 12.5,
+    "text.color": _INK,
+    "axes.labelcolor": _FAINT,
+    "axes.edgecolor": _RULE,
+    "axes.titlecolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _FAINT,
+    "ytick.labelcolor": _FAINT,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _figure(width: int, height: int) -> Figure:
+    # One unit of the drawing is one CSS pixel at the width the picture is made for.
+    return Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def _colour(order: list[str], arm: str) -> str:
+    return f"#a0000{order.index(arm) % ARM_COLOURS}"
+
+
+def _draw_curves(
+    arms: list[Arm], width: int, largest: float, axis: Callable[[Curve], list[float]], label: str
+) -> Figure:
+    narrow = width < 600
+    figure = _figure(width, 620 if narrow else 350)
+    panels = figure.subplots(2, 1) if narrow else figure.subplots(1, 2, width_ratios=[1, 1])
+    exponent = math.floor(math.log10(largest))
+    unit = 10.0**exponent
+    for panel, start in zip(panels, (0.0, 0.6)):
+        ends, highest, lowest = [], [], []
+        for index, arm in enumerate(arms):
+            colour = f"#a0000{index % ARM_COLOURS}"
+            for record in arm.runs:
+                training = record.training
+                x, y = _thin([value / unit for value in axis(training)], _smooth(training.values))
+                panel.plot(x, y, color=colour, linewidth=0.9, alpha=0.4, solid_capstyle="round")
+                shown = [value for place, value in zip(x, y) if place >= (start or 0.06) * largest / unit]
+                validation = record.validation.get("causal")
+                if validation and start:
+                    shown = []  # the magnified panel is fitted to the validation loss; training's noise may leave it
+                if validation:
+                    at = [value / unit for value in axis(validation)]
+                    panel.plot(
+                        at,
+                        validation.values,
+                        color=colour,
+                        linewidth=1.6,
+                        marker=_MARKERS[index],
+                        markersize=5.2,
+                        markeredgecolor=_PAPER,
+                        markeredgewidth=0.7,
+                    )
+                    shown += [
+                        value
+                        for place, value in zip(at, validation.values)
+                        if place >= (start or 0.06) * largest / unit
+                    ]
+                    if record is arm.first:
+                        ends.append((at[-1], validation.values[-1], arm.label, colour))
+                elif record is arm.first:
+                    ends.append((x[-1], y[-1], arm.label, colour))
+                if shown:
+                    highest.append(max(shown))
+                    lowest.append(min(shown))
+        margin = 0.06 * (max(highest) - min(lowest))
+        panel.set_ylim(min(lowest) - margin, max(highest) + margin)
+        room = 1.03 if start == 0.0 else 1.02
+        panel.set_xlim(start * largest / unit, room * largest / unit)
+        panel.grid(axis="y")
+        panel.tick_params(length=3)
+        panel.set_xlabel(f"{label} ({_ten(exponent)})")
+        panel.set_title("nats per token" if start == 0.0 else "the end of training", loc="left", color=_FAINT)
+        if start == 0.0:
+            _legend(panel, ends)
+    return figure
+
+
+def _legend(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names in the order of the final losses, in the corner that a falling curve leaves empty."""
+    ordered = sorted(ends, key=lambda end: -end[1])
+    for row, (_, _, label, colour) in enumerate(ordered):
+        top = 0.97 - 0.085 * row
+        marker = _MARKERS[int(colour[-1])]
+        panel.plot(
+            [0.50, 0.53, 0.56],
+            [top] * 3,
+            transform=panel.transAxes,
+            color=colour,
+            linewidth=1.8,
+            marker=marker,
+            markevery=[1],
+            markersize=5.5,
+        )
+        panel.text(0.58, top, label, transform=panel.transAxes, color=_INK, va="center")
+
+
+def _draw_depths(arms: list[Arm], width: int) -> Figure:
+    narrow = width < 600
+    row = 46 if narrow else 34
+    figure = _figure(width, 46 + row * len(arms))
+    panel = figure.subplots()
+    deepest = max(len(arm.first.depth_shares or []) for arm in arms) - 1
+    for place, arm in enumerate(arms):
+        left = 0.0
+        for depth, share in enumerate(arm.first.depth_shares or []):
+            if share <= 0:
+                continue
+            tone = min(depth, len(_DEPTH_COLOURS) - 1)
+            panel.barh(
+                place,
+                share,
+                left=left,
+                height=0.62 if not narrow else 0.5,
+                color=_DEPTH_COLOURS[tone],
+                edgecolor=_PAPER,
+                linewidth=1.2,
+            )
+            if share > (0.16 if narrow else 0.07):
+                words = (
+                    f"{depth}: {numbers.percent(share, 0)}"
+                    if narrow
+                    else f"{depth} step{'s' if depth != 1 else ''} · {numbers.percent(share, 0)}"
+                )
+                if not narrow and share < 0.14:
+                    words = numbers.percent(share, 0)
+                panel.text(
+                    left + share / 2, place, words, ha="center", va="center", color=_DEPTH_TEXT[tone], fontsize=11.5
+                )
+            left += share
+        if narrow:
+            panel.text(0, place - 0.3, arm.label, va="bottom", ha="left", fontsize=12)
+    panel.set_xlim(0, 1)
+    panel.set_ylim(len(arms) - 0.5, -0.75 if narrow else -0.5)
+    panel.set_yticks([] if narrow else range(len(arms)), [] if narrow else [arm.label for arm in arms])
+    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    panel.tick_params(axis="x", length=3)
+    panel.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel(f"share of tokens, by recursion steps taken (at most {deepest})")
+    return figure
+
+
+def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: int) -> Figure:
+    narrow = width < 600
+    row = 22 + 13 * len(arms)
+    figure = _figure(width, 70 + row * len(scores))
+    panel = figure.subplots()
+    step = 0.72 / max(1, len(arms))
+    for place, values in enumerate(scores.values()):
+        for index, score in enumerate(values):
+            if score is None:
+                continue
+            y = place - 0.36 + step * (index + 0.5)
+            half = 196 * score.stderr if score.stderr else 0.0
+            colour = f"#a0000{index % ARM_COLOURS}"
+            panel.plot(
+                [100 * score.value - half, 100 * score.value + half],
+                [y, y],
+                color=colour,
+                linewidth=1.6,
+                solid_capstyle="round",
+            )
+            panel.plot(
+                [100 * score.value],
+                [y],
+                color=colour,
+                marker=_MARKERS[index],
+                markersize=6,
+                markeredgecolor=_PAPER,
+                linestyle="none",
+                label=arms[index].label if place == 0 else None,
+            )
+        chance = next((score.chance for score in values if score is not None), None)
+        if chance is not None:
+            panel.plot([100 * chance] * 2, [place - 0.42, place + 0.42], color=_FAINT, linewidth=1.4)
+    panel.set_yticks(range(len(scores)), [TASK_NAMES.get(task, task) for task in scores])
+    panel.set_ylim(len(scores) - 0.45, -0.55)
+    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    panel.tick_params(axis="x", length=3)
+    panel.spines["left"].set_visible(False)
+    panel.grid(axis="x")
+    panel.set_xlabel("accuracy, %")
+    figure.legend(
+        loc="outside upper left", ncols=2 if narrow else len(arms), frameon=False, handletextpad=0.3, borderpad=0
+    )
+    return figure
+
+
+def _draw_budgets(
+    lines: dict[str, list[tuple[float, float]]], labels: dict[str, str], order: list[str], width: int, unit: str
+) -> Figure:
+    figure = _figure(width, 380)
+    panel = figure.subplots()
+    for name, points in lines.items():
+        index = order.index(name)
+        panel.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=_colour(order, name),
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=6,
+            markeredgecolor=_PAPER,
+            linewidth=1.6,
+            label=labels[name],
+        )
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    budgets = sorted({x for points in lines.values() for x, _ in points})
+    panel.set_xticks(budgets, [numbers.power_of_ten(budget, 2) for budget in budgets])
+    panel.minorticks_off()
+    losses = [y for points in lines.values() for _, y in points]
+    ticks = _round_ticks(min(losses), max(losses))
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.grid(axis="y")
+    panel.set_xlabel("training FLOPs")
+    panel.set_title(unit, loc="left", color=_FAINT)
+    panel.legend(frameon=False)
+    return figure
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 1e9) if (high - low) / step <= 7)
+    first = math.floor(low / step)
+    return [round((first + index) * step, 6) for index in range(math.ceil(high / step) - first + 1)]
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The drawing as an inline SVG element: colours as CSS variables, no size of its own, ids that are its own."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    # A style element inside the drawing would be one for the whole page; style.css says the same.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
+    # Ids such as line2d_7 are alike in every drawing and referred to by nothing.
+    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
+    text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 var(--sans)", text)
+    for stand_in, variable in _VARIABLES.items():
+        text = text.replace(stand_in, f"var({variable})")
+    return text.strip()
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Centred moving mean over a twenty-fifth of the run."""
+    half = max(1, len(values) // 50)
+    return [
+        sum(window) / len(window)
+        for index in range(len(values))
+        if (window := values[max(0, index - half) : index + half + 1])
+    ]
+
+
+def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    stride = max(1, len(x) // _POINTS)
+    kept = sorted({*range(0, len(x), stride), len(x) - 1})
+    return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def _ten(exponent: int) -> str:
+    return numbers.power_of_ten(10.0**exponent, 1).removeprefix("1 × ")
+
+
+def _describe(arm: Arm) -> str:
+    validation = arm.first.validation.get("causal")
+    if not validation:
+        return f"{arm.label} ends at a training loss of {arm.first.training.values[-1]:.3f}"
+    return f"{arm.label} ends at {validation.values[-1]:.3f} after {validation.flops[-1]:.3g} FLOPs"

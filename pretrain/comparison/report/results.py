@@ -1,0 +1,121 @@
+"""The runs of an experiment, ordered for a report: by budget, arm and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.report.records import RunRecord, read_run
+from pretrain.comparison.report.statistics import (
+    Difference,
+    difference_of_pairs,
+    difference_of_scores,
+    difference_of_seeds,
+    mean_and_spread,
+)
+
+Getter = Callable[[RunRecord], float | None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All seeds of one arm at one budget.
+
+    `runs` are the finished ones, in the experiment's order of seeds; `broken` the others.
+    """
+
+    name: str
+    label: str
+    runs: list[RunRecord]
+    broken: list[RunRecord]
+
+    @property
+    def first(self) -> RunRecord:
+        """The run that stands for the arm where seeds do not matter (parameters, FLOPs per token) or one curve is
+        drawn.
+        """
+        return self.runs[0]
+
+    def mean(self, getter: Getter) -> tuple[float | None, float | None]:
+        """Mean over seeds and their standard deviation; the latter is None for one seed."""
+        values = [value for run in self.runs if (value := getter(run)) is not None]
+        return mean_and_spread(values) if values else (None, None)
+
+    def mean_score(self, task: str, metric: str) -> tuple[float | None, float | None, int]:
+        """Mean over seeds, its spread (standard deviation over seeds, or the standard error over examples of a
+        single run), and the number of seeds.
+        """
+        scores = [score for run in self.runs if (score := run.score(task, metric)) is not None]
+        if not scores:
+            return None, None, 0
+        mean, spread = mean_and_spread([score.value for score in scores])
+        return mean, scores[0].stderr if len(scores) == 1 else spread, len(scores)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a report is built from."""
+
+    experiment: Experiment
+    records: list[RunRecord]
+
+    @property
+    def budgets(self) -> list[float | None]:
+        """Budgets in the experiment's own order; [None] when the recipe holds the only one."""
+        return list(dict.fromkeys(record.trial.budget for record in self.records))
+
+    @property
+    def main_budget(self) -> float | None:
+        """The largest budget at which anything finished: where tables that show one budget look."""
+        finished = {record.trial.budget for record in self.records if record.finished}
+        candidates = [budget for budget in self.budgets if budget in finished] or self.budgets
+        return max(candidates, key=lambda budget: budget or 0.0)
+
+    @property
+    def seeds(self) -> list[int | None]:
+        return list(dict.fromkeys(record.trial.seed for record in self.records))
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{record.label}: {record.problem}" for record in self.records if record.problem]
+
+    def arm(self, name: str, budget: float | None) -> Arm:
+        mine = [record for record in self.records if record.trial.arm == name and record.trial.budget == budget]
+        return Arm(
+            name, self.experiment.label(name), [r for r in mine if r.finished], [r for r in mine if not r.finished]
+        )
+
+    def arms(self, budget: float | None) -> list[Arm]:
+        """The arms with at least one finished run at `budget`, in the experiment's order."""
+        return [arm for name in self.experiment.arms if (arm := self.arm(name, budget)).runs]
+
+    def reference(self, budget: float | None) -> Arm | None:
+        """The arm that others are compared with, None where it did not finish."""
+        arm = self.arm(self.experiment.reference_arm, budget)
+        return arm if arm.runs else None
+
+    def difference(self, arm: Arm, reference: Arm, task: str, metric: str) -> Difference | None:
+        """How `arm` differs from `reference` on one score: over seeds where there are several, else over examples."""
+        mine, theirs = (
+            {run.trial.seed: score for run in side.runs if (score := run.score(task, metric)) is not None}
+            for side in (arm, reference)
+        )
+        over_seeds = difference_of_seeds({s: v.value for s, v in mine.items()}, {s: v.value for s, v in theirs.items()})
+        if over_seeds is not None:
+            return over_seeds
+        common = [seed for seed in mine if seed in theirs]
+        if not common:
+            return None
+        a, b = mine[common[0]], theirs[common[0]]
+        if a.sums and a.weights == b.weights:
+            return difference_of_pairs(a.sums, b.sums, a.weights)
+        return difference_of_scores(a.value, a.stderr, b.value, b.stderr)
+
+
+def read_results(experiment: Experiment) -> Results:
+    """Read every run folder of the experiment; folders that cannot be read become records with a problem."""
+    return Results(
+        experiment,
+        [read_run(trial, experiment.label(trial.arm), experiment.evaluation.suites) for trial in experiment.trials()],
+    )

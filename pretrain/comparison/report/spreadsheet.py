@@ -1,0 +1,56 @@
+"""The report as one long table: a line per number, for whoever wants to compute with it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from pretrain.comparison.report.records import RunRecord
+from pretrain.comparison.report.results import Results
+
+COLUMNS = ("run", "arm", "seed", "budget", "state", "quantity", "value", "stderr", "n", "routing")
+
+
+def spreadsheet(results: Results) -> str:
+    """CSV with the columns `COLUMNS`. Numbers stand in full precision; runs without numbers have one line with their
+    state.
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for record in results.records:
+        trial = record.trial
+        head = (trial.folder.name, trial.arm, _blank(trial.seed), _blank(trial.budget), record.state)
+        rows = list(_quantities(record)) or [("", "", "", "", "")]
+        writer.writerows((*head, *row) for row in rows)
+    return stream.getvalue()
+
+
+def _quantities(record: RunRecord) -> Iterator[tuple[object, ...]]:
+    for name, value in record.parameters.items():
+        yield f"parameters_{name}", value, "", "", ""
+    singles = {
+        "training_flops_per_token": 3 * record.plan["flops_per_token_forward"] if record.plan else None,
+        "training_flops_planned": record.plan.get("training_flops"),
+        "training_flops_counted": record.counted_flops,
+        "tokens": record.tokens,
+        "steps": record.last_training.get("step"),
+        "tokens_per_second": record.tokens_per_second,
+        "step_seconds": record.step_seconds,
+        "memory_peak_bytes": record.memory_peak_bytes,
+        "kv_bytes_per_token": record.kv_bytes,
+    }
+    for name, single in singles.items():
+        if single is not None:
+            yield name, single, "", "", ""
+    for routing in record.validation:
+        yield "validation_loss", record.final_validation(routing), "", "", routing
+    for depth, share in enumerate(record.depth_shares or []):
+        yield f"share_of_tokens_at_depth_{depth}", share, "", "", record.depth_source
+    for score in record.scores:
+        yield f"{score.task}/{score.metric}", score.value, _blank(score.stderr), _blank(score.n), score.routing
+
+
+def _blank(value: object) -> object:
+    return "" if value is None else value

@@ -1,0 +1,118 @@
+"""Uncertainty of a difference: over the test examples of one run each, and over seeds where there are several."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal's is near enough.
+_T95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+)
+_Z95 = 1.960
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`value` (other minus reference) with the half-width of its 95 % interval; None where nothing is known of the
+    spread.
+
+    `over` says what the interval covers: `examples` (the test texts) or `seeds`.
+    """
+
+    value: float
+    half_width: float | None
+    over: str
+
+    @property
+    def low(self) -> float:
+        return self.value - (self.half_width or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.value + (self.half_width or 0.0)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.half_width is not None and abs(self.value) > self.half_width
+
+
+def difference_of_scores(
+    value: float, stderr: float | None, reference: float, reference_stderr: float | None
+) -> Difference:
+    """Difference of two means over examples, taken as independent.
+
+    Both arms answer the same examples, and their errors go together; so the interval is wider than need be, never too
+    narrow.
+    """
+    half = None if stderr is None or reference_stderr is None else _Z95 * math.hypot(stderr, reference_stderr)
+    return Difference(value - reference, half, "examples")
+
+
+def difference_of_pairs(
+    values: Sequence[float], references: Sequence[float], weights: Sequence[float] | None = None
+) -> Difference:
+    """Difference of two ratios sum(values)/sum(weights) and sum(references)/sum(weights), example by example.
+
+    Args:
+        values, references: what each example adds to the numerators, in the same order of examples.
+        weights: what it adds to the common denominator; ones (a difference of means) when None.
+
+    The interval is that of the ratio estimator (Cochran 1977, "Sampling Techniques", section 6.3), with Student's t.
+    """
+    if weights is None:
+        weights = [1.0] * len(values)
+    gaps = [value - reference for value, reference in zip(values, references, strict=True)]
+    n, total = len(gaps), sum(weights)
+    ratio = sum(gaps) / total
+    if n < 2:
+        return Difference(ratio, None, "examples")
+    residuals = math.fsum((gap - ratio * weight) ** 2 for gap, weight in zip(gaps, weights, strict=True))
+    return Difference(ratio, _quantile(n - 1) * math.sqrt(residuals * n / (n - 1)) / total, "examples")
+
+
+def difference_of_seeds(values: dict[int | None, float], references: dict[int | None, float]) -> Difference | None:
+    """Difference of the means over seeds: paired by seed, which two arms of one seed share with their data order.
+
+    Args:
+        values, references: seed to score.
+
+    Returns:
+        None when the two have fewer than two seeds in common.
+    """
+    common = [seed for seed in values if seed in references]
+    if len(common) < 2:
+        return None
+    paired = difference_of_pairs([values[seed] for seed in common], [references[seed] for seed in common])
+    return Difference(paired.value, paired.half_width, "seeds")
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (n-1); the second is None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _quantile(degrees: int) -> float:
+    return _T95[degrees - 1] if 1 <= degrees <= len(_T95) else _Z95

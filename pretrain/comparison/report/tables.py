@@ -1,0 +1,328 @@
+"""The report's tables as values: page, markdown and terminal print the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.comparison.report import numbers
+from pretrain.comparison.report.records import RunRecord, Score
+from pretrain.comparison.report.results import Arm, Results
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, what it is measured in, and whether the column holds text (left-aligned) or numbers."""
+
+    head: str
+    unit: str = ""
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """`title` says what the table shows, `note` how to read it; `best` marks (row, column) cells to set in bold."""
+
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+    note: str = ""
+    best: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class LossMetric:
+    """A column of the loss table: heading, unit, name in the evaluation, decimals."""
+
+    head: str
+    unit: str
+    name: str
+    digits: int
+
+
+HELD_OUT = "perplexity"
+_WHOLE_TEXT_SUITES = ("perplexity", "routing", "wikitext")
+LOSS_METRICS = (
+    LossMetric("Loss", "nats / token", "loss", 4),
+    LossMetric("Perplexity", "per token", "token_perplexity", 2),
+    LossMetric("Perplexity", "per word", "word_perplexity", 1),
+    LossMetric("Perplexity", "per byte", "byte_perplexity", 4),
+    LossMetric("Bits", "per byte", "bits_per_byte", 4),
+)
+
+
+def size_table(results: Results, budget: float | None) -> Table:
+    rows = []
+    for arm in results.arms(budget):
+        parameters = arm.first.parameters
+        rows.append(
+            [
+                arm.label,
+                *(
+                    numbers.si(parameters[name])
+                    for name in ("total_stored", "embedding", "non_embedding_stored", "applied")
+                ),
+                numbers.si(3 * arm.first.plan["flops_per_token_forward"]),
+                numbers.whole(arm.first.kv_bytes),
+            ]
+        )
+    return Table(
+        "Parameters, and the cost of one token",
+        [
+            Column("Arm", text=True),
+            Column("Stored", "all"),
+            Column("Stored", "embedding"),
+            Column("Stored", "the rest"),
+            Column("Applied", "the rest"),
+            Column("Training FLOPs", "per token"),
+            Column("KV cache", "bytes per token"),
+        ],
+        rows,
+        "Applied counts a shared layer once per application, for a token that takes every recursion step. The "
+        "key-value cache is that "
+        "of two-byte values at the planned capacities.",
+    )
+
+
+def budget_table(results: Results, budget: float | None) -> Table:
+    rows = []
+    for arm in results.arms(budget):
+        run = arm.first
+        planned, counted = run.plan.get("training_flops"), run.counted_flops
+        rows.append(
+            [
+                arm.label,
+                numbers.si(run.tokens),
+                numbers.whole(run.last_training.get("step")),
+                numbers.power_of_ten(planned, 4),
+                numbers.power_of_ten(counted, 4),
+                numbers.signed(100 * (counted / planned - 1), 2) + " %" if counted and planned else "–",
+            ]
+        )
+    return Table(
+        "What each arm was given",
+        [
+            Column("Arm", text=True),
+            Column("Tokens", "seen"),
+            Column("Steps"),
+            Column("Training FLOPs", "planned"),
+            Column("Training FLOPs", "counted"),
+            Column("Counted", "against planned"),
+        ],
+        rows,
+        "FLOPs are three times those of the forward pass: every application of a layer counts, for the tokens "
+        "active there; norms, "
+        "activations and the embedding look-up do not. Planned is from the configured capacities, counted from the "
+        "tokens that were "
+        "active, step by step.",
+    )
+
+
+def routing_table(results: Results, budget: float | None) -> Table:
+    rows = []
+    for arm in results.arms(budget):
+        routed = arm.first.config is not None and arm.first.config.router is not None
+        causal, causal_spread = arm.mean(lambda run: run.final_validation("causal"))
+        topk, topk_spread = arm.mean(lambda run: run.final_validation("topk"))
+        gap = causal - topk if causal is not None and topk is not None else None
+        test = {name: arm.mean_score("routing", name) for name in ("loss_causal", "loss_topk", "leak")}
+        row = [arm.label, numbers.plus_minus(causal, causal_spread, 4)]
+        row += [numbers.plus_minus(topk, topk_spread, 4), numbers.signed(gap, 4)] if routed else ["same", "–"]
+        row.append(numbers.fixed(test["loss_causal"][0], 4))
+        leak, leak_error, _ = test["leak"]
+        row += (
+            [numbers.fixed(test["loss_topk"][0], 4), numbers.signed_plus_minus(leak, leak_error, 4)]
+            if routed
+            else ["same", "–"]
+        )
+        rows.append(row)
+    return Table(
+        "Loss by routing, in nats per token",
+        [
+            Column("Arm", text=True),
+            Column("Causal", "validation"),
+            Column("Top-k", "validation"),
+            Column("Causal − top-k", "validation"),
+            Column("Causal", "test, packed"),
+            Column("Top-k", "test, packed"),
+            Column("Causal − top-k", "test, packed"),
+        ],
+        rows,
+        "Causal routing decides from a token's past alone; it is the headline wherever this report names one "
+        "number. Top-k routing, "
+        "used in training, chooses among all tokens of a sequence and so looks at future ones; its loss is shown to "
+        "measure that leak. "
+        "Packed: documents joined and cut into full sequences as in training, so these losses differ from the "
+        "document-wise ones above." + _spread_note(results),
+    )
+
+
+def test_table(results: Results, budget: float | None, task: str) -> Table:
+    rows = []
+    arms = results.arms(budget)
+    for arm in arms:
+        cells = [arm.label]
+        for metric in LOSS_METRICS:
+            value, spread, _ = arm.mean_score(task, metric.name)
+            cells.append(numbers.plus_minus(value, spread, metric.digits))
+        cells.append(_routing(arm, task))
+        rows.append(cells)
+    examples = next((score.n for arm in arms for score in arm.first.scores if score.task == task and score.n), None)
+    name = "Held-out test text" if task == HELD_OUT else TASK_NAMES.get(task, task)
+    return Table(
+        f"{name}{f', {numbers.whole(examples)} documents' if examples else ''}",
+        [
+            Column("Arm", text=True),
+            *(Column(metric.head, metric.unit) for metric in LOSS_METRICS),
+            Column("Routing", text=True),
+        ],
+        rows,
+        "Words are separated by white space, as WikiText is measured; bits per byte do not depend on the tokenizer."
+        + _spread_note(results),
+        _best(arms, lambda arm, column: arm.mean_score(task, LOSS_METRICS[column].name)[0], len(LOSS_METRICS)),
+    )
+
+
+def loss_tasks(results: Results, budget: float | None) -> list[str]:
+    """Texts that are measured as perplexity, the run's own test text first."""
+    tasks = {
+        score.task for arm in results.arms(budget) for score in arm.first.scores if score.metric == "word_perplexity"
+    }
+    return sorted(tasks, key=lambda task: (task != HELD_OUT, task))
+
+
+def few_shot_scores(results: Results, budget: float | None) -> dict[str, list[Score | None]]:
+    """The figure that stands for each task: task to one score per arm (of the first seed), in the order of
+    `results.arms`.
+
+    Of the project's own suite every task is shown; of others their headline figure, which for BLiMP or MMLU is the
+    mean of many.
+    """
+    arms = results.arms(budget)
+    shown: dict[str, str] = {}
+    for arm in arms:
+        for score in arm.first.scores:
+            of_own_suite = score.suite == "own" and score.task != "own" and score.metric == "acc"
+            if of_own_suite or (score.headline and score.suite not in (*_WHOLE_TEXT_SUITES, "own")):
+                shown.setdefault(score.task, score.metric)
+    return {task: [arm.first.score(task, metric) for arm in arms] for task, metric in shown.items()}
+
+
+def few_shot_table(results: Results, budget: float | None) -> Table:
+    arms = results.arms(budget)
+    rows = []
+    for task, scores in few_shot_scores(results, budget).items():
+        known = [score for score in scores if score is not None]
+        chance = known[0].chance
+        cells = [TASK_NAMES.get(task, task), known[0].metric, numbers.whole(known[0].n)]
+        cells.append("–" if chance is None else numbers.fixed(100 * chance, 1))
+        for arm in arms:
+            value, spread, _ = arm.mean_score(task, known[0].metric)
+            cells.append(
+                "–" if value is None else numbers.plus_minus(100 * value, None if spread is None else 100 * spread, 1)
+            )
+        cells.append(", ".join(sorted({score.routing for score in known})))
+        rows.append(cells)
+    what = "standard deviation over seeds" if len(results.seeds) > 1 else "standard error over the examples"
+    return Table(
+        "Accuracy in per cent",
+        [
+            Column("Task", text=True),
+            Column("Metric", text=True),
+            Column("Examples"),
+            Column("Chance", "%"),
+            *(Column(arm.label) for arm in arms),
+            Column("Routing", text=True),
+        ],
+        rows,
+        f"± is the {what}. A score within two of them of chance says nothing about the model.",
+    )
+
+
+def speed_table(results: Results, budget: float | None) -> Table:
+    rows = []
+    for arm in results.arms(budget):
+        run = arm.first
+        seconds = run.tokens / run.tokens_per_second if run.tokens and run.tokens_per_second else None
+        rows.append(
+            [
+                arm.label,
+                numbers.whole(run.tokens_per_second),
+                numbers.fixed(run.step_seconds, 3),
+                numbers.si(_per_second(run), "FLOP/s"),
+                numbers.duration(seconds),
+                numbers.gibibytes(run.memory_peak_bytes),
+            ]
+        )
+    return Table(
+        "Training on the machine named below",
+        [
+            Column("Arm", text=True),
+            Column("Tokens / s", "median, all ranks"),
+            Column("Step", "seconds, median"),
+            Column("Model FLOPs", "per second"),
+            Column("Training", "at that speed"),
+            Column("Peak memory", "of one rank"),
+        ],
+        rows,
+        "Medians leave out the first tenth of the run. Speed depends on the machine and on what else it was doing; "
+        "parameters, tokens and losses do not.",
+    )
+
+
+def skipped_table(results: Results) -> Table | None:
+    """What evaluation left out, each thing once; None when nothing was."""
+    rows = list(
+        dict.fromkeys(
+            (entry["task"] or entry["suite"], entry["why"], entry["how"])
+            for record in results.records
+            for entry in record.skipped
+        )
+    )
+    if not rows:
+        return None
+    columns = [Column("Skipped", text=True), Column("Why", text=True), Column("How to get it", text=True)]
+    return Table("What was not measured", columns, [[TASK_NAMES.get(task, task), why, how] for task, why, how in rows])
+
+
+TASK_NAMES = {
+    "own_last_word": "Last word (own)",
+    "own_continuation": "Continuation (own)",
+    "own_word_order": "Word order (own)",
+    "wikitext": "WikiText-2 test",
+    "lambada": "LAMBADA",
+    "blimp": "BLiMP",
+    "hellaswag": "HellaSwag",
+    "arc_easy": "ARC-easy",
+    "arc_challenge": "ARC-challenge",
+    "piqa": "PIQA",
+    "winogrande": "WinoGrande",
+    "sciq": "SciQ",
+    "boolq": "BoolQ",
+    "openbookqa": "OpenBookQA",
+    "mmlu": "MMLU",
+    "copa": "COPA",
+}
+
+
+def _per_second(run: RunRecord) -> float | None:
+    return 3 * run.plan["flops_per_token_forward"] * run.tokens_per_second if run.tokens_per_second else None
+
+
+def _routing(arm: Arm, task: str) -> str:
+    if arm.first.config is not None and arm.first.config.router is None:
+        return "no router"
+    return ", ".join(sorted({score.routing for run in arm.runs for score in run.scores if score.task == task})) or "–"
+
+
+def _spread_note(results: Results) -> str:
+    return " ± is the standard deviation over seeds." if len(results.seeds) > 1 else ""
+
+
+def _best(arms: list[Arm], value, columns: int) -> frozenset[tuple[int, int]]:
+    """Cells with the lowest value of each column; column 0 holds the arms' names."""
+    best = set()
+    for column in range(columns):
+        values = [(current, row) for row, arm in enumerate(arms) if (current := value(arm, column)) is not None]
+        if len(values) > 1:
+            best.add((min(values)[1], column + 1))
+    return frozenset(best)

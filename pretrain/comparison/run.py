@@ -1,0 +1,184 @@
+"""Run an experiment: data where they are missing, then each run trained and evaluated in turn, then the report.
+
+Everything done is found again in the run folders, so the same command continues where it was stopped and repeats
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from data_prep.files import write_text
+from data_prep.manifest import read_manifest
+from pretrain.comparison.data import prepare_data
+from pretrain.comparison.experiment import WHOLE_TEXTS, Experiment
+from pretrain.comparison.launch import Interrupted, last_lines, run_child, training_command
+from pretrain.comparison.plan import PlannedRun, plan_experiment, plan_table
+from pretrain.comparison.progress import Progress
+from pretrain.comparison.report import numbers
+from pretrain.errors import RunError
+from pretrain.run_folder import RunFolder
+
+# A finished run is the same run whatever these say.
+_WITHOUT_EFFECT = (
+    "name", "run_dir", "logging", "checkpoint", "evaluation", "faults", "limits", "compile", "checkpointing",
+    "deepspeed", "data.path", "data.verify", "batch.micro_batch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not end well, and why."""
+
+    run: str
+    why: str
+
+
+def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[Failure]:
+    """Train and evaluate every run of the experiment, or of some arms. A run that fails does not keep the others from
+    running.
+
+    Returns:
+        What failed, empty when all is well.
+
+    Raises:
+        RecipeError, DataError: when the experiment cannot run at all; nothing has been trained then.
+        RunError: when a run folder holds a run of another recipe.
+        Interrupted: after a signal, with everything saved.
+    """
+    console = Console(stderr=True)
+    prepare_data(experiment, console)
+    planned = plan_experiment(experiment, arms)
+    for run in planned:
+        refuse_other_recipe(run)
+    console.print(plan_table(planned))
+    failures: list[Failure] = []
+    with Progress([run.plan.training_flops for run in planned], console) as progress:
+        for number, run in enumerate(planned):
+            progress.begin(number, run.trial.folder.name, run.plan.steps)
+            failure = _train(experiment, run, progress) or _evaluate(experiment, run, progress)
+            if failure is not None:
+                failures.append(failure)
+                progress.say(f"{failure.run}: {failure.why}")
+            progress.end(number)
+    return failures
+
+
+def refuse_other_recipe(run: PlannedRun) -> None:
+    """Raise `RunError` when the run folder was begun with another recipe than the experiment's."""
+    folder = RunFolder(run.trial.folder)
+    if not folder.recipe_file.is_file():
+        return
+    try:
+        found = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RunError(
+            f"{folder.recipe_file}: cannot be read ({error}); remove the run folder to train this arm anew."
+        ) from None
+    data = run.recipe.data.path
+    if (
+        data is not None
+        and folder.plan_file.is_file()
+        and folder.plan().get("data_manifest") != read_manifest(Path(data)).digest()
+    ):
+        raise RunError(
+            f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm anew, "
+            "or give the experiment a name of its own (name=NAME)."
+        )
+    wanted = yaml.safe_load(run.recipe.to_yaml())
+    for name, value in wanted.items():
+        if difference := _first_difference(name, found.get(name), value):
+            raise RunError(
+                f"{folder}: was begun with another recipe ({difference}); remove that folder to train it anew, "
+                "or keep it and give the experiment a name of its own (name=NAME)."
+            )
+
+
+def _first_difference(where: str, found: Any, wanted: Any) -> str | None:
+    if where in _WITHOUT_EFFECT:
+        return None
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        pairs = ((f"{where}.{key}", found.get(key), wanted.get(key)) for key in sorted(found.keys() | wanted.keys()))
+        return next((difference for pair in pairs if (difference := _first_difference(*pair))), None)
+    if found == wanted or wanted == "auto":
+        return None
+    return f"{where} was {found!r}, the experiment says {wanted!r}"
+
+
+def _train(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
+    folder = RunFolder(run.trial.folder)
+    if folder.status()["state"] == "finished":
+        progress.say(f"{folder.name}: trained already")
+        return None
+    recipe_file = experiment.folder / "recipes" / f"{folder.name}.yaml"
+    write_text(recipe_file, run.recipe.to_yaml())
+    # Not in the run folder, which the trainer wants to find empty or its own.
+    log = experiment.folder / "logs" / f"{folder.name}-training.log"
+    try:
+        status = run_child(training_command(experiment.launch, recipe_file), log, lambda: progress.follow(folder))
+    except Interrupted:
+        progress.say(
+            f"{folder.name}: stopped at step {folder.status().get('step', 0)} of {run.plan.steps}; the same command "
+            "continues."
+        )
+        raise
+    progress.follow(folder)
+    state = folder.status()
+    if state["state"] == "finished":
+        progress.say(_trained(folder, run))
+        return None
+    if state["state"] == "stopped":
+        raise Interrupted
+    return Failure(folder.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
+
+
+def _trained(folder: RunFolder, run: PlannedRun) -> str:
+    validation = None
+    for record in folder.metrics("validation"):
+        validation = record.get("loss_causal", validation)
+    return f"{folder.name}: trained {run.plan.steps} steps, validation loss {numbers.fixed(validation, 4)}"
+
+
+def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
+    folder, settings = RunFolder(run.trial.folder), experiment.evaluation
+    for whole_texts in (True, False):
+        suites = [suite for suite in settings.suites if (suite in WHOLE_TEXTS) == whole_texts]
+        limit = None if whole_texts else settings.limit
+        missing = [suite for suite in suites if not _is_current(folder, suite, limit)]
+        if not missing:
+            continue
+        command = [
+            sys.executable,
+            "-m",
+            "pretrain.cli.main",
+            "eval",
+            str(folder.path),
+            *(f"--suite={suite}" for suite in missing),
+        ]
+        command += [f"--limit={limit}"] if limit is not None else []
+        command += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []
+        command += ["--hub"] if settings.hub else []
+        log = experiment.folder / "logs" / f"{folder.name}-evaluation.log"
+        progress.activity(f"evaluating: {', '.join(missing)}")
+        status = run_child(command, log, progress.refresh)
+        if status != 0:
+            return Failure(folder.name, f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}")
+    return None
+
+
+def _is_current(folder: RunFolder, suite: str, limit: int | None) -> bool:
+    """Whether `mor eval` has nothing to add: the suite was evaluated on these weights, this limit, and nothing it
+    skipped may have come within reach.
+    """
+    file, weights = folder.evaluation / f"{suite}.json", folder.weights / "model.safetensors"
+    if not file.is_file() or not weights.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
+        return False
+    content = folder.read_json(file)
+    return content["settings"]["limit"] == limit and not (content["skipped"] and os.environ.get("MOR_SHARED_DATA"))

@@ -1,0 +1,221 @@
+"""Run folders as the trainer and the evaluation write them, with numbers made from simple laws so that a test knows
+what to expect.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from mor_model.config import ExpertChoiceConfig, ModelConfig
+from mor_model.flops import count_parameters, flops_per_token
+
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 192,
+    "num_layers": 11,
+    "num_heads": 3,
+    "num_kv_heads": 1,
+    "intermediate_size": 512,
+    "context_length": 256,
+}
+
+
+def network(arm: str) -> ModelConfig:
+    if arm == "vanilla":
+        return ModelConfig(**SMALL)
+    router = ExpertChoiceConfig() if arm.startswith("mor") else None
+    return ModelConfig(**SMALL, sharing="middle_cycle", recursions=3, router=router)
+
+
+def write_run(
+    folder: Path,
+    arm: str,
+    *,
+    budget: float = 1.2e14,
+    seed: int = 1,
+    final_loss: float = 4.0,
+    leak: float = 0.05,
+    state: str = "finished",
+    until: float = 1.0,
+    evaluate: bool = True,
+    few_shot: bool = True,
+    reason: str | None = None,
+) -> Path:
+    """One run folder.
+
+    Args:
+        budget: training FLOPs; final_loss: causal validation loss at the end; leak: how much lower top-k reads.
+        until: share of the run that has been trained when `state` is not `finished`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = network(arm)
+    length, sequences = config.context_length, 32
+    per_token = flops_per_token(config, length)
+    tokens_per_step = sequences * length
+    steps = math.ceil(budget / (per_token.training * tokens_per_step))
+    counts = count_parameters(config)
+    _json(folder / "model.json", config.to_dict())
+    _json(
+        folder / "plan.json",
+        {
+            "steps": steps,
+            "tokens_per_step": tokens_per_step,
+            "sequence_length": length,
+            "tokens": steps * tokens_per_step,
+            "flops_per_token_forward": per_token.forward,
+            "training_flops": per_token.training * steps * tokens_per_step,
+            "parameters": vars(counts),
+            "tokenizer_fingerprint": "f" * 16,
+            "data_manifest": "d" * 16,
+        },
+    )
+    _json(
+        folder / "environment.json",
+        {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "commit": "0123abcd", "world_size": 2},
+    )
+    (folder / "recipe.yaml").write_text(f"name: {folder.name}\nseed: {seed}\n", encoding="utf-8")
+    _json(
+        folder / "status.json",
+        {"state": state, "step": int(steps * until), "steps": steps, **({"reason": reason} if reason else {})},
+    )
+    _write_metrics(
+        folder, config, steps, int(steps * until), tokens_per_step, per_token.training, final_loss, leak, seed
+    )
+    if evaluate:
+        _write_evaluation(folder / "evaluation", config, final_loss, leak, seed, few_shot)
+    return folder
+
+
+def _write_metrics(
+    folder: Path,
+    config: ModelConfig,
+    steps: int,
+    until: int,
+    tokens_per_step: int,
+    flops: float,
+    final: float,
+    leak: float,
+    seed: int,
+) -> None:
+    noise = random.Random(f"{seed}{folder.name}")
+    routed = config.router is not None
+
+    def law(step: float) -> float:
+        share = step / steps
+        return final + 5.0 * math.exp(-9 * share) + 0.9 * (1 - share) ** 2
+
+    lines: list[dict[str, Any]] = []
+    for step in range(1, until + 1):
+        tokens = step * tokens_per_step
+        if step % 5 == 0 or step == until:
+            lines.append(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "tokens": tokens,
+                    "flops": tokens * flops,
+                    "flops_planned": tokens * flops,
+                    "loss": law(step) + noise.gauss(0, 0.05) + 0.01,
+                    "lm_loss": law(step) + noise.gauss(0, 0.05),
+                    "aux": {},
+                    "grad_norm": 1.0,
+                    "lr": 1e-3,
+                    "tokens_per_second": 2.0e10 / flops * noise.uniform(0.97, 1.03),
+                    "mfu": 0.4,
+                    "step_seconds": tokens_per_step * flops / 2.0e10,
+                    "memory_peak_bytes": 1.1e9,
+                    "active": list(config.capacities) if routed else [1.0] * config.recursions,
+                }
+            )
+        if step % max(1, steps // 12) == 0 or step == until:
+            lines.append(
+                {
+                    "kind": "validation",
+                    "step": step,
+                    "tokens": tokens,
+                    "flops": tokens * flops,
+                    "split": "validation",
+                    "source": "docs",
+                    "loss_causal": law(step),
+                    "loss_topk": law(step) - (leak if routed else 0.0),
+                    "routing_default": "causal",
+                    "tokens_evaluated": 16384,
+                }
+            )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _json(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, default=str), encoding="utf-8")
+
+
+def _write_evaluation(folder: Path, config: ModelConfig, final: float, leak: float, seed: int, few_shot: bool) -> None:
+    noise = random.Random(seed)
+    nats_per_byte = final / 4.2
+    perplexity = {
+        "metrics": {
+            "token_perplexity": math.exp(final),
+            "word_perplexity": math.exp(nats_per_byte * 6.1),
+            "byte_perplexity": math.exp(nats_per_byte),
+            "bits_per_byte": nats_per_byte / math.log(2),
+        },
+        "stderr": {"token_perplexity": 0.011 * math.exp(final)},
+        "n": 212,
+        "routing": "causal",
+    }
+    _suite(folder, "perplexity", {"perplexity": perplexity}, "bits_per_byte")
+    routed = config.router is not None
+    histogram = (
+        {"causal": [0.0, 0.36, 0.33, 0.31], "topk": [0.0, 1 / 3, 1 / 3, 1 / 3]}
+        if routed
+        else {"causal": [0.0] * config.recursions + [1.0]}
+    )
+    metrics = {"loss_causal": final + 0.01, **({"loss_topk": final + 0.01 - leak, "leak": leak} if routed else {})}
+    routing = {
+        "metrics": metrics,
+        "stderr": dict.fromkeys(metrics, 0.002),
+        "n": 88,
+        "routing": "causal and topk",
+        "depth_histogram": histogram,
+    }
+    _suite(folder, "routing", {"routing": routing}, "loss_causal")
+    if not few_shot:
+        return
+    for task, chance, n in (
+        ("blimp", 0.5, 6700),
+        ("lambada", 0.0, 1000),
+        ("hellaswag", 0.25, 1000),
+        ("arc_easy", 0.25, 570),
+    ):
+        accuracy = chance + (0.02 if task == "arc_easy" else 0.08) + noise.uniform(-0.02, 0.02)
+        stderr = math.sqrt(accuracy * (1 - accuracy) / n)
+        result = {
+            "metrics": {"acc": accuracy},
+            "stderr": {"acc": stderr},
+            "n": n,
+            "routing": "causal",
+            "chance": chance,
+        }
+        _suite(folder, task, {task: {**result, "higher_is_better": {"acc": True}}}, "acc")
+    missing = [{"task": "mmlu", "why": "no data on this machine", "how": "set MOR_SHARED_DATA to a folder with eval/."}]
+    _suite(folder, "mmlu", {}, "acc", missing)
+
+
+def _suite(
+    folder: Path, suite: str, tasks: dict[str, Any], metric: str, skipped: list[dict[str, str]] | None = None
+) -> None:
+    primary = {"task": suite, "metric": metric} if tasks else None
+    content = {
+        "suite": suite,
+        "tasks": tasks,
+        "skipped": skipped or [],
+        "primary": primary,
+        "seconds": 1.0,
+        "settings": {"limit": None},
+    }
+    _json(folder / f"{suite}.json", content)

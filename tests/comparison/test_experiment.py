@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.comparison.experiment import Experiment, load_experiment
+from pretrain.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MINIMAL = """
+name: small
+base:
+  seed: 3
+  budget: {flops: 1e13}
+  optim.lr: 1e-3
+arms:
+  vanilla:
+  mor: {model.variant: mor, model: {recursions: 3}, optim: {lr: 2e-3}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        file = tmp_path / "experiment.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+def test_an_arm_is_the_base_with_its_own_values_laid_upon_it(write):
+    experiment = load_experiment(write(MINIMAL))
+    vanilla, mor = (experiment.recipe_values(trial) for trial in experiment.trials())
+    assert vanilla["optim"] == {"lr": 1e-3} and mor["optim"] == {"lr": 2e-3}
+    assert "model" not in vanilla and mor["model"] == {"variant": "mor", "recursions": 3}
+    assert vanilla["budget"] == mor["budget"] == {"flops": 1e13}
+    assert vanilla["data"] == mor["data"] == {"path": "data/small"}
+    assert (vanilla["run_dir"], mor["run_dir"]) == ("runs/small/vanilla", "runs/small/mor")
+    assert vanilla["seed"] == mor["seed"] == 3
+
+
+def test_every_arm_is_trained_once_per_budget_and_seed(write):
+    text = MINIMAL.replace("  budget: {flops: 1e13}\n", "") + "seeds: [3, 4]\nbudgets: [1e13, 2.5e13]\n"
+    experiment = load_experiment(write(text))
+    names = [trial.folder.name for trial in experiment.trials()]
+    assert names == [
+        "vanilla-1e13",
+        "mor-1e13",
+        "vanilla-1e13-seed4",
+        "mor-1e13-seed4",
+        "vanilla-2.5e13",
+        "mor-2.5e13",
+        "vanilla-2.5e13-seed4",
+        "mor-2.5e13-seed4",
+    ]
+    last = experiment.recipe_values(experiment.trials()[-1])
+    assert last["seed"] == 4 and last["budget"] == {"flops": 2.5e13}
+
+
+def test_a_run_keeps_its_folder_when_seeds_are_added(write):
+    before = load_experiment(write(MINIMAL)).trials()
+    after = load_experiment(write(MINIMAL + "seeds: [3, 4, 5]\n")).trials()
+    assert {trial.folder for trial in before} < {trial.folder for trial in after}
+
+
+def test_overrides_are_applied_before_checking(write):
+    experiment = load_experiment(write(MINIMAL), ["data.corpus=books/*.jsonl", "base.optim.lr=5e-4", "runs=elsewhere"])
+    assert experiment.data.corpus == "books/*.jsonl"
+    assert experiment.recipe_values(experiment.trials()[0])["optim"]["lr"] == 5e-4
+    assert experiment.trials()[0].folder == Path("elsewhere/vanilla")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("evalutaion: {suites: [own]}", ["evalutaion", "did you mean 'evaluation'?"]),
+        ("evaluation: {suits: [own]}", ["evaluation.suits", "did you mean 'suites'?"]),
+        ("launch: {rank: 2}", ["launch.rank", "did you mean 'ranks'?"]),
+        ("launch: {launcher: python, ranks: 2}", ["launch", "one process, not 2"]),
+        ("reference: vanila", ["vanila", "did you mean 'vanilla'?"]),
+        ("labels: {mr: MoR}", ["mr", "did you mean 'mor'?"]),
+        ("budgets: [1e13]", ["budgets", "base.budget is given too"]),
+        ("seeds: [1, 1]", ["each value once"]),
+        ("seeds: [one]", ["seeds.0"]),
+        ("name: other", ["stands twice"]),
+        ("data: {path: a}\nbase: {data.path: b}", ["stands twice"]),
+    ],
+)
+def test_a_wrong_experiment_is_refused_in_one_sentence(write, change, words):
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write(MINIMAL + change + "\n"))
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.args[0].startswith(str(write(MINIMAL))) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["report", "a/b", "-x"])
+def test_an_arm_must_be_a_folder_name_of_its_own(write, name):
+    with pytest.raises(RecipeError, match="arms"):
+        load_experiment(write(MINIMAL.replace("  vanilla:", f"  {name}:")))
+
+
+def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml: no such experiment"):
+        load_experiment(tmp_path / "nothing.yaml")
+    with pytest.raises(RecipeError, match="did you mean 'mor'"):
+        load_experiment(write(MINIMAL)).trials(["mro"])
+
+
+def test_overrides_without_a_value_are_refused(write):
+    with pytest.raises(RecipeError, match=r"a\.b=value"):
+        load_experiment(write(MINIMAL), ["data.corpus"])
+
+
+@pytest.mark.parametrize("file", ["quickstart.yaml", "compare_360m.yaml"])
+def test_the_projects_own_experiments_can_be_read(file):
+    experiment = load_experiment(ROOT / "recipes" / file)
+    assert isinstance(experiment, Experiment) and experiment.reference_arm == "vanilla"

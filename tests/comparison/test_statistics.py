@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from scipy import stats
+
+from pretrain.comparison.report.statistics import (
+    difference_of_pairs,
+    difference_of_scores,
+    difference_of_seeds,
+    mean_and_spread,
+)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 21, 200])
+def test_paired_differences_agree_with_students_t(n):
+    draw = random.Random(n)
+    a = [draw.gauss(3, 1) for _ in range(n)]
+    b = [value + draw.gauss(0.1, 0.2) for value in a]
+    found = difference_of_pairs(b, a)
+    interval = stats.ttest_rel(b, a).confidence_interval(0.95)
+    # The table of quantiles ends at 20 degrees of freedom.
+    tolerance = 1e-3 if n <= 21 else 0.01
+    assert found.low == pytest.approx(interval.low, abs=tolerance * abs(found.half_width))
+    assert found.high == pytest.approx(interval.high, abs=tolerance * abs(found.half_width))
+
+
+def test_a_paired_ratio_has_the_spread_that_resampling_gives():
+    draw = random.Random(0)
+    tokens = [draw.randint(20, 400) for _ in range(300)]
+    a = [n * (3.0 + draw.gauss(0, 0.5)) for n in tokens]
+    b = [x + n * (0.05 + draw.gauss(0, 0.1)) for x, n in zip(a, tokens)]
+    found = difference_of_pairs(b, a, tokens)
+    assert found.value == pytest.approx(sum(b) / sum(tokens) - sum(a) / sum(tokens))
+    resampled = []
+    for _ in range(2000):
+        chosen = [draw.randrange(300) for _ in range(300)]
+        resampled.append(sum(b[i] - a[i] for i in chosen) / sum(tokens[i] for i in chosen))
+    assert found.half_width == pytest.approx(1.96 * stats.tstd(resampled), rel=0.1)
+
+
+def test_unpaired_differences_add_their_variances():
+    found = difference_of_scores(2.0, 0.03, 1.9, 0.04)
+    assert found.value == pytest.approx(0.1)
+    assert found.half_width == pytest.approx(stats.norm.ppf(0.975) * 0.05, rel=1e-4)
+    assert found.clear
+    assert not difference_of_scores(2.0, 0.3, 1.9, 0.4).clear
+    assert difference_of_scores(2.0, None, 1.9, 0.4).half_width is None
+
+
+def test_seeds_are_paired_and_one_seed_says_nothing():
+    assert difference_of_seeds({1: 3.0}, {1: 2.9}) is None
+    assert difference_of_seeds({1: 3.0, 2: 3.1}, {1: 2.9, 3: 3.0}) is None
+    found = difference_of_seeds({1: 3.0, 2: 3.2, 3: 3.1}, {1: 2.9, 2: 3.1, 3: 3.05})
+    assert found is not None and found.over == "seeds"
+    assert found.value == pytest.approx((0.1 + 0.1 + 0.05) / 3)
+
+
+def test_spread_is_the_standard_deviation():
+    assert mean_and_spread([1.0]) == (1.0, None)
+    mean, spread = mean_and_spread([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3) and spread == pytest.approx(math.sqrt(7 / 3))
