@@ -43,15 +43,20 @@ def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
     """How many of `texts` come back from `decode(encode(text))`, and how far off the others are.
 
     Returns:
-        documents, exact, characters, changed_characters (characters outside the longest common head and tail), example.
+        documents, exact, characters, words, tokens, changed_characters (outside the longest common head and tail), and
+        an example.
     """
-    result: dict[str, Any] = {"documents": len(texts), "exact": 0, "characters": 0, "changed_characters": 0}
+    names = ("documents", "exact", "characters", "words", "tokens", "changed_characters")
+    result: dict[str, Any] = dict.fromkeys(names, 0)
+    result["documents"] = len(texts)
     for text in texts:
         result["characters"] += len(text)
         try:
             ids = tokenizer.encode(text)
         except UnicodeEncodeError:
             continue
+        result["words"] += len(text.split())
+        result["tokens"] += len(ids)
         back = tokenizer.decode(ids)
         if back == text:
             result["exact"] += 1

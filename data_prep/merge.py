@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import multiprocessing
+import re
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,15 @@ import zstandard
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.manifest import SPLITS, Manifest, Shard, Split, write_manifest
+from data_prep.packing import summary as packing_summary
+from data_prep.packing import write_packing
 from data_prep.piece import Receipt, read_receipt, rejects_path
 from data_prep.plan import WORK, Plan
 from data_prep.schedule import Schedule, Share
 from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
+from data_prep.shuffle import shuffle_source
 
+_SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
 REJECTS = "rejects.jsonl"
 HELD_OUT = "held_out"
 # Rejects of these kinds mean that an unknown number of documents is lost.
@@ -163,14 +171,14 @@ def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
     )
 
 
-def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max_broken: int) -> Manifest:
+def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max_broken: int, workers: int) -> Manifest:
     """Check that all is there, then write rejects, held-out text and, last, the manifest.
 
     Raises:
         DataError: pieces are missing, or more was rejected than is allowed.
     """
     receipts = schedule.in_order()
-    if len(receipts) < len(schedule.receipts) and not plan.settings.max_tokens:
+    if not schedule.complete:
         raise DataError(f"{folder}: pieces are missing; run the tasks that did not finish again, then merge.")
     gone = missing_shards(folder, receipts)
     if gone:
@@ -188,9 +196,46 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
             f"{sum(manifest.statistics['filtered'].values())} filtered); nothing was written."
         )
     join_held_out(folder, receipts)
+    if plan.settings.shuffle_seed is not None:
+        manifest = _shuffled(folder, manifest, plan.settings.shuffle_seed)
+    if plan.settings.packing == "best-fit":
+        manifest = _packed(folder, manifest, plan.settings.sequence_length, workers)
     write_manifest(folder, manifest)
+    remove_leftovers(folder, manifest)
     shutil.rmtree(folder / WORK)
     return manifest
+
+
+def remove_leftovers(folder: Path, manifest: Manifest) -> None:
+    """Remove shards that no longer belong to the data set: beyond the maximum of tokens, or from before a shuffle."""
+    named = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    for path in folder.iterdir():
+        match = _SHARD_FILE.fullmatch(path.name)
+        if match and match[1] not in named:
+            path.unlink()
+
+
+def _shuffled(folder: Path, manifest: Manifest, seed: int) -> Manifest:
+    shards = manifest.splits["train"].shards if "train" in manifest.splits else ()
+    made: list[Shard] = []
+    for number, source in enumerate(dict.fromkeys(shard.source for shard in shards)):
+        entries = [shard for shard in shards if shard.source == source]
+        made += shuffle_source(folder, folder / WORK, entries, seed, number)
+    return replace(manifest, splits={**manifest.splits, "train": Split(tuple(made))}) if made else manifest
+
+
+def _packed(folder: Path, manifest: Manifest, length: int, workers: int) -> Manifest:
+    packings: dict[str, Any] = {"length": length}
+    context = multiprocessing.get_context("spawn")
+    for name, split in manifest.splits.items():
+        prefixes = [str(folder / shard.name) for shard in split.shards]
+        if workers > 1 and len(prefixes) > 1:
+            with ProcessPoolExecutor(min(workers, len(prefixes)), context) as pool:
+                parts = list(pool.map(write_packing, prefixes, [length] * len(prefixes)))
+        else:
+            parts = [write_packing(prefix, length) for prefix in prefixes]
+        packings[name] = packing_summary(parts)
+    return replace(manifest, statistics={**manifest.statistics, "packing": packings})
 
 
 def merged_schedule(folder: Path, plan: Plan) -> Schedule:

@@ -117,7 +117,7 @@ class PieceWorker:
             DataError: a source that cannot be right, such as parquet without the text column.
         """
         found = self.plan.groups[group]
-        rejects: list[Reject] = []
+        rejects = _Rejects(rejects_path(self.folder, group, piece))
         output = _Output(self.folder, self.plan, group, piece, self.engine, cap)
         reader: PieceReader | None = None
         try:
@@ -135,25 +135,30 @@ class PieceWorker:
                                 if output.capped:
                                     break
                         elif isinstance(item, Reject):
-                            rejects.append(item._replace(file=item.file or reader.file))
+                            rejects.add(item, reader.file)
                         elif isinstance(item, Filtered):
                             output.filtered[item.reason] += 1
                         else:
                             yield from output.add_large(item)
+                            if output.capped:
+                                break
                         if output.reject:
-                            rejects.append(output.reject._replace(file=reader.file))
+                            rejects.add(output.reject, reader.file)
                             output.reject = None
                 except SourceError as error:
                     files = reader.file if reader else found.files[0]
-                    rejects.append(Reject(error.reason, reader.lines if reader else 0, str(error), files))
+                    rejects.add(Reject(error.reason, reader.lines if reader else 0, str(error)), files)
                     last = True
                 else:
                     last = reader.end_seen
                 yield output.finish()
+            rejects.close()
+        except BaseException:
+            rejects.abort()
+            raise
         finally:
             if reader is None or output.capped or not output.done:
                 self.close()
-        _write_rejects(rejects_path(self.folder, group, piece), rejects)
         receipt = Receipt(
             group,
             piece,
@@ -161,7 +166,7 @@ class PieceWorker:
             output.shards,
             output.held_out_names,
             reader.lines if reader else 0,
-            dict(Counter(reject.reason for reject in rejects)),
+            dict(sorted(rejects.counts.items())),
             dict(output.filtered),
             {source: counts.tolist() for source, counts in output.lengths.items()},
             output.forced_cuts,
@@ -284,11 +289,20 @@ class _Output:
                 for part in parts:
                     ids, _ = self.engine.encode([part], () if first else (0,))
                     first = False
+                    if self.cap and split == "train" and self._train_tokens + tokens + ids.size >= self.cap:
+                        ids = ids[: max(0, self.cap - self._train_tokens - tokens - 1)]
+                        self.capped = True
                     writer.extend(ids.astype(self.dtype))
                     tokens += ids.size
                     yield Progress(0, ids.size, len(part))
+                    if self.capped:
+                        break
+                if self.capped:
+                    break
             writer.extend(np.array([self.eod], self.dtype))
             writer.end_document()
+            if split == "train":
+                self._train_tokens += tokens + 1
             self.forced_cuts += cutter.forced
             self._text_bytes[key] += size
             self._count(key, np.array([tokens + 1]))
@@ -436,18 +450,33 @@ def _utf8_decoder() -> Any:
     return codecs.getincrementaldecoder("utf-8")()
 
 
-def _write_rejects(path: Path, rejects: list[Reject]) -> None:
-    if not rejects:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as stream:
-        _dump_rejects(stream, rejects)
+class _Rejects:
+    """The list of what a piece left out, written as it grows."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self._file: Any = None
+        self._stream: IO[bytes]
 
-def _dump_rejects(stream: IO[bytes], rejects: list[Reject]) -> None:
-    for reject in rejects:
-        line = {"file": reject.file, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
-        stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    def add(self, reject: Reject, file: str) -> None:
+        if self._file is None:
+            self._file = atomic_write(self.path)
+            self._stream = self._file.__enter__()
+        self.counts[reject.reason] += 1
+        line = {"file": reject.file or file, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
+        self._stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def close(self) -> None:
+        if self._file is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            self._file.__exit__(None, None, None)
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.__exit__(InterruptedError, InterruptedError("discarded"), None)
+            self._file = None
 
 
 def _receipt_dict(receipt: Receipt) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +15,12 @@ from data_prep.engine import choose_engine
 from data_prep.errors import DataError
 from data_prep.manifest import FILE_NAME, Manifest, TokenizerInfo, read_manifest
 from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards
-from data_prep.piece import Progress
+from data_prep.mpi import Ranks
+from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
 from data_prep.plan import WORK, Plan, Settings, differences, read_plan, write_plan
 from data_prep.schedule import Key, Schedule, Share
-from data_prep.sources import find_sources, plan_groups
-from data_prep.tokenizers import copy_tokenizer, load_tokenizer
+from data_prep.sources import find_sources, plan_groups, with_standard_input
+from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from data_prep.workers import Pool, quiet_libraries
 
 
@@ -36,56 +37,77 @@ class Listener(Protocol):
         """A batch is encoded."""
 
 
-def tokenize(
-    specifications: Sequence[str],
-    out: str | os.PathLike[str],
-    tokenizer: str | os.PathLike[str],
-    settings: Settings,
-    listener: Listener,
-    *,
-    eod_token: str = "",
-    workers: int = 1,
-    share: Share | None = None,
-    max_rejects: float = 0.01,
-    max_broken: int = 0,
-) -> Manifest | None:
-    """Write the data set `out` from `specifications`, continuing an unfinished run of the same settings.
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    sources: as on the command line. settings: without sources; those are found from the names. max_rejects: rejected
+    documents to allow, a share below 1 or a number. max_broken: files that may break off.
+    """
+
+    sources: tuple[str, ...]
+    out: Path
+    tokenizer: str
+    settings: Settings
+    eod_token: str = ""
+    max_rejects: float = 0.01
+    max_broken: int = 0
+
+
+def tokenize(job: Job, listener: Listener, *, workers: int = 1, share: Share | None = None) -> Manifest | None:
+    """Write the data set `job.out`, continuing an unfinished run of the same settings.
 
     Args:
-        settings: without sources; those are found here.
+        workers: processes.
         share: do only this task's pieces and leave the manifest to `merge_tasks`.
 
     Returns:
-        The manifest; None when the work of other tasks is missing.
+        The manifest; None when other tasks have their share to do.
 
     Raises:
         DataError: see the message.
         OSError: writing failed; running again continues.
     """
-    folder = Path(out)
     quiet_libraries()
-    alone = share is None
-    share = share or Share()
-    done = finished(specifications, folder, tokenizer, settings, eod_token)
+    done = finished(job)
     if done is not None:
-        listener.say(f"{folder} is finished already, with these settings; nothing to do.")
+        listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
         return done
-    with only_writer(folder, "" if alone else f"-{share.index}"):
-        plan = prepare(specifications, folder, tokenizer, settings, eod_token, listener)
-        schedule = Schedule(plan.groups, share, plan.settings.max_tokens)
-        load_receipts(folder, schedule)
-        for name in missing_shards(folder, list(schedule.receipts.values())):
-            raise DataError(
-                f"{folder / name} is missing though it was finished; remove {folder / WORK} to begin again."
-            )
-        listener.begin(plan, schedule)
-        Pool(folder, plan, schedule, workers, listener.progress).run()
-        if not alone:
+    with only_writer(job.out, "" if share is None else f"-{share.index}"):
+        plan = prepare(job, listener)
+        schedule = begin(job.out, plan, share or Share(), listener)
+        Pool(job.out, plan, schedule, workers, listener.progress).run()
+        if share is not None:
             return None
-        return complete(folder, plan, max_rejects, max_broken)
+        return complete(job.out, plan, job.max_rejects, job.max_broken, workers)
 
 
-def merge_tasks(folder: str | os.PathLike[str], max_rejects: float = 0.01, max_broken: int = 0) -> Manifest:
+def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
+    """The same with one worker per MPI rank; every rank calls it.
+
+    Returns:
+        The manifest on rank 0, None on the others.
+    """
+    quiet_libraries()
+    ranks = Ranks()
+    done = ranks.share(lambda: finished(job))
+    if done is not None:
+        if ranks.rank == 0:
+            listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
+        return done if ranks.rank == 0 else None
+    with only_writer(job.out, "") if ranks.rank == 0 else nullcontext():
+        plan = ranks.share(lambda: prepare(job, listener))
+        if ranks.rank:
+            ranks.serve(job.out, plan)
+            return None
+        schedule = begin(job.out, plan, Share(), listener)
+        ranks.lead(job.out, plan, schedule, listener.progress)
+        return complete(job.out, plan, job.max_rejects, job.max_broken, 1)
+
+
+def merge_tasks(
+    folder: str | os.PathLike[str], max_rejects: float = 0.01, max_broken: int = 0, workers: int = 1
+) -> Manifest:
     """Finish a data set whose pieces were done by array tasks or other machines.
 
     Raises:
@@ -98,31 +120,49 @@ def merge_tasks(folder: str | os.PathLike[str], max_rejects: float = 0.01, max_b
     if plan is None:
         raise DataError(f"{folder} holds no unfinished data set; run the tasks first, all with this folder as --out.")
     with only_writer(folder, ""):
-        return complete(folder, plan, max_rejects, max_broken)
+        return complete(folder, plan, max_rejects, max_broken, workers)
 
 
-def complete(folder: Path, plan: Plan, max_rejects: float, max_broken: int) -> Manifest:
+def begin(folder: Path, plan: Plan, share: Share, listener: Listener) -> Schedule:
+    """The schedule of `share`, with all that is finished already.
+
+    Raises:
+        DataError: a finished shard is missing.
+    """
+    schedule = Schedule(plan.groups, share, plan.settings.max_tokens)
+    load_receipts(folder, schedule)
+    for name in missing_shards(folder, list(schedule.receipts.values())):
+        raise DataError(f"{folder / name} is missing though it was done; remove {folder / WORK} to begin again.")
+    listener.begin(plan, schedule)
+    return schedule
+
+
+def complete(folder: Path, plan: Plan, max_rejects: float, max_broken: int, workers: int) -> Manifest:
     """Check that every piece is there, cut at the maximum of tokens, and write the manifest."""
     schedule = merged_schedule(folder, plan)
-    return finish(folder, plan, schedule, max_rejects, max_broken)
+    over = schedule.overflow() if plan.settings.max_tokens else None
+    if over is not None:
+        (group, piece), cap = over
+        for _ in PieceWorker(folder, plan).work(group, piece, cap):
+            pass
+        schedule.add(read_receipt(receipt_path(folder, group, piece)))
+    return finish(folder, plan, schedule, max_rejects, max_broken, workers)
 
 
-def finished(
-    specifications: Sequence[str], folder: Path, tokenizer: str | os.PathLike[str], settings: Settings, eod_token: str
-) -> Manifest | None:
-    """The manifest of `folder` when it is finished with these settings.
+def finished(job: Job) -> Manifest | None:
+    """The manifest of `job.out` when it is finished with these settings.
 
     Raises:
         DataError: the folder holds a data set of other settings.
     """
-    if not (folder / FILE_NAME).is_file():
+    if not (job.out / FILE_NAME).is_file():
         return None
-    manifest = read_manifest(folder)
-    sources, _ = find_sources(specifications, settings.options)
-    loaded = load_tokenizer(tokenizer, eod_token)
-    wanted = Plan(replace(settings, sources=tuple(sources)), _info(loaded, ""), {}, ()).to_dict()["settings"]
+    manifest = read_manifest(job.out)
+    sources, _ = find_sources(job.sources, job.settings.options)
+    loaded = load_tokenizer(job.tokenizer, job.eod_token)
+    wanted = Plan(replace(job.settings, sources=tuple(sources)), _info(loaded, ""), {}, ()).to_dict()["settings"]
     recorded = dict(manifest.settings)
-    if not settings.piece_bytes:
+    if not job.settings.piece_bytes:
         recorded["piece_bytes"] = 0
     changed = differences(recorded, wanted)
     if loaded.fingerprint != manifest.tokenizer.fingerprint:
@@ -131,32 +171,25 @@ def finished(
         changed.append("END_OF_DOCUMENT")
     if changed:
         raise DataError(
-            f"{folder} holds a finished data set of other settings ({'; '.join(changed)}). Choose another --out."
+            f"{job.out} holds a finished data set of other settings ({'; '.join(changed)}). Choose another --out."
         )
     return manifest
 
 
-def prepare(
-    specifications: Sequence[str],
-    folder: Path,
-    tokenizer: str | os.PathLike[str],
-    settings: Settings,
-    eod_token: str,
-    listener: Listener,
-) -> Plan:
+def prepare(job: Job, listener: Listener) -> Plan:
     """Find the sources, choose the engine, copy the tokenizer and write the plan; or take up the plan that is there.
 
     Raises:
         DataError: a plan of other settings is there.
     """
-    sources, ignored = find_sources(specifications, settings.options)
+    folder, work = job.out, job.out / WORK
+    sources, ignored = find_sources(job.sources, job.settings.options)
     if ignored:
         listener.say(f"{len(ignored)} file(s) of unknown kind are left out, the first is {ignored[0]}.")
-    settings = replace(settings, sources=tuple(sources))
-    loaded = load_tokenizer(tokenizer, eod_token)
-    groups = tuple(plan_groups(sources, settings.options, settings.piece_bytes))
-    work = folder / WORK
+    settings = replace(job.settings, sources=tuple(sources))
+    loaded = load_tokenizer(job.tokenizer, job.eod_token)
     work.mkdir(parents=True, exist_ok=True)
+    groups = tuple(plan_groups(with_standard_input(sources, work), settings.options, settings.piece_bytes))
     texts = sample_documents(groups, settings.options, work)
     _, engine = choose_engine(loaded, texts)
     for name, why in engine["refused"].items():
@@ -195,6 +228,5 @@ def only_writer(folder: Path, task: str) -> Iterator[None]:
         yield
 
 
-def _info(tokenizer: object, file: str) -> TokenizerInfo:
-    names = ("kind", "fingerprint", "vocab_size", "eod_id")
-    return TokenizerInfo(**{name: getattr(tokenizer, name) for name in names}, file=file)
+def _info(tokenizer: Tokenizer, file: str) -> TokenizerInfo:
+    return TokenizerInfo(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, file)

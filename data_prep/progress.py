@@ -35,8 +35,9 @@ class Display:
     def begin(self, plan: Plan, schedule: Schedule) -> None:
         """Show the bar (at a terminal only)."""
         self._plan, self._schedule = plan, schedule
-        if schedule.receipts:
-            self.say(f"continuing: {len(schedule.receipts)} finished piece(s) found.")
+        own = sum(schedule.share.mine(key) for key in schedule.receipts)
+        if own:
+            self.say(f"continuing: {own} finished piece(s) found.")
         if not sys.stderr.isatty():
             return
         self._bar = Progress(

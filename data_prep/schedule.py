@@ -67,6 +67,11 @@ class Schedule:
             end = self._ends[receipt.group]
             self._ends[receipt.group] = receipt.piece + 1 if end is None else min(end, receipt.piece + 1)
 
+    def give_back(self, key: Key) -> None:
+        """A piece failed where it was; another worker shall try."""
+        self.running.pop(key, None)
+        self.returned.append(key)
+
     def lost(self, worker: object) -> list[Key]:
         """`worker` is gone; what it was doing is handed out again."""
         keys = [key for key, owner in self.running.items() if owner == worker]
@@ -121,15 +126,24 @@ class Schedule:
         return end is None or key[1] < end
 
     def _enough(self) -> bool:
-        return bool(self.max_tokens) and self.prefix_tokens() >= self.max_tokens
+        if not self.max_tokens:
+            return False
+        receipts = self.in_order()
+        return bool(receipts) and (receipts[-1].capped or sum(r.train_tokens for r in receipts) >= self.max_tokens)
 
-    def prefix_tokens(self) -> int:
-        """Training tokens of the finished pieces in front of the first unfinished one."""
-        return sum(receipt.train_tokens for receipt in self.in_order())
+    def overflow(self) -> tuple[Key, int] | None:
+        """The piece in which the maximum of tokens is passed, and how many training tokens it may hold."""
+        left = self.max_tokens
+        for receipt in self.in_order():
+            if left and receipt.train_tokens > left:
+                return (receipt.group, receipt.piece), left
+            left -= receipt.train_tokens
+        return None
 
     def in_order(self) -> list[Receipt]:
-        """Receipts in the order of the data set, up to the first piece that is missing."""
+        """Receipts in the order of the data set: up to the first piece that is missing, or that fills the maximum."""
         found: list[Receipt] = []
+        tokens = 0
         for number in range(len(self.groups)):
             piece = 0
             while (end := self._ends[number]) is None or piece < end:
@@ -137,6 +151,9 @@ class Schedule:
                 if receipt is None:
                     return found
                 found.append(receipt)
+                tokens += receipt.train_tokens
+                if receipt.capped or (self.max_tokens and tokens >= self.max_tokens):
+                    return found
                 piece += 1
         return found
 

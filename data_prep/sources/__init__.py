@@ -1,7 +1,7 @@
 """Corpora as streams of documents."""
 
 from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
-from data_prep.sources.plan import SourceFiles, find_sources, plan_groups, reader_for
+from data_prep.sources.plan import SourceFiles, find_sources, plan_groups, reader_for, with_standard_input
 
 __all__ = [
     "Document",
@@ -15,4 +15,5 @@ __all__ = [
     "find_sources",
     "plan_groups",
     "reader_for",
+    "with_standard_input",
 ]

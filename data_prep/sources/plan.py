@@ -6,11 +6,14 @@ The plan depends on the names and sizes of the files alone, never on how many wo
 from __future__ import annotations
 
 import glob
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.errors import DataError
+from data_prep.files import atomic_write
 from data_prep.sources.base import Group, PieceReader, ReadOptions, SourceError, size_of
 from data_prep.sources.embedded import NAME as EMBEDDED
 from data_prep.sources.embedded import EmbeddedReader
@@ -41,6 +44,7 @@ _SUFFIXES = {
     ".raw": "wikitext",
     ".tokens": "wikitext",
 }
+STANDARD_INPUT = "-"
 _SMALLEST_PIECE, _LARGEST_PIECE = 16 << 20, 1 << 30
 _PIECES = 512  # a corpus is cut into about this many pieces, within the limits above
 _EXPANSION = 3  # bytes of text to expect of a byte of a compressed file
@@ -56,7 +60,7 @@ class SourceFiles:
 
 
 def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[list[SourceFiles], list[str]]:
-    """Resolve `[NAME=]PATH|FOLDER|GLOB|hub:REPO[:CONFIG[:SPLIT]]|PRESET|python-docs`.
+    """Resolve `[NAME=]PATH|FOLDER|GLOB|hub:REPO[:CONFIG[:SPLIT]]|PRESET|python-docs|-`.
 
     Returns:
         The sources in the order given, and the files that were left out because their kind is unknown.
@@ -68,6 +72,9 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
     ignored: list[str] = []
     for specification in specifications:
         name, address = _split_name(specification)
+        if address == STANDARD_INPUT:
+            sources.append(SourceFiles(name or "stdin", (STANDARD_INPUT,)))
+            continue
         if address == EMBEDDED:
             sources.append(SourceFiles(name or EMBEDDED))
             continue
@@ -94,6 +101,18 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
         twice = next(path for path in every if every.count(path) > 1)
         raise DataError(f"{twice} is given twice; its documents would be in the data set twice.")
     return merged, ignored
+
+
+def with_standard_input(sources: Sequence[SourceFiles], folder: Path) -> list[SourceFiles]:
+    """`sources` with standard input written to a file in `folder`, so that it can be shared and read again."""
+    found = list(sources)
+    for number, source in enumerate(found):
+        if source.files == (STANDARD_INPUT,):
+            spool = folder / "standard_input.jsonl"
+            with atomic_write(spool) as stream:
+                shutil.copyfileobj(sys.stdin.buffer, stream, 1 << 20)
+            found[number] = replace(source, files=(str(spool),))
+    return found
 
 
 def plan_groups(sources: Sequence[SourceFiles], options: ReadOptions, piece_bytes: int = 0) -> list[Group]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.files import write_json
+from data_prep.files import atomic_write, write_json
 from data_prep.tokenizers.base import Tokenizer
 
 __all__ = ["Tokenizer", "copy_tokenizer", "load_tokenizer"]
@@ -63,9 +63,8 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> str:
         name = "tiktoken.json"
     else:
         name = "tokenizer.model" if tokenizer.kind == "sentencepiece" else "tokenizer.json"
-        temporary = folder / f".{name}.tmp"
-        shutil.copyfile(tokenizer.path, temporary)
-        temporary.replace(folder / name)
+        with atomic_write(folder / name) as target, tokenizer.path.open("rb") as source:
+            shutil.copyfileobj(source, target)
     classes = {"huggingface": "PreTrainedTokenizerFast", "sentencepiece": "LlamaTokenizer"}
     config: dict[str, object] = {"eos_token": tokenizer.eod_token}
     if tokenizer.kind in classes:

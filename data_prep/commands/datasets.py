@@ -1,0 +1,65 @@
+"""`inspect`, `stats` and `verify`: what a finished data set folder holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.errors import DataError
+
+app = typer.Typer()
+Folder = Annotated[Path, typer.Argument(metavar="DATA", help="Data set folder.", show_default=False)]
+SplitName = Annotated[str, typer.Option(help="train, validation or test.")]
+
+
+@app.command()
+def verify(out: Folder) -> None:
+    """Check a data set: structure, checksums, ids within the vocabulary, counts."""
+    from data_prep.verify import verify_dataset
+
+    report = verify_dataset(out)
+    for problem in report.problems:
+        print(problem, file=sys.stderr)
+    if not report.ok:
+        raise typer.Exit(1)
+    print(f"{out}: in order; {report.shards:,} shards, {report.documents:,} documents, {report.tokens:,} tokens.")
+
+
+@app.command()
+def stats(
+    out: Folder,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the document lengths into this file.")] = None,
+) -> None:
+    """Tokens per source, document lengths, fertility, rejects."""
+    from data_prep.manifest import read_manifest
+    from data_prep.statistics import draw_lengths, report
+
+    manifest = read_manifest(out)
+    print(report(manifest))
+    if picture is not None:
+        draw_lengths(manifest, picture)
+        print(f"document lengths are drawn in {picture}")
+
+
+@app.command()
+def inspect(
+    out: Folder,
+    document: Annotated[int | None, typer.Option(min=0, help="Number of a document.", show_default=False)] = None,
+    sequence: Annotated[int | None, typer.Option(min=0, help="Number of a sequence.", show_default=False)] = None,
+    length: Annotated[int, typer.Option(min=1, help="Length of sequences.")] = 2048,
+    split: SplitName = "train",
+    ids: Annotated[bool, typer.Option("--ids", help="Print ids too.")] = False,
+) -> None:
+    """Print a document, or a sequence as training sees it, with its document boundaries."""
+    from data_prep.inspection import show_document, show_sequence
+
+    if (document is None) == (sequence is None):
+        raise DataError("name either --document N or --sequence N.")
+    if document is not None:
+        print(show_document(out, split, document, ids))
+    else:
+        assert sequence is not None
+        print(show_sequence(out, split, sequence, length, ids))

@@ -1,0 +1,81 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from data_prep.plan import Settings
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        show_default=False,
+        help="[NAME=]file, folder, glob, hub:REPO[:CONFIG[:SPLIT]], python-docs, pile, c4, openwebtext, fineweb-edu, "
+        "wikitext-103, or - for JSON lines on standard input.",
+    ),
+]
+TextField = Annotated[str, typer.Option(help="Field of the text, dotted for nested ones.")]
+Format = Annotated[str, typer.Option(help="jsonl, parquet, text or wikitext, where file names do not say.")]
+Separator = Annotated[str, typer.Option(help="What stands between documents of text files (\\n is understood).")]
+SubsetField = Annotated[str, typer.Option(help="Field that names the subset, such as meta.pile_set_name.")]
+Subset = Annotated[list[str], typer.Option(help="Take only this subset; repeatable.")]
+LanguageField = Annotated[str, typer.Option(help="Field that holds the language.")]
+Language = Annotated[list[str], typer.Option(help="Take only this language; repeatable.")]
+MinimumBytes = Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")]
+MaximumBytes = Annotated[int, typer.Option(min=0, help="Leave out longer documents (0: none).")]
+MaximumDocument = Annotated[int, typer.Option(min=1, help="Reject documents above this many bytes.")]
+Validation = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of documents held out for validation.")]
+Test = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of documents held out for testing.")]
+SplitSeed = Annotated[int, typer.Option(min=0, help="Another seed holds out other documents.")]
+MaxRejects = Annotated[float, typer.Option(min=0.0, help="Rejected documents to allow: a share below 1, or a number.")]
+MaxBroken = Annotated[int, typer.Option("--max-broken-files", min=0, help="Files that may break off to allow.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes (0: one per processor).")]
+
+
+def reading_settings(
+    *,
+    validation: float,
+    test: float,
+    split_seed: int,
+    text_field: str,
+    format: str,
+    separator: str,
+    subset_field: str,
+    subset: list[str],
+    language_field: str,
+    language: list[str],
+    minimum_bytes: int,
+    maximum_bytes: int,
+    maximum_document_bytes: int,
+) -> Settings:
+    """Settings as the command line gives them, without sources.
+
+    Raises:
+        DataError: options that do not go together.
+    """
+    from data_prep.plan import Settings
+    from data_prep.sources import ReadOptions
+
+    options = ReadOptions(
+        text_field=text_field,
+        subset_field=subset_field,
+        subsets=tuple(subset),
+        language_field=language_field,
+        languages=tuple(language),
+        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+        minimum_bytes=minimum_bytes,
+        maximum_bytes=maximum_bytes,
+        maximum_document_bytes=maximum_document_bytes,
+        format=format,
+    )
+    return Settings(sources=(), options=options, validation=validation, test=test, split_seed=split_seed)
+
+
+def processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,61 @@
+"""Documents and sequences of a data set as a person can read them."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from data_prep.dataset import TokenDataset, open_dataset, open_shard
+from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+
+
+def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: bool = False) -> str:
+    """Document `number` of a split: where it lies, its source and its text.
+
+    Raises:
+        DataError: there is no such split or document.
+    """
+    data = open_dataset(folder, split)
+    manifest = read_manifest(folder)
+    left = number
+    for entry in manifest.splits[split].shards:
+        if left < entry.documents:
+            tokens = open_shard(data.path, entry, manifest.dtype).document(left)
+            head = f"document {number} of {split}: {len(tokens):,} tokens, source {entry.source}, shard {entry.name}"
+            return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
+        left -= entry.documents
+    raise DataError(f"{folder} has {data.num_documents:,} documents in {split}; there is no number {number}.")
+
+
+def show_sequence(folder: str | os.PathLike[str], split: str, number: int, length: int, ids: bool = False) -> str:
+    """Sequence `number` as training reads it, one paragraph per document in it.
+
+    Raises:
+        DataError: there is no such split or sequence.
+    """
+    data = open_dataset(folder, split)
+    count = data.num_sequences(length)
+    if number >= count:
+        raise DataError(f"{folder} has {count:,} sequences of {length} in {split}; there is no number {number}.")
+    tokens = data.sequence(number, length)
+    documents = data.document_ids(tokens)
+    head = (
+        f"sequence {number} of {count:,} in {split}: {length} tokens and the next one, {documents[-1] + 1} document(s)"
+    )
+    return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
+
+
+def _shown(tokenizer: Tokenizer, data: TokenDataset, tokens: np.ndarray, ids: bool) -> list[str]:
+    lines: list[str] = []
+    documents = data.document_ids(tokens)
+    for number in range(int(documents[-1]) + 1 if len(tokens) else 0):
+        own = tokens[documents == number].tolist()
+        ended = own[-1] == data.eod_id
+        lines.append(f"--- {len(own)} tokens" + (", complete to END_OF_DOCUMENT" if ended else ", goes on"))
+        if ids:
+            lines.append(" ".join(map(str, own)))
+        lines.append(tokenizer.decode(own[:-1] if ended else own))
+    return lines

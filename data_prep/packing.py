@@ -1,0 +1,174 @@
+"""Best-fit packing: documents placed whole into sequences, so that few are cut and little is padded.
+
+Documents longer than a sequence are first cut into full sequences; what is left of them, and all shorter documents, are
+placed in order of decreasing length, each into the sequence with the least room that still holds it (best-fit
+decreasing; Ding et al. 2024, Fewer Truncations Improve Language Modeling, section 3).
+
+The sidecar of a shard is two arrays beside it, which can be mapped into memory:
+
+    NAME.packing-<length>.pieces.npy        int64 [pieces, 2], first token in the shard and number of tokens
+    NAME.packing-<length>.sequences.npy     int64 [sequences + 1], first piece of each sequence, and the end
+
+A sequence has room for length + 1 tokens: `length` inputs and their labels.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import DataError
+from data_prep.files import atomic_write
+from data_prep.shards import Shard
+
+_TOGETHER = 1 << 20  # documents packed among each other; bounds memory
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which tokens of a shard make up which sequence.
+
+    pieces: int64 `[pieces, 2]`, first token and number of tokens. sequences: int64 `[sequences + 1]`, first piece of
+    each sequence. capacity: tokens a sequence has room for.
+    """
+
+    pieces: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int64]
+    capacity: int
+
+    def __len__(self) -> int:
+        return len(self.sequences) - 1
+
+    def of(self, sequence: int) -> npt.NDArray[np.int64]:
+        """Pieces of one sequence, `[n, 2]`, in the order they lie in the shard."""
+        return self.pieces[self.sequences[sequence] : self.sequences[sequence + 1]]
+
+
+def best_fit(lengths: npt.ArrayLike, capacity: int) -> Packing:
+    """Pack documents of `lengths` tokens, which lie one after another, into sequences of `capacity` tokens.
+
+    Every token is in exactly one sequence. Sequences are ordered by their first token.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    starts = np.cumsum(sizes) - sizes
+    found = [
+        _pack(starts[at : at + _TOGETHER], sizes[at : at + _TOGETHER], capacity)
+        for at in range(0, max(1, sizes.size), _TOGETHER)
+    ]
+    firsts = np.cumsum([0, *(len(pieces) for pieces, _ in found)])
+    sequences = [ends + first for (_, ends), first in zip(found, firsts)]
+    return Packing(
+        np.concatenate([pieces for pieces, _ in found]), np.concatenate([np.zeros(1, np.int64), *sequences]), capacity
+    )
+
+
+def _pack(starts: np.ndarray, sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces in sequence order `[n, 2]`, and the number of pieces up to the end of each sequence."""
+    full = sizes // capacity
+    owner = np.repeat(np.arange(sizes.size), full)
+    turn = np.arange(owner.size) - np.repeat(np.cumsum(full) - full, full)
+    rest = sizes - full * capacity
+    left = np.flatnonzero(rest)
+    order = left[np.argsort(-rest[left], kind="stable")]
+    bins, count = _place(rest[order].tolist(), capacity)
+
+    first = np.concatenate([starts[owner] + turn * capacity, (starts + full * capacity)[order]])
+    size = np.concatenate([np.full(owner.size, capacity, np.int64), rest[order]])
+    sequence = np.concatenate([np.arange(owner.size), owner.size + bins])
+    # Sequences by their first token, pieces of a sequence by theirs.
+    earliest = np.full(owner.size + count, np.iinfo(np.int64).max)
+    np.minimum.at(earliest, sequence, first)
+    rank = np.empty(earliest.size, np.int64)
+    rank[np.argsort(earliest, kind="stable")] = np.arange(earliest.size)
+    arrangement = np.lexsort((first, rank[sequence]))
+    pieces = np.stack([first, size], axis=1)[arrangement]
+    return pieces, np.cumsum(np.bincount(rank[sequence], minlength=earliest.size))
+
+
+def _place(sizes: list[int], capacity: int) -> tuple[np.ndarray, int]:
+    """Best fit of `sizes` in the order given: the bin of each, and the number of bins."""
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set when some bin has r places left
+    bins = np.empty(len(sizes), np.int64)
+    count = 0
+    for number, size in enumerate(sizes):
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            chosen, room = count, capacity
+            count += 1
+        bins[number] = chosen
+        room -= size
+        if room:
+            by_room[room].append(chosen)
+            rooms |= 1 << room
+    return bins, count
+
+
+def write_packing(prefix: str | os.PathLike[str], length: int) -> dict[str, int]:
+    """Pack the shard `prefix` for training at `length` and write its sidecar.
+
+    Returns:
+        sequences, places (tokens there is room for), tokens, documents, cut_documents.
+    """
+    shard = Shard(prefix)
+    bounds = shard.document_index
+    ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])[bounds]
+    lengths = np.diff(ends)
+    packing = best_fit(lengths, length + 1)
+    for name, values in (("pieces", packing.pieces), ("sequences", packing.sequences)):
+        with atomic_write(sidecar(prefix, length, name)) as stream:
+            np.save(stream, values)
+    return {
+        "sequences": len(packing),
+        "places": len(packing) * packing.capacity,
+        "tokens": int(lengths.sum()),
+        "documents": int(lengths.size),
+        "cut_documents": int((lengths > packing.capacity).sum()),
+    }
+
+
+def read_packing(prefix: str | os.PathLike[str], length: int) -> Packing:
+    """Map the sidecar of the shard `prefix` for `length`.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    try:
+        pieces = np.load(sidecar(prefix, length, "pieces"), mmap_mode="r")
+        sequences = np.load(sidecar(prefix, length, "sequences"), mmap_mode="r")
+    except FileNotFoundError:
+        raise DataError(
+            f"{prefix} has no packing for length {length}; "
+            f"write the data set with --packing best-fit --sequence-length {length}."
+        ) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"the packing of {prefix} for length {length} is damaged: {error}") from None
+    if pieces.ndim != 2 or pieces.shape[1] != 2 or sequences.ndim != 1 or not len(sequences):
+        raise DataError(f"the packing of {prefix} for length {length} is damaged: its arrays have the wrong shape.")
+    if sequences[-1] != len(pieces):
+        raise DataError(f"the packing of {prefix} for length {length} is damaged: its files do not belong together.")
+    return Packing(pieces, sequences, length + 1)
+
+
+def summary(parts: list[dict[str, int]]) -> dict[str, Any]:
+    """Sums over shards, with `padding` (share of places left empty) and `truncation` (share of documents cut)."""
+    sums: dict[str, Any] = {key: sum(part[key] for part in parts) for key in parts[0]} if parts else {}
+    if sums:
+        sums["padding"] = round((sums["places"] - sums["tokens"]) / max(1, sums["places"]), 6)
+        sums["truncation"] = round(sums["cut_documents"] / max(1, sums["documents"]), 6)
+    return sums
+
+
+def sidecar(prefix: str | os.PathLike[str], length: int, name: str) -> Path:
+    """Path of one of the two arrays."""
+    return Path(f"{os.fspath(prefix)}.packing-{length}.{name}.npy")
