@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from data_prep.files import sha256_file
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.manifest import Shard as ShardEntry
 from data_prep.shards import Shard
+
+if TYPE_CHECKING:
+    from data_prep.packed import PackedDataset
 
 # Every mapping holds a file descriptor, and there may be more shards than a process may have of those.
 _MAPPINGS = 256
@@ -154,6 +157,16 @@ class TokenDataset:
             [self._entries[number] for number in chosen],
             [self._shards[number] for number in chosen],
         )
+
+    def packed(self, length: int) -> PackedDataset:
+        """The same documents in sequences of `length` as best-fit packing arranged them.
+
+        Raises:
+            DataError: the data set was not packed for this length, or a packing is damaged.
+        """
+        from data_prep.packed import PackedDataset
+
+        return PackedDataset(self, self._shards, length)
 
     def num_sequences(self, length: int) -> int:
         """Whole sequences of `length` inputs and as many labels; what is left, `length` tokens at most, is unused."""

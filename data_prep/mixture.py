@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as counting
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ from data_prep.dataset import TokenDataset, document_ids
 from data_prep.errors import DataError
 from data_prep.sampling import SampleOrder
 
+if TYPE_CHECKING:
+    from data_prep.packed import PackedDataset
+
 # Weights become integers that add up to this: rounding shifts a share by less than one sample in a billion, and
 # products with the number of samples of a batch stay inside 64 bits.
 _WHOLE = 1 << 30
@@ -36,10 +40,10 @@ _WHOLE = 1 << 30
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A stream with the name that weights and counts go by."""
+    """A stream, packed or not, with the name that weights and counts go by."""
 
     name: str
-    dataset: TokenDataset
+    dataset: TokenDataset | PackedDataset
 
 
 @dataclass(frozen=True)
