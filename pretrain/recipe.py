@@ -67,7 +67,13 @@ class Amount(_Section):
 
 def _length(value: Any) -> Any:
     value = _as_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, dict, Amount)):
+    if isinstance(value, dict):
+        try:
+            return Amount.model_validate(value)
+        except ValidationError as error:
+            # Raised from here, the reason is not buried among those of the other forms.
+            raise ValueError(_first_problem(error, Amount)) from None
+    if isinstance(value, bool) or not isinstance(value, (int, float, Amount)):
         raise ValueError("give steps (a whole number), a share of the run (0.05), {tokens: N} or {flops: N}")
     if isinstance(value, float) and not 0.0 <= value < 1.0:
         if not value.is_integer() or value < 1:
@@ -431,7 +437,7 @@ def build_recipe(values: dict[str, Any], overrides: list[str] | tuple[str, ...] 
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_first_problem(error)}") from None
+        raise RecipeError(f"{where}: {_first_problem(error, Recipe)}") from None
     try:
         recipe.network()
     except RecipeError as error:
@@ -469,14 +475,14 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
     return result
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, root: type[BaseModel]) -> str:
     # An unknown key comes first: a misspelling also makes the right key look missing.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     location = [str(part) for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}."
         return f"unknown key '{where}'; {hint}"
@@ -496,16 +502,12 @@ def _is_key(part: object) -> bool:
     )
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _known_keys(location: list[str], section: type[BaseModel]) -> list[str]:
     for part in location:
-        if part.isdigit():
-            continue
-        field = section.model_fields.get(part)
-        nested = _nested(field.annotation) if field is not None else None
-        if nested is None:
-            return list(Amount.model_fields)
-        section = nested
+        if not part.isdigit():
+            nested = _nested(section.model_fields[part].annotation)
+            assert nested is not None
+            section = nested
     return list(section.model_fields)
 
 

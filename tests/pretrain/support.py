@@ -172,3 +172,51 @@ def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Loss of every logged step."""
     return {record["step"]: record["loss"] for record in metrics(run_dir, "train")}
+
+
+class Workers:
+    """Ranks that stay and train one recipe after another (see `tests.pretrain.worker`)."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.pretrain.worker"],
+                env=environment(),
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(ranks)
+        ]
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Call `pretrain.train.main` on every rank; the largest exit code, and what all printed."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for rank, process in enumerate(self._processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
+            variables = {name: str(value) for name, value in place.items()}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"arguments": arguments, "variables": variables}) + "\n")
+            process.stdin.flush()
+        answers = []
+        for process in self._processes:
+            assert process.stdout is not None
+            answers.append(json.loads(process.stdout.readline()))
+        return max(answer["code"] for answer in answers), "".join(answer["printed"] for answer in answers)
+
+    def train(self, folder: Path, values: dict[str, Any]) -> Path:
+        """Train a recipe to its end; its run folder."""
+        code, printed = self.run("--config", str(write_recipe(folder / f"{Path(values['run_dir']).name}.yaml", values)))
+        assert code == 0, printed
+        return Path(values["run_dir"])
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.communicate()

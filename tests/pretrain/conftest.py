@@ -1,0 +1,32 @@
+"""Tiny data and long-lived ranks for the tests of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.support import Workers, make_dataset
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of some thousand tokens over 64 ids, that a model can learn something from."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Workers]:
+    """Two ranks on this machine."""
+    workers = Workers(2)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Workers]:
+    """One rank, which still trains under DeepSpeed."""
+    workers = Workers(1)
+    yield workers
+    workers.close()

@@ -1,0 +1,170 @@
+"""The DeepSpeed JSON is checked key by key at every level, and against the recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ds_configs
+from pretrain.ds_config import check_ds_config, load_ds_config, resolve_ds_config, zero_stage
+from pretrain.errors import RecipeError
+from pretrain.recipe import Recipe, build_recipe
+from tests.pretrain.support import recipe_values
+
+
+def recipe(**changes: Any) -> Recipe:
+    return build_recipe(recipe_values(Path("data"), Path("run"), **changes))
+
+
+@pytest.mark.parametrize("name", ds_configs.names())
+def test_every_shipped_configuration_is_accepted(name: str) -> None:
+    values = load_ds_config(name)
+    check_ds_config(values)
+    assert str(zero_stage(values)) in name or name == "zeropp"
+
+
+@pytest.mark.parametrize(
+    ("values", "path", "near"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation", "zero_optimization"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping", "gradient_clipping"),
+        ({"bf_16": {}}, "bf_16", "bf16"),
+        ({"zero_optimization": {"stages": 3}}, "zero_optimization.stages", "stage"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com", "overlap_comm"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "zero_optimization.offload_optimizer.devise",
+            "device",
+        ),
+        ({"fp16": {"initial_scale_pow": 3}}, "fp16.initial_scale_pow", "initial_scale_power"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype", "grad_accum_dtype"),
+        ({"aio": {"blok_size": 1}}, "aio.blok_size", "block_size"),
+        ({"flops_profiler": {"enable": True}}, "flops_profiler.enable", "enabled"),
+        ({"timers": {"throughput": {"enable": True}}}, "timers.throughput.enable", "enabled"),
+        ({"checkpoint": {"tag_validaton": "Warn"}}, "checkpoint.tag_validaton", "tag_validation"),
+    ],
+)
+def test_an_unknown_key_is_refused_at_every_level(values: dict[str, Any], path: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=rf"unknown key '{path}'; did you mean '{near}'"):
+        check_ds_config(values)
+
+
+def test_every_key_of_every_shipped_configuration_matters() -> None:
+    """Misspelling any key of any shipped file, at any depth, is noticed."""
+
+    def misspellings(values: dict[str, Any]) -> list[dict[str, Any]]:
+        found = []
+        for key, value in values.items():
+            rest = {other: kept for other, kept in values.items() if other != key}
+            found.append({**rest, key + "x": value})
+            if isinstance(value, dict):
+                found += [{**rest, key: inner} for inner in misspellings(value)]
+        return found
+
+    for name in ds_configs.names():
+        for wrong in misspellings(load_ds_config(name)):
+            with pytest.raises(RecipeError, match="unknown key"):
+                check_ds_config(wrong)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"zero_optimization": {"stage": 5}},
+        {"zero_optimization": {"stage": "three"}},
+        {"zero_optimization": {"reduce_bucket_size": -1}},
+        {"zero_optimization": {"offload_optimizer": {"device": "tape"}}},
+        {"zero_optimization": 3},
+        {"bf16": True},
+        {"train_batch_size": "8"},
+        {"train_batch_size": True},
+        {"gradient_clipping": "1"},
+        {"wall_clock_breakdown": 1},
+        {"optimizer": {"type": "AdamW"}},
+        {"scheduler": {"type": "WarmupLR"}},
+        {"wandb": {"enabled": True}},
+        {"fp16": {"loss_scale": -1}},
+    ],
+)
+def test_a_wrong_value_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(values))):
+        check_ds_config(values)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_batch_is_completed_from_recipe_and_ranks(world_size: int) -> None:
+    resolved = resolve_ds_config(recipe(), world_size)
+    assert resolved["train_batch_size"] == 8
+    assert (
+        resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * world_size
+        == resolved["train_batch_size"]
+    )
+    assert resolved["gradient_clipping"] == 1.0
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_with_what_would_do() -> None:
+    with pytest.raises(RecipeError, match=r"batch\.sequences: 8 .* 3 ranks.*(6 or 12)"):
+        resolve_ds_config(recipe(), 3)
+    with pytest.raises(RecipeError, match=r"set batch\.micro_batch to 1"):
+        resolve_ds_config(recipe(), 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_batch_size": 16}, "train_batch_size is 16 .* batch.sequences is 8"),
+        ({"train_micro_batch_size_per_gpu": 4}, "micro_batch"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps"),
+        ({"gradient_clipping": 0.5}, "optim.grad_clip"),
+        ({"bf16": {"enabled": True}}, "precision is fp32"),
+        ({"fp16": {"enabled": True}}, "precision is fp32"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing"),
+    ],
+)
+def test_a_file_that_contradicts_the_recipe_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve_ds_config(recipe(), 2, {"zero_optimization": {"stage": 3}, **values})
+
+
+def test_a_file_that_repeats_the_recipe_is_accepted() -> None:
+    given = {
+        "zero_optimization": {"stage": 3},
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+    }
+    assert resolve_ds_config(recipe(precision="bf16"), 2, given)["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_without_master_weights_is_refused(precision: str) -> None:
+    with pytest.raises(RecipeError, match="stage 0"):
+        resolve_ds_config(recipe(precision=precision, deepspeed={"config": "zero0"}), 2)
+
+
+def test_settings_that_lose_the_check_for_non_finite_gradients_are_refused() -> None:
+    stage = {"zero_optimization": {"stage": 1}}
+    with pytest.raises(RecipeError, match="non-finite"):
+        resolve_ds_config(recipe(precision="bf16"), 2, {**stage, "data_types": {"grad_accum_dtype": "fp32"}})
+    with pytest.raises(RecipeError, match="check_grad_overflow"):
+        resolve_ds_config(recipe(precision="bf16"), 2, {**stage, "bf16": {"check_grad_overflow": False}})
+
+
+def test_files_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}), encoding="utf-8")
+    assert zero_stage(load_ds_config(str(file))) == 2
+    with pytest.raises(RecipeError, match="did you mean 'zero3'"):
+        load_ds_config("zero33")
+    with pytest.raises(RecipeError, match="no such file"):
+        load_ds_config(str(tmp_path / "absent.json"))
+    file.write_text('{"zero_optimization": {"stage": 2,}}', encoding="utf-8")
+    with pytest.raises(RecipeError, match="not readable as JSON"):
+        load_ds_config(str(file))
+    file.write_text('{"steps_per_print": 1, "steps_per_print": 2}', encoding="utf-8")
+    with pytest.raises(RecipeError, match="twice"):
+        load_ds_config(str(file))

@@ -1,0 +1,145 @@
+"""A recipe is read completely or refused in one sentence that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.errors import RecipeError
+from pretrain.recipe import Amount, build_recipe, load_recipe
+from tests.pretrain.support import ROOT, recipe_values, write_recipe
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    return recipe_values(tmp_path / "data", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("optm.lr=1", "optim"),
+        ("optim.lrr=1", "lr"),
+        ("optim.learning_decay=1", "weight_decay"),
+        ("batch.micro_batches=1", "micro_batch"),
+        ("schedule.warm_up=1", "warmup"),
+        ("checkpoint.keep_evry=1", "keep_every"),
+        ("model.hiden_size=64", "hidden_size"),
+        ("model.router={knd: expert_choice}", "kind"),
+        ("sed=1", "seed"),
+        ("schedule.warmup={token: 5}", "tokens"),
+        ("data={sources: [{path: a, wight: 2}]}", "weight"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_one(values: dict[str, Any], override: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=rf"unknown key '.*did you mean '{near}'"):
+        build_recipe(values, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "optim.lr"),
+        ("optim.lr=-1", "optim.lr"),
+        ("optim.lr=.nan", "optim.lr"),
+        ("optim.lr=.inf", "optim.lr.*finite"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.betas=[0.9, 1.5]", "betas"),
+        ("seed=1.5", "seed"),
+        ("seed=-1", "seed"),
+        ("name=a/b", "name"),
+        ("precision=bf8", "precision"),
+        ("schedule.kind=wsdd", "schedule.kind"),
+        ("schedule.warmup=1.5", "schedule.warmup"),
+        ("schedule.warmup=-3", "schedule.warmup"),
+        ("schedule.warmup={tokens: 1, flops: 1}", "exactly one"),
+        ("batch.sequences=7", "multiple of micro_batch"),
+        ("batch.sequence_length=64", "context_length"),
+        ("data={path: b, sources: [{path: a}]}", "exactly one"),
+        ("data.skip_samples=[[5, 3]]", "skip_samples"),
+        ("budget.branches=[20]", "branches"),
+        ("model.num_layers=6", "nearest valid depths"),
+        ("model.variant=mor", "variant"),
+        ("optim=3", "optim"),
+        ("optim.lr.x=3", "single value"),
+        ("optim.lr", "section.key=value"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(values: dict[str, Any], override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        build_recipe(values, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_capacity_warmup_wants_capacities(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="capacity_warmup"):
+        build_recipe(values, ["capacity_warmup={length: 4}", "model.router=null"])
+
+
+def test_missing_sections_are_named(values: dict[str, Any]) -> None:
+    for name in ("name", "model", "data", "budget", "batch"):
+        without = {key: value for key, value in values.items() if key != name}
+        with pytest.raises(RecipeError, match=f"'{name}' is missing"):
+            build_recipe(without)
+
+
+def test_dotted_overrides_replace_single_values_and_leave_the_rest(values: dict[str, Any]) -> None:
+    recipe = build_recipe(values, ["optim.lr=1e-3", "model.hidden_size=64", "logging.tensorboard=true", "seed=11"])
+    assert (recipe.optim.lr, recipe.model["hidden_size"], recipe.logging.tensorboard, recipe.seed) == (
+        1e-3,
+        64,
+        True,
+        11,
+    )
+    assert recipe.optim.betas == (0.9, 0.95) and recipe.model["num_layers"] == values["model"]["num_layers"]
+    assert values["model"]["hidden_size"] == 32, "the values given are not changed"
+
+
+def test_an_override_of_the_budget_replaces_the_recipes_kind_of_budget(values: dict[str, Any]) -> None:
+    assert build_recipe(values, ["budget.flops=1e9"]).budget.unit == "flops"
+
+
+def test_lengths_are_steps_shares_or_amounts(values: dict[str, Any]) -> None:
+    recipe = build_recipe(values, ["schedule.warmup=7", "schedule.decay=0.25", "checkpoint.every={tokens: 1e6}"])
+    assert recipe.schedule.warmup == 7 and recipe.schedule.decay == 0.25
+    assert recipe.checkpoint.every == Amount(tokens=1e6)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(values: dict[str, Any], tmp_path: Path) -> None:
+    recipe = build_recipe(values, ["checkpoint.keep_every={flops: 1e9}", "data.skip_samples=[[1, 2], [5, 9]]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(again) == recipe
+
+
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    for text in ("- a\n- b\n", "a: [b\n", ""):
+        (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match=r"r\.yaml"):
+            load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_recipe_is_frozen(values: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", values))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*m-*.yaml")), ids=lambda file: file.stem)
+def test_the_papers_recipes_hold_the_papers_settings(file: Path) -> None:
+    recipe = load_recipe(file)
+    config = recipe.network()
+    size, variant, *rest = recipe.name.split("-")
+    assert file.stem == recipe.name
+    assert config.hidden_size == {"135m": 576, "360m": 960}[size]
+    assert config.recursions == (int(rest[0][1:]) if rest else 1)
+    assert (config.router is not None) == (variant == "mor")
+    assert recipe.batch.sequences * recipe.batch.sequence_length == 1024 * 2048
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.weight_decay) == (3e-3, (0.9, 0.95), 0.1)
+    assert (recipe.schedule.kind, recipe.schedule.warmup, recipe.schedule.decay) == ("wsd", 0.05, 0.2)
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["precision"] == "bf16"
