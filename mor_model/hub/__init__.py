@@ -1,0 +1,1 @@
+"""Interchange with Hugging Face transformers: export of trained networks, import of Llama checkpoints."""

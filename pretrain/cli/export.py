@@ -1,0 +1,36 @@
+"""`mor export`: a run's weights in the form that other libraries load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder that `mor train` wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Form of the export; hf is Hugging Face transformers.")] = "hf",
+) -> None:
+    """Write the model of RUN to OUT: weights, configuration, tokenizer and, where needed, modelling code."""
+    from pretrain.errors import RunError, UserError
+    from pretrain.run_folder import RunFolder
+
+    if to != "hf":
+        raise UserError(f"--to {to}: not a form of export; hf is the one there is.")
+    folder = RunFolder.existing(run)
+    if not folder.weights.is_dir():
+        raise RunError(f"{folder}: holds no weights/ yet; `mor train` writes them when the run finishes.")
+
+    from mor_model.hub.export import export_hf
+    from mor_model.hub.llama import is_llama
+    from mor_model.weights import load_model
+
+    model = load_model(folder.weights)
+    export_hf(model, folder.tokenizer, out)
+    how = "" if is_llama(model.config) else ", trust_remote_code=True"
+    print(f'{out}: load it with AutoModelForCausalLM.from_pretrained("{out}"{how})')

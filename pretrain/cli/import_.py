@@ -1,0 +1,68 @@
+"""`mor import hf`: a Llama checkpoint as a vanilla network, or as the first weights of a recursive one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.callback()
+def import_() -> None:
+    """Bring a checkpoint of another library in."""
+
+
+@app.command()
+def hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with config.json and model.safetensors of a Llama.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to make; it gets weights/ and, if there is one, tokenizer/.", show_default=False),
+    ],
+    variant: Annotated[
+        str, typer.Option(help="vanilla: as it is. recursive, mor: layers shared, to be trained further.")
+    ] = "vanilla",
+    recursions: Annotated[int, typer.Option(min=2, help="Recursions of the last two.")] = 3,
+    sharing: Annotated[str, typer.Option(help="Which layers they share.")] = "middle_cycle",
+    initialization: Annotated[
+        str, typer.Option(help="Shared layers start from layers at even steps (stepwise) or from the mean (average).")
+    ] = "stepwise",
+) -> None:
+    """Read a Llama checkpoint of Hugging Face transformers."""
+    from pretrain.errors import UserError
+
+    if variant not in ("vanilla", "recursive", "mor"):
+        raise UserError(f"--variant {variant}: not one of vanilla, recursive, mor.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; name a folder that does not.")
+
+    from mor_model.config import ExpertChoiceConfig
+    from mor_model.flops import count_parameters
+    from mor_model.hub.importing import import_hf
+    from mor_model.weights import save_weights
+
+    shared = variant != "vanilla"
+    config, state = import_hf(
+        checkpoint,
+        sharing=sharing if shared else "none",
+        recursions=recursions if shared else 1,
+        router=ExpertChoiceConfig() if variant == "mor" else None,
+        initialization=initialization,  # type: ignore[arg-type]  # checked there
+    )
+    save_weights(out / "weights", state, config)
+    known = [checkpoint / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    present = [file for file in known if file.is_file()]
+    if present:
+        (out / "tokenizer").mkdir()
+    for file in present:
+        shutil.copyfile(file, out / "tokenizer" / file.name)
+    count = count_parameters(config)
+    print(
+        f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers"
+    )
