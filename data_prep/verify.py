@@ -74,7 +74,7 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
     info = manifest.tokenizer
     if info.kind == "tiktoken":
-        return  # a named encoding; the folder has no copy of it
+        return  # the folder holds only the encoding's name, and tiktoken need not be installed here
     try:
         tokenizer = load_tokenizer(folder / info.file)
     except DataError as error:

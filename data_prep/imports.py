@@ -1,0 +1,297 @@
+"""Token files of other stacks, made into a data set folder.
+
+    megatron    NAME.bin and NAME.idx of Megatron-LM or GPT-NeoX, whose tables of type codes differ in the two floats
+    datatrove   NAME.ds, raw ids, with NAME.ds.index, uint64 ends of the documents in ids
+    nanogpt     NAME.bin, raw uint16 ids
+    olmo        NAME.npy, raw ids without numpy's header (one with it is taken as well)
+
+Documents end where the index says and behind every END_OF_DOCUMENT. A document that comes without END_OF_DOCUMENT gets
+one; empty documents are left out and counted. The ids stay what they are, so the tokenizer must be the one that made
+them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import DataError
+from data_prep.manifest import SPLITS, Manifest, Split, TokenizerInfo, write_manifest
+from data_prep.manifest import Shard as ShardEntry
+from data_prep.shards import Shard, ShardWriter, bin_path, dtype_for_vocabulary, idx_path
+from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
+from data_prep.verify import index_problems_of
+
+_PIECE = 1 << 22  # ids in memory at a time
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Ids of another stack's file, and where its documents end (rising, in ids; empty where the file does not say)."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import wrote. unended: documents that got their END_OF_DOCUMENT; empty: documents left out."""
+
+    manifest: Manifest
+    unended: int
+    empty: int
+    sample: str
+
+
+def import_files(
+    kind: str,
+    files: Sequence[str],
+    out: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str],
+    *,
+    eod: str = "",
+    dtype: str = "",
+    progress: Callable[[str, int], None] | None = None,
+) -> ImportReport:
+    """Write the files as a data set folder, one shard each.
+
+    There is no raw text, so the folder has no held-out text and counts 0 text bytes.
+
+    Args:
+        kind: `megatron`, `datatrove`, `nanogpt` or `olmo`.
+        files: `[SPLIT=]PATH`; the split is `train` unless named.
+        out: a new folder.
+        tokenizer: that made the ids, as for `load_tokenizer`.
+        eod: END_OF_DOCUMENT token, where the tokenizer does not say.
+        dtype: type of the raw ids of `olmo` files; by default uint16 where the vocabulary fits it, uint32 otherwise.
+        progress: called with the name of the shard and the number of ids done.
+
+    Raises:
+        DataError: files that are missing or damaged, ids outside the tokenizer's vocabulary, `out` not empty.
+    """
+    if kind not in READERS:
+        raise DataError(f"there is no import of {kind!r}; known are {', '.join(READERS)}.")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
+    loaded = load_tokenizer(tokenizer, eod)
+    placed = [_split_and_path(file) for file in files]
+    opened = [READERS[kind](path, _raw_dtype(dtype, loaded.vocab_size)) for _, path in placed]
+    entries: dict[str, list[ShardEntry]] = {}
+    unended = empty = 0
+    try:
+        for (split, path), source in zip(placed, opened):
+            name = f"{split}-{len(entries.get(split, [])):05d}"
+            copy = _Copy(path, loaded)
+            entry = copy.run(source, folder / name, progress or (lambda _name, _done: None))
+            entries.setdefault(split, []).append(entry)
+            unended += copy.unended
+            empty += copy.empty
+        manifest = _manifest(folder, kind, placed, loaded, entries, empty)
+    except BaseException:
+        for split_entries in entries.values():
+            for entry in split_entries:
+                bin_path(folder / entry.name).unlink()
+                idx_path(folder / entry.name).unlink()
+        raise
+    write_manifest(folder, manifest)
+    first = opened[0].ids[:64].astype(np.int64).tolist()
+    return ImportReport(manifest, unended, empty, loaded.decode(first))
+
+
+def _manifest(
+    folder: Path,
+    kind: str,
+    placed: Sequence[tuple[str, Path]],
+    tokenizer: Tokenizer,
+    entries: dict[str, list[ShardEntry]],
+    empty: int,
+) -> Manifest:
+    file = copy_tokenizer(tokenizer, folder / "tokenizer")
+    shards = [entry for split in entries.values() for entry in split]
+    return Manifest(
+        tokenizer=TokenizerInfo(
+            tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, f"tokenizer/{file}"
+        ),
+        dtype=dtype_for_vocabulary(tokenizer.vocab_size).name,
+        splits={split: Split(tuple(entries[split])) for split in SPLITS if split in entries},
+        sources=[
+            {
+                "name": name,
+                "documents": sum(entry.documents for entry in shards if entry.source == name),
+                "tokens": sum(entry.tokens for entry in shards if entry.source == name),
+                "text_bytes": 0,
+            }
+            for name in dict.fromkeys(entry.source for entry in shards)
+        ],
+        settings={"imported": kind, "files": [f"{split}={path.name}" for split, path in placed]},
+        rejects={"empty_document": empty} if empty else {},
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        version=importlib.metadata.version("mor-pretrain"),
+    )
+
+
+def _split_and_path(file: str) -> tuple[str, Path]:
+    split, equals, path = file.partition("=")
+    if equals and split in SPLITS:
+        return split, Path(path)
+    return "train", Path(file)
+
+
+def _raw_dtype(name: str, vocabulary: int) -> np.dtype:
+    if name not in ("", "uint16", "uint32"):
+        raise DataError(f"raw ids are uint16 or uint32, not {name!r}.")
+    return np.dtype(name or ("uint16" if vocabulary <= 1 << 16 else "uint32")).newbyteorder("<")
+
+
+class _Copy:
+    """Copies the ids of one file into a shard, piece by piece, and sets the ends of documents right."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.path, self.eod, self.vocabulary = path, tokenizer.eod_id, tokenizer.vocab_size
+        self.unended = self.empty = 0
+        self._open = False  # the document under way began in an earlier piece
+
+    def run(self, source: TokenFile, prefix: Path, progress: Callable[[str, int], None]) -> ShardEntry:
+        """Copy everything."""
+        with ShardWriter(prefix, dtype_for_vocabulary(self.vocabulary)) as writer:
+            for done in self._pieces(source, writer):
+                progress(prefix.name, done)
+            if not writer.documents:
+                raise DataError(f"{self.path} holds no document.")
+        summary = writer.summary
+        return ShardEntry(
+            name=summary.name,
+            tokens=summary.tokens,
+            documents=summary.documents,
+            text_bytes=0,
+            sha256_bin=summary.sha256_bin,
+            sha256_idx=summary.sha256_idx,
+            source=self.path.name.split(".")[0],
+        )
+
+    def _pieces(self, source: TokenFile, writer: ShardWriter) -> Iterator[int]:
+        ids, ends = source.ids, source.ends
+        self.empty += int(np.count_nonzero(np.diff(ends, prepend=0) == 0))
+        for start in range(0, ids.size, _PIECE):
+            piece = ids[start : start + _PIECE]
+            lowest, highest = piece.min(), piece.max()
+            if not 0 <= lowest <= highest < self.vocabulary:
+                raise DataError(
+                    f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
+                    "name the tokenizer that made the file."
+                )
+            known = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + piece.size, side="right")] - start
+            self._write(piece.astype(writer.dtype), known, writer)
+            yield start + piece.size
+        if self._open:
+            self._close(np.empty(0, writer.dtype), writer)
+
+    def _write(self, ids: np.ndarray, known_ends: np.ndarray, writer: ShardWriter) -> None:
+        bounds = np.union1d(known_ends, np.flatnonzero(ids == self.eod) + 1)
+        if self._open and bounds.size:
+            self._close(ids[: bounds[0]], writer)
+        elif bounds.size and bounds[0] > 0:
+            bounds = np.concatenate([[0], bounds])
+        if not bounds.size:
+            writer.extend(ids)
+            self._open = True
+            return
+        self._write_whole(ids[bounds[0] : bounds[-1]], np.diff(bounds), writer)
+        if bounds[-1] < ids.size:
+            writer.extend(ids[bounds[-1] :])
+            self._open = True
+
+    def _close(self, rest: np.ndarray, writer: ShardWriter) -> None:
+        """End the document under way with what is left of it."""
+        writer.extend(rest)
+        if not rest.size or rest[-1] != self.eod:
+            writer.extend(np.array([self.eod], writer.dtype))
+            self.unended += 1
+        writer.end_document()
+        self._open = False
+
+    def _write_whole(self, ids: np.ndarray, lengths: np.ndarray, writer: ShardWriter) -> None:
+        lasts = np.cumsum(lengths) - 1
+        unended = ids[lasts] != self.eod
+        ids = np.insert(ids, lasts[unended] + 1, self.eod)
+        lengths = lengths + unended
+        self.unended += int(np.count_nonzero(unended))
+        nothing = lengths == 1  # END_OF_DOCUMENT alone
+        if nothing.any():
+            self.empty += int(np.count_nonzero(nothing))
+            ids = np.delete(ids, np.cumsum(lengths)[nothing] - 1)
+            lengths = lengths[~nothing]
+        writer.write(ids, lengths)
+
+
+def _read_megatron(path: Path, _raw: np.dtype) -> TokenFile:
+    shard = Shard(path)
+    for problem in index_problems_of(shard):
+        raise DataError(f"{problem} The documents of such a file cannot be imported in order.")
+    ids = shard.tokens
+    if ids.dtype.kind == "f" and any((part != np.floor(part)).any() for part in _parts(ids)):
+        raise DataError(f"{shard.bin} holds {ids.dtype.name} values that are not whole numbers, so they are no ids.")
+    lengths = shard.lengths.astype(np.int64)
+    return TokenFile(ids, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
+
+
+def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
+    return (ids[start : start + _PIECE] for start in range(0, ids.size, _PIECE))
+
+
+def _read_datatrove(path: Path, _raw: np.dtype) -> TokenFile:
+    index = Path(f"{path}.index")
+    ends = _mapped(index, np.dtype("<u8"))
+    size = _size(path)
+    total = int(ends[-1]) if ends.size else 0
+    width = size // total if total and size % total == 0 else 0
+    if width not in (2, 4) or (np.diff(ends.astype(np.int64), prepend=0) < 0).any():
+        raise DataError(
+            f"{path} has {size} bytes, which are not 2 or 4 for each of the {total} ids at which {index.name} ends."
+        )
+    return TokenFile(_mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64))
+
+
+def _read_nanogpt(path: Path, _raw: np.dtype) -> TokenFile:
+    return TokenFile(_mapped(path, np.dtype("<u2")), np.empty(0, np.int64))
+
+
+def _read_olmo(path: Path, raw: np.dtype) -> TokenFile:
+    if _size(path) and path.open("rb").read(6) == b"\x93NUMPY":
+        try:
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{path} begins like a numpy file but cannot be read as one: {error}.") from None
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")
+        return TokenFile(ids, np.empty(0, np.int64))
+    return TokenFile(_mapped(path, raw), np.empty(0, np.int64))
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    size = _size(path)
+    if not size or size % dtype.itemsize:
+        raise DataError(f"{path} has {size} bytes, which is no whole number of {dtype.name} values above none.")
+    return np.memmap(path, dtype, "r")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+READERS: dict[str, Callable[[Path, np.dtype], TokenFile]] = {
+    "megatron": _read_megatron,
+    "datatrove": _read_datatrove,
+    "nanogpt": _read_nanogpt,
+    "olmo": _read_olmo,
+}

@@ -1,0 +1,238 @@
+"""Files of other stacks in and out, against documents known beforehand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import exports as exports_module
+from data_prep import imports as module
+from data_prep.dataset import open_dataset, open_shard
+from data_prep.errors import DataError
+from data_prep.exports import export_megatron
+from data_prep.imports import import_files
+from data_prep.manifest import read_manifest
+from data_prep.verify import verify_dataset
+from tests.data_prep.support import make_documents, read_index_independently, write_shard_independently
+
+EOD = 0
+DOCUMENTS = make_documents(60, 5)
+FILLED = [document for document in DOCUMENTS if len(document) > 1]
+EMPTY = len(DOCUMENTS) - len(FILLED)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word-level tokenizer of 1000 words whose END_OF_DOCUMENT is 0."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    vocabulary = {"<|endoftext|>": EOD, **{f"w{number}": number for number in range(1, 1000)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w1"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 50)
+    monkeypatch.setattr(exports_module, "_PIECE", 50)
+
+
+def flat(documents: list[list[int]]) -> list[int]:
+    return [token for document in documents for token in document]
+
+
+def read_back(folder: Path, split: str = "train") -> list[list[int]]:
+    documents: list[list[int]] = []
+    manifest = read_manifest(folder)
+    for entry in manifest.splits[split].shards:
+        open_shard(folder, entry, manifest.dtype)
+        documents += read_index_independently(folder / entry.name)
+    return documents
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(8, "<u2"), (4, "<i4"), (5, "<i8"), (6, "<f4"), (6, "<f8"), (7, "<f4"), (7, "<f8")]
+)
+def test_megatron_and_neox_files(tmp_path: Path, tokenizer: Path, code: int, kind: str) -> None:
+    write_shard_independently(tmp_path / "in" / "web_text_document", DOCUMENTS, code, kind)
+    report = import_files("megatron", [str(tmp_path / "in" / "web_text_document.bin")], tmp_path / "out", tokenizer)
+    assert read_back(tmp_path / "out") == FILLED
+    assert (report.empty, report.unended) == (EMPTY, 0)
+    assert verify_dataset(tmp_path / "out").problems == []
+    data = open_dataset(tmp_path / "out")
+    assert data.sources == ["web_text_document"] and data.dtype == np.uint16
+    assert data.manifest.rejects == {"empty_document": EMPTY}
+    assert report.sample.split()[0] == f"w{FILLED[0][0]}"
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_datatrove_files(tmp_path: Path, tokenizer: Path, width: int) -> None:
+    np.array(flat(DOCUMENTS), f"<u{width}").tofile(tmp_path / "00000_tokens.ds")
+    np.cumsum([len(document) for document in DOCUMENTS]).astype("<u8").tofile(tmp_path / "00000_tokens.ds.index")
+    import_files("datatrove", [str(tmp_path / "00000_tokens.ds")], tmp_path / "out", tokenizer)
+    assert read_back(tmp_path / "out") == FILLED and verify_dataset(tmp_path / "out").ok
+
+
+def test_nanogpt_files_by_split(tmp_path: Path, tokenizer: Path) -> None:
+    np.array(flat(DOCUMENTS), "<u2").tofile(tmp_path / "train.bin")
+    np.array(flat(DOCUMENTS[:9]), "<u2").tofile(tmp_path / "val.bin")
+    files = [str(tmp_path / "train.bin"), f"validation={tmp_path / 'val.bin'}"]
+    report = import_files("nanogpt", files, tmp_path / "out", tokenizer)
+    assert read_back(tmp_path / "out") == FILLED
+    assert read_back(tmp_path / "out", "validation") == [document for document in DOCUMENTS[:9] if len(document) > 1]
+    assert [entry["name"] for entry in report.manifest.sources] == ["train", "val"]
+    assert report.manifest.settings["files"] == ["train=train.bin", "validation=val.bin"]
+
+
+@pytest.mark.parametrize(("dtype", "named"), [("<u2", ""), ("<u2", "uint16"), ("<u4", "uint32")])
+def test_olmo_files_with_and_without_numpys_header(tmp_path: Path, tokenizer: Path, dtype: str, named: str) -> None:
+    ids = np.array(flat(DOCUMENTS), dtype)
+    ids.tofile(tmp_path / "part-0.npy")
+    np.save(tmp_path / "part-1.npy", ids)
+    files = [str(tmp_path / "part-0.npy"), str(tmp_path / "part-1.npy")]
+    import_files("olmo", files, tmp_path / "out", tokenizer, dtype=named)
+    assert read_back(tmp_path / "out") == FILLED + FILLED
+
+
+@settings(max_examples=80, deadline=None)
+@given(documents=st.lists(st.lists(st.integers(0, 3), max_size=9), min_size=1, max_size=12), piece=st.integers(1, 12))
+def test_ends_are_set_right_wherever_they_are_missing(
+    documents: list[list[int]], piece: int, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("import")
+    module._PIECE = piece
+    write_shard_independently(folder / "in", documents, 8, "<u2")
+    expected: list[list[int]] = []
+    for document in documents:
+        text: list[int] = []
+        for token in [*document, *([] if document and document[-1] == EOD else [EOD])]:
+            text.append(token)
+            if token == EOD:
+                expected += [text] if len(text) > 1 else []
+                text = []
+    if not expected:
+        with pytest.raises(DataError, match="holds no document"):
+            import_files("megatron", [str(folder / "in")], folder / "out", tokenizer)
+        assert list((folder / "out").iterdir()) == []
+        return
+    report = import_files("megatron", [str(folder / "in")], folder / "out", tokenizer)
+    assert read_back(folder / "out") == expected
+    assert report.unended == sum(bool(document) and document[-1] != EOD for document in documents)
+    assert verify_dataset(folder / "out").ok
+
+
+def test_a_long_document_over_many_pieces(tmp_path: Path, tokenizer: Path) -> None:
+    long = [1 + number % 900 for number in range(1234)]
+    np.array([5, EOD, *long], "<u2").tofile(tmp_path / "train.bin")
+    report = import_files("nanogpt", [str(tmp_path / "train.bin")], tmp_path / "out", tokenizer)
+    assert read_back(tmp_path / "out") == [[5, EOD], [*long, EOD]] and report.unended == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "sentence"),
+    [
+        ("mosaic", lambda p: None, "no import of 'mosaic'; known are megatron, datatrove, nanogpt, olmo"),
+        ("nanogpt", lambda p: None, "cannot be read: No such file"),
+        ("nanogpt", lambda p: p.write_bytes(b"abc"), "has 3 bytes, which is no whole number of uint16"),
+        ("nanogpt", lambda p: p.write_bytes(b""), "has 0 bytes"),
+        ("nanogpt", lambda p: p.write_bytes(b"\x00\x00" * 4), "holds no document"),
+        ("nanogpt", lambda p: p.write_bytes(b"\xff\xff" * 4), "ids from 65535 to 65535, but the tokenizer has 1000"),
+        ("olmo", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00garbage"), "begins like a numpy file but cannot be read"),
+        ("olmo", lambda p: np.save(p.open("wb"), np.ones((2, 2))), "expected a flat array of integers"),
+        ("datatrove", lambda p: p.write_bytes(b"abcd"), "index cannot be read"),
+        ("megatron", lambda p: p.write_bytes(b"abcd"), "idx is missing"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(tmp_path: Path, tokenizer: Path, kind: str, write, sentence: str) -> None:  # type: ignore[no-untyped-def]
+    write(tmp_path / "x.bin")
+    with pytest.raises(DataError, match=sentence):
+        import_files(kind, [str(tmp_path / "x.bin")], tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_failure_in_a_later_file_leaves_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    np.array(flat(DOCUMENTS), "<u2").tofile(tmp_path / "good.bin")
+    np.array([5000], "<u2").tofile(tmp_path / "bad.bin")
+    with pytest.raises(DataError, match=r"bad\.bin holds ids from 5000"):
+        import_files("nanogpt", [str(tmp_path / "good.bin"), str(tmp_path / "bad.bin")], tmp_path / "out", tokenizer)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_datatrove_sizes_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    np.arange(9, dtype="<u2").tofile(tmp_path / "x.ds")
+    np.array([4, 8], "<u8").tofile(tmp_path / "x.ds.index")
+    with pytest.raises(DataError, match="has 18 bytes, which are not 2 or 4 for each of the 8 ids"):
+        import_files("datatrove", [str(tmp_path / "x.ds")], tmp_path / "out", tokenizer)
+
+
+def test_float_shards_that_hold_no_ids_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    write_shard_independently(tmp_path / "x", [[1, 2]], 6, "<f8")
+    np.array([1.5, 2.0]).tofile(tmp_path / "x.bin")
+    with pytest.raises(DataError, match="not whole numbers"):
+        import_files("megatron", [str(tmp_path / "x")], tmp_path / "out", tokenizer)
+
+
+def test_export_joins_the_shards_of_a_split_under_megatrons_names(tmp_path: Path, tokenizer: Path) -> None:
+    for name, documents in (("a", DOCUMENTS[:20]), ("b", DOCUMENTS[20:45]), ("c", DOCUMENTS[45:])):
+        np.array(flat(documents), "<u2").tofile(tmp_path / f"{name}.bin")
+    long = [*range(1, 400), EOD]
+    np.array(long, "<u2").tofile(tmp_path / "d.bin")
+    files = [str(tmp_path / "a.bin"), str(tmp_path / "b.bin"), str(tmp_path / "d.bin"), f"test={tmp_path / 'c.bin'}"]
+    import_files("nanogpt", files, tmp_path / "data", tokenizer)
+    report = export_megatron(tmp_path / "data", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "test_text_document.bin",
+        "test_text_document.idx",
+        "tokenizer",
+        "train_text_document.bin",
+        "train_text_document.idx",
+    ]
+    expected = [document for document in DOCUMENTS[:45] if len(document) > 1]
+    assert read_index_independently(tmp_path / "out" / "train_text_document") == [*expected, long]
+    assert read_index_independently(report.prefixes["test"]) == [d for d in DOCUMENTS[45:] if len(d) > 1]
+    assert report.summaries["train"].documents == len(expected) + 1
+    assert report.tokenizer.read_bytes() == tokenizer.read_bytes()
+    # and in again
+    import_files("megatron", [str(report.prefixes["train"])], tmp_path / "again", tokenizer)
+    assert read_back(tmp_path / "again") == [*expected, long]
+
+
+def test_export_refuses_what_is_damaged_or_in_the_way(tmp_path: Path, tokenizer: Path) -> None:
+    np.array(flat(DOCUMENTS), "<u2").tofile(tmp_path / "train.bin")
+    import_files("nanogpt", [str(tmp_path / "train.bin")], tmp_path / "data", tokenizer)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(DataError, match="exists already and is not empty"):
+        export_megatron(tmp_path / "data", tmp_path / "used")
+    with pytest.raises(DataError, match="not empty"):
+        import_files("nanogpt", [str(tmp_path / "train.bin")], tmp_path / "data", tokenizer)
+    index = tmp_path / "data" / "train-00000.idx"
+    raw = bytearray(index.read_bytes())
+    raw[34:38] = (10**6).to_bytes(4, "little")
+    index.write_bytes(raw)
+    with pytest.raises(DataError, match="lie outside of it"):
+        export_megatron(tmp_path / "data", tmp_path / "out")
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
+        export_megatron(tmp_path / "data", tmp_path / "out2")
+
+
+def test_the_tokenizer_that_came_with_an_import_is_verified(tmp_path: Path, tokenizer: Path) -> None:
+    np.array(flat(DOCUMENTS), "<u2").tofile(tmp_path / "train.bin")
+    import_files("nanogpt", [str(tmp_path / "train.bin")], tmp_path / "data", tokenizer)
+    copy = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    content = json.loads(copy.read_text())
+    content["model"]["vocab"]["w1000"] = 1000
+    copy.write_text(json.dumps(content))
+    problems = verify_dataset(tmp_path / "data").problems
+    assert any("has fingerprint" in problem for problem in problems)
+    assert any("has vocabulary size 1001, the manifest says 1000" in problem for problem in problems)
+    copy.unlink()
+    assert any("no tokenizer at" in problem for problem in verify_dataset(tmp_path / "data").problems)
