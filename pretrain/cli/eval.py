@@ -51,6 +51,7 @@ def evaluate(
     from pretrain.evaluation.evaluate import TEXT_BYTES, Settings, evaluate_run
     from pretrain.evaluation.likelihood import check_routing
     from pretrain.evaluation.progress import suite_progress
+    from pretrain.evaluation.ranks import evaluation_ranks
     from pretrain.evaluation.suites import check_suites
     from pretrain.evaluation.summary import markdown_summary, print_summary
     from pretrain.run_folder import RunFolder
@@ -60,16 +61,17 @@ def evaluate(
     )
     suites = check_suites(suite or _DEFAULT)
     folders = [RunFolder.existing(path) for path in runs]
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [run.name for run in folders]
     results = {}
-    for run in folders:
-        title = run.name if names.count(run.name) == 1 else str(run)
-        with suite_progress(title) as progress:
-            results[title] = evaluate_run(run, suites, device=device, settings=settings, data=data, progress=progress)
+    with evaluation_ranks(device) as (place, reports):
+        for run in folders:
+            title = run.name if names.count(run.name) == 1 else str(run)
+            with suite_progress(title, reports) as progress:
+                results[title] = evaluate_run(
+                    run, suites, device=place, settings=settings, data=data, progress=progress
+                )
+    if not reports:
+        return
     print_summary(results)
     if markdown is not None:
         write_text(markdown, markdown_summary(results))

@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.files import sha256_file
 from pretrain.errors import RunError
 from pretrain.evaluation import held_out
-from pretrain.evaluation.likelihood import Progress, Routing, Scorer, rank_and_world
+from pretrain.evaluation.likelihood import Progress, Routing, Scorer, from_rank_zero, rank_and_world
 from pretrain.evaluation.suites import (
     HELD_OUT_SUITES,
     benchmarks,
@@ -134,7 +134,10 @@ def evaluate_run(
     if any(name in HELD_OUT_SUITES for name in names):
         documents = held_out.read_documents(held_out.held_out_files(run, data))
         identity["held_out"] = held_out.digest(sorted(documents))
-    results = {name: stored for name in names if (stored := _stored(run, name, settings, identity)) is not None}
+    # Rank 0 decides for all: on a network file system the others may see its last results later.
+    results = from_rank_zero(
+        {name: stored for name in names if (stored := _stored(run, name, settings, identity)) is not None}
+    )
     missing = [name for name in names if name not in results]
     if missing:
         from data_prep.tokenizers import load_tokenizer
@@ -209,8 +212,8 @@ def _stored(run: RunFolder, suite: str, settings: Settings, identity: dict[str, 
     if stored["skipped"] and suite in benchmarks():
         from pretrain.evaluation.harness import plan_tasks
 
-        _, missing = plan_tasks(benchmarks()[suite], shared_evaluation_data(), settings.hub and hub_answers())
-        if missing != stored["skipped"]:
+        plan = plan_tasks(benchmarks()[suite], shared_evaluation_data(), settings.hub and hub_answers())
+        if plan.skipped != stored["skipped"]:
             return None
     return stored
 
@@ -241,7 +244,7 @@ def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: S
     import tempfile
 
     from pretrain.evaluation import own_suite
-    from pretrain.evaluation.harness import local_task_file, run_tasks, summarise
+    from pretrain.evaluation.harness import TaskPlan, local_task_file, run_tasks, summarise
     from pretrain.evaluation.lm_adapter import HarnessModel
 
     if not documents:
@@ -258,11 +261,13 @@ def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: S
     ]
     with tempfile.TemporaryDirectory(prefix="mor-own-") as folder:
         files = own_suite.write_questions(Path(folder), made)
-        texts = {
-            name: local_task_file(own_suite.task_source(name), {"test": file}, {"task": name})
-            for name, file in files.items()
-        }
-        tasks = run_tasks(HarnessModel(scorer, tokenizer), texts, limit=settings.limit) if texts else {}
+        plan = TaskPlan(
+            {
+                name: local_task_file(own_suite.task_source(name), {"test": file}, {"task": name})
+                for name, file in files.items()
+            }
+        )
+        tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, limit=settings.limit)
     for name, task in tasks.items():
         task["chance"] = own_suite.CHANCE[name]
     if not tasks:
@@ -277,22 +282,22 @@ def _benchmark(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setti
 
     row = benchmarks()[suite]
     hub = settings.hub and hub_answers()
-    texts, missing = plan_tasks(row, shared_evaluation_data(), hub, settings.limit)
+    plan = plan_tasks(row, shared_evaluation_data(), hub, settings.limit)
     tasks: dict[str, Any] = {}
-    if texts:
+    if plan.local or plan.hub:
         from pretrain.evaluation.lm_adapter import HarnessModel
 
-        tasks = run_tasks(HarnessModel(scorer, tokenizer), texts, fewshot=row.fewshot, limit=settings.limit)
+        tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, fewshot=row.fewshot, limit=settings.limit)
     for task in tasks.values():
         task["chance"] = row.chance
     if not tasks:
-        return {"tasks": {}, "skipped": missing, "primary": None}
+        return {"tasks": {}, "skipped": plan.skipped, "primary": None}
     if len(tasks) == 1:
         ((name, task),) = tasks.items()
         tasks = {suite: {**task, "harness_task": name}}
     else:
         tasks = {suite: summarise(tasks), **tasks}
-    return {"tasks": tasks, "skipped": missing, "primary": primary(suite, tasks[suite], row.metric)}
+    return {"tasks": tasks, "skipped": plan.skipped, "primary": primary(suite, tasks[suite], row.metric)}
 
 
 def primary(name: str, task: dict[str, Any], metric: str) -> dict[str, Any]:

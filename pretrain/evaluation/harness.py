@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,44 +72,53 @@ def task_settings(source: Path) -> dict[str, Any]:
     return yaml.load(source.read_text(encoding="utf-8"), Loader=Loader)
 
 
-def plan_tasks(
-    suite: Suite, data: Path | None, hub: bool, limit: int | None = None
-) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Task files to run by task name, and what has to be skipped, with the reason.
+@dataclass
+class TaskPlan:
+    """Task files to run, by task name: `local` ones read files, `hub` ones the hub; `skipped` says what has neither."""
+
+    local: dict[str, str] = field(default_factory=dict)
+    hub: dict[str, str] = field(default_factory=dict)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def plan_tasks(suite: Suite, data: Path | None, hub: bool, limit: int | None = None) -> TaskPlan:
+    """Where each task of a suite finds its questions.
 
     Args:
         data: folder with local evaluation sets; None when there is none.
         hub: a task without local files may read the hub.
         limit: see `local_data.read_splits`.
     """
-    texts: dict[str, str] = {}
-    missing: list[dict[str, str]] = []
+    plan = TaskPlan()
     for source in suite.task_files():
         entries = task_settings(source)
         name, dataset = entries["task"], str(entries.get("dataset_name"))
-        splits = (
-            {role: data / pattern.format(dataset_name=dataset) for role, pattern in suite.local.items()} if data else {}
-        )
+        splits = {
+            role: data / pattern.format(dataset_name=dataset)
+            for role, pattern in suite.local.items()
+            if data is not None
+        }
         absent = [file for file in splits.values() if not file.is_file()]
         if splits and not absent:
             where = {key: pattern.format(dataset_name=dataset) for key, pattern in suite.where.items()}
-            texts[name] = local_task_file(source, splits, {**suite.settings, "task": name}, where, limit)
+            plan.local[name] = local_task_file(source, splits, {**suite.settings, "task": name}, where, limit)
         elif hub:
-            texts[name] = yaml.safe_dump({"include": str(source), "task": name})
+            plan.hub[name] = yaml.safe_dump({"include": str(source), "task": name})
         elif absent:
-            missing.append(skipped(name, f"{absent[0]} is missing"))
+            plan.skipped.append(skipped(name, f"{absent[0]} is missing"))
         else:
-            missing.append(skipped(name, "MOR_SHARED_DATA is not set and the hub was not asked for or does not answer"))
-    return texts, missing
+            plan.skipped.append(
+                skipped(name, "MOR_SHARED_DATA is not set and the hub was not asked for or does not answer")
+            )
+    return plan
 
 
 def run_tasks(
-    model: HarnessModel, texts: dict[str, str], fewshot: int = 0, limit: int | None = None
+    model: HarnessModel, plan: TaskPlan, fewshot: int = 0, limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate task files.
+    """Evaluate the tasks of a plan. One that the hub does not give moves to the plan's `skipped`.
 
     Args:
-        texts: YAML text of each task file by task name.
         fewshot: examples before each question.
         limit: only the first so many documents of each task.
 
@@ -119,21 +129,30 @@ def run_tasks(
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
 
-        for name, text in texts.items():
+        for name, text in (plan.local | plan.hub).items():
             (Path(folder) / f"{name}.yaml").write_text(text, encoding="utf-8")
         # Indexing the harness's thousands of task files would take seven seconds.
-        loaded = TaskManager(include_path=folder, include_defaults=False).load(list(texts))
-        for task in loaded["tasks"].values():
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        tasks: dict[str, Any] = manager.load(list(plan.local))["tasks"]
+        for name in plan.hub:
+            try:
+                tasks |= manager.load([name])["tasks"]
+            except Exception as error:  # the hub's libraries raise whatever their transport does
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                plan.skipped.append(skipped(name, f"the hub did not give its data ({reason[0]})"))
+        if not tasks:
+            return {}
+        for task in tasks.values():
             task.set_config(key="num_fewshot", value=fewshot)
             task.set_fewshot_seed(seed=1234)
-        results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+        results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
     return {
         name: {
             **_figures(task, results["samples"][name], results["results"][name], model),
             "split": "test" if task.has_test_docs() else "validation",
             "fewshot": fewshot,
         }
-        for name, task in loaded["tasks"].items()
+        for name, task in tasks.items()
     }
 
 
@@ -156,6 +175,7 @@ def _figures(
 ) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     stderr: dict[str, float | None] = {}
+    documents: dict[str, Any] = {}
     for key, value in results.items():
         name, comma, _filter = key.partition(",")
         if not comma or name.endswith("_stderr"):
@@ -172,6 +192,7 @@ def _figures(
         nats, tokens = zip(
             *((sample["resps"][0][0], model.count_tokens(sample["arguments"][0][0])) for sample in samples)
         )
+        documents = {"documents": {"nats": [-value for value in nats], "tokens": list(tokens)}}
         metrics["token_perplexity"] = math.exp(-math.fsum(nats) / sum(tokens))
         stderr["token_perplexity"] = jackknife(_token_perplexity, list(zip(nats, tokens)))
     else:
@@ -185,6 +206,7 @@ def _figures(
         "stderr": stderr,
         "n": len(samples),
         "higher_is_better": {"bits_per_byte": False, **higher},
+        **documents,
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
 _LOGITS_CPU = 1 << 24
 _LOGITS_ACCELERATOR = 1 << 29
 
+Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) of the windows being scored."""
 
@@ -91,6 +92,15 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def from_rank_zero(value: Item) -> Item:
+    """Rank 0's `value`, on every rank."""
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @contextmanager

@@ -101,13 +101,19 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
 
 
 def evaluate_perplexity(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Perplexities of the texts that hold a word, with standard errors over documents and the counts behind them."""
+    """Perplexities of the texts that hold a word, with standard errors over documents and what each document adds, so
+    that two models can be compared document by document.
+    """
     scores = score_documents(scorer, tokenizer, [text for text in texts if text.split()])
     metrics = perplexities(scores)
     return {
         "metrics": metrics,
         "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
         "n": len(scores),
+        "documents": {
+            "nats": [-score.log_likelihood for score in scores],
+            **{name: [getattr(score, name) for score in scores] for name in ("tokens", "words", "bytes")},
+        },
         "tokens": sum(score.tokens for score in scores),
         "words": sum(score.words for score in scores),
         "bytes": sum(score.bytes for score in scores),

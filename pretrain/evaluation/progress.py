@@ -11,9 +11,9 @@ from pretrain.evaluation.likelihood import Progress
 
 
 @contextmanager
-def suite_progress(title: str) -> Iterator[SuiteProgress | None]:
-    """Yields what `evaluate_run` takes as `progress`; None when standard error is not a terminal."""
-    if not sys.stderr.isatty():
+def suite_progress(title: str, wanted: bool = True) -> Iterator[SuiteProgress | None]:
+    """Yields what `evaluate_run` takes as `progress`; None when not wanted or standard error is not a terminal."""
+    if not (wanted and sys.stderr.isatty()):
         yield None
         return
     from rich.console import Console

@@ -12,7 +12,7 @@ from data_prep.tokenizers import load_tokenizer
 from mor_model.config import ModelConfig
 from mor_model.hub.llama import llama_config, to_llama
 from mor_model.model import RecursiveTransformer
-from pretrain.evaluation.harness import plan_tasks, run_tasks
+from pretrain.evaluation.harness import TaskPlan, plan_tasks, run_tasks
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.suites import benchmarks
@@ -77,12 +77,12 @@ def both(tokenizer_file):
 def test_every_figure_agrees(both, shared_data, suite):
     ours, theirs = both
     row = benchmarks()[suite]
-    texts, missing = plan_tasks(row, shared_data / "eval", hub=False, limit=3)
-    assert not missing
+    plan = plan_tasks(row, shared_data / "eval", hub=False, limit=3)
+    assert not plan.skipped
     # run_tasks asks its model only for what the harness's interface has, and for token counts.
     theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
-    found = run_tasks(ours, texts, limit=3)
-    expected = run_tasks(theirs, texts, limit=3)
+    found = run_tasks(ours, plan, limit=3)
+    expected = run_tasks(theirs, plan, limit=3)
     for name in expected:
         assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4)
         assert found[name]["n"] == expected[name]["n"] == 3
@@ -90,8 +90,8 @@ def test_every_figure_agrees(both, shared_data, suite):
 
 def test_blimp_agrees_paradigm_by_paradigm(both, shared_data):
     ours, theirs = both
-    texts, _ = plan_tasks(benchmarks()["blimp"], shared_data / "eval", hub=False, limit=5)
-    texts = dict(list(texts.items())[:5])
-    found, expected = run_tasks(ours, texts, limit=5), run_tasks(theirs, texts, limit=5)
-    for name in texts:
+    everything = plan_tasks(benchmarks()["blimp"], shared_data / "eval", hub=False, limit=5)
+    plan = TaskPlan(dict(list(everything.local.items())[:5]))
+    found, expected = run_tasks(ours, plan, limit=5), run_tasks(theirs, plan, limit=5)
+    for name in plan.local:
         assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4)

@@ -12,8 +12,8 @@ import pytest
 from data_prep.errors import DataError
 from pretrain.errors import UserError
 from pretrain.evaluation import suites
-from pretrain.evaluation.evaluate import evaluate_model
-from pretrain.evaluation.harness import local_task_file, plan_tasks, run_tasks
+from pretrain.evaluation.evaluate import Settings, evaluate_model
+from pretrain.evaluation.harness import TaskPlan, local_task_file, plan_tasks, run_tasks
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.local_data import read_records
@@ -170,13 +170,28 @@ def test_without_data_everything_is_skipped_with_its_reason_and_remedy(model, mo
 
 def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "arc_easy.test.jsonl").write_text("{}\n")
-    texts, missing = plan_tasks(benchmarks()["arc_easy"], tmp_path, hub=False)
-    assert texts == {} and "arc_easy.train.jsonl is missing" in missing[0]["why"]
+    plan = plan_tasks(benchmarks()["arc_easy"], tmp_path, hub=False)
+    assert not plan.local and "arc_easy.train.jsonl is missing" in plan.skipped[0]["why"]
 
 
 def test_the_hub_is_used_only_when_asked_and_then_with_the_harness_own_data():
-    texts, missing = plan_tasks(benchmarks()["hellaswag"], None, hub=True)
-    assert missing == [] and "dataset_path" not in texts["hellaswag"] and "custom_dataset" not in texts["hellaswag"]
+    plan = plan_tasks(benchmarks()["hellaswag"], None, hub=True)
+    assert not plan.local and not plan.skipped
+    assert "dataset_path" not in plan.hub["hellaswag"] and "custom_dataset" not in plan.hub["hellaswag"]
+
+
+def test_a_hub_that_does_not_give_its_data_is_a_reason_to_skip(model, monkeypatch):
+    import datasets
+
+    monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
+    monkeypatch.setattr("pretrain.evaluation.evaluate.hub_answers", lambda: True)
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("504 from the hub\nand much detail")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    result = evaluate_model(model, ByteTokenizer(), ["piqa"], settings=Settings(limit=2, hub=True))["piqa"]
+    assert result["tasks"] == {} and result["skipped"][0]["why"] == "the hub did not give its data (504 from the hub)"
 
 
 def test_the_hub_does_not_answer_where_it_is_forbidden(monkeypatch):
@@ -217,7 +232,7 @@ def test_f1_and_its_error_are_those_of_the_counts(model, tmp_path):
         "".join(json.dumps({"q": f"{chr(65 + i)}?", "label": label}) + "\n" for i, label in enumerate(labels))
     )
     text = local_task_file(source, {"test": file}, {"task": "yes_no"})
-    task = run_tasks(HarnessModel(Scorer(model, EOD), ByteTokenizer()), {"yes_no": text})["yes_no"]
+    task = run_tasks(HarnessModel(Scorer(model, EOD), ByteTokenizer()), TaskPlan({"yes_no": text}))["yes_no"]
     said = [
         int(likelihood(model, f"{chr(65 + i)}?", " yes") > likelihood(model, f"{chr(65 + i)}?", " no"))
         for i in range(10)
