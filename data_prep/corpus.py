@@ -28,6 +28,7 @@ from data_prep.sources import (
     find_sources,
     plan_groups,
     reader_for,
+    with_standard_input,
 )
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
@@ -82,7 +83,7 @@ class Entry(NamedTuple):
 
 
 class CorpusReader:
-    """The documents of some sources, in the order given; can be read more than once, unless a source is standard input.
+    """The documents of some sources, in the order given; can be read more than once, standard input too.
 
     rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
 
@@ -92,8 +93,10 @@ class CorpusReader:
 
     def __init__(self, specifications: Sequence[str], options: ReadOptions) -> None:
         self.options = options
-        self._sources, self.ignored_files = find_sources(specifications, options)
-        self._groups = plan_groups(self._sources, options, _WHOLE_FILES)
+        self._scratch = tempfile.TemporaryDirectory(prefix="data-prep-")
+        sources, self.ignored_files = find_sources(specifications, options)
+        sources = with_standard_input(sources, Path(self._scratch.name))
+        self._groups = plan_groups(sources, options, _WHOLE_FILES)
         self.rejects: Counter[str] = Counter()
         self.examples: list[str] = []
 
@@ -101,28 +104,27 @@ class CorpusReader:
         self.rejects.clear()
         self.examples.clear()
         number = 0
-        with tempfile.TemporaryDirectory(prefix="data-prep-") as scratch:
-            for group in self._groups:
-                piece, last = 0, False
-                reader = None
-                try:
-                    reader = reader_for(group, self.options, Path(scratch))
-                    while not last:
-                        for item in reader.items(piece):
-                            if isinstance(item, Reject):
-                                self._reject(item.reason, item.file or reader.file, item.line, item.detail)
-                            elif isinstance(item, (Document, LargeDocument)):
-                                large = item if isinstance(item, LargeDocument) else None
-                                text = "" if isinstance(item, LargeDocument) else item.text
-                                yield Entry(number, group.source, reader.file, item.line, item.subset, text, large)
-                                number += 1
-                        piece += 1
-                        last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
-                except SourceError as error:
-                    self._reject(error.reason, reader.file if reader else group.files[0], 0, str(error))
-                finally:
-                    if reader is not None:
-                        reader.close()
+        for group in self._groups:
+            piece, last = 0, False
+            reader = None
+            try:
+                reader = reader_for(group, self.options, Path(self._scratch.name))
+                while not last:
+                    for item in reader.items(piece):
+                        if isinstance(item, Reject):
+                            self._reject(item.reason, item.file or reader.file, item.line, item.detail)
+                        elif isinstance(item, (Document, LargeDocument)):
+                            large = item if isinstance(item, LargeDocument) else None
+                            text = "" if isinstance(item, LargeDocument) else item.text
+                            yield Entry(number, group.source, reader.file, item.line, item.subset, text, large)
+                            number += 1
+                    piece += 1
+                    last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
+            except SourceError as error:
+                self._reject(error.reason, reader.file if reader else group.files[0], 0, str(error))
+            finally:
+                if reader is not None:
+                    reader.close()
 
     def _reject(self, reason: str, file: str, line: int, detail: str) -> None:
         self.rejects[reason] += 1

@@ -69,7 +69,7 @@ def deduplicate(
     The result does not depend on the number of workers.
 
     Args:
-        sources: as for `tokenize`; standard input cannot be read twice and is refused.
+        sources: as for `tokenize`.
         out: a new folder.
         threshold: similarity from which a near copy is removed, above 0 and at most 1; None removes exact copies only.
         workers: processes that hash.
@@ -80,10 +80,6 @@ def deduplicate(
     """
     if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"the similarity of near copies is above 0 and at most 1, not {threshold}.")
-    if any(name in ("-", "stdin") for name in sources):
-        raise DataError(
-            "deduplication reads the corpus twice and cannot read standard input; write it to a file first."
-        )
     reader = CorpusReader(sources, options)
     writer = CorpusWriter(out, options)
     report = progress or (lambda _name, _count: None)

@@ -147,8 +147,6 @@ def test_what_cannot_be_deduplicated_is_refused(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"text": ""}]))
     with pytest.raises(DataError, match=r"above 0 and at most 1, not 1\.5"):
         deduplicate([path], tmp_path / "out", ReadOptions(), threshold=1.5)
-    with pytest.raises(DataError, match="cannot read standard input"):
-        deduplicate(["-"], tmp_path / "out", ReadOptions())
     with pytest.raises(DataError, match=r"no document to deduplicate; rejects: .*empty_document"):
         deduplicate([path], tmp_path / "out", ReadOptions())
     with pytest.raises(DataError, match="there is no file"):
