@@ -198,6 +198,7 @@ class _Walker:
 
     def _copy_string(self) -> None:
         for raw in self._raw():
+            raw.decode("utf-8")  # told apart from other mistakes
             self._text.write(orjson.loads(b'"' + raw + b'"').encode("utf-8"))
 
 

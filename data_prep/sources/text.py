@@ -99,7 +99,7 @@ class WikitextReader(PieceReader):
                     line.path.unlink()
                     yield Reject("too_long", self.lines, f"a line of {line.bytes} bytes in a WikiText file")
                     continue
-                if _PAGE.match(line) and page:
+                if _PAGE.match(line) and any(before.strip() for before in page):
                     yield text_item(b"\n".join(page) + b"\n", first, self.options)
                     page, first = [], self.lines
                 page.append(line)

@@ -1,0 +1,21 @@
+"""Small tokenizers, trained once for all tests with their own libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data_prep.writing import small_byte_bpe, small_sentencepiece
+
+
+@pytest.fixture(scope="session")
+def byte_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer.json of 400 entries; END_OF_DOCUMENT is <|endoftext|>."""
+    return small_byte_bpe(tmp_path_factory.mktemp("byte_bpe") / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model with Llama's settings (dummy prefix, byte fallback), 400 entries."""
+    return small_sentencepiece(tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model")

@@ -1,0 +1,92 @@
+"""Cutting enormous texts: nothing is lost, the way of arrival does not matter, and the ids are those of the whole."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import cutting
+from data_prep.cutting import Cutter, cut
+from data_prep.engine import Engine
+from data_prep.tokenizers import load_tokenizer
+from tests.data_prep.writing import sentences
+
+TEXT = st.text(alphabet=st.sampled_from("ab1 \n\t.é漢"), max_size=400)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(cutting, "PART", 20)
+    monkeypatch.setattr(cutting, "_FARTHEST", 80)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT, sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5))
+def test_parts_are_the_text_and_do_not_depend_on_its_arrival(text, sizes):
+    before = cutting.PART, cutting._FARTHEST
+    cutting.PART, cutting._FARTHEST = 20, 80
+    try:
+        whole, forced = cut(text)
+        assert "".join(whole) == text
+        assert all(whole) or text == ""
+        assert all(len(part) <= 80 for part in whole)
+        cutter, parts, at, turn = Cutter(), [], 0, 0
+        while at < len(text):
+            step = sizes[turn % len(sizes)]
+            parts += cutter.feed(text[at : at + step])
+            at, turn = at + step, turn + 1
+        parts += cutter.finish()
+        assert (parts or [""]) == whole
+        assert cutter.forced == forced
+    finally:
+        cutting.PART, cutting._FARTHEST = before
+
+
+def test_cuts_are_at_edges_where_there_are_any(small_parts):
+    text = sentences(200, 5)
+    parts, forced = cut(text)
+    assert forced == 0 and len(parts) > 50
+    for left, right in zip(parts, parts[1:]):
+        newline = left.endswith("\n") and not left[-2].isspace() and not right[0].isspace()
+        space = right[0] == " " and right[1].isalpha() and not left[-1].isspace()
+        assert newline or space
+
+
+def test_a_text_without_edges_is_cut_by_force_and_says_so(small_parts):
+    parts, forced = cut("x" * 1000)
+    assert "".join(parts) == "x" * 1000
+    assert forced == len(parts) - 1 > 0
+
+
+def whole_and_parts(path, text):
+    tokenizer = load_tokenizer(path)
+    parts, forced = cut(text)
+    assert forced == 0 and len(parts) > 3
+    ids, _ = Engine(tokenizer).encode(parts, range(1, len(parts)))
+    return tokenizer.encode(text), ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_model"])
+def test_ids_of_the_parts_are_those_of_the_whole(kind, request, small_parts):
+    expected, found = whole_and_parts(request.getfixturevalue(kind), sentences(400, 9))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm/tokenizer.json", "gpt2/tokenizer.json", "neox/tokenizer.json", "llama2/tokenizer.model"]
+)
+def test_real_tokenizers_on_real_and_made_text(shared_data, name, monkeypatch):
+    monkeypatch.setattr(cutting, "PART", 500)
+    monkeypatch.setattr(cutting, "_FARTHEST", 2000)
+    wiki = (shared_data / "eval" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")[:150_000]
+    expected, found = whole_and_parts(shared_data / "tokenizers" / name, wiki)
+    assert found == expected
+    source = random.Random(4)
+    made = "".join(
+        source.choice(["word", " ", " ", "\n", "\n\n", "  ", "12", "don't", ".", "é", "x y\nz"]) for _ in range(30_000)
+    )
+    expected, found = whole_and_parts(shared_data / "tokenizers" / name, made)
+    assert found == expected

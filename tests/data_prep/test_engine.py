@@ -1,0 +1,179 @@
+"""The accelerator gives the reference's ids, or is not used."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import engine as engine_module
+from data_prep.engine import FASTOKENS, FASTOKENS_DIGITS, REFERENCE, Engine, choose_engine, count_differences
+from data_prep.nasty import nasty_texts
+from data_prep.tokenizers import load_tokenizer
+from tests.data_prep.writing import sentences
+
+fastokens = pytest.importorskip("fastokens")
+
+
+def expected_ids(path, texts):
+    """Ids by the tokenizers library alone, text after text; control tokens in a text stay text."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def lists(flat):
+    ids, starts = flat
+    return [ids[a:b].tolist() for a, b in zip(starts[:-1], starts[1:])]
+
+
+@pytest.fixture(scope="module")
+def digits_bpe(byte_bpe, tmp_path_factory):
+    """The small tokenizer with SmolLM's pre-tokenizer in front."""
+    content = json.loads(byte_bpe.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {**content["pre_tokenizer"], "use_regex": True},
+        ],
+    }
+    path = tmp_path_factory.mktemp("digits") / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_fastest_exact_engine_is_chosen(byte_bpe, digits_bpe, sentencepiece_model):
+    sample = [sentences(30, 4)]
+    assert choose_engine(load_tokenizer(byte_bpe), sample)[1]["name"] == FASTOKENS
+    chosen, report = choose_engine(load_tokenizer(digits_bpe), sample)
+    assert (chosen.name, report["name"], report["refused"]) == (FASTOKENS_DIGITS, FASTOKENS_DIGITS, {})
+    assert report["versions"]["fastokens"] == "0.3.5" or report["versions"]["fastokens"] > "0.3"
+    assert choose_engine(load_tokenizer(sentencepiece_model), sample)[1]["name"] == REFERENCE
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "digits_bpe"])
+def test_every_engine_gives_the_librarys_ids_on_nasty_texts(kind, request):
+    path = request.getfixturevalue(kind)
+    texts = list(nasty_texts())
+    wanted = expected_ids(path, texts)
+    for name in (REFERENCE, FASTOKENS) + ((FASTOKENS_DIGITS,) if kind == "digits_bpe" else ()):
+        found = lists(Engine(load_tokenizer(path), name).encode(texts))
+        assert [n for n, (a, b) in enumerate(zip(found, wanted)) if a != b] == [], name
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(max_size=80), min_size=1, max_size=8))
+def test_any_text_gets_the_librarys_ids(digits_bpe, texts):
+    engine = _engine(digits_bpe)
+    texts = [text for text in texts if not any(0xD800 <= ord(c) <= 0xDFFF for c in text)] or ["x"]
+    assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
+
+
+_ENGINES: dict[str, Engine] = {}
+
+
+def _engine(path):
+    if str(path) not in _ENGINES:
+        _ENGINES[str(path)] = Engine(load_tokenizer(path), FASTOKENS_DIGITS)
+    return _ENGINES[str(path)]
+
+
+def test_text_never_becomes_a_control_token(byte_bpe):
+    tokenizer = load_tokenizer(byte_bpe)
+    engine, report = choose_engine(tokenizer, ["x <|endoftext|> y"])
+    assert report["name"] == FASTOKENS
+    ids, _ = engine.encode(["a <|endoftext|> b<|pad|>"])
+    assert tokenizer.eod_id not in ids.tolist()
+    assert tokenizer.decode(ids.tolist()) == "a <|endoftext|> b<|pad|>"
+
+
+class Failing:
+    """An accelerator that fails on some texts, as a library does: alone or in a batch."""
+
+    def __init__(self, fast, bad):
+        self.fast, self.bad = fast, bad
+
+    def encode_batch_flat(self, texts, **options):
+        if any(self.bad in text for text in texts):
+            raise ValueError("match limit")
+        return self.fast.encode_batch_flat(texts, **options)
+
+
+def test_a_text_the_accelerator_fails_on_goes_to_the_next_engine_alone(digits_bpe):
+    texts = [sentences(2, n) + ("bad" if n in (3, 17, 18) else "") for n in range(40)]
+    engine = Engine(load_tokenizer(digits_bpe), FASTOKENS_DIGITS)
+    engine._fast[0] = Failing(engine._fast[0], "bad")
+    assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
+    assert engine.fallbacks == 3
+    engine._fast[1] = Failing(engine._fast[1], "bad")
+    assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
+
+
+def test_disputed_white_space_is_left_to_the_exact_engine(digits_bpe):
+    texts = ["a \u180e\u180e1", "x", "\u180e", "1 \u180e 2"]
+    engine = Engine(load_tokenizer(digits_bpe), FASTOKENS_DIGITS)
+    assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
+    assert engine.fallbacks == 3
+
+
+def test_an_engine_with_one_other_id_is_refused_and_said_so(byte_bpe, monkeypatch):
+    class Wrong:
+        def __init__(self, fast):
+            self.fast = fast
+
+        def encode_batch_flat(self, texts, **options):
+            ids, starts = self.fast.encode_batch_flat(texts, **options)
+            changed = np.frombuffer(ids, np.uint32).copy()
+            changed[-1:] += 1
+            return changed.tobytes(), starts
+
+    load = engine_module._load_fastokens
+    monkeypatch.setattr(engine_module, "_load_fastokens", lambda *a: Wrong(load(*a)))
+    chosen, report = choose_engine(load_tokenizer(byte_bpe), ["some text"])
+    assert chosen.name == report["name"] == REFERENCE
+    assert "1 of" in report["refused"][FASTOKENS]
+
+
+def test_differences_are_counted_text_by_text():
+    starts = np.array([0, 2, 2, 4])
+    one, other = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])
+    assert count_differences((one, starts), (one, starts)) == 0
+    assert count_differences((one, starts), (other, starts)) == 1
+
+
+def test_long_white_space_that_the_accelerator_refuses_still_gets_ids(byte_bpe):
+    text = "a" + " " * 1_000_000 + "b"
+    engine = Engine(load_tokenizer(byte_bpe), FASTOKENS)
+    assert lists(engine.encode([text])) == expected_ids(byte_bpe, [text])
+
+
+@pytest.mark.parametrize("name", ["smollm", "gpt2", "neox"])
+def test_real_tokenizers_agree_on_nasty_and_real_text(shared_data, name):
+    path = shared_data / "tokenizers" / name / "tokenizer.json"
+    wiki = (shared_data / "eval" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")[:300_000]
+    chosen, report = choose_engine(load_tokenizer(path), wiki.split("\n \n"))
+    assert report["refused"] == {}
+    assert chosen.name == (FASTOKENS_DIGITS if name == "smollm" else FASTOKENS)
+    texts = [wiki[at : at + 3000] for at in range(0, 60_000, 3000)]
+    assert lists(chosen.encode(texts)) == expected_ids(path, texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm", "gpt2"])
+def test_every_character_of_unicode_in_many_neighbourhoods(shared_data, name):
+    path = shared_data / "tokenizers" / name / "tokenizer.json"
+    engine = Engine(load_tokenizer(path), FASTOKENS_DIGITS if name == "smollm" else FASTOKENS)
+    reference = Engine(load_tokenizer(path))
+    for start in range(0, 0x110000, 4096):
+        texts = [
+            f"{c}a {c} b{c}1 {c}{c} 1{c}2  {c}\n{c}'s {c}  7 {c}"
+            for c in map(chr, range(start, start + 4096))
+            if not 0xD800 <= ord(c) <= 0xDFFF
+        ]
+        if texts:
+            assert count_differences(engine.encode(texts), reference.encode(texts)) == 0, hex(start)

@@ -1,0 +1,283 @@
+"""What every kind of source yields, what is rejected, and how files become groups."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.errors import DataError
+from data_prep.sources import (
+    Document,
+    Filtered,
+    LargeDocument,
+    ReadOptions,
+    Reject,
+    find_sources,
+    plan_groups,
+    reader_for,
+    with_standard_input,
+)
+from data_prep.sources import text as text_module
+from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
+
+
+def items(path, tmp_path, options=None, piece_bytes=0):
+    """All items of one source, piece after piece, by one reader per group."""
+    options = options or ReadOptions()
+    found, _ = find_sources([str(path)], options)
+    result = []
+    for group in plan_groups(found, options, piece_bytes):
+        reader = reader_for(group, options, tmp_path)
+        piece = 0
+        while group.pieces is None or piece < group.pieces:
+            result += list(reader.items(piece))
+            piece += 1
+            if reader.end_seen and group.pieces is None:
+                break
+        reader.close()
+    return result
+
+
+def texts(found):
+    return [item.text for item in found if isinstance(item, Document)]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("piece_bytes", [0, 700])
+def test_json_lines_of_every_compression(tmp_path, suffix, piece_bytes):
+    wanted = documents(40)
+    path = write_jsonl(tmp_path / f"a.jsonl{suffix}", wanted)
+    assert texts(items(path, tmp_path, piece_bytes=piece_bytes)) == wanted
+
+
+def test_a_last_line_without_a_newline_counts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["one", "two"]).rstrip(b"\n"))
+    assert texts(items(path, tmp_path)) == ["one", "two"]
+
+
+BAD_LINES = {
+    "invalid_json": b'{"text": "cut of',
+    "invalid_utf8": b'{"text": "\xff\xfe"}',
+    "missing_field": b'{"body": "x"}',
+    "wrong_type": b'{"text": ["x"]}',
+    "empty_document": b'{"text": " \\n\\t "}',
+    "nul_byte": b'{"text": "a\\u0000b"}',
+}
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_a_bad_line_is_rejected_with_its_number(tmp_path, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["one", "two"]) + BAD_LINES[reason] + b"\n" + jsonl(["three"]))
+    found = items(path, tmp_path)
+    assert texts(found) == ["one", "two", "three"]
+    (reject,) = [item for item in found if isinstance(item, Reject)]
+    assert (reject.reason, reject.line) == (reason, 3)
+
+
+def test_other_json_values_and_null_texts_are_rejected(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'[1]\n"x"\n{"text": null}\n\n{"text": "good"}\n')
+    found = items(path, tmp_path)
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_json"] * 2 + ["missing_field"]
+    assert [item for item in found if isinstance(item, Filtered)] == [Filtered("blank_line")]
+    assert texts(found) == ["good"]
+
+
+def test_pile_subsets_and_languages_are_chosen_by_field(tmp_path):
+    lines = [
+        {"text": "mail", "meta": {"pile_set_name": "Enron Emails"}, "lang": "en"},
+        {"text": "law", "meta": {"pile_set_name": "FreeLaw"}, "lang": "en"},
+        {"text": "recht", "meta": {"pile_set_name": "FreeLaw"}, "lang": "de"},
+        {"text": "nowhere", "meta": {}, "lang": "en"},
+    ]
+    path = tmp_path / "00.jsonl.zst"
+    path.write_bytes(compressed("\n".join(map(json.dumps, lines)).encode(), ".zst"))
+    options = ReadOptions(
+        subset_field="meta.pile_set_name", subsets=("FreeLaw",), language_field="lang", languages=("en",)
+    )
+    found = items(path, tmp_path, options)
+    assert [(item.text, item.subset) for item in found if isinstance(item, Document)] == [("law", "FreeLaw")]
+    assert [item.reason for item in found if isinstance(item, Filtered)] == ["subset", "language"]
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["missing_field"]
+
+
+def parquet(path, rows, row_group_size=7):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.mark.parametrize("piece_bytes", [0, 2000])
+def test_parquet_rows(tmp_path, piece_bytes):
+    wanted = documents(40)
+    rows = [{"text": text, "score": 0.5, "nested": {"lang": "en"}} for text in wanted]
+    rows[3]["text"] = None
+    rows[4]["nested"]["lang"] = "de"
+    path = parquet(tmp_path / "a.parquet", rows)
+    options = ReadOptions(language_field="nested.lang", languages=("en",))
+    found = items(path, tmp_path, options, piece_bytes)
+    assert texts(found) == wanted[:3] + wanted[5:]
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["missing_field"]
+
+
+def test_parquet_without_the_column_says_which_columns_there_are(tmp_path):
+    path = parquet(tmp_path / "a.parquet", [{"content": "x", "id": 1}])
+    with pytest.raises(DataError, match="no column 'text'; it has content, id"):
+        items(path, tmp_path)
+
+
+def test_a_damaged_parquet_file_is_a_reject_among_others(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    parquet(folder / "a.parquet", [{"text": "good"}])
+    (folder / "b.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-20])
+    found = items(folder, tmp_path)
+    assert texts(found) == ["good"]
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["unreadable_file"]
+
+
+def test_text_files_are_one_document_each(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("first\n\ndocument\n")
+    (folder / "sub" / "b.md").write_text("second")
+    (folder / "sub" / "c.txt").write_bytes(b"\xff")
+    (folder / "d.txt.gz").write_bytes(compressed(b"third", ".gz"))
+    (folder / "ignored.png").write_bytes(b"x")
+    found = items(folder, tmp_path)
+    assert sorted(texts(found)) == ["first\n\ndocument\n", "second", "third"]
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_utf8"]
+    assert find_sources([str(folder)], ReadOptions())[1] == [str(folder / "ignored.png")]
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "<|end|>", "\n---\n"])
+@pytest.mark.parametrize("piece_bytes", [0, 900])
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_text_is_split_on_a_separator(tmp_path, separator, piece_bytes, suffix):
+    wanted = [text.replace("\n", " ") for text in documents(30)]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compressed((separator.join(wanted) + separator + separator).encode(), suffix))
+    found = items(path, tmp_path, ReadOptions(separator=separator), piece_bytes)
+    assert texts(found) == wanted
+    assert all(item == Filtered("blank_line") for item in found if not isinstance(item, Document))
+
+
+def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "LARGE", 1000)
+    wanted = "\n".join(documents(50))
+    for suffix in ("", ".xz"):
+        path = tmp_path / f"big.txt{suffix}"
+        path.write_bytes(compressed(wanted.encode(), suffix))
+        (found,) = items(path, tmp_path)
+        assert isinstance(found, LargeDocument)
+        assert found.path.read_bytes()[found.start : found.end].decode() == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"a\xffb", "invalid_utf8"), (b"a\x00b", "nul_byte"), (b"   ", "empty_document")]
+)
+def test_a_large_text_is_checked_like_a_small_one(tmp_path, monkeypatch, data, reason):
+    monkeypatch.setattr(text_module, "LARGE", 0)
+    path = tmp_path / "big.txt"
+    path.write_bytes(data)
+    (found,) = items(path, tmp_path)
+    assert isinstance(found, Reject) and found.reason == reason
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.txt"]
+
+
+WIKI = " \n = First = \n \n text one \n \n = = Part = = \n \n more \n \n = Second = \n \n text two \n"
+
+
+def test_wikitext_pages_are_documents(tmp_path):
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(WIKI)
+    first, second = texts(items(path, tmp_path))
+    assert first.lstrip().startswith("= First =") and "= = Part = =" in first and "more" in first
+    assert second.startswith(" = Second = ") and second.endswith("text two \n")
+    assert first + second == WIKI
+
+
+def test_the_real_wikitext_test_set_has_its_articles(shared_data, tmp_path):
+    path = shared_data / "eval" / "wikitext" / "wiki.test.raw"
+    found = texts(items(path, tmp_path))
+    assert "".join(found) == path.read_text(encoding="utf-8")
+    # Headings in the set's own spelling, counted line by line.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    headings = [line for line in lines if line.startswith(" = ") and not line.startswith(" = = ")]
+    headings = [line for line in headings if line.rstrip().endswith(" =") and not line.rstrip().endswith("= =")]
+    assert len(found) == len(headings) and len(found) >= 60
+
+
+def test_standard_input_becomes_a_file_that_can_be_shared(tmp_path, monkeypatch):
+    wanted = documents(5)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jsonl(wanted))))
+    found, _ = find_sources(["-"], ReadOptions())
+    (source,) = with_standard_input(found, tmp_path)
+    assert texts(items(source.files[0], tmp_path)) == wanted
+
+
+def test_many_small_files_are_one_group_and_large_ones_are_cut(tmp_path):
+    folder = tmp_path / "folder"
+    for number in range(30):
+        write_jsonl(folder / f"{number:02d}.jsonl", documents(2, number))
+    big = write_jsonl(folder / "99.jsonl", documents(300))
+    zst = write_jsonl(folder / "98.jsonl.zst", documents(3000))
+    found, _ = find_sources([str(folder)], ReadOptions())
+    groups = plan_groups(found, ReadOptions(), 10_000)
+    assert [path for group in groups for path in group.files] == sorted(str(p) for p in folder.iterdir())
+    assert [group.number for group in groups] == list(range(len(groups)))
+    assert all(sum(os.path.getsize(f) for f in g.files) <= 10_000 for g in groups if len(g.files) > 1)
+    assert max(len(group.files) for group in groups) > 5
+    by_file = {group.files[0]: group for group in groups if len(group.files) == 1}
+    assert by_file[str(big)].pieces == -(-big.stat().st_size // 10_000)
+    assert by_file[str(zst)].pieces is None
+
+
+def test_names_of_sources(tmp_path):
+    one, two = write_jsonl(tmp_path / "a" / "one.jsonl.zst", ["x"]), write_jsonl(tmp_path / "a" / "two.json.gz", ["y"])
+    names = lambda *specs: [s.name for s in find_sources(list(map(str, specs)), ReadOptions())[0]]  # noqa: E731
+    assert names(one, two) == ["one", "two"]
+    assert names(f"news={one}", f"law={two}", "python-docs") == ["news", "law", "python-docs"]
+    assert names(tmp_path / "a") == ["a"]
+    assert names(tmp_path / "a" / "*.jsonl.zst") == ["a"]
+    assert names(f"both={one}", f"both={two}") == ["both"]
+    assert names("hub:allenai/c4:en", "pile") == ["allenai/c4", "pile"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["nowhere.jsonl"], "no file, folder or source 'nowhere.jsonl'"),
+        (["{one}", "{one}"], "given twice"),
+        (["a={one}", "a=python-docs"], "two sources are named 'a'"),
+        (["{folder}/odd.bin"], "does not say what the file holds"),
+        (["{folder}/empty"], "holds no file of a known kind"),
+    ],
+)
+def test_sources_that_cannot_be_right(tmp_path, sources, message):
+    one = write_jsonl(tmp_path / "one.jsonl", ["x"])
+    (tmp_path / "odd.bin").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        find_sources([s.format(one=one, folder=tmp_path) for s in sources], ReadOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"subsets": ("x",)}, "without a field"),
+        ({"languages": ("en",)}, "needs both"),
+        ({"minimum_bytes": 5, "maximum_bytes": 4}, "below the minimum"),
+        ({"text_field": ""}, "must name a field"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(DataError, match=message):
+        ReadOptions(**options)

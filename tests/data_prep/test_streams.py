@@ -1,0 +1,141 @@
+"""Compressed and plain bytes: whole, damaged, cut off, in several frames."""
+
+from __future__ import annotations
+
+import gzip
+import random
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.sources import SourceError
+from data_prep.sources import streams as streams_module
+from data_prep.sources.streams import ByteStream
+from tests.data_prep.writing import compressed
+
+KINDS = ("", ".gz", ".zst", ".xz", ".bz2")
+DATA = bytes(random.Random(3).choices(b"abcdefgh \n", k=300_000))
+
+
+def read_all(path, sizes=(1 << 16,)):
+    """Everything that can be read, and the reason why it ends, if it is not the end."""
+    stream, parts = ByteStream(path), []
+    turn = 0
+    try:
+        while part := stream.read(sizes[turn % len(sizes)]):
+            parts.append(part)
+            turn += 1
+    except SourceError as error:
+        return b"".join(parts), error.reason
+    finally:
+        stream.close()
+    return b"".join(parts), ""
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_every_kind_gives_the_bytes(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(compressed(DATA, suffix))
+    assert read_all(path) == (DATA, "")
+    assert read_all(path, (1, 7, 100_000)) == (DATA, "")
+
+
+@pytest.mark.parametrize("suffix", KINDS[1:])
+def test_frames_one_after_another_are_all_read(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(compressed(DATA, suffix) + compressed(b"", suffix) + compressed(b"end", suffix))
+    assert read_all(path) == (DATA + b"end", "")
+
+
+@pytest.mark.parametrize("suffix", KINDS[1:])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_file_cut_off_is_never_a_regular_end(tmp_path, suffix, share):
+    path = tmp_path / f"x{suffix}"
+    whole = compressed(DATA, suffix)
+    path.write_bytes(whole[: int(len(whole) * share)])
+    data, reason = read_all(path)
+    assert reason == "broken_compression"
+    assert DATA.startswith(data)
+
+
+@pytest.mark.parametrize("suffix", KINDS[1:])
+def test_what_lies_in_front_of_damage_is_the_same_however_it_is_read(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    whole = bytearray(compressed(DATA, suffix))
+    middle = len(whole) // 2
+    whole[middle : middle + 64] = bytes(64)
+    path.write_bytes(whole)
+    found = read_all(path)
+    assert found[1] == "broken_compression"
+    assert read_all(path, (1 << 20,)) == read_all(path, (999,)) == found
+
+
+def test_the_error_stays(tmp_path):
+    path = tmp_path / "x.zst"
+    path.write_bytes(compressed(DATA, ".zst")[:100])
+    stream = ByteStream(path)
+    for _ in range(2):
+        with pytest.raises(SourceError, match="broken after"):
+            while stream.read():
+                pass
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(SourceError, match="cannot be opened") as caught:
+        ByteStream(tmp_path / "none.jsonl")
+    assert caught.value.reason == "unreadable_file"
+
+
+def test_seek_reaches_every_kind(tmp_path):
+    for suffix in KINDS:
+        path = tmp_path / f"y{suffix}"
+        path.write_bytes(compressed(DATA, suffix))
+        stream = ByteStream(path)
+        stream.read(10)
+        stream.seek(123_456)
+        assert stream.read(20) == DATA[123_456:123_476]
+
+
+def test_a_tiny_file_of_an_enormous_text_stays_small_in_memory(tmp_path, monkeypatch):
+    path = tmp_path / "zeros.zst"
+    size = 300 << 20
+    with path.open("wb") as target, zstandard.ZstdCompressor().stream_writer(target) as writer:
+        for _ in range(size >> 20):
+            writer.write(bytes(1 << 20))
+    stream = ByteStream(path)
+    largest, total = 0, 0
+    while part := stream.read(1 << 20):
+        total += len(part)
+        largest = max(largest, len(stream._pending))
+    assert total == size
+    assert largest < 140 << 20
+
+
+def test_zeros_behind_gzip_are_padding_and_other_bytes_are_damage(tmp_path):
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(b"hello") + bytes(512))
+    assert read_all(path) == (b"hello", "")
+    path.write_bytes(gzip.compress(b"hello") + b"garbage")
+    assert read_all(path) == (b"hello", "broken_compression")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_mutated_files_end_in_data_or_a_counted_reason(tmp_path_factory, data):
+    suffix = data.draw(st.sampled_from(KINDS[1:]))
+    text = data.draw(st.binary(max_size=2000))
+    raw = bytearray(compressed(text, suffix))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("mutated") / f"x{suffix}"
+    path.write_bytes(raw)
+    found, reason = read_all(path)
+    assert reason in ("", "broken_compression")
+    assert read_all(path, (13,)) == (found, reason)
+
+
+def test_the_step_is_small_after_a_burst():
+    assert streams_module._STEP[".zst"] * 32_768 <= 128 << 20
