@@ -82,7 +82,10 @@ class PackedDataset:
         return np.stack(rows) if rows else np.empty((0, length + 1), self.dataset.dtype)
 
     def is_padding(self, tokens: npt.ArrayLike) -> np.ndarray:
-        """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT behind END_OF_DOCUMENT, as no document is empty."""
+        """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT behind END_OF_DOCUMENT, as no document is empty.
+
+        It also holds for an END_OF_DOCUMENT that is all that is left of a cut document and has nothing to predict it from.
+        """
         ends = np.asarray(tokens) == self.dataset.eod_id
         padding = np.zeros(ends.shape, bool)
         np.logical_and(ends[..., 1:], ends[..., :-1], out=padding[..., 1:])

@@ -15,6 +15,7 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.manifest import Shard as ShardEntry
+from data_prep.packing import read_packing
 from data_prep.shards import Shard
 
 _PIECE = 1 << 22  # ids or index entries looked at in one go
@@ -56,7 +57,7 @@ def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], 
             progress(entry.name, entry.tokens)
         return problems
 
-    problems = list(_tokenizer_problems(folder, manifest))
+    problems = [*_tokenizer_problems(folder, manifest), *_count_problems(folder, manifest)]
     names = [entry.name for entry in entries]
     problems += [
         f"{folder}: the manifest lists shard {name} twice." for name in {n for n in names if names.count(n) > 1}
@@ -89,6 +90,19 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder / info.file} has {what} {found}, the manifest says {expected}."
 
 
+def _count_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Sources whose counts are not the sums over their shards."""
+    entries = [entry for split in manifest.splits.values() for entry in split.shards]
+    for source in manifest.sources:
+        for what in ("documents", "tokens", "text_bytes"):
+            total = sum(getattr(entry, what) for entry in entries if entry.source == source["name"])
+            if source[what] != total:
+                yield (
+                    f"{folder}: the manifest counts {source[what]} {what} of source {source['name']}, "
+                    f"its shards have {total}."
+                )
+
+
 def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
     try:
         shard = open_shard(folder, entry, manifest.dtype)
@@ -103,6 +117,8 @@ def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iter
     yield from _id_problems(shard, manifest)
     if not index_problems:
         yield from _document_problems(shard, manifest.tokenizer.eod_id)
+    if manifest.settings.get("packing") == "best-fit":
+        yield from _packing_problems(shard, int(manifest.settings["sequence_length"]))
 
 
 def index_problems_of(shard: Shard) -> Iterator[str]:
@@ -173,3 +189,20 @@ def _document_problems(shard: Shard, eod_id: int) -> Iterator[str]:
                 f"the first is document {number}."
             )
             return
+
+
+def _packing_problems(shard: Shard, length: int) -> Iterator[str]:
+    """Packings that do not hold every token of the shard exactly once, in sequences that have room for them."""
+    try:
+        packing = read_packing(shard.prefix, length)
+    except DataError as error:
+        yield str(error)
+        return
+    starts, sizes = packing.pieces[:, 0], packing.pieces[:, 1]
+    order = np.argsort(starts, kind="stable")
+    expected = np.cumsum(sizes[order]) - sizes[order]
+    if (starts[order] != expected).any() or int(sizes.sum()) != shard.num_tokens or (sizes < 1).any():
+        yield f"{shard.prefix}: the packing for length {length} does not hold every token once; pack it again."
+    filled = np.diff(np.append(0, np.cumsum(sizes))[packing.sequences])
+    if (np.diff(packing.sequences) < 1).any() or (filled > packing.capacity).any():
+        yield f"{shard.prefix}: the packing for length {length} overfills a sequence; pack it again."

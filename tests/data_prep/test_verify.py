@@ -13,6 +13,7 @@ import pytest
 
 from data_prep import verify as module
 from data_prep.errors import DataError
+from data_prep.packing import sidecar, write_packing
 from data_prep.verify import verify_dataset
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 
@@ -144,3 +145,36 @@ def test_a_shard_listed_twice_is_found(folder: Path) -> None:
 def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a finished data set"):
         verify_dataset(tmp_path)
+
+
+def change_manifest(folder: Path, **parts: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+
+
+def test_wrong_counts_of_a_source_are_found(folder: Path) -> None:
+    tokens = verify_dataset(folder).tokens
+    source = {"name": "web", "documents": 38, "tokens": tokens, "text_bytes": 4 * tokens}
+    change_manifest(folder, sources=[source])
+    assert verify_dataset(folder).ok
+    change_manifest(folder, sources=[{**source, "documents": 40}])
+    (problem,) = verify_dataset(folder).problems
+    assert "counts 40 documents of source web, its shards have 38" in problem
+
+
+def test_damaged_packings_are_found(folder: Path) -> None:
+    change_manifest(folder, settings={"packing": "best-fit", "sequence_length": 16})
+    assert sum("has no packing for length 16" in problem for problem in verify_dataset(folder).problems) == 3
+    for name in ("train-00000", "train-00001", "test-00000"):
+        write_packing(folder / name, 16)
+    assert verify_dataset(folder).problems == []
+    path = sidecar(folder / "train-00000", 16, "pieces")
+    pieces = np.load(path)
+    np.save(path, pieces + np.eye(*pieces.shape, dtype=np.int64))
+    assert any("does not hold every token once" in problem for problem in verify_dataset(folder).problems)
+    np.save(path, pieces)
+    path = sidecar(folder / "train-00000", 16, "sequences")
+    sequences = np.load(path)
+    np.save(path, np.concatenate([sequences[:3], sequences[4:]]))
+    (problem,) = verify_dataset(folder).problems
+    assert "overfills a sequence" in problem
