@@ -1,4 +1,4 @@
-"""Our numbers against those of the harness's own Hugging Face model, on the same weights and tokenizer."""
+"""Our numbers against those of the harness's own Hugging Face model, on exported weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_prep.tokenizers import load_tokenizer
-from mor_model.config import ModelConfig
-from mor_model.hub.llama import llama_config, to_llama
+from mor_model.config import ExpertChoiceConfig, ModelConfig
+from mor_model.hub.export import export_hf
 from mor_model.model import RecursiveTransformer
 from pretrain.evaluation.harness import TaskPlan, plan_tasks, run_tasks
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.suites import benchmarks
 
-CONFIG = ModelConfig(
-    vocab_size=600,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=64,
-    context_length=160,
-    init_std=0.3,
-)
+SHAPE = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 64,
+    "context_length": 160,
+    "init_std": 0.3,
+}
+CONFIGS = {
+    "vanilla": ModelConfig(**SHAPE, num_layers=2),
+    "mor": ModelConfig(
+        **SHAPE, num_layers=5, sharing="middle_cycle", recursions=3, router=ExpertChoiceConfig(alpha=1.0)
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,26 +53,18 @@ def tokenizer_file(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def both(tokenizer_file):
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def both(request, tokenizer_file, tmp_path_factory):
     from lm_eval.models.huggingface import HFLM
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    network = RecursiveTransformer(CONFIG).eval()
+    network = RecursiveTransformer(CONFIGS[request.param]).eval()
     network.initialize(3)
-    llama = LlamaForCausalLM(LlamaConfig(**llama_config(CONFIG)))
-    state = {name: tensor.clone() for name, tensor in to_llama(dict(network.state_dict()), CONFIG).items()}
-    missing, unexpected = llama.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    llama.tie_weights()
-    theirs_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>")
+    exported = export_hf(network, tokenizer_file.parent, tmp_path_factory.mktemp("hub") / request.param)
     theirs = HFLM(
-        pretrained=llama.eval().to(torch.float32),
-        tokenizer=theirs_tokenizer,
-        device="cpu",
-        batch_size=4,
-        max_length=160,
+        pretrained=str(exported), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4, max_length=160
     )
+    # run_tasks asks its model for what the harness's interface has, and for token counts.
+    theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
     tokenizer = load_tokenizer(tokenizer_file)
     return HarnessModel(Scorer(network, tokenizer.eod_id), tokenizer), theirs
 
@@ -79,8 +75,6 @@ def test_every_figure_agrees(both, shared_data, suite):
     row = benchmarks()[suite]
     plan = plan_tasks(row, shared_data / "eval", hub=False, limit=3)
     assert not plan.skipped
-    # run_tasks asks its model only for what the harness's interface has, and for token counts.
-    theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
     found = run_tasks(ours, plan, limit=3)
     expected = run_tasks(theirs, plan, limit=3)
     for name in expected:
