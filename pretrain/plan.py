@@ -14,8 +14,9 @@ from typing import Any
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_sequence
 from pretrain.errors import RecipeError
-from pretrain.recipe import Amount, Recipe
+from pretrain.recipe import Recipe
 from pretrain.schedule import BatchSize, Capacities, LearningRate
+from pretrain.sections import Amount
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Branch:
 
     @property
     def name(self) -> str:
-        return f"{self.amount:g}"
+        """Names a folder and a recipe, which a plus sign may not stand in: 6e18."""
+        return f"{self.amount:g}".replace("e+", "e")
 
 
 @dataclass(frozen=True)
