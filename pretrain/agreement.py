@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 
-from pretrain.errors import LaunchError
+from pretrain.errors import LaunchError, RunError
+
+_Answer = TypeVar("_Answer")
 
 
 def require_agreement(mine: dict[str, str]) -> None:
@@ -18,6 +23,24 @@ def require_agreement(mine: dict[str, str]) -> None:
     problem = find_disagreement(everyone)
     if problem is not None:
         raise LaunchError(problem)
+
+
+def on_first_rank(action: Callable[[], _Answer]) -> _Answer:
+    """Do something on rank 0 alone and tell every rank what came of it. Collective.
+
+    Raises:
+        RunError: on every rank alike, when the action meets an error that a person must mend or the file system fails.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action(), None]
+        except (RunError, OSError) as error:
+            outcome = [None, str(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise RunError(outcome[1])
+    return outcome[0]
 
 
 def find_disagreement(everyone: list[dict[str, str]]) -> str | None:

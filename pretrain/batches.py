@@ -85,6 +85,17 @@ def take_samples(position: int, count: int, skipped: SkipRanges) -> tuple[tuple[
     return tuple(numbers), position
 
 
+def merge_ranges(*groups: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Ascending, disjoint ranges [first, last] that cover what any of the groups covers."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(range_ for group in groups for range_ in group):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
+
+
 def rank_share(count: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
     """Places within a global batch of `count` that `rank` trains on, one range per micro-batch.
 

@@ -15,6 +15,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from typing import Any
 import torch.distributed as dist
 
 from data_prep.files import sha256_file, sync_folder, write_json, write_text
+from pretrain.agreement import on_first_rank
+from pretrain.environment import clean_environment
 from pretrain.errors import RunError
-from pretrain.recipe import Checkpointing
+from pretrain.sections import Checkpointing
 
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "checkpoint.json"
@@ -70,6 +74,61 @@ class TrainState:
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A sound checkpoint to go on from.
+
+    Attributes:
+        folder: where its files are; state: the `TrainState` as plain values; universal: whether DeepSpeed must read it
+            as a universal checkpoint; warnings: what was passed over on the way to it.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    universal: bool
+    warnings: tuple[str, ...]
+
+
+def select_checkpoint(folder: Path, describe: dict[str, Any], *, convert: bool) -> Selected | None:
+    """The newest sound checkpoint in RUN/checkpoints; None when there is none. Collective; rank 0 does the reading.
+
+    Args:
+        describe: what it must have been written with: world_size, zero_stage, precision, optimizer.
+        convert: where the world size alone differs, convert the checkpoint to a universal one beside it.
+
+    Raises:
+        RunError: on all ranks, when checkpoints are there but none is sound, or the newest is of another shape.
+    """
+
+    def select() -> Selected | None:
+        warnings: list[str] = []
+        found = sorted(list_checkpoints(folder), reverse=True)
+        for _, name in found:
+            problem = find_damage(folder / name)
+            if problem is not None:
+                warnings.append(f"Checkpoint {folder / name} is damaged ({problem}); trying the one before it.")
+                continue
+            manifest = read_manifest(folder / name)
+            wrong = [key for key, now in describe.items() if manifest.get(key) != now]
+            if wrong == ["world_size"] and convert:
+                return Selected(_to_universal(folder / name), manifest["state"], True, tuple(warnings))
+            if wrong:
+                key, then = wrong[-1], manifest.get(wrong[-1])
+                raise RunError(
+                    f"{folder / name}: written with {key} {then}, but this start has {describe[key]}; "
+                    f"{_shape_advice(key, then)}"
+                )
+            return Selected(folder / name, manifest["state"], False, tuple(warnings))
+        if found:
+            raise RunError(
+                f"{folder}: all {len(found)} checkpoints are damaged; restore one from a copy, "
+                "or remove the folder to start over."
+            )
+        return None
+
+    return on_first_rank(select)
 
 
 class CheckpointStore:
@@ -148,34 +207,15 @@ class CheckpointStore:
         dist.broadcast_object_list(problem, src=0)
         return problem[0]
 
-    def resume(self, warn: Any) -> TrainState | None:
-        """Load the newest sound checkpoint into the engine; None when there is none.
+    def newest(self) -> Selected | None:
+        """The newest sound checkpoint of this very run."""
+        return select_checkpoint(self.folder, self._describe, convert=False)
 
-        Args:
-            warn: called on rank 0 with a sentence about every damaged checkpoint that was passed over.
-
-        Raises:
-            RunError: when checkpoints are there but none can be used, or the run's shape (world size, ZeRO stage, ...)
-                has changed.
-        """
-        chosen: list[Any] = [None]
-        if self._rank == 0:
-            try:
-                chosen = [("found", self._newest_sound(warn))]
-            except RunError as error:
-                chosen = [("error", str(error))]
-        dist.broadcast_object_list(chosen, src=0)
-        kind, value = chosen[0]
-        if kind == "error":
-            raise RunError(value)
-        return None if value is None else self.load(value)
-
-    def load(self, name: str) -> TrainState:
-        """Load one checkpoint of this run, known to be sound, into the engine."""
-        manifest = read_manifest(self.folder / name)
-        self._require_same_shape(name, manifest)
-        self._engine.load_checkpoint(str(self.folder), tag=name)
-        return TrainState.from_dict(manifest["state"])
+    def load(self, selected: Selected) -> TrainState:
+        """Load a selected checkpoint into the engine and return where the run stood."""
+        folder = selected.folder
+        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        return TrainState.from_dict(selected.state)
 
     def close(self) -> None:
         """End the writing thread."""
@@ -211,31 +251,9 @@ class CheckpointStore:
                 doomed = self.folder / f".{checkpoint_name(step)}.removing"
                 os.rename(self.folder / checkpoint_name(step), doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-        for leftover in self.folder.glob(".step-*.removing"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def _newest_sound(self, warn: Any) -> str | None:
-        found = sorted(list_checkpoints(self.folder), reverse=True)
-        for _, name in found:
-            problem = find_damage(self.folder / name)
-            if problem is None:
-                return name
-            warn(f"Checkpoint {self.folder / name} is damaged ({problem}); trying the one before it.")
-        if found:
-            raise RunError(
-                f"{self.folder}: all {len(found)} checkpoints are damaged; restore one from a copy, or remove the "
-                "folder to start over."
-            )
-        return None
-
-    def _require_same_shape(self, name: str, manifest: dict[str, Any]) -> None:
-        for key, now in self._describe.items():
-            then = manifest.get(key)
-            if then != now:
-                raise RunError(
-                    f"{self.folder / name}: written with {key} {then}, but this start has {now}; "
-                    f"{_shape_advice(key, then)}"
-                )
+        for pattern in (".step-*.removing", ".step-*.universal", ".step-*.converting"):
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, str]]:
@@ -273,6 +291,23 @@ def find_damage(checkpoint: Path) -> str | None:
         if sha256_file(file) != facts["sha256"]:
             return f"{name} does not match its checksum"
     return None
+
+
+def _to_universal(checkpoint: Path) -> Path:
+    """Convert a checkpoint with DeepSpeed's own tool, once; returns the folder, which is whole or absent."""
+    target = checkpoint.parent / f".{checkpoint.name}.universal"
+    if target.is_dir():
+        return target
+    temporary = checkpoint.parent / f".{checkpoint.name}.converting"
+    shutil.rmtree(temporary, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"{checkpoint}: could not be converted to a universal checkpoint: {reason}")
+    temporary.rename(target)
+    return target
 
 
 def _shape_advice(key: str, then: Any) -> str:

@@ -12,7 +12,8 @@ from mor_model.config import ModelConfig
 from pretrain.batches import SampleSource
 from pretrain.errors import RecipeError
 from pretrain.plan import Plan
-from pretrain.recipe import Recipe, Source
+from pretrain.recipe import Recipe
+from pretrain.sections import Source
 from pretrain.validation import ValidationSet, spread
 
 # Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.

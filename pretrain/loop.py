@@ -7,6 +7,7 @@ needs is in `TrainState` and DeepSpeed's own state; everything else is a functio
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
-from pretrain.batches import BatchReader, SampleSource, StepBatch
+from pretrain.batches import BatchReader, SampleSource, StepBatch, merge_ranges
 from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.engine import seed_step
 from pretrain.environment import Ranks
@@ -52,6 +53,16 @@ class StepReport:
     memory: list[int]
     request: Request
     written: bool
+
+
+@dataclass
+class Interval:
+    """What has been done since the last training record; time for validation and checkpoints is left out."""
+
+    since: float
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
 
 
 class Trainer:
@@ -95,14 +106,14 @@ class Trainer:
             RunError: after too many non-finite steps in a row.
         """
         plan, telemetry = self.plan, self.telemetry
-        since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
+        interval = Interval(time.perf_counter())
         while state.step < plan.steps:
             step = state.step
             self.watchdog.beat(f"step {step}")
             with self.stopwatch.part("data"):
                 following = plan.batch.at(step + 1) if step + 1 < plan.steps else 0
                 batch = self.reader.read(state.position, plan.batch.at(step), state.skipped, following)
-            sums = self._forward_backward(step, batch)
+            sums, spike = self._forward_backward(state, batch)
             with self.stopwatch.part("optimizer"):
                 applied = self._update(step)
             report = self._add_up(sums)
@@ -114,24 +125,31 @@ class Trainer:
 
             state.step += 1
             state.position = batch.next_position
-            state.tokens += len(batch.samples) * plan.sequence_length
+            tokens = len(batch.samples) * plan.sequence_length
             flops = self._count_flops(report, len(batch.samples))
-            state.flops += flops
-            steps_since, tokens_since = steps_since + 1, tokens_since + len(batch.samples) * plan.sequence_length
-            flops_since += flops
-            self._judge(state, batch, report, applied)
+            state.tokens, state.flops = state.tokens + tokens, state.flops + flops
+            interval.steps, interval.tokens, interval.flops = (
+                interval.steps + 1,
+                interval.tokens + tokens,
+                interval.flops + flops,
+            )
+            if spike is not None and self._handle_spike(state, batch, spike):
+                continue
+            self._judge(state, batch, report, applied, spike)
 
             if state.step % self.recipe.logging.every == 0 or state.step in (1, plan.steps):
-                seconds = time.perf_counter() - since
-                self._log(state, step, report, seconds, steps_since, tokens_since, flops_since)
-                since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
+                self._log(state, report, interval)
+                interval = Interval(time.perf_counter())
             if self._due(state.step, plan.evaluate_every):
+                began = time.perf_counter()
                 self._validate(state)
-                since, steps_since, tokens_since, flops_since = time.perf_counter(), 0, 0, 0.0
+                interval.since += time.perf_counter() - began
             if self.store.writing and report.written:
                 self._finish_checkpoint(state)
             if self._checkpoint_due(state.step) or report.request:
+                began = time.perf_counter()
                 self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
+                interval.since += time.perf_counter() - began
                 if report.request:
                     self.stop.acknowledge()
             if report.request.stops and state.step < plan.steps:
@@ -139,26 +157,44 @@ class Trainer:
                 return Outcome("stopped", report.request)
         return Outcome("finished")
 
-    def _forward_backward(self, step: int, batch: StepBatch) -> dict[str, torch.Tensor]:
-        seed_step(self.recipe.seed, step, self.ranks.rank)
-        capacities = self.plan.capacities.at(step) if self.plan.capacities is not None else None
+    def _forward_backward(self, state: TrainState, batch: StepBatch) -> tuple[dict[str, torch.Tensor], float | None]:
+        """Run the micro-batches; returns this rank's means and, on a loss spike, the loss that was one."""
+        seed_step(self.recipe.seed, state.step, self.ranks.rank)
+        capacities = self.plan.capacities.at(state.step) if self.plan.capacities is not None else None
         count = len(batch.micro_batches)
         sums: dict[str, torch.Tensor] = {}
+        spike = None
         for index, micro in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == count - 1)
             with self.stopwatch.part("forward"):
                 output = self.engine(
                     micro.inputs_BT, micro.labels_BT, documents_BT=micro.documents_BT, capacities=capacities
                 )
-            with self.stopwatch.part("backward"):
-                # Scaled here, because the number of micro-batches changes during a batch-size warm-up.
-                self.engine.backward(output.loss / count, scale_wrt_gas=False)
             parts = {"loss": output.loss.detach(), "lm_loss": output.lm_loss}
             parts |= {f"aux/{name}": value for name, value in output.aux.items()} | output.stats
             for name, value in parts.items():
                 value = value.double() / count
                 sums[name] = sums[name] + value if name in sums else value
-        return sums
+            loss = output.loss / count
+            if index == count - 1 and self.recipe.faults.spike is not None:
+                spike = self._find_spike(state, sums["lm_loss"])
+                if spike is not None:
+                    # The way every ZeRO stage leaves an update out on all ranks alike is a gradient that is not finite.
+                    loss = loss * math.nan
+            with self.stopwatch.part("backward"):
+                # Scaled here, because the number of micro-batches changes during a batch-size warm-up.
+                self.engine.backward(loss, scale_wrt_gas=False)
+        return sums, spike
+
+    def _find_spike(self, state: TrainState, loss: torch.Tensor) -> float | None:
+        faults = self.recipe.faults
+        total = loss.clone()
+        dist.all_reduce(total)
+        mean = float(total) / self.ranks.world_size
+        usual = state.recent_losses
+        if faults.spike is None or len(usual) < faults.spike_window or mean - sum(usual) / len(usual) <= faults.spike:
+            return None
+        return mean
 
     def _update(self, step: int) -> bool:
         """Update the weights; False when a non-finite gradient made every rank leave the update out."""
@@ -214,12 +250,46 @@ class Trainer:
         active = [share * length for share in report.vectors["active_R"]]
         return sequences * flops_per_sequence(self.config, length, active=active).training
 
-    def _judge(self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool) -> None:
+    def _handle_spike(self, state: TrainState, batch: StepBatch, loss: float) -> bool:
+        """Tell of a loss spike, whose update was left out; True when the run went back to its last checkpoint."""
+        samples = (batch.samples[0], batch.samples[-1])
+        action = self.recipe.faults.on_spike
+        self.telemetry.event("spike", state.step, loss=loss, samples=samples, action=action)
+        if action != "rollback":
+            self.telemetry.say(f"Step {state.step}: loss {loss:.3f} is a spike; its update is left out.")
+            return False
+        if self.store.writing:
+            self._finish_checkpoint(state)
+        selected = self.store.newest()
+        if selected is None:
+            self.telemetry.say(f"Step {state.step}: loss {loss:.3f} is a spike before the first checkpoint; going on.")
+            return False
+        spiked = state.step
+        back = self.store.load(selected)
+        # What led to the spike is left out the second time, so the run meets other data.
+        gap = (back.position, batch.next_position - 1)
+        for name, value in vars(back).items():
+            setattr(state, name, value)
+        state.skipped = merge_ranges(state.skipped, (gap,))
+        self.telemetry.rewind(state.step)
+        self.telemetry.event("rollback", state.step, from_step=spiked, samples=gap)
+        self.telemetry.say(
+            f"Step {spiked}: loss {loss:.3f} is a spike; back to step {state.step} without samples {gap}."
+        )
+        return True
+
+    def _judge(
+        self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool, spike: float | None
+    ) -> None:
         """Count non-finite steps and give up after too many in a row."""
         loss = report.scalars["loss"]
         finite = loss - loss == 0.0
         if applied and finite:
             state.non_finite_in_row = 0
+            window = self.recipe.faults.spike_window if self.recipe.faults.spike is not None else 0
+            state.recent_losses = (*state.recent_losses, report.scalars["lm_loss"])[-window:] if window else ()
+            return
+        if spike is not None:
             return
         if finite and self.recipe.precision == "fp16":
             # The loss scale was too high and is halved: how fp16 works, not a fault.
@@ -239,12 +309,11 @@ class Trainer:
                 "data.skip_samples, and start again."
             )
 
-    def _log(
-        self, state: TrainState, step: int, report: StepReport, seconds: float, steps: int, tokens: int, flops: float
-    ) -> None:
+    def _log(self, state: TrainState, report: StepReport, interval: Interval) -> None:
+        seconds, steps = time.perf_counter() - interval.since, interval.steps
         values: dict[str, Any] = dict(report.scalars)
         aux = {name.removeprefix("aux/"): values.pop(name) for name in list(values) if name.startswith("aux/")}
-        utilisation = flops / seconds / (self.peak_flops * self.ranks.world_size) if self.peak_flops else None
+        utilisation = interval.flops / seconds / (self.peak_flops * self.ranks.world_size) if self.peak_flops else None
         planned = self.plan.training_flops * state.step / self.plan.steps
         self.telemetry.record(
             "train",
@@ -258,7 +327,7 @@ class Trainer:
                 "aux": aux,
                 "grad_norm": self.grad_norm,
                 "lr": self.engine.optimizer.param_groups[0]["lr"],
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": interval.tokens / seconds,
                 "mfu": utilisation,
                 "step_seconds": seconds / steps,
                 "parts": {name: part / steps for name, part in self.stopwatch.take().items()},
@@ -271,7 +340,7 @@ class Trainer:
                 **values,
             },
         )
-        self.telemetry.progress(state.step, report.scalars["lm_loss"], tokens / seconds, seconds / steps)
+        self.telemetry.progress(state.step, report.scalars["lm_loss"], interval.tokens / seconds, seconds / steps)
 
     def _validate(self, state: TrainState) -> None:
         self.watchdog.beat(f"validation after step {state.step}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pretrain.recipe import Optim
+from pretrain.sections import Optim
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: Optim) -> list[dict[str, Any]]:

@@ -5,24 +5,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
+import os
 import shutil
-import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mor_model.config import ModelConfig
+from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
 from pretrain.data import OpenedData, open_data
-from pretrain.ds_config import offload_device, resolve_ds_config, zero_stage
+from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RunError, UserError
-from pretrain.plan import Plan, make_plan
+from pretrain.plan import Branch, Plan, make_plan
+from pretrain.provenance import describe_environment, flatten, identity
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
-from pretrain.signals import EXIT_FINISHED, StopRequest
+from pretrain.sections import Budget
+from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
 from pretrain.watchdog import Watchdog
 
 # What may differ between the starts of one run without making it another run.
@@ -54,6 +54,10 @@ class Prepared:
     data: OpenedData
     folder: RunFolder
 
+    def branch_path(self, branch: Branch) -> Path:
+        """Run folder of a smaller budget."""
+        return self.folder.path / "branches" / branch.name
+
     @property
     def shape(self) -> dict[str, Any]:
         """What a checkpoint must agree with beside the world size."""
@@ -84,12 +88,57 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
 
 
 def is_finished(prepared: Prepared) -> bool:
-    """True when this very run has already come to its end."""
-    return prepared.folder.status().get("state") == "finished"
+    """True when this very run and all its branches have already come to their ends."""
+    folders = [prepared.folder, *(RunFolder(prepared.branch_path(branch)) for branch in prepared.plan.branches)]
+    return all(folder.status().get("state") == "finished" for folder in folders)
+
+
+def prepare_branch(trunk: Prepared, branch: Branch, ranks: Ranks) -> Prepared:
+    """The run of one smaller budget: the trunk's recipe with that budget, in a folder inside the trunk's.
+
+    Its folder is given the trunk's checkpoint where it leaves, so that training it is going on from there.
+    """
+    recipe = trunk.recipe
+    shortened = recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{branch.name}",
+            "budget": Budget.model_validate({recipe.budget.unit: branch.amount}),
+            "schedule": recipe.schedule.model_copy(update={"warmup": trunk.plan.learning_rate.warmup}),
+            "run_dir": str(trunk.branch_path(branch)),
+        }
+    )
+    return prepare(shortened, ranks)
+
+
+def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:
+    """Give a branch the trunk's checkpoint after `start` steps and its records up to there; rank 0 only."""
+    name = checkpoint_name(start)
+    if list_checkpoints(branch.checkpoints):
+        return
+    damage = find_damage(trunk.checkpoints / name)
+    if damage is not None:
+        raise RunError(
+            f"{trunk.checkpoints / name}: the branch {branch.name} begins here, but {damage}; "
+            "restore it, or train that budget as a run of its own."
+        )
+    temporary = branch.checkpoints / f".{name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Linked, not copied: the trunk's files are never written again.
+    shutil.copytree(trunk.checkpoints / name, temporary, copy_function=_link)
+    if not branch.metrics_file.exists():
+        shutil.copy2(trunk.metrics_file, branch.metrics_file)
+    temporary.rename(branch.checkpoints / name)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def execute(prepared: Prepared, ranks: Ranks) -> int:
-    """Train (or go on training) a prepared run; returns the exit code. Collective over all ranks."""
+    """Train (or go on training) a prepared run and its branches; returns the exit code. Collective over all ranks."""
     import deepspeed
     import torch
 
@@ -97,30 +146,60 @@ def execute(prepared: Prepared, ranks: Ranks) -> int:
     from pretrain.engine import start_process_group
 
     recipe, folder, first = prepared.recipe, prepared.folder, ranks.rank == 0
-    wall_clock = recipe.limits.wall_clock_hours
-    with StopRequest(
-        folder.path, watch_files=first, wall_clock=None if wall_clock is None else wall_clock * 3600
-    ) as stop:
+    hours = recipe.limits.wall_clock_hours
+    with StopRequest(folder.path, watch_files=first, wall_clock=None if hours is None else hours * 3600) as stop:
         device = start_process_group(ranks, recipe.limits.stall_seconds)
         try:
-            require_agreement(_identity(prepared))
-            if first:
-                _write_folder(prepared, ranks, device)
-            torch.distributed.barrier()
+            require_agreement(identity(prepared))
             with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:
-                return _train(prepared, ranks, device, stop, watchdog)
-        except UserError as error:
-            if first and folder.path.is_dir():
-                folder.write_json(folder.status_file, {"state": "failed", "reason": str(error)})
-            raise
+                code = _train_one(prepared, ranks, device, stop, watchdog)
+                for branch in prepared.plan.branches:
+                    if code != EXIT_FINISHED:
+                        break
+                    shorter = prepare_branch(prepared, branch, ranks)
+                    code = _train_one(shorter, ranks, device, stop, watchdog, trunk=prepared, start=branch.start)
+                return code
         finally:
             if torch.distributed.is_initialized():
                 deepspeed.comm.destroy_process_group()
 
 
+def _train_one(
+    prepared: Prepared,
+    ranks: Ranks,
+    device: Any,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    trunk: Prepared | None = None,
+    start: int = 0,
+) -> int:
+    """Train one run unless it is finished; `trunk` and `start` are where a branch comes from."""
+    from pretrain.agreement import on_first_rank
+
+    folder = prepared.folder
+
+    def begin() -> bool:
+        if folder.status().get("state") == "finished":
+            return False
+        _write_folder(prepared, ranks, device)
+        if trunk is not None:
+            seed_branch(trunk.folder, folder, start)
+        return True
+
+    if not on_first_rank(begin):
+        return EXIT_FINISHED
+    try:
+        return _train(prepared, ranks, device, stop, watchdog)
+    except UserError as error:
+        if ranks.rank == 0:
+            status = {key: value for key, value in folder.status().items() if key in ("step", "steps")}
+            folder.write_json(folder.status_file, {**status, "state": "failed", "reason": str(error)})
+        raise
+
+
 def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, watchdog: Watchdog) -> int:
-    from pretrain.batches import BatchReader
-    from pretrain.checkpoint import CheckpointStore, TrainState
+    from pretrain.batches import BatchReader, merge_ranges
+    from pretrain.checkpoint import CheckpointStore, TrainState, select_checkpoint
     from pretrain.engine import build_engine, peak_flops
     from pretrain.export import export_weights
     from pretrain.loop import Trainer
@@ -135,22 +214,26 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         prepared.folder,
     )
     first = ranks.rank == 0
-    engine = build_engine(recipe, config, prepared.ds_config)
+    describe = {"world_size": ranks.world_size, **prepared.shape}
+    selected = select_checkpoint(folder.checkpoints, describe, convert=recipe.checkpoint.universal)
+    ds_config = prepared.ds_config
+    if selected is not None and selected.universal:
+        ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
+    engine = build_engine(recipe, config, ds_config)
     store = CheckpointStore(
         folder.checkpoints,
         engine,
         recipe.checkpoint,
         keep_every=plan.keep_every,
         pinned=frozenset(branch.start for branch in plan.branches),
-        describe={"world_size": ranks.world_size, **prepared.shape},
+        describe=describe,
     )
-    warnings: list[str] = []
-    state = store.resume(warnings.append) or TrainState()
+    state = store.load(selected) if selected is not None else TrainState()
     state.skipped = merge_ranges(state.skipped, recipe.data.skip_samples)
     if first:
         rewind_metrics(folder, state.step)
     telemetry = Telemetry(folder, recipe, plan.steps, active=first)
-    for warning in warnings:
+    for warning in selected.warnings if selected is not None else ():
         telemetry.say(warning)
         telemetry.event("warning", state.step, text=warning)
     if first:
@@ -204,30 +287,20 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         reader.close()
         store.close()
         telemetry.close()
-
-
-def merge_ranges(*groups: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Ascending, disjoint ranges [first, last] that cover what any of the groups covers."""
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted(range_ for group in groups for range_ in group):
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
-        else:
-            merged.append((first, last))
-    return tuple(merged)
+        engine.destroy()
 
 
 def _check_folder(prepared: Prepared) -> None:
     """Refuse to continue another run than the one that the folder holds."""
     folder = prepared.folder
     if not folder.recipe_file.is_file():
-        if folder.path.is_dir() and any(folder.path.iterdir()):
-            known = {"stop", "checkpoint"}
-            if {entry.name for entry in folder.path.iterdir()} - known:
-                raise RunError(f"{folder}: is not empty and holds no run; choose another run_dir or empty it.")
+        # A start that was killed at once leaves temporary files, whose names begin with a dot.
+        entries = [entry.name for entry in folder.path.iterdir()] if folder.path.is_dir() else []
+        if any(not name.startswith(".") and name not in (STOP_FILE, CHECKPOINT_FILE) for name in entries):
+            raise RunError(f"{folder}: is not empty and holds no run; choose another run_dir or empty it.")
         return
-    before = _flatten(load_recipe(folder.recipe_file).model_dump(mode="json"))
-    now = _flatten(prepared.recipe.model_dump(mode="json"))
+    before = flatten(load_recipe(folder.recipe_file).model_dump(mode="json"))
+    now = flatten(prepared.recipe.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(_FREE):
             raise RunError(
@@ -250,9 +323,10 @@ def _check_folder(prepared: Prepared) -> None:
 
 def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:
     folder, data = prepared.folder, prepared.data
-    folder.path.mkdir(parents=True, exist_ok=True)
+    # First, because its presence is what makes a folder a run that can be started again.
+    folder.write_text(folder.recipe_file, prepared.recipe.to_yaml())
     folder.write_json(folder.model_file, prepared.config.to_dict())
-    folder.write_json(folder.environment_file, _environment(prepared, ranks, device))
+    folder.write_json(folder.environment_file, describe_environment(prepared, ranks, device))
     facts = {"tokenizer_fingerprint": data.fingerprint, "data_manifest": data.manifest}
     folder.write_json(folder.plan_file, prepared.plan.to_dict(facts))
     if not folder.tokenizer.is_dir():
@@ -264,89 +338,6 @@ def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:
             temporary.mkdir(parents=True)
             shutil.copy2(data.tokenizer, temporary)
         temporary.rename(folder.tokenizer)
-    # Last, because its presence is what makes a folder a run.
-    folder.write_text(folder.recipe_file, prepared.recipe.to_yaml())
-
-
-def _environment(prepared: Prepared, ranks: Ranks, device: Any) -> dict[str, Any]:
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "versions": _versions(),
-        "commit": git_commit(),
-        "host": socket.gethostname(),
-        "device": name,
-        "device_type": device.type,
-        "world_size": ranks.world_size,
-        "launcher": ranks.launcher,
-        "zero_stage": zero_stage(prepared.ds_config),
-        "offload_optimizer": offload_device(prepared.ds_config, "offload_optimizer"),
-        "precision": prepared.recipe.precision,
-        "ds_config": prepared.ds_config,
-    }
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    packages = ("mor-pretrain", "torch", "deepspeed", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def git_commit() -> str | None:
-    """Commit of the code that is running, with `+changes` where files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{head}+changes" if changed else head
-
-
-def _identity(prepared: Prepared) -> dict[str, str]:
-    """What all ranks must have alike, by the name a person knows it under."""
-    dump = prepared.recipe.model_dump(mode="json")
-    return {
-        "recipe": hashlib.sha256(repr(sorted(_flatten(dump).items())).encode()).hexdigest()[:16],
-        "seed": str(prepared.recipe.seed),
-        "DeepSpeed configuration": hashlib.sha256(repr(prepared.ds_config).encode()).hexdigest()[:16],
-        "data": prepared.data.manifest[:16],
-        "tokenizer": prepared.data.fingerprint[:16],
-        "code": source_digest(),
-        **{f"version of {name}": version for name, version in _versions().items()},
-    }
-
-
-def source_digest() -> str:
-    """Hash of the source files that decide what a run computes."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for package in ("mor_model", "data_prep", "pretrain"):
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _headline(prepared: Prepared, ranks: Ranks, step: int) -> str:

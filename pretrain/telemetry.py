@@ -103,6 +103,13 @@ class Telemetry:
         if self._progress is not None:
             self._progress.say(text)
 
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`, because the run went back there."""
+        if self._active:
+            self._stream.close()
+            rewind_metrics(self._run, step)
+            self._stream = self._run.metrics_file.open("ab")
+
     def sync(self) -> None:
         """Make everything recorded so far survive a power cut; called when a checkpoint is complete."""
         if self._active:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from pretrain.errors import RecipeError
-from pretrain.recipe import Amount, build_recipe, load_recipe
+from pretrain.recipe import build_recipe, load_recipe
+from pretrain.sections import Amount
 from tests.pretrain.support import ROOT, recipe_values, write_recipe
 
 

@@ -1,0 +1,98 @@
+"""Where a run comes from: versions, code, machine; kept beside its results, and compared between ranks at the start."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.ds_config import offload_device, zero_stage
+from pretrain.environment import Ranks
+
+if TYPE_CHECKING:
+    from pretrain.run import Prepared
+
+
+def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """What environment.json holds."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": _versions(),
+        "commit": git_commit(),
+        "host": socket.gethostname(),
+        "device": name,
+        "device_type": device.type,
+        "world_size": ranks.world_size,
+        "launcher": ranks.launcher,
+        "zero_stage": zero_stage(prepared.ds_config),
+        "offload_optimizer": offload_device(prepared.ds_config, "offload_optimizer"),
+        "precision": prepared.recipe.precision,
+        "ds_config": prepared.ds_config,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("mor-pretrain", "torch", "deepspeed", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def git_commit() -> str | None:
+    """Commit of the code that is running, with `+changes` where files differ from it; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+changes" if changed else head
+
+
+def identity(prepared: Prepared) -> dict[str, str]:
+    """What all ranks must have alike, by the name a person knows it under."""
+    dump = prepared.recipe.model_dump(mode="json")
+    return {
+        "recipe": hashlib.sha256(repr(sorted(flatten(dump).items())).encode()).hexdigest()[:16],
+        "seed": str(prepared.recipe.seed),
+        "DeepSpeed configuration": hashlib.sha256(repr(prepared.ds_config).encode()).hexdigest()[:16],
+        "data": prepared.data.manifest[:16],
+        "tokenizer": prepared.data.fingerprint[:16],
+        "code": source_digest(),
+        **{f"version of {name}": version for name, version in _versions().items()},
+    }
+
+
+def source_digest() -> str:
+    """Hash of the source files that decide what a run computes."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("mor_model", "data_prep", "pretrain"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dictionary with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

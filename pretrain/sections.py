@@ -1,0 +1,375 @@
+"""The sections of a recipe: every key with its type, its default and what it means.
+
+Lengths are given in steps, as a share of the run, in tokens or in FLOPs; `pretrain.plan` turns them into steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Precision = Literal["auto", "bf16", "fp16", "fp32", "bf16_autocast"]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` (no dot) as text; a person means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _as_whole(value: Any) -> Any:
+    value = _as_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Number = Annotated[float, BeforeValidator(_as_number), AfterValidator(_finite)]
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Amount(Section):
+    """A length of training given in tokens or in training FLOPs instead of steps; exactly one."""
+
+    tokens: Number | None = Field(default=None, gt=0)
+    flops: Number | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Amount:
+        if (self.tokens is None) == (self.flops is None):
+            raise ValueError("give exactly one of tokens and flops")
+        return self
+
+
+def _length(value: Any) -> Any:
+    value = _as_number(value)
+    if isinstance(value, dict):
+        try:
+            return Amount.model_validate(value)
+        except ValidationError as error:
+            # Raised from here, the reason is not buried among those of the other forms.
+            raise ValueError(first_problem(error, Amount)) from None
+    if isinstance(value, bool) or not isinstance(value, (int, float, Amount)):
+        raise ValueError("give steps (a whole number), a share of the run (0.05), {tokens: N} or {flops: N}")
+    if isinstance(value, float) and not 0.0 <= value < 1.0:
+        if not value.is_integer() or value < 1:
+            raise ValueError(f"{value} is neither a share of the run (0 <= share < 1) nor a whole number of steps")
+        value = int(value)
+    if isinstance(value, int) and value < 0:
+        raise ValueError("must not be negative")
+    return value
+
+
+Length = Annotated[int | float | Amount, BeforeValidator(_length)]
+"""Steps (whole number), share of the run (a float below 1), or an `Amount`."""
+
+
+class Source(Section):
+    """One data set of a mixture.
+
+    Attributes:
+        path: data set folder; subset: one of the sources inside it (such as Pile-CC), None takes all.
+        name: what records call it; by default the subset, or the folder's name. The order of samples depends on it.
+        weight: its share of the samples (relative to the others').
+        final_weight: its share at the end of the run; the shares move there over `data.anneal`.
+    """
+
+    path: str
+    subset: str | None = None
+    name: str | None = None
+    weight: Number = Field(default=1.0, ge=0)
+    final_weight: Number | None = Field(default=None, ge=0)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.subset or Path(self.path).name
+
+
+class Data(Section):
+    """What is trained on.
+
+    Attributes:
+        path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the
+            two.
+        anneal: the last part of the run over which weights move to `final_weight`; 0 switches it off.
+        verify: `structure` compares file sizes with the manifest at every start, `checksums` reads every byte.
+        skip_samples: ranges [first, last] of sample numbers that are left out, such as those a non-finite step named.
+    """
+
+    path: str | None = None
+    sources: Annotated[tuple[Source, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    anneal: Length = 0
+    verify: Literal["structure", "checksums"] = "structure"
+    skip_samples: Annotated[
+        tuple[tuple[Whole, Whole], ...],
+        BeforeValidator(
+            lambda v: tuple(tuple(r) if isinstance(r, list) else r for r in v) if isinstance(v, list) else v
+        ),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if (self.path is None) == (not self.sources):
+            raise ValueError("give exactly one of path (one data set folder) and sources (a mixture)")
+        previous = -1
+        for first, last in self.skip_samples:
+            if first <= previous or last < first:
+                raise ValueError("skip_samples: ranges must be [first, last], ascending and apart from each other")
+            previous = last
+        return self
+
+
+class Optim(Section):
+    """The optimiser. Defaults are the paper's (arXiv 2507.10524, appendix on training).
+
+    Attributes:
+        name: `adamw`, or `muon` (Muon for the matrices of the layers, AdamW for the rest).
+        lr: peak learning rate; muon_lr: that of the Muon matrices (None: lr).
+        weight_decay: applied to matrices only; norms and other vectors are not decayed.
+        grad_clip: largest global gradient norm; 0 switches clipping off.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Number = Field(default=3e-3, gt=0)
+    betas: Annotated[tuple[Number, Number], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
+        0.9,
+        0.95,
+    )
+    eps: Number = Field(default=1e-8, gt=0)
+    weight_decay: Number = Field(default=0.1, ge=0)
+    grad_clip: Number = Field(default=1.0, ge=0)
+    muon_lr: Number | None = Field(default=None, gt=0)
+    muon_momentum: Number = Field(default=0.95, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Optim:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError("betas: both must lie in [0, 1)")
+        return self
+
+
+class Schedule(Section):
+    """How the learning rate moves.
+
+    Attributes:
+        kind: `wsd` (warm-up, stable, decay), `cosine`, `linear`, `constant`.
+        warmup: linear rise to the peak; decay: length of the final fall (wsd only).
+        decay_shape: `linear`, or `1-sqrt` (1 - sqrt(x), Haegele et al. 2024, arXiv 2405.18392).
+        floor: smallest learning rate as a share of the peak, reached at the end.
+    """
+
+    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup: Length = 0.05
+    decay: Length = 0.2
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    floor: Number = Field(default=0.0, ge=0, lt=1)
+
+
+class Budget(Section):
+    """How long to train: exactly one of flops, tokens and steps.
+
+    Attributes:
+        flops: training FLOPs (three times the forward pass, embedding look-up left out, every layer application
+            counted).
+        branches: smaller budgets of the same unit. Each gets its own decay, branched off the trunk run, in
+            RUN/branches/.
+    """
+
+    flops: Number | None = Field(default=None, gt=0)
+    tokens: Number | None = Field(default=None, gt=0)
+    steps: Whole | None = Field(default=None, gt=0)
+    branches: Annotated[tuple[Number, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+
+    @property
+    def unit(self) -> str:
+        return next(name for name in ("flops", "tokens", "steps") if getattr(self, name) is not None)
+
+    @property
+    def amount(self) -> float:
+        return float(getattr(self, self.unit))
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        if sum(value is not None for value in (self.flops, self.tokens, self.steps)) != 1:
+            raise ValueError("give exactly one of flops, tokens and steps")
+        if list(self.branches) != sorted(set(self.branches)) or any(not 0 < b < self.amount for b in self.branches):
+            raise ValueError(
+                f"branches: must ascend and each lie between 0 and the budget of {self.amount:g} {self.unit}"
+            )
+        return self
+
+
+class Batch(Section):
+    """How much one optimiser step sees.
+
+    Attributes:
+        sequences: global batch, over all ranks and accumulation steps; micro_batch: sequences of one forward pass on
+            one rank.
+        sequence_length: tokens per sequence (T).
+        warmup_from: global batch at the start of the run, growing to `sequences` over `warmup`; None starts at full
+            size.
+    """
+
+    sequences: Whole = Field(gt=0)
+    micro_batch: Whole = Field(gt=0)
+    sequence_length: Whole = Field(gt=0)
+    warmup_from: Whole | None = Field(default=None, gt=0)
+    warmup: Length = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Batch:
+        if self.sequences % self.micro_batch:
+            raise ValueError(f"sequences ({self.sequences}) must be a multiple of micro_batch ({self.micro_batch})")
+        if self.warmup_from is not None and (self.warmup_from > self.sequences or self.warmup_from % self.micro_batch):
+            raise ValueError(
+                f"warmup_from must be a multiple of micro_batch ({self.micro_batch}) and at most sequences "
+                f"({self.sequences})"
+            )
+        return self
+
+
+class Deepspeed(Section):
+    """Which DeepSpeed JSON: the name of one in ds_configs/ (`zero3`), or a path."""
+
+    config: str = "zero3"
+
+
+class Checkpointing(Section):
+    """When checkpoints are written and which stay.
+
+    Attributes:
+        every: distance between checkpoints; 0 writes the last one only.
+        keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: so does the one
+            with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
+        asynchronous: files are written by a thread while training goes on (costs one copy of the state in memory).
+        universal: convert automatically when the world size has changed.
+    """
+
+    every: Length = 0.1
+    keep: Whole = Field(default=2, ge=1)
+    keep_every: Length | None = None
+    keep_best: bool = False
+    log_spaced: bool = False
+    asynchronous: bool = False
+    universal: bool = False
+
+
+class Evaluation(Section):
+    """Validation loss during training, on the validation split, with causal and top-k routing.
+
+    Attributes:
+        every: distance between evaluations; 0 evaluates at the end only.
+        sequences: how many sequences of each source; the same ones every time.
+    """
+
+    every: Length = 0.1
+    sequences: Whole = Field(default=64, ge=1)
+
+
+class Logging(Section):
+    """metrics.jsonl is always written; wandb and TensorBoard mirror it.
+
+    Attributes:
+        every: steps between training records; wandb: `online`, `offline` or `disabled`.
+    """
+
+    every: Whole = Field(default=10, ge=1)
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    wandb_project: str = "mor-pretrain"
+    tensorboard: bool = False
+
+
+class CapacityWarmup(Section):
+    """Expert-choice capacities start at 1 and reach the configured ones along a half cosine over `length`."""
+
+    length: Length
+
+
+class Faults(Section):
+    """What to do when training goes wrong.
+
+    Attributes:
+        max_non_finite: so many non-finite steps in a row stop the run.
+        spike: a step whose language-model loss exceeds the mean of the last `spike_window` steps by so many nats is a
+            spike; None: off.
+        on_spike: `skip` leaves the step's update out; `rollback` returns to the last checkpoint and leaves the samples
+            since then out.
+    """
+
+    max_non_finite: Whole = Field(default=5, ge=1)
+    spike: Number | None = Field(default=None, gt=0)
+    spike_window: Whole = Field(default=50, ge=2)
+    on_spike: Literal["skip", "rollback"] = "skip"
+
+
+class Limits(Section):
+    """Attributes: wall_clock_hours: stop with a checkpoint after so long; stall_seconds: a rank silent for so long
+    ends the job.
+    """
+
+    wall_clock_hours: Number | None = Field(default=None, gt=0)
+    stall_seconds: Number = Field(default=1800.0, gt=0)
+
+
+def first_problem(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first thing that is wrong with a section, as one sentence; an unknown key with the nearest known one."""
+    # An unknown key comes first: a misspelling also makes the right key look missing.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    location = [str(part) for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], root)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}."
+        return f"unknown key '{where}'; {hint}"
+    if problem["type"] == "missing":
+        return f"'{where}' is missing; every recipe must say it."
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    return f"{where + ': ' if where else ''}{message[:1].lower() + message[1:]}{shown}."
+
+
+def _is_key(part: object) -> bool:
+    return (
+        isinstance(part, str)
+        and re.fullmatch(r"[a-z_][A-Za-z0-9_]*", part) is not None
+        and part not in ("int", "float", "str", "tuple")
+    )
+
+
+def _known_keys(location: list[str], section: type[BaseModel]) -> list[str]:
+    for part in location:
+        if not part.isdigit():
+            nested = _nested(section.model_fields[part].annotation)
+            assert nested is not None
+            section = nested
+    return list(section.model_fields)
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _nested(argument)
+        if found is not None:
+            return found
+    return None
