@@ -160,12 +160,30 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise DataError(
             f"{path}: a field is missing or has the wrong type ({error!r}); write the data set again."
         ) from None
+    _check_rest(manifest, path)
     if manifest.dtype not in ("uint16", "int32"):
         raise DataError(f"{path}: dtype must be uint16 or int32, found {manifest.dtype!r}.")
     unknown = set(splits) - set(SPLITS)
     if unknown:
         raise DataError(f"{path}: unknown split {sorted(unknown)[0]!r}; known are {', '.join(SPLITS)}.")
     return manifest
+
+
+def _check_rest(manifest: Manifest, path: Path) -> None:
+    for name in ("settings", "engine", "rejects", "statistics"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise DataError(f"{path}: {name} must be an object, found {getattr(manifest, name)!r}.")
+    if not isinstance(manifest.sources, list):
+        raise DataError(f"{path}: sources must be a list, found {manifest.sources!r}.")
+    for source in manifest.sources:
+        counts = (
+            [source.get(key) for key in ("documents", "tokens", "text_bytes")] if isinstance(source, dict) else [None]
+        )
+        if any(not isinstance(count, int) for count in counts) or not isinstance(source.get("name"), str):
+            raise DataError(f"{path}: a source must have a name, documents, tokens and text_bytes, found {source!r}.")
+    packed = manifest.settings.get("packing") == "best-fit"
+    if packed and not isinstance(manifest.settings.get("sequence_length"), int):
+        raise DataError(f"{path}: best-fit packing needs settings.sequence_length, an integer.")
 
 
 _T = TypeVar("_T")

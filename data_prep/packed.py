@@ -84,7 +84,7 @@ class PackedDataset:
     def is_padding(self, tokens: npt.ArrayLike) -> np.ndarray:
         """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT behind END_OF_DOCUMENT, as no document is empty.
 
-        It also holds for an END_OF_DOCUMENT that is all that is left of a cut document and has nothing to predict it from.
+        So is an END_OF_DOCUMENT that is all that is left of a cut document: nothing in the sequence predicts it.
         """
         ends = np.asarray(tokens) == self.dataset.eod_id
         padding = np.zeros(ends.shape, bool)

@@ -151,10 +151,13 @@ def read_packing(prefix: str | os.PathLike[str], length: int) -> Packing:
             f"{prefix} has no packing for length {length}; "
             f"write the data set with --packing best-fit --sequence-length {length}."
         ) from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy parses the header as Python, so damage raises whatever parsing raises
         raise DataError(f"the packing of {prefix} for length {length} is damaged: {error}") from None
-    if pieces.ndim != 2 or pieces.shape[1] != 2 or sequences.ndim != 1 or not len(sequences):
-        raise DataError(f"the packing of {prefix} for length {length} is damaged: its arrays have the wrong shape.")
+    shapes = pieces.ndim == 2 and pieces.shape[1] == 2 and sequences.ndim == 1 and len(sequences) > 0
+    if not shapes or pieces.dtype != np.int64 or sequences.dtype != np.int64:
+        raise DataError(
+            f"the packing of {prefix} for length {length} is damaged: its arrays have the wrong shape or type."
+        )
     if sequences[-1] != len(pieces):
         raise DataError(f"the packing of {prefix} for length {length} is damaged: its files do not belong together.")
     return Packing(pieces, sequences, length + 1)

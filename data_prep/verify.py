@@ -200,9 +200,11 @@ def _packing_problems(shard: Shard, length: int) -> Iterator[str]:
         return
     starts, sizes = packing.pieces[:, 0], packing.pieces[:, 1]
     order = np.argsort(starts, kind="stable")
-    expected = np.cumsum(sizes[order]) - sizes[order]
-    if (starts[order] != expected).any() or int(sizes.sum()) != shard.num_tokens or (sizes < 1).any():
+    ends = np.cumsum(sizes[order])
+    if (sizes < 1).any() or (starts[order] != ends - sizes[order]).any() or int(sizes.sum()) != shard.num_tokens:
         yield f"{shard.prefix}: the packing for length {length} does not hold every token once; pack it again."
-    filled = np.diff(np.append(0, np.cumsum(sizes))[packing.sequences])
-    if (np.diff(packing.sequences) < 1).any() or (filled > packing.capacity).any():
+        return
+    bounds = packing.sequences
+    filled = np.append(0, np.cumsum(sizes))
+    if bounds[0] != 0 or (np.diff(bounds) < 1).any() or (np.diff(filled[bounds]) > packing.capacity).any():
         yield f"{shard.prefix}: the packing for length {length} overfills a sequence; pack it again."
