@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.files import sha256_file
 from pretrain.errors import RunError
@@ -27,6 +27,9 @@ from pretrain.evaluation.suites import (
     skipped,
 )
 from pretrain.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT_VERSION = 1
 TEXT_BYTES = 500_000
@@ -71,6 +74,7 @@ def evaluate_model(
     *,
     documents: Sequence[held_out.Document] = (),
     settings: Settings | None = None,
+    device: torch.device | None = None,
     progress: SuiteProgress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in memory; call it on every rank (under ZeRO-3 each forward pass is a collective).
@@ -79,7 +83,8 @@ def evaluate_model(
         model: a `RecursiveTransformer` (of a DeepSpeed engine: `engine.module`); its mode is restored afterwards.
         tokenizer: `data_prep.tokenizers.load_tokenizer`'s.
         limit: overrides that of `settings`.
-        documents: held-out documents, which `perplexity`, `own` and `routing` need.
+        documents: held-out documents, which `perplexity`, `own` and `routing` need (`held_out.read_documents`).
+        device: where the network computes; by default where its parameters are, which offloading makes another place.
 
     Returns:
         By suite: {suite, tasks: {name: {metrics, stderr, n, routing, ...}}, skipped: [{task, why, how}], primary,
@@ -91,7 +96,7 @@ def evaluate_model(
     settings = settings or Settings()
     if limit is not None:
         settings = dataclasses.replace(settings, limit=limit)
-    scorer = Scorer(model, tokenizer.eod_id, routing=settings.routing, depth=settings.depth)
+    scorer = Scorer(model, tokenizer.eod_id, routing=settings.routing, depth=settings.depth, device=device)
     results = {}
     for suite in check_suites(suites):
         scorer.progress = progress(suite) if progress else None
@@ -130,10 +135,10 @@ def evaluate_run(
         settings = dataclasses.replace(settings, limit=limit)
     names = check_suites(suites)
     identity = _identity(run, settings)
-    documents: list[held_out.Document] = []
+    documents: Sequence[held_out.Document] = ()
     if any(name in HELD_OUT_SUITES for name in names):
-        documents = held_out.read_documents(held_out.held_out_files(run, data))
-        identity["held_out"] = held_out.digest(sorted(documents))
+        files = held_out.held_out_files(run, data)
+        documents, identity["held_out"] = held_out.read_documents(files, most_text(settings))
     # Rank 0 decides for all: on a network file system the others may see its last results later.
     results = from_rank_zero(
         {name: stored for name in names if (stored := _stored(run, name, settings, identity)) is not None}
@@ -153,6 +158,13 @@ def evaluate_run(
                     _keep_questions(run, documents)
                 run.write_json(result_file(run, name, settings), results[name])
     return {name: results[name] for name in names}
+
+
+def most_text(settings: Settings) -> int:
+    """UTF-8 bytes of held-out text that the suites look at, at most: what `held_out.read_documents` has to keep."""
+    from pretrain.evaluation.own_suite import MOST_BYTES
+
+    return max(MOST_BYTES, settings.text_bytes)
 
 
 def result_file(run: RunFolder, suite: str, settings: Settings) -> Path:
@@ -175,7 +187,7 @@ def _keep_questions(run: RunFolder, documents: Sequence[held_out.Document]) -> N
 def _own_questions(documents: Sequence[held_out.Document]) -> dict[str, list[dict[str, Any]]]:
     from pretrain.evaluation import own_suite
 
-    return own_suite.questions(document.text for document in held_out.choose(list(documents), own_suite.MOST_BYTES))
+    return own_suite.questions(document.text for document in held_out.choose(documents, own_suite.MOST_BYTES))
 
 
 def _identity(run: RunFolder, settings: Settings) -> dict[str, Any]:
@@ -223,10 +235,8 @@ def _perplexity(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, sett
 
     if not documents:
         return _without_text(suite)
-    chosen = held_out.choose(list(documents), settings.text_bytes)[: settings.limit]
-    return _single(
-        suite, evaluate_perplexity(scorer, tokenizer, [document.text for document in chosen]), "bits_per_byte"
-    )
+    chosen = held_out.choose(documents, settings.text_bytes)[: settings.limit]
+    return _single(suite, evaluate_perplexity(scorer, tokenizer, chosen), "bits_per_byte")
 
 
 def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
@@ -234,7 +244,7 @@ def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setting
 
     if not documents:
         return _without_text(suite)
-    chosen = held_out.choose(list(documents), max(1, settings.text_bytes // 5))
+    chosen = held_out.choose(documents, max(1, settings.text_bytes // 5))
     task = evaluate_routing(scorer, tokenizer, [document.text for document in chosen])
     task["routing"] = "causal and topk" if task["routed"] else "causal"
     return _single(suite, task, "leak" if task["routed"] else "loss_causal")

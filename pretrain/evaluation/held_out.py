@@ -7,7 +7,9 @@ and other training data orders are measured on the same text.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,35 +59,52 @@ def _data_folders(run: RunFolder) -> list[Path]:
     return [Path(folder) for folder in folders]
 
 
-def read_documents(files: list[Path]) -> list[Document]:
-    """Every document of JSON lines files (.jsonl.zst, fields `text` and, where there is one, `source`), those without
-    words left out.
+def read_documents(files: Sequence[Path], most_bytes: int) -> tuple[list[Document], str]:
+    """The first documents in the order of their texts' SHA-256, as many as reach `most_bytes` UTF-8 bytes.
+
+    Files are read as a stream: memory is bounded by `most_bytes` and the longest document.
+
+    Args:
+        files: JSON lines (.jsonl.zst) with the fields `text` and, where there is one, `source`.
+
+    Returns:
+        (documents, SHA-256 over all documents of all files, in whatever order they come).
 
     Raises:
-        DataError: a file that is not zstandard, a line that is not an object with a text, or no documents at all.
+        DataError: a file that is not zstandard, a line that is not an object with a text, or no text at all.
     """
-    documents = []
+    chosen: list[tuple[int, Document, int]] = []  # a heap with the largest hash on top
+    size = everything = 0
     for file in files:
-        number = 0
-        try:
-            with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-                for line in io.BufferedReader(stream):
-                    number += 1
-                    record = orjson.loads(line)
-                    if record["text"].strip():
-                        documents.append(Document(record["text"], record.get("source") or ""))
-        except (zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{file}: damaged at or after line {number} ({error!r}); prepare the data set again."
-            ) from None
-    if not documents:
+        for document in _documents(file):
+            text = document.text.encode("utf-8")
+            order = int.from_bytes(hashlib.sha256(text).digest(), "big")
+            everything = (everything + order) % (1 << 256)
+            heapq.heappush(chosen, (-order, document, len(text)))
+            size += len(text)
+            while size - chosen[0][2] >= most_bytes:
+                size -= heapq.heappop(chosen)[2]
+    if not chosen:
         raise DataError(
             f"{', '.join(map(str, files))}: no held-out documents; prepare the data set with a larger test share."
         )
-    return documents
+    return [document for _, document, _ in sorted(chosen, reverse=True)], f"{everything:064x}"
 
 
-def choose(documents: list[Document], most_bytes: int) -> list[Document]:
+def _documents(file: Path) -> Iterator[Document]:
+    number = 0
+    try:
+        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+            for line in io.BufferedReader(stream):
+                number += 1
+                record = orjson.loads(line)
+                if record["text"].strip():
+                    yield Document(record["text"], record.get("source") or "")
+    except (zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: damaged at or after line {number} ({error!r}); prepare the data set again.") from None
+
+
+def choose(documents: Sequence[Document], most_bytes: int) -> list[Document]:
     """Documents in the order of their texts' SHA-256, up to `most_bytes` UTF-8 bytes; the last one is cut after a
     word.
     """
@@ -103,11 +122,3 @@ def choose(documents: list[Document], most_bytes: int) -> list[Document]:
         chosen.append(document)
         room -= size
     return chosen
-
-
-def digest(documents: list[Document]) -> str:
-    """SHA-256 (hex) of the documents in order."""
-    value = hashlib.sha256()
-    for document in documents:
-        value.update(document.text.encode("utf-8") + b"\0")
-    return value.hexdigest()

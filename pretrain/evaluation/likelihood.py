@@ -127,6 +127,7 @@ class Scorer:
             selection, which sees the whole window.
         depth: recursion steps every token takes, routers ignored; None lets them decide.
         max_length: most tokens read at once; by default what the network was trained on.
+        device: where inputs go; by default where the network's parameters are.
         progress: told after every batch how far scoring has come.
     """
 
@@ -135,6 +136,7 @@ class Scorer:
     routing: Routing = "causal"
     depth: int | None = None
     max_length: int = 0
+    device: torch.device | None = None
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -143,10 +145,7 @@ class Scorer:
         if self.depth is not None and not 1 <= self.depth <= recursions:
             raise UserError(f"depth: must lie between 1 and the model's {recursions} recursions, not {self.depth}.")
         self.max_length = self.max_length or self.model.config.context_length
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        self.device = self.device or next(self.model.parameters()).device
 
     def forward(self, inputs_BT: torch.Tensor, **options: Any) -> Any:
         """The network's output with this scorer's routing and depth."""
@@ -195,7 +194,8 @@ class Scorer:
 
     def _batches(self, rows: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         """Rows, longest first, in batches of about the same number of logits."""
-        budget = (_LOGITS_CPU if self.device.type == "cpu" else _LOGITS_ACCELERATOR) // self.model.config.vocab_size
+        on_cpu = torch.device(self.device or "cpu").type == "cpu"
+        budget = (_LOGITS_CPU if on_cpu else _LOGITS_ACCELERATOR) // self.model.config.vocab_size
         batches: list[list[tuple[int, ...]]] = []
         for inputs in rows:
             full = not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > budget

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pretrain.evaluation.held_out import Document
 from pretrain.evaluation.likelihood import Scorer, Window, split_windows
 
 Item = TypeVar("Item")
@@ -100,21 +101,30 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
     ]
 
 
-def evaluate_perplexity(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Perplexities of the texts that hold a word, with standard errors over documents and what each document adds, so
-    that two models can be compared document by document.
+def evaluate_perplexity(scorer: Scorer, tokenizer: Any, documents: Sequence[Document]) -> dict[str, Any]:
+    """Perplexities of the documents that hold a word, with standard errors over documents, and what each document
+    adds, so that two models can be compared document by document. Several sources are also told apart.
     """
-    scores = score_documents(scorer, tokenizer, [text for text in texts if text.split()])
-    metrics = perplexities(scores)
+    documents = [document for document in documents if document.text.split()]
+    scores = score_documents(scorer, tokenizer, [document.text for document in documents])
+    sources = sorted({document.source for document in documents})
+    by_source = {
+        source: [score for score, document in zip(scores, documents) if document.source == source] for source in sources
+    }
     return {
-        "metrics": metrics,
-        "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
-        "n": len(scores),
+        **_summary(scores),
         "documents": {
             "nats": [-score.log_likelihood for score in scores],
             **{name: [getattr(score, name) for score in scores] for name in ("tokens", "words", "bytes")},
         },
-        "tokens": sum(score.tokens for score in scores),
-        "words": sum(score.words for score in scores),
-        "bytes": sum(score.bytes for score in scores),
+        "sources": {source: _summary(part) for source, part in by_source.items()} if len(sources) > 1 else {},
+    }
+
+
+def _summary(scores: Sequence[DocumentScore]) -> dict[str, Any]:
+    return {
+        "metrics": perplexities(scores),
+        "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
+        "n": len(scores),
+        **{name: sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes")},
     }

@@ -32,7 +32,7 @@ if __name__ == "__main__":
         },
     )
     engine.module.train()
-    documents = read_documents(held_out_files(run))
+    documents = read_documents(held_out_files(run), 10**7)[0]
     results = evaluate_model(
         engine.module, load_tokenizer(run.tokenizer), ["perplexity", "own", "routing"], limit=5, documents=documents
     )

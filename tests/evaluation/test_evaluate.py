@@ -80,7 +80,7 @@ def test_other_routings_and_depths_have_files_of_their_own(run):
 def test_causal_figures_do_not_depend_on_batching_or_padding(run):
     """The same documents one by one and all together: a look ahead, or attention to padding, would show."""
     model, tokenizer = load_model(run.weights), load_tokenizer(run.tokenizer)
-    documents = read_documents(held_out.held_out_files(run))
+    documents = read_documents(held_out.held_out_files(run), 10**7)[0]
     together = evaluate_model(model, tokenizer, ["perplexity"], documents=documents)["perplexity"]["tasks"][
         "perplexity"
     ]
@@ -152,10 +152,10 @@ def test_held_out_text_is_checked_where_it_enters(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"damaged|no held-out documents"):
-        read_documents([file])
+        read_documents([file], 100)
     write_held_out(tmp_path, ["", "  "])
     with pytest.raises(DataError, match="no held-out documents"):
-        read_documents([file])
+        read_documents([file], 100)
     with pytest.raises(RunError, match="must be at least 1"):
         Settings(limit=0)
     with pytest.raises(UserError, match="did you mean 'perplexity'"):
@@ -171,6 +171,19 @@ def test_the_part_of_the_text_that_is_read_is_bounded_in_bytes_and_independent_o
     assert all(any(whole.text.startswith(part.text) for whole in documents) for part in chosen)
     everything = choose(documents, 10**9)
     assert sorted(everything) == sorted(documents) and everything[: len(chosen) - 1] == chosen[:-1]
+
+
+def test_reading_keeps_what_choosing_needs_and_knows_the_whole_by_its_digest(tmp_path):
+    texts = [prose(seed, 5) for seed in range(30)]
+    file = write_held_out(tmp_path, texts) / held_out.TEST_FILE
+    everything, digest = read_documents([file], 10**9)
+    few, same = read_documents([file], 2000)
+    assert len(everything) == 30 and len(few) < 10 and digest == same
+    assert choose(few, 2000) == choose(everything, 2000)
+    write_held_out(tmp_path, texts[::-1])
+    assert read_documents([file], 2000) == (few, digest)
+    write_held_out(tmp_path, [*texts[:-1], texts[-1] + " More."])
+    assert read_documents([file], 2000)[1] != digest
 
 
 def test_the_table_shows_values_with_their_errors_and_what_was_skipped(run):

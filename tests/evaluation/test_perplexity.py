@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.evaluation.held_out import Document
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.local_data import wikitext_pages
 from pretrain.evaluation.perplexity import DocumentScore, evaluate_perplexity, jackknife, perplexities
@@ -21,9 +22,13 @@ TEXTS = [
 ]
 
 
+def documents(*texts: str) -> list[Document]:
+    return [Document(text, "") for text in texts]
+
+
 def test_the_four_figures_are_their_definitions():
     model = BigramModel(context_length=16)
-    result = evaluate_perplexity(Scorer(model, EOD), ByteTokenizer(), TEXTS)
+    result = evaluate_perplexity(Scorer(model, EOD), ByteTokenizer(), documents(*TEXTS))
     nats = -sum(by_hand(model, [EOD, *text.encode()]) for text in TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
     words = 3 + 10 + 3
@@ -41,10 +46,22 @@ def test_the_four_figures_are_their_definitions():
 
 
 def test_texts_without_words_are_left_out_and_nothing_at_all_is_refused():
-    result = evaluate_perplexity(Scorer(BigramModel(), EOD), ByteTokenizer(), [*TEXTS, "", " \n"])
+    result = evaluate_perplexity(Scorer(BigramModel(), EOD), ByteTokenizer(), documents(*TEXTS, "", " \n"))
     assert result["n"] == 3
     with pytest.raises(ValueError, match="at least one document"):
         perplexities([])
+
+
+def test_documents_and_sources_add_up_to_the_whole():
+    mixed = [Document(text, source) for text, source in zip(TEXTS, "aba")]
+    result = evaluate_perplexity(Scorer(BigramModel(), EOD), ByteTokenizer(), mixed)
+    parts = result["documents"]
+    bits = sum(parts["nats"]) / sum(parts["bytes"]) / math.log(2)
+    assert bits == pytest.approx(result["metrics"]["bits_per_byte"], rel=1e-12)
+    assert {source: part["n"] for source, part in result["sources"].items()} == {"a": 2, "b": 1}
+    weighted = sum(part["metrics"]["bits_per_byte"] * part["bytes"] for part in result["sources"].values())
+    assert weighted / result["bytes"] == pytest.approx(bits, rel=1e-12)
+    assert evaluate_perplexity(Scorer(BigramModel(), EOD), ByteTokenizer(), documents(*TEXTS))["sources"] == {}
 
 
 def test_a_hopeless_model_has_infinite_word_perplexity_rather_than_an_error():
