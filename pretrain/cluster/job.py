@@ -46,29 +46,48 @@ class Job:
         self.hosts = expand_hostlist(environ["SLURM_JOB_NODELIST"])
         self.python = "python" if environ.get("MOR_CONTAINER") else sys.executable
         self.announced: signal.Signals | None = None
-        self._step: subprocess.Popen[bytes] | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        # What ends the child politely: ranks take USR1 as often as it comes, any other command a Ctrl-C.
+        self._polite = signal.SIGUSR1
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._pass_on)
 
-    def step(self, command: list[str], *, per_node: int | None = None) -> int:
+    @property
+    def cores(self) -> int:
+        """Processors of this node that belong to the job."""
+        return int(self.environ.get("SLURM_CPUS_ON_NODE", "1"))
+
+    @property
+    def tasks(self) -> int:
+        """Tasks the job was asked to have; 1 where nobody said."""
+        return int(self.environ.get("SLURM_NTASKS", "1"))
+
+    def environment_for_sbatch(self) -> dict[str, str]:
+        """This job's variables without what describes this job, for a job that it submits."""
+        kept = ("SLURM_CONF",)
+        described = ("SLURM", "SBATCH")
+        return {name: value for name, value in self.environ.items() if name in kept or not name.startswith(described)}
+
+    def step(self, command: list[str], *, per_node: int | None = None, options: list[str] | None = None) -> int:
         """Run `command` as a job step on all nodes and return its exit code.
 
         `per_node` is the number of tasks on each node; by default as many as the job asked for, otherwise one for each
         GPU of a node.
         """
         chosen = per_node or self._tasks_per_node()
-        options = ["--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
+        options = [*(options or []), "--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
         if per_node:
             options.append(f"--ntasks={per_node * len(self.hosts)}")
-        tasks = chosen or -(-int(self.environ.get("SLURM_NTASKS", "1")) // len(self.hosts))
-        cores = int(self.environ.get("SLURM_CPUS_ON_NODE", "1"))
+        tasks = chosen or -(-self.tasks // len(self.hosts))
         # Since Slurm 22.05 srun no longer takes over what sbatch was told.
-        options.append("--overcommit" if tasks > cores else f"--cpus-per-task={cores // tasks}")
-        self._step = subprocess.Popen(["srun", *options, *self.container_options(), *command])
-        try:
-            return self._step.wait()
-        finally:
-            self._step = None
+        options.append("--overcommit" if tasks > self.cores else f"--cpus-per-task={self.cores // tasks}")
+        return self._wait(["srun", *options, *self.container_options(), *command], signal.SIGUSR1)
+
+    def alone(self, command: list[str]) -> int:
+        """Run `command` once, on this node, and return its exit code."""
+        if self.container_options():
+            command = ["srun", "--nodes=1", "--ntasks=1", *self.container_options(), *command]
+        return self._wait(self.inside(command), signal.SIGINT)
 
     def inside(self, command: list[str]) -> list[str]:
         """`command` as it runs in the image of MOR_CONTAINER where that is not srun's own business."""
@@ -76,6 +95,20 @@ class Job:
         if not image.endswith(".sif"):
             return command
         return ["apptainer", "exec", "--nv", "--bind", f"{_ROOT},{Path.cwd()}", image, *command]
+
+    def why(self, code: int) -> str:
+        """Why the command ended early, for the log."""
+        return f"{self.announced.name} announced the end" if self.announced else f"it ended with code {code}"
+
+    def start_again(self, code: int, purpose: str) -> int:
+        """Requeue this job and wait to be ended by that; returns the exit code where it is not allowed."""
+        say(f"{self.why(code)}; requeueing {purpose}.")
+        if not self.requeue():
+            say("Requeueing is not allowed here; for training, a chain does the same: sbatch --array=1-10%1 ...")
+            return code
+        # Slurm ends this script; returning first would count as the job's own end.
+        time.sleep(120)
+        return EXIT_AGAIN
 
     def requeue(self) -> bool:
         """Ask Slurm to start this job again; False where that is not allowed."""
@@ -114,11 +147,20 @@ class Job:
         mounts = ",".join(f"{folder}:{folder}" for folder in {_ROOT, Path.cwd()})
         return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
+    def _wait(self, command: list[str], polite: signal.Signals) -> int:
+        self._polite = polite
+        self._child = subprocess.Popen(command)
+        try:
+            if self.announced:
+                self._child.send_signal(polite)
+            return self._child.wait()
+        finally:
+            self._child = None
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.announced = signal.Signals(number)
-        if self._step is not None:
-            # Always USR1: where Slurm has sent the ranks a SIGTERM of its own, a second one would end them at once.
-            self._step.send_signal(signal.SIGUSR1)
+        if self._child is not None:
+            self._child.send_signal(self._polite)
 
 
 def train(job: Job, arguments: list[str]) -> int:
@@ -187,20 +229,13 @@ def _finish(job: Job) -> int:
 
 
 def _again(job: Job, run: Path, code: int) -> int:
-    """Requeue after an announced end or a crash; at the next start `note_start` decides whether that was wise."""
+    """Go on after an announced end or a crash; at the next start `note_start` decides whether that was wise."""
     if code in _NEVER_AGAIN or job.is_ending():
         return code
-    why = f"{job.announced.name} announced the end" if job.announced else f"the ranks ended with code {code}"
     if job.array:
-        say(f"{why}; the next element of array {job.array} continues {run}.")
+        say(f"{job.why(code)}; the next element of array {job.array} continues {run}.")
         return EXIT_FINISHED if code == EXIT_AGAIN else code
-    say(f"{why}; requeueing to continue {run}.")
-    if not job.requeue():
-        say("Requeueing is not allowed here; submit a chain instead: sbatch --array=1-10%1 slurm/train.sbatch RECIPE")
-        return code
-    # Slurm ends this script; returning first would count as the job's own end.
-    time.sleep(120)
-    return EXIT_AGAIN
+    return job.start_again(code, f"to continue {run}")
 
 
 def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
@@ -239,11 +274,23 @@ def _deepspeed_step(job: Job, run: Path, arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m pretrain.cluster.job train RECIPE [section.key=value ...]`; returns the exit code."""
+    """`python -m pretrain.cluster.job KIND ...`, as the scripts of slurm/ call it; returns the exit code."""
+    from pretrain.cluster.tasks import compare, evaluate, prep, prepare, report
+
+    kinds = {
+        "train": train,
+        "prep": prep,
+        "eval": evaluate,
+        "compare": compare,
+        "prepare": prepare,
+        "report": report,
+    }
     try:
-        if len(arguments) < 2 or arguments[0] != "train":
-            raise LaunchError("usage: sbatch slurm/train.sbatch RECIPE [section.key=value ...]")
-        return train(Job(), arguments[1:])
+        if len(arguments) < 2 or arguments[0] not in kinds:
+            raise LaunchError(
+                "the file to work on is missing; the first lines of the sbatch script say how to call it."
+            )
+        return kinds[arguments[0]](Job(), arguments[1:])
     except UserError as error:
         print(f"slurm job: {error}", file=sys.stderr, flush=True)
         return EXIT_USER

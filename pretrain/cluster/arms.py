@@ -1,0 +1,61 @@
+"""An experiment as Slurm sees it: the names of its arms, and its text and recipe files made ready for training jobs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.files import write_text
+from mor_model.errors import ConfigError
+from pretrain.comparison.experiment import Experiment, load_experiment
+from pretrain.errors import LaunchError, UserError
+from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_USER
+
+
+def recipe_file(experiment: Experiment, run: str) -> Path:
+    """Where the recipe of one of the experiment's runs is written."""
+    return experiment.folder / "recipes" / f"{run}.yaml"
+
+
+def prepare(experiment: Experiment) -> None:
+    """Make the data set and every run's recipe file.
+
+    Raises:
+        RecipeError, DataError, RunError: when the experiment cannot run at all.
+        Interrupted: after a signal; the same call continues.
+    """
+    from rich.console import Console
+
+    from pretrain.comparison.data import prepare_data
+    from pretrain.comparison.plan import plan_experiment
+
+    prepare_data(experiment, Console(stderr=True))
+    for run in plan_experiment(experiment):
+        file = recipe_file(experiment, run.trial.folder.name)
+        write_text(file, run.recipe.to_yaml())
+        print(f"{file}: {run.plan.steps} steps, {run.plan.training_flops:.3g} FLOPs", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """`list` or `prepare`, EXPERIMENT [KEY=VALUE ...]; returns the exit code."""
+    from pretrain.comparison.launch import Interrupted
+
+    try:
+        if len(arguments) < 2 or arguments[0] not in ("list", "prepare"):
+            raise LaunchError("usage: python -m pretrain.cluster.arms list|prepare EXPERIMENT [KEY=VALUE ...]")
+        experiment = load_experiment(arguments[1], arguments[2:])
+        if arguments[0] == "list":
+            print("\n".join(experiment.arms))
+        else:
+            prepare(experiment)
+    except Interrupted:
+        return EXIT_AGAIN
+    except (UserError, DataError, ConfigError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return EXIT_USER
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

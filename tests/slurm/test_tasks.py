@@ -1,0 +1,173 @@
+"""Preparing, evaluating and comparing through the scripts of slurm/, as arrays and as MPI ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import skip_or_fail
+from tests.slurm.cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str) -> str:
+    return str(ROOT / "slurm" / f"{name}.sbatch")
+
+
+def submit(cluster: Cluster, *arguments: str, **environ: str) -> str:
+    return cluster.submit(*arguments, MOR_SETUP="true", OMP_NUM_THREADS="1", PATH=os.environ["PATH"], **environ)
+
+
+def shards(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*-0*.*"))}
+
+
+@pytest.fixture(scope="module")
+def corpus(cluster) -> Path:
+    """Six files of made-up English, and a tokenizer of their words."""
+    folder = cluster.folder / "work" / "text"
+    folder.mkdir()
+    words = re.findall(r"\w+", "the sea of stones was quiet and every boat had gone home before rain fell on the roofs")
+    generator = random.Random(5)
+    for number in range(6):
+        lines = (
+            json.dumps({"text": " ".join(generator.choices(words, k=generator.randint(20, 90)))}) for _ in range(120)
+        )
+        (folder / f"part{number}.jsonl").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "data_prep", "tokenizer", "train", str(folder / "*.jsonl")]
+    command += ["--out", str(folder / "words.model"), "--vocab-size", "300"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def prep_arguments(corpus: Path, out: Path) -> list[str]:
+    return [str(corpus / "*.jsonl"), "--out", str(out), "--tokenizer", str(corpus / "words.model"), "--test", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus) -> Path:
+    """The data set as one process without Slurm makes it."""
+    out = corpus.parent / "one-process"
+    command = [sys.executable, "-m", "data_prep", "tokenize", *prep_arguments(corpus, out)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def test_an_array_of_tasks_and_its_merge_make_what_one_process_makes(cluster, corpus, prepared):
+    out = cluster.folder / "work" / "array"
+    job = submit(cluster, "--array=0-3%2", "--output=prep-array-%a.out", script("prep"), *prep_arguments(corpus, out))
+    most = 0
+
+    def merged() -> str | None:
+        nonlocal most
+        running = cluster.run("squeue", "-h", "-r", "-t", "R", "-j", job, "-o", "%i", check=False).stdout.split()
+        most = max(most, len(running))
+        return "yes" if (out / "manifest.json").is_file() else None
+
+    cluster.until(merged, "the merged data set")
+    assert 1 <= most <= 2, "the array's limit was not kept"
+    assert shards(out) == shards(prepared)
+
+
+def test_mpi_ranks_make_what_one_process_makes(cluster, corpus, prepared):
+    probe = cluster.run("srun", "--mpi=pmix", "true", check=False)
+    if probe.returncode:
+        skip_or_fail(
+            f"Slurm cannot start MPI programs through PMIx (Debian: apt-get install libpmix-dev): {probe.stderr}"
+        )
+    out = cluster.folder / "work" / "mpi"
+    job = submit(
+        cluster,
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--output=prep-mpi.out",
+        script("prep"),
+        *prep_arguments(corpus, out),
+        # Two nodes on one host: what they would share over the memory they do not have in common.
+        OMPI_MCA_btl="self,tcp",
+        OMPI_MCA_btl_tcp_if_include="lo",
+    )
+    assert cluster.wait(job) == "COMPLETED", cluster.logs()
+    assert shards(out) == shards(prepared)
+
+
+@pytest.mark.slow
+def test_an_experiment_as_an_array_of_arms(cluster, corpus, prepared):
+    folder = cluster.folder / "work" / "runs" / "array-experiment"
+    experiment = write_experiment(cluster.folder / "work" / "array-experiment.yaml", folder, prepared)
+    job = submit(cluster, "--array=0-1", "--output=compare-%a.out", script("compare"), str(experiment))
+    cluster.until(lambda: "yes" if len(finished(folder)) == 2 else None, "two trained arms")
+    cluster.until(lambda: "yes" if (folder / "report" / "report.csv").is_file() else None, "the report")
+    cluster.until(lambda: "empty" if not cluster.run("squeue", "-h").stdout.strip() else None, "an empty queue")
+    assert cluster.wait(f"{job}_0") == cluster.wait(f"{job}_1") == "COMPLETED", cluster.logs()
+    table = (folder / "report" / "report.csv").read_text()
+    assert "vanilla" in table and "mor" in table
+
+
+@pytest.mark.slow
+def test_evaluations_are_shared_out_over_an_array(cluster, corpus, prepared):
+    folder = cluster.folder / "work" / "runs" / "array-experiment"
+    runs = [str(folder / name) for name in finished(folder)]
+    if len(runs) != 2:
+        pytest.skip("needs the runs of the test before")
+    for name in finished(folder):
+        for file in (folder / name / "evaluation").glob("*.json"):
+            file.unlink()
+    job = submit(
+        cluster,
+        "--array=0-3",
+        "--output=eval-%a.out",
+        script("eval"),
+        *runs,
+        "--suite",
+        "perplexity",
+        "--suite=routing",
+    )
+    for element in range(4):
+        assert cluster.wait(f"{job}_{element}") == "COMPLETED", cluster.logs()
+    for name in finished(folder):
+        assert {file.stem for file in (folder / name / "evaluation").glob("*.json")} == {"perplexity", "routing"}
+
+
+def write_experiment(file: Path, folder: Path, data: Path) -> Path:
+    """Two arms of some thousand parameters, twelve steps each."""
+    shape = {"num_layers": 5, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 48}
+    values = {
+        "name": "tiny",
+        "runs": str(folder),
+        "data": {"path": str(data)},
+        "launch": {"launcher": "python", "ranks": 1},
+        "base": {
+            "seed": 1,
+            "model": {**shape, "context_length": 64},
+            "budget": {"steps": 12},
+            "batch": {"sequences": 8, "micro_batch": 4, "sequence_length": 64},
+            "precision": "fp32",
+            "deepspeed": {"config": "zero1"},
+            "evaluation": {"every": 6, "sequences": 4},
+        },
+        "arms": {
+            "vanilla": {},
+            "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
+        },
+        "evaluation": {"suites": ["perplexity", "routing"], "text_bytes": 4000},
+    }
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def finished(folder: Path) -> list[str]:
+    """Names of the experiment's finished runs."""
+    states = {file.parent.name: json.loads(file.read_text())["state"] for file in folder.glob("*/status.json")}
+    return sorted(name for name, state in states.items() if state == "finished")
