@@ -145,10 +145,9 @@ def evaluate_run(
     )
     missing = [name for name in names if name not in results]
     if missing:
-        from data_prep.tokenizers import load_tokenizer
         from mor_model.weights import load_model
 
-        tokenizer = load_tokenizer(run.tokenizer)
+        tokenizer = _tokenizer(run)
         model = load_model(run.weights, device=device)
         for name in missing:
             made = evaluate_model(model, tokenizer, [name], documents=documents, settings=settings, progress=progress)
@@ -158,6 +157,20 @@ def evaluate_run(
                     _keep_questions(run, documents)
                 run.write_json(result_file(run, name, settings), results[name])
     return {name: results[name] for name in names}
+
+
+def _tokenizer(run: RunFolder) -> Any:
+    """The run's tokenizer, which must be the one its plan names: another would score noise without a word."""
+    from data_prep.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(run.tokenizer)
+    planned = run.plan().get("tokenizer_fingerprint") if run.plan_file.is_file() else None
+    if planned and planned != tokenizer.fingerprint:
+        raise RunError(
+            f"{run.tokenizer}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the run was trained with "
+            f"({planned[:12]}, plan.json); restore the folder from the data set's tokenizer/."
+        )
+    return tokenizer
 
 
 def most_text(settings: Settings) -> int:

@@ -146,6 +146,28 @@ def test_an_unfinished_run_is_refused_in_one_sentence(tmp_path, missing, message
         evaluate_run(run, ["perplexity"])
 
 
+def test_another_tokenizer_than_the_plan_names_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", [prose(1, 12)])
+    fingerprint = load_tokenizer(run.tokenizer).fingerprint
+    run.write_json(run.plan_file, {"tokenizer_fingerprint": fingerprint})
+    assert evaluate_run(run, ["perplexity"], limit=1)
+    run.write_json(run.plan_file, {"tokenizer_fingerprint": "0" * 64})
+    with pytest.raises(RunError, match="another tokenizer"):
+        evaluate_run(run, ["perplexity"], limit=2)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_numbers_of_the_cpu(run):
+    model, tokenizer = load_model(run.weights), load_tokenizer(run.tokenizer)
+    documents, _ = read_documents(held_out.held_out_files(run), 10**7)
+    found = [
+        evaluate_model(model.to(place), tokenizer, SUITES, limit=5, documents=documents) for place in ("cpu", "cuda")
+    ]
+    for suite in SUITES:
+        on_cpu, on_gpu = (result[suite]["tasks"][suite]["metrics"]["bits_per_byte"] for result in found)
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+
+
 def test_held_out_text_is_checked_where_it_enters(tmp_path):
     data = write_held_out(tmp_path, ["one"])
     file = data / held_out.TEST_FILE
