@@ -19,6 +19,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count as counting
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Weights become integers that add up to this: rounding shifts a share by less than one sample in a billion, and
 # products with the number of samples of a batch stay inside 64 bits.
 _WHOLE = 1 << 30
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[MixtureSource], length: int, phases: Sequence[Phase], seed: int) -> None:
         self.sources = tuple(sources)
-        self.length = length
+        self.length, self.seed = length, seed
         self.phases = tuple(phases)
         names = [source.name for source in sources]
         _check_sources(self.sources, length)
@@ -95,6 +97,8 @@ class Mixture:
         self._orders = [SampleOrder(size, seed, stream=name) for size, name in zip(self.sizes, names)]
         self._firsts = [phase.first_sample for phase in phases]
         self._trees = [_build_tree([phase.weights.get(name, 0.0) for name in names]) for phase in phases]
+        # One sample alone costs as much as some hundred together, and samples are mostly asked for in order.
+        self._blocks = lru_cache(maxsize=8)(lambda number: self.draw(number * _BLOCK, _BLOCK))
         self._drawn_before = [[0] * len(names)]  # by each source, when a phase begins
         for tree, first, end in zip(self._trees, self._firsts, self._firsts[1:]):
             counts = list(self._drawn_before[-1])
@@ -115,6 +119,9 @@ class Mixture:
     def tokenizer_fingerprint(self) -> str:
         """sha256 (hex) of what decides ids."""
         return self.sources[0].dataset.tokenizer_fingerprint
+
+    def __reduce__(self) -> tuple[type[Mixture], tuple[object, ...]]:
+        return Mixture, (self.sources, self.length, self.phases, self.seed)
 
     def draw(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the samples `first_sample` to `first_sample + count - 1` come from.
@@ -171,12 +178,18 @@ class Mixture:
 
     def sequence(self, sample: int) -> np.ndarray:
         """Ids `[length + 1]` of one sample, a read-only view where its data set gives one."""
-        (source,), (index,) = self.draw(sample, 1)
-        return self.sources[source].dataset.sequence(int(index), self.length)
+        source, index = self._drawn(sample)
+        return self.sources[source].dataset.sequence(index, self.length)
 
     def source_of(self, sample: int) -> str:
         """Name of the source that gives `sample`."""
-        return self.sources[int(self.draw(sample, 1)[0][0])].name
+        return self.sources[self._drawn(sample)[0]].name
+
+    def _drawn(self, sample: int) -> tuple[int, int]:
+        if sample < 0:
+            raise IndexError(f"samples are counted from 0; got {sample}")
+        chosen, indexes = self._blocks(sample // _BLOCK)
+        return int(chosen[sample % _BLOCK]), int(indexes[sample % _BLOCK])
 
     def document_ids(self, tokens: npt.ArrayLike) -> np.ndarray:
         """Number of the document each token of `[..., T]` belongs to, from 0 in each window; int32."""

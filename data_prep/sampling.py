@@ -17,6 +17,7 @@ import numpy as np
 from data_prep.errors import DataError
 
 _ROUNDS = 12  # at 8, the orders of five sequences are visibly not equally likely; at 12 they are
+_BLOCK = 512
 _LARGEST = 2**62  # sums of two digits must fit 64 bits
 
 
@@ -46,10 +47,14 @@ class SampleOrder:
         self._left = 2 * (math.isqrt(size - 1) // 2 + 1)
         self._right = -(-size // self._left)
         self._keys = lru_cache(maxsize=4)(self._derive_keys)
+        # One sample alone costs as much as some hundred together, and samples are mostly asked for in order.
+        self._blocks = lru_cache(maxsize=8)(lambda number: self.block(number * _BLOCK, _BLOCK))
 
     def __getitem__(self, sample: int) -> int:
         """Sequence of sample number `sample` (0 and up; IndexError below)."""
-        return int(self.block(sample, 1)[0])
+        if sample < 0:
+            raise IndexError(f"samples are counted from 0; got {sample}")
+        return int(self._blocks(sample // _BLOCK)[sample % _BLOCK])
 
     def block(self, first: int, count: int) -> np.ndarray:
         """Sequences of the samples `first` to `first + count - 1`, int64 `[count]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,10 @@ def test_a_batch_is_its_samples(folder: Path) -> None:
     assert np.array_equal(mixture.document_ids(batch), open_dataset(folder).document_ids(batch))
     assert (mixture.eod_id, mixture.vocab_size, mixture.tokenizer_fingerprint) == (EOD, VOCABULARY, "f" * 64)
     assert mixture.batch(3, 0).shape == (0, LENGTH + 1)
+    assert np.array_equal(pickle.loads(pickle.dumps(mixture)).batch(11, 6), batch)
+    for call in (mixture.sequence, mixture.source_of):
+        with pytest.raises(IndexError):
+            call(-1)
 
 
 def test_seeds_differ_and_sources_are_shuffled_apart(folder: Path) -> None:
