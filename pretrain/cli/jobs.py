@@ -1,0 +1,65 @@
+"""`mor jobs`: follow what was submitted."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def jobs(
+    everything: Annotated[bool, typer.Option("--all", help="Also jobs that ended more than a day ago.")] = False,
+    follow: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=1, help="Show them again every so many seconds, until all have ended."),
+    ] = None,
+) -> None:
+    """Show state, step, loss, time left and log of the jobs that `mor submit` sent."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    while True:
+        alive = _show(console, everything)
+        if follow is None or not alive:
+            return
+        time.sleep(follow)
+
+
+def _show(console: object, everything: bool) -> bool:
+    """Print the table; whether a job has not ended yet."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.cluster.jobs import view_jobs
+    from pretrain.cluster.records import remembered
+
+    assert isinstance(console, Console)
+    recent = [record for record in remembered() if everything or record.time > time.time() - 86400]
+    views = view_jobs(recent)
+    if not views:
+        console.print("No jobs were submitted from here in the last day (mor jobs --all shows older ones).")
+        return False
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("job", "name", "state", "step", "loss", "left", "log"):
+        table.add_column(head, justify="right" if head in ("step", "loss", "left") else "left", overflow="fold")
+    for view in views:
+        progress = f"{view.step or 0:,}/{view.steps:,}" if view.steps else ""
+        state = f"{view.state} ({view.reason})" if view.reason and view.state != "RUNNING" else view.state
+        loss = f"{view.loss:.4f}" if view.loss is not None else ""
+        left = _duration(view.remaining) if view.remaining is not None else ""
+        table.add_row(view.record.job, view.record.name, state, progress, loss, left, view.record.log)
+    console.print(table)
+    return any(view.state in ("PENDING", "RUNNING", "COMPLETING") for view in views)
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2880 else f"{minutes // 1440} d {minutes // 60 % 24} h"
+    )

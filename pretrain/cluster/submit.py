@@ -1,0 +1,298 @@
+"""A recipe or an experiment as a chain of Slurm jobs: what is submitted, in which order, and what forbids it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pretrain.cluster.profiles import Profile
+from pretrain.cluster.records import Record, remember
+from pretrain.environment import clean_environment
+from pretrain.errors import LaunchError, RecipeError
+
+_SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
+# Announcements of the scripts' --signal lines; a job must be able to last longer.
+_ANNOUNCED_SECONDS = {"train": 300, "compare": 300, "prep": 120, "eval": 60}
+_DEFAULT_SUITES = ("perplexity", "own", "routing")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of a chain. `after` names steps it waits for and the condition (`afterok`, `afterany`)."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    options: tuple[str, ...]
+    log: str
+    run: str | None = None
+    after: tuple[tuple[str, str], ...] = ()
+
+    def command(self, numbers: dict[str, str]) -> list[str]:
+        """The sbatch command once the numbers of earlier jobs are known (their names stand in for them before)."""
+        words = ["sbatch", "--parsable", f"--job-name={self.name}", f"--output={self.log}", *self.options]
+        if self.after:
+            conditions = ",".join(f"{condition}:{numbers.get(name, name)}" for condition, name in self.after)
+            words += [f"--dependency={conditions}", "--kill-on-invalid-dep=yes"]
+        return [*words, str(_SCRIPTS / f"{self.script}.sbatch"), *self.arguments]
+
+
+def is_experiment(path: str) -> bool:
+    """Whether a YAML file is an experiment (it has arms) and not a recipe.
+
+    Raises:
+        RecipeError: when it cannot be read.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+    return isinstance(values, dict) and "arms" in values
+
+
+def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[str] | None) -> list[Step]:
+    """Train, then evaluate.
+
+    Raises:
+        RecipeError, DataError: when the recipe cannot run on so many ranks, or its shards are missing or damaged.
+    """
+    from pretrain.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    _check_recipe(recipe, profile.ranks)
+    logs = f"{recipe.run_folder}.logs"
+    train = _training_step(recipe.name, path, overrides, recipe.run_folder, f"{logs}/train-%j.out", profile)
+    return [train, _evaluation_step(recipe.name, recipe.run_folder, train.name, logs, profile, suites)]
+
+
+def plan_experiment(
+    path: str, overrides: list[str], profile: Profile, suites: list[str] | None, limit: int
+) -> list[Step]:
+    """Prepare text and recipes, train every run (at most `limit` at once, 0 for no limit), evaluate, and report.
+
+    Raises:
+        RecipeError: when one of its runs cannot run on so many ranks.
+    """
+    from pretrain.cluster.arms import recipe_file
+    from pretrain.comparison.experiment import load_experiment
+    from pretrain.comparison.plan import plan_experiment as plan
+
+    experiment = load_experiment(path, overrides)
+    runs = plan(experiment)
+    for run in runs:
+        _check_recipe(run.recipe, profile.ranks, data=False)
+    logs = f"{experiment.folder}/logs"
+    name = experiment.name
+    whole_node = _sbatch_options(dataclasses.replace(_Shape.of(profile), nodes=1), profile, tasks=False)
+    steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
+    wanted = suites or list(experiment.evaluation.suites)
+    for number, run in enumerate(runs):
+        folder = str(run.trial.folder)
+        label = f"{name}-{run.trial.folder.name}"
+        step = _training_step(
+            label, str(recipe_file(experiment, run.trial.folder.name)), [], folder, f"{logs}/{label}-%j.out", profile
+        )
+        after = [("afterok", f"{name}-prepare")]
+        if limit and number >= limit:
+            after.append(("afterany", f"{name}-{runs[number - limit].trial.folder.name}"))
+        steps.append(dataclasses.replace(step, after=tuple(after)))
+        evaluation = _evaluation_step(label, folder, step.name, logs, profile, wanted)
+        settings = experiment.evaluation
+        extra = [f"--limit={settings.limit}"] if settings.limit else []
+        extra += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes else []
+        steps.append(dataclasses.replace(evaluation, arguments=(*evaluation.arguments, *extra)))
+    ends = tuple(("afterany", step.name) for step in steps if step.script == "eval")
+    small = _sbatch_options(_Shape(1, 0, 1), profile)
+    report = Step(f"{name}-report", "compare", ("report", path, *overrides), small, f"{logs}/report-%j.out", after=ends)
+    return [*steps, report]
+
+
+def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[[str], None]) -> dict[str, str]:
+    """Check every step with `sbatch --test-only`, then submit the chain; returns the job number of each step.
+
+    Raises:
+        LaunchError: without Slurm, or when Slurm would refuse a step; nothing has been submitted then.
+    """
+    if not shutil.which("sbatch"):
+        raise LaunchError("there is no sbatch here; log in to a cluster's login node, or use mor submit --local.")
+    if not (_SCRIPTS / "train.sbatch").is_file():
+        raise LaunchError(f"{_SCRIPTS} is missing; submit from a checkout of the project (pip install -e .).")
+    environ = _job_environment(profile)
+    for step in steps:
+        alone = dataclasses.replace(step, after=())
+        test = ["sbatch", "--test-only", *alone.command({})[2:]]
+        done = subprocess.run(test, env=environ, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1]
+            raise LaunchError(f"{step.name}: Slurm would refuse this job: {reason}\n  {shlex.join(test)}")
+    numbers: dict[str, str] = {}
+    for step in steps:
+        if not dry_run:
+            # Slurm does not make the folders of its logs.
+            Path(step.log).parent.mkdir(parents=True, exist_ok=True)
+            done = subprocess.run(step.command(numbers), env=environ, capture_output=True, text=True)
+            if done.returncode:
+                _take_back(numbers, environ)
+                raise LaunchError(f"{step.name}: sbatch: {done.stderr.strip()}; the jobs before it were cancelled.")
+            numbers[step.name] = done.stdout.strip().split(";")[0]
+            remember(_record(step, numbers))
+        say(f"{numbers.get(step.name, 'would submit'):>12}  {shlex.join(step.command(numbers))}")
+    return numbers
+
+
+def run_locally(steps: list[Step], profile: Profile, say: Callable[[str], None]) -> int:
+    """The same chain on this machine, one step after another; returns the exit code of the first that fails."""
+    for step in steps:
+        command = _local_command(step, profile)
+        say(shlex.join(command))
+        code = subprocess.call(command, env={**clean_environment(), **profile.environment})
+        if code and not any(
+            condition == "afterany" and name == step.name for s in steps for condition, name in s.after
+        ):
+            say(f"{step.name} ended with code {code}; the same command continues.")
+            return code
+    return 0
+
+
+@dataclass(frozen=True)
+class _Shape:
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+
+    @classmethod
+    def of(cls, profile: Profile) -> _Shape:
+        return cls(profile.nodes, profile.gpus_per_node or 0, profile.tasks_per_node or profile.gpus_per_node or 1)
+
+
+def _check_recipe(recipe: object, ranks: int, *, data: bool = True) -> None:
+    """Everything about a recipe that can be known without its nodes."""
+    from pretrain.data import open_data
+    from pretrain.ds_config import resolve_ds_config
+    from pretrain.plan import make_plan
+    from pretrain.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    known = recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": "bf16"})
+    plan = make_plan(known)
+    resolve_ds_config(known, ranks)
+    if data:
+        open_data(known, known.network(), plan)
+
+
+def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: str, profile: Profile) -> Step:
+    options = list(_sbatch_options(_Shape.of(profile), profile))
+    if not profile.requeue:
+        options += ["--no-requeue", f"--array=1-{profile.chain}%1"]
+    return Step(name, "train", (recipe, *overrides), tuple(options), log, run=run)
+
+
+def _evaluation_step(name: str, run: str, after: str, logs: str, profile: Profile, suites: list[str] | None) -> Step:
+    arguments = (run, *(f"--suite={suite}" for suite in suites or _DEFAULT_SUITES))
+    options = _sbatch_options(_Shape(1, min(1, profile.gpus_per_node or 0), 1), profile)
+    # A chain's elements after the last one that trained are cancelled, which counts as neither success nor failure.
+    condition = "afterok" if profile.requeue else "afterany"
+    return Step(f"{name}-eval", "eval", arguments, options, f"{logs}/eval-%j.out", run=run, after=((condition, after),))
+
+
+def _sbatch_options(shape: _Shape, profile: Profile, *, tasks: bool = True) -> tuple[str, ...]:
+    options = [f"--nodes={shape.nodes}"]
+    options += [f"--ntasks-per-node={shape.tasks_per_node}"] if tasks else []
+    options += [f"--gpus-per-node={shape.gpus_per_node}"] if shape.gpus_per_node else []
+    for name in ("partition", "account", "qos", "constraint", "time"):
+        if value := getattr(profile, name):
+            options.append(f"--{name}={value}")
+    return (*options, *profile.options)
+
+
+def _job_environment(profile: Profile) -> dict[str, str]:
+    """Variables of `sbatch`, which Slurm hands to the jobs."""
+    environ = {**clean_environment(), **profile.environment}
+    environ = {name: value for name, value in environ.items() if not name.startswith("SBATCH_")}
+    activate = Path(sys.prefix) / "bin" / "activate"
+    setup = profile.setup or (f". {shlex.quote(str(activate))}" if activate.is_file() else "true")
+    environ |= {"MOR_SETUP": setup, "MOR_LAUNCHER": profile.launcher, "MOR_HEALTH": profile.health}
+    if profile.container:
+        environ["MOR_CONTAINER"] = profile.container
+    return environ
+
+
+def _record(step: Step, numbers: dict[str, str]) -> Record:
+    number = numbers[step.name]
+    return Record(
+        job=number,
+        name=step.name,
+        kind=step.script,
+        run=str(Path(step.run).resolve()) if step.run else None,
+        log=str(Path(step.log.replace("%j", number)).resolve()),
+        time=time.time(),
+    )
+
+
+def _take_back(numbers: dict[str, str], environ: dict[str, str]) -> None:
+    if numbers:
+        subprocess.run(["scancel", *numbers.values()], env=environ, capture_output=True)
+
+
+def _local_command(step: Step, profile: Profile) -> list[str]:
+    mor = [sys.executable, "-m", "pretrain.cli.main"]
+    if step.script == "eval":
+        return [*mor, "eval", *step.arguments]
+    if step.script == "compare":
+        kind, *rest = step.arguments
+        return [*mor, "compare", "report", *rest] if kind == "report" else _module("pretrain.cluster.arms", kind, *rest)
+    ranks = profile.tasks_per_node or profile.gpus_per_node or 1
+    script = str(_SCRIPTS.parent / "pretrain" / "train.py")
+    if ranks == 1:
+        return [sys.executable, script, "--config", *step.arguments]
+    launcher = _module("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return [*launcher, script, "--config", *step.arguments]
+
+
+def _module(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+def check_time(profile: Profile) -> None:
+    """Refuse a time limit that a job's own announcement of its end would use up.
+
+    Raises:
+        LaunchError: naming the shortest that makes sense.
+    """
+    if profile.time is None:
+        return
+    seconds = time_limit_seconds(profile.time)
+    longest = max(_ANNOUNCED_SECONDS.values())
+    if seconds is not None and seconds < 2 * longest:
+        raise LaunchError(
+            f"--time {profile.time}: jobs write a checkpoint {longest} s before the end; give at least 10 minutes."
+        )
+
+
+def time_limit_seconds(text: str) -> float | None:
+    """Seconds of a Slurm time limit (`minutes`, `m:s`, `h:m:s`, `d-h`, `d-h:m`, `d-h:m:s`); None for no limit.
+
+    Raises:
+        LaunchError: when it is none of these.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in parts) or (dash and not days.isdecimal()) or len(parts) > 3:
+        raise LaunchError(f"--time {text}: not a time limit; write 24:00:00 or 2-12:00:00.")
+    numbers = [int(part) for part in parts]
+    if dash:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return 86400.0 * int(days) + 3600 * hours + 60 * minutes + seconds
+    hours, minutes, seconds = {1: [0, numbers[0], 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+    return 3600.0 * hours + 60 * minutes + seconds
