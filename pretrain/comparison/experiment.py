@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pretrain.errors import RecipeError
+from pretrain.plan import Branch
 
 REPORT_FOLDER = "report"
 TRAIN_TOKENIZER = "train"
@@ -102,7 +103,8 @@ class Experiment(_Section):
         labels: name to what tables and pictures call the arm.
         reference: the arm others are compared with; the first by default.
         seeds: each arm is trained once per seed; empty for the base's own seed alone.
-        budgets: training FLOPs; each arm is trained once per budget; empty for the base's own budget alone.
+        budgets: training FLOPs; each arm has a run for each; empty for the base's own budget alone. With a
+            warm-up-stable-decay schedule the largest is trained and the others branch off it with a decay of their own.
     """
 
     name: str
@@ -187,11 +189,10 @@ class Experiment(_Section):
         for arm in arms or []:
             if arm not in self.arms:
                 raise RecipeError(f"there is no arm '{arm}' in {self.name}; {nearest(arm, self.arms)}")
-        base = merge_dotted(self.base)
-        own_seed = base.get("seed")
+        own_seed = merge_dotted(self.base).get("seed")
         return [
-            Trial(arm, seed, budget, self.folder / _run_name(arm, seed if seed != own_seed else None, budget))
-            for budget in self.budgets or (None,)
+            self._trial(arm, seed, seed if seed != own_seed else None, budget)
+            for budget in sorted(self.budgets) or (None,)
             for seed in self.seeds or (own_seed,)
             for arm in self.arms
             if arms is None or arm in arms
@@ -199,33 +200,64 @@ class Experiment(_Section):
 
     def recipe_values(self, trial: Trial) -> dict[str, Any]:
         """The fields of the recipe of one run: base, then the arm's, then seed, budget, data and folder."""
-        values = deep_merge(merge_dotted(self.base), merge_dotted(self.arms[trial.arm]))
-        values["name"] = trial.folder.name
+        values = self._arm_values(trial.arm)
+        values["name"] = trial.folder.name if trial.trunk is None else f"{trial.trunk.name}-{trial.folder.name}"
         values["run_dir"] = str(trial.folder)
-        values["data"] = {"path": str(self.data_path), **values.get("data", {})}
+        data = values.get("data", {})
+        values["data"] = data if "sources" in data else {"path": str(self.data_path), **data}
         if trial.seed is not None:
             values["seed"] = trial.seed
         if trial.budget is not None:
             values["budget"] = {"flops": trial.budget}
+            if trial.trunk is None and self._branches(trial.arm):
+                values["budget"]["branches"] = sorted(self.budgets)[:-1]
         return values
+
+    def _arm_values(self, arm: str) -> dict[str, Any]:
+        return deep_merge(merge_dotted(self.base), merge_dotted(self.arms[arm]))
+
+    def _branches(self, arm: str) -> bool:
+        """Whether the smaller budgets of this arm leave the run of the largest one."""
+        return len(self.budgets) > 1 and self._arm_values(arm).get("schedule", {}).get("kind", "wsd") == "wsd"
+
+    def _trial(self, arm: str, seed: int | None, named_seed: int | None, budget: float | None) -> Trial:
+        if budget is None or not self._branches(arm):
+            return Trial(arm, seed, budget, self.folder / _run_name(arm, named_seed, budget))
+        trunk = self.folder / _run_name(arm, named_seed, None)
+        if budget == max(self.budgets):
+            return Trial(arm, seed, budget, trunk)
+        # Where `pretrain.run` puts the branches of a run.
+        return Trial(arm, seed, budget, trunk / "branches" / _amount(budget), trunk)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of an experiment. `seed` and `budget` (training FLOPs) are None where the arm's own recipe
-    decides.
+    """One training run of an experiment.
+
+    `seed` and `budget` (training FLOPs) are None where the arm's own recipe decides. `trunk` is the folder of the run
+    that a smaller budget branches off, None for a run of its own.
     """
 
     arm: str
     seed: int | None
     budget: float | None
     folder: Path
+    trunk: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder, as tables and logs call it."""
+        return self.folder.name if self.trunk is None else f"{self.trunk.name}/{self.folder.name}"
+
+
+def _amount(budget: float) -> str:
+    return Branch(budget, start=0, steps=0).name
 
 
 def _run_name(arm: str, seed: int | None, budget: float | None) -> str:
     parts = [arm]
     if budget is not None:
-        parts.append(f"{budget:.4g}".replace("e+", "e"))
+        parts.append(_amount(budget))
     if seed is not None:
         parts.append(f"seed{seed}")
     return "-".join(parts)

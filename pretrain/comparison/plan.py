@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -28,6 +28,11 @@ class PlannedRun:
     network: ModelConfig
     plan: Plan
 
+    @property
+    def new_steps(self) -> int:
+        """Steps that are trained for this run alone: all, or a branch's decay."""
+        return self.plan.learning_rate.decay if self.trial.trunk is not None else self.plan.steps
+
 
 def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[PlannedRun]:
     """Resolve every run of the experiment (or of some arms).
@@ -37,15 +42,24 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
             comparable.
     """
     vocabulary = vocab_size(experiment)
-    planned = []
+    planned: list[PlannedRun] = []
     for trial in experiment.trials(arms):
         values = experiment.recipe_values(trial)
         if vocabulary is not None:
             values["model"] = {"vocab_size": vocabulary, **values.get("model", {})}
         recipe = build_recipe(values, where=f"arm '{trial.arm}'")
         planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), make_plan(recipe)))
+    by_folder = {run.trial.folder: run for run in planned}
+    planned = [_as_branch(run, by_folder[run.trial.trunk]) if run.trial.trunk is not None else run for run in planned]
     _refuse_unlike(planned)
     return planned
+
+
+def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
+    """A branch warms up with its trunk, of which it is the beginning."""
+    schedule = run.recipe.schedule.model_copy(update={"warmup": trunk.plan.learning_rate.warmup})
+    recipe = run.recipe.model_copy(update={"schedule": schedule})
+    return replace(run, recipe=recipe, plan=make_plan(recipe))
 
 
 def vocab_size(experiment: Experiment) -> int | None:
@@ -62,13 +76,13 @@ def vocab_size(experiment: Experiment) -> int | None:
 def plan_table(runs: Iterable[PlannedRun]) -> Table:
     """The plan for a terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run")
-    for head in ("stored", "applied", "FLOPs/token", "tokens", "steps", "FLOPs, training"):
-        table.add_column(head, justify="right")
+    table.add_column("run", no_wrap=True)
+    for head in ("stored", "applied", "FLOPs/token", "tokens", "steps", "training FLOPs"):
+        table.add_column(head, justify="right", no_wrap=True)
     for run in runs:
         plan = run.plan
         table.add_row(
-            run.trial.folder.name,
+            run.trial.name,
             numbers.si(plan.parameters["total_stored"]),
             numbers.si(plan.parameters["applied"]),
             numbers.si(plan.flops_per_sequence / plan.sequence_length),

@@ -30,11 +30,11 @@ class Progress:
         self._flops = flops
         self._console = console
         self._started = time.monotonic()
-        self._reused = 0.0
+        self._worked = 0.0
         self._done = 0.0
         self._share = 0.0
         self._first_share: float | None = None
-        self._number, self._name, self._steps = 0, "", 1
+        self._number, self._name, self._steps = -1, "", 1
         self._printed = 0.0
         self._offset = 0
         self._bars = Bars(
@@ -59,19 +59,13 @@ class Progress:
         self._bars.stop()
 
     def begin(self, number: int, name: str, steps: int) -> None:
-        """Run `number` is next."""
+        """Run `number` is trained from here on."""
         self._number, self._name, self._steps = number, name, steps
         self._offset, self._share, self._first_share = 0, 0.0, None
-        self._bars.update(
-            self._one,
-            description=f"{number + 1}/{len(self._flops)} {name}",
-            total=steps,
-            completed=0,
-            detail="starting",
-            visible=True,
-        )
+        title = f"{number + 1}/{len(self._flops)} {name}"
+        self._bars.update(self._one, description=title, total=steps, completed=0, detail="starting", visible=True)
         if not self._console.is_terminal:
-            self.say(f"{number + 1}/{len(self._flops)} {name}")
+            self.say(title)
 
     def follow(self, run: RunFolder) -> None:
         """Read what the run has logged since the last call."""
@@ -80,18 +74,16 @@ class Progress:
             return
         self._share = min(1.0, record["step"] / self._steps)
         if self._first_share is None:
-            # What an earlier invocation trained cost no time in this one.
+            # What an earlier invocation trained, and what a branch has from its trunk, costs no time in this one.
             self._first_share = self._share
-            self._reused += self._share * self._flops[self._number]
         loss = record.get("lm_loss", record["loss"])
         detail = f"loss {loss:.3f} · {record.get('tokens_per_second', 0):,.0f} tokens/s"
         self._bars.update(self._one, completed=record["step"], detail=detail)
         self._show_whole()
         if not self._console.is_terminal and time.monotonic() - self._printed > _PLAIN_SECONDS:
             self._printed = time.monotonic()
-            self.say(
-                f"{self._name}: step {record['step']} of {self._steps} · {detail} · experiment: {self._remaining()}"
-            )
+            parts = [f"{self._name}: step {record['step']} of {self._steps}", detail]
+            self.say(" · ".join([*parts, remaining] if (remaining := self._remaining()) else parts))
 
     def activity(self, text: str) -> None:
         """Say what is going on apart from training."""
@@ -104,11 +96,11 @@ class Progress:
         self._show_whole()
 
     def end(self, number: int) -> None:
-        """Run `number` is over, whatever its end."""
-        if self._first_share is None:
-            self._reused += self._flops[number]
+        """Run `number` is trained; what it had before `begin` was not this process's work."""
+        if number == self._number and self._first_share is not None:
+            self._worked += (1.0 - self._first_share) * self._flops[number]
         self._done += self._flops[number]
-        self._share = 0.0
+        self._share, self._first_share = 0.0, None
         self._show_whole()
 
     def say(self, text: str) -> None:
@@ -120,15 +112,15 @@ class Progress:
 
     @property
     def _spent(self) -> float:
-        current = self._share * self._flops[self._number] if self._share else 0.0
-        return self._done + current
+        return self._done + self._share * self._flops[self._number]
 
     def _remaining(self) -> str:
-        new = self._spent - self._reused
-        if new <= 0:
+        """The estimate for the whole experiment, from the FLOPs that this process has got done since it began."""
+        worked = self._worked + (self._share - (self._first_share or 0.0)) * self._flops[self._number]
+        if worked <= 0:
             return ""
-        rate = new / (time.monotonic() - self._started)
-        return f"about {numbers.duration((sum(self._flops) - self._spent) / rate)} left"
+        seconds = (time.monotonic() - self._started) * (sum(self._flops) - self._spent) / worked
+        return f"experiment: about {numbers.duration(seconds)} left"
 
     def _latest(self, run: RunFolder) -> dict[str, Any] | None:
         """The newest complete training record after what was read before."""

@@ -60,15 +60,23 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
         refuse_other_recipe(run)
     console.print(plan_table(planned))
     failures: list[Failure] = []
-    with Progress([run.plan.training_flops for run in planned], console) as progress:
-        for number, run in enumerate(planned):
-            progress.begin(number, run.trial.folder.name, run.plan.steps)
-            failure = _train(experiment, run, progress) or _evaluate(experiment, run, progress)
+    jobs = _jobs(planned)
+    ordered = [run for job in jobs for run in job]
+    with Progress([run.plan.training_flops * run.new_steps / run.plan.steps for run in ordered], console) as progress:
+        for job in jobs:
+            failure = _train(experiment, job, ordered, progress)
+            for run in job:
+                failure = failure or _evaluate(experiment, run, progress)
             if failure is not None:
                 failures.append(failure)
                 progress.say(f"{failure.run}: {failure.why}")
-            progress.end(number)
     return failures
+
+
+def _jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
+    """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
+    own = [run for run in planned if run.trial.trunk is None]
+    return [[run, *(other for other in planned if other.trial.trunk == run.trial.folder)] for run in own]
 
 
 def refuse_other_recipe(run: PlannedRun) -> None:
@@ -112,38 +120,71 @@ def _first_difference(where: str, found: Any, wanted: Any) -> str | None:
     return f"{where} was {found!r}, the experiment says {wanted!r}"
 
 
-def _train(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
+def _train(
+    experiment: Experiment, job: list[PlannedRun], ordered: list[PlannedRun], progress: Progress
+) -> Failure | None:
+    run = job[0]
     folder = RunFolder(run.trial.folder)
-    if folder.status()["state"] == "finished":
-        progress.say(f"{folder.name}: trained already")
+    following = _Following(job, ordered, progress)
+    if not following.unfinished:
+        progress.say(f"{run.trial.name}: trained already")
         return None
     recipe_file = experiment.folder / "recipes" / f"{folder.name}.yaml"
     write_text(recipe_file, run.recipe.to_yaml())
     # Not in the run folder, which the trainer wants to find empty or its own.
     log = experiment.folder / "logs" / f"{folder.name}-training.log"
     try:
-        status = run_child(training_command(experiment.launch, recipe_file), log, lambda: progress.follow(folder))
+        status = run_child(training_command(experiment.launch, recipe_file), log, following.tick)
     except Interrupted:
-        progress.say(
-            f"{folder.name}: stopped at step {folder.status().get('step', 0)} of {run.plan.steps}; the same command "
-            "continues."
-        )
+        step = folder.status().get("step", 0)
+        progress.say(f"{folder.name}: stopped at step {step} of {run.plan.steps}; the same command continues.")
         raise
-    progress.follow(folder)
-    state = folder.status()
-    if state["state"] == "finished":
-        progress.say(_trained(folder, run))
+    following.tick()
+    if not following.unfinished:
         return None
-    if state["state"] == "stopped":
+    last = RunFolder(following.unfinished[0].trial.folder)
+    if last.status()["state"] == "stopped":
         raise Interrupted
-    return Failure(folder.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
+    return Failure(run.trial.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
+
+
+class _Following:
+    """Shows the progress of a run and then of its branches, which one process trains one after another."""
+
+    def __init__(self, job: list[PlannedRun], ordered: list[PlannedRun], progress: Progress) -> None:
+        self._ordered, self._progress = ordered, progress
+        self._shown: PlannedRun | None = None
+        self.unfinished = list(job)
+        self._leave_finished()
+
+    def tick(self) -> None:
+        if not self.unfinished:
+            return
+        current = self.unfinished[0]
+        if current is not self._shown:
+            self._shown = current
+            self._progress.begin(self._ordered.index(current), current.trial.name, current.plan.steps)
+        self._progress.follow(RunFolder(current.trial.folder))
+        self._leave_finished()
+
+    def _leave_finished(self) -> None:
+        while self.unfinished:
+            run = self.unfinished[0]
+            folder = RunFolder(run.trial.folder)
+            if folder.status()["state"] != "finished":
+                return
+            del self.unfinished[0]
+            if run is self._shown:
+                self._progress.follow(folder)
+                self._progress.say(_trained(folder, run))
+            self._progress.end(self._ordered.index(run))
 
 
 def _trained(folder: RunFolder, run: PlannedRun) -> str:
     validation = None
     for record in folder.metrics("validation"):
         validation = record.get("loss_causal", validation)
-    return f"{folder.name}: trained {run.plan.steps} steps, validation loss {numbers.fixed(validation, 4)}"
+    return f"{run.trial.name}: trained {run.plan.steps} steps, validation loss {numbers.fixed(validation, 4)}"
 
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
@@ -165,12 +206,18 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
         command += [f"--limit={limit}"] if limit is not None else []
         command += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []
         command += ["--hub"] if settings.hub else []
-        log = experiment.folder / "logs" / f"{folder.name}-evaluation.log"
+        log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
         progress.activity(f"evaluating: {', '.join(missing)}")
         status = run_child(command, log, progress.refresh)
         if status != 0:
-            return Failure(folder.name, f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}")
+            return Failure(
+                run.trial.name, f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
+            )
     return None
+
+
+def _file_name(run: PlannedRun) -> str:
+    return run.trial.name.replace("/", "-")
 
 
 def _is_current(folder: RunFolder, suite: str, limit: int | None) -> bool:

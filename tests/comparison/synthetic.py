@@ -44,16 +44,19 @@ def write_run(
     evaluate: bool = True,
     few_shot: bool = True,
     reason: str | None = None,
+    config: ModelConfig | None = None,
+    sequences: int = 32,
 ) -> Path:
     """One run folder.
 
     Args:
         budget: training FLOPs; final_loss: causal validation loss at the end; leak: how much lower top-k reads.
         until: share of the run that has been trained when `state` is not `finished`.
+        config: the network, by default a small one for `arm`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = network(arm)
-    length, sequences = config.context_length, 32
+    config = config or network(arm)
+    length = config.context_length
     per_token = flops_per_token(config, length)
     tokens_per_step = sequences * length
     steps = math.ceil(budget / (per_token.training * tokens_per_step))
@@ -69,6 +72,7 @@ def write_run(
             "flops_per_token_forward": per_token.forward,
             "training_flops": per_token.training * steps * tokens_per_step,
             "parameters": vars(counts),
+            "decay_steps": steps // 5,
             "tokenizer_fingerprint": "f" * 16,
             "data_manifest": "d" * 16,
         },
@@ -111,7 +115,7 @@ def _write_metrics(
     lines: list[dict[str, Any]] = []
     for step in range(1, until + 1):
         tokens = step * tokens_per_step
-        if step % 5 == 0 or step == until:
+        if step % max(5, steps // 200) == 0 or step == until:
             lines.append(
                 {
                     "kind": "train",

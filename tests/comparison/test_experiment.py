@@ -42,22 +42,34 @@ def test_an_arm_is_the_base_with_its_own_values_laid_upon_it(write):
     assert vanilla["seed"] == mor["seed"] == 3
 
 
-def test_every_arm_is_trained_once_per_budget_and_seed(write):
-    text = MINIMAL.replace("  budget: {flops: 1e13}\n", "") + "seeds: [3, 4]\nbudgets: [1e13, 2.5e13]\n"
+def test_smaller_budgets_branch_off_the_largest_run(write):
+    text = MINIMAL.replace("  budget: {flops: 1e13}\n", "") + "seeds: [3, 4]\nbudgets: [2.5e13, 1e13]\n"
     experiment = load_experiment(write(text))
-    names = [trial.folder.name for trial in experiment.trials()]
-    assert names == [
-        "vanilla-1e13",
-        "mor-1e13",
-        "vanilla-1e13-seed4",
-        "mor-1e13-seed4",
-        "vanilla-2.5e13",
-        "mor-2.5e13",
-        "vanilla-2.5e13-seed4",
-        "mor-2.5e13-seed4",
+    trials = experiment.trials(["mor"])
+    assert [str(trial.folder.relative_to(experiment.folder)) for trial in trials] == [
+        "mor/branches/1e13",
+        "mor-seed4/branches/1e13",
+        "mor",
+        "mor-seed4",
     ]
-    last = experiment.recipe_values(experiment.trials()[-1])
-    assert last["seed"] == 4 and last["budget"] == {"flops": 2.5e13}
+    assert [trial.trunk for trial in trials] == [trials[2].folder, trials[3].folder, None, None]
+    branch, trunk = experiment.recipe_values(trials[1]), experiment.recipe_values(trials[3])
+    assert trunk["budget"] == {"flops": 2.5e13, "branches": [1e13]} and branch["budget"] == {"flops": 1e13}
+    assert trunk["seed"] == branch["seed"] == 4
+
+
+def test_budgets_are_runs_of_their_own_without_a_decay_to_branch(write):
+    text = MINIMAL.replace("  budget: {flops: 1e13}\n", "  schedule.kind: cosine\n") + "budgets: [1e13, 2.5e13]\n"
+    experiment = load_experiment(write(text))
+    assert [trial.name for trial in experiment.trials()] == ["vanilla-1e13", "mor-1e13", "vanilla-2.5e13", "mor-2.5e13"]
+    assert all(trial.trunk is None for trial in experiment.trials())
+    assert experiment.recipe_values(experiment.trials()[0])["budget"] == {"flops": 1e13}
+
+
+def test_a_mixture_of_sources_is_left_as_it_is(write):
+    text = MINIMAL.replace("base:\n", "base:\n  data: {sources: [{path: a}, {path: b}]}\n")
+    experiment = load_experiment(write(text))
+    assert experiment.recipe_values(experiment.trials()[0])["data"] == {"sources": [{"path": "a"}, {"path": "b"}]}
 
 
 def test_a_run_keeps_its_folder_when_seeds_are_added(write):

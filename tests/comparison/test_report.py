@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from mor_model.presets import preset
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.report.build import build_report
 from pretrain.comparison.report.findings import findings
@@ -118,7 +119,7 @@ def test_page_and_markdown_show_the_same_numbers(complete):
     ]
     written = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
     body = [row for row in rows if row[0] in ("vanilla", "recursive", "MoR, R=3")]
-    assert len(body) == 15 and all(row in written for row in body)
+    assert len(body) == 18 and all(row in written for row in body)
 
 
 def test_differences_are_said_with_their_uncertainty_and_no_more(complete):
@@ -167,6 +168,69 @@ def test_several_seeds_give_mean_and_spread(tmp_path):
     assert "95 % interval +0.025 to +0.075" in text
     assert "trained with 3 seeds" in text and "one seed" not in text
     assert "4.0200 ± 0.0100" in report_text(made, "report.md")
+
+
+@pytest.fixture(scope="module")
+def several_budgets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    budgets = (6.0e18, 15.0e18, 49.5e18)
+    for variant, losses in (("vanilla", (3.40, 3.05, 2.80)), ("mor", (3.20, 2.95, 2.81))):
+        config = preset("360m", variant, 3)
+        for budget, loss in zip(budgets, losses):
+            folder = (
+                root / variant
+                if budget == budgets[-1]
+                else root / variant / "branches" / f"{budget:g}".replace("+", "")
+            )
+            write_run(folder, variant, budget=budget, final_loss=loss, config=config, sequences=1024)
+    made = experiment(root, arms={"vanilla": {}, "mor": {}}, budgets=budgets)
+    build_report(made, "recipes/small.yaml")
+    return made
+
+
+def markdown_table(made: Experiment, title: str) -> list[list[str]]:
+    text = report_text(made, "report.md").split(f"**{title}**")[1]
+    lines = [line for line in text.split("\n\n")[1].splitlines() if "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_budget_stands_beside_the_papers_result(several_budgets):
+    head, vanilla, mor = markdown_table(several_budgets, "Loss at every budget of training FLOPs")
+    assert head[1::2] == ["6.00 × 10¹⁸ (measured)", "1.50 × 10¹⁹ (measured)", "4.95 × 10¹⁹ (measured)"]
+    assert head[2::2] == ["(paper)"] * 3
+    assert vanilla[2::2] == ["3.379", "3.010", "2.782"] and mor[2::2] == ["3.103", "2.916", "2.792"]
+    measured = [[float(row[place].strip("*")) for place in (1, 3, 5)] for row in (vanilla, mor)]
+    assert measured[0] == pytest.approx([3.40, 3.05, 2.80], abs=1e-3)
+    assert measured[1] == pytest.approx([3.20, 2.95, 2.81], abs=1e-3)
+    assert mor[1].startswith("**") and vanilla[5].startswith("**")
+    text = report_text(several_budgets, "index.html")
+    assert "arXiv 2507.10524" in text and "top-k routing, which looks ahead" in text
+
+
+def test_the_main_tables_are_of_the_largest_budget(several_budgets):
+    results = read_results(several_budgets)
+    assert results.main_budget == 49.5e18
+    assert "MoR, R=3 and vanilla cannot be told apart" in " ".join(findings(results))
+    rows = markdown_table(several_budgets, "Beside the paper's results")
+    assert [row[0] for row in rows[1:]] == ["vanilla", "paper: vanilla", "MoR, R=3", "paper: MoR expert, R=3"]
+    assert rows[2][1:4] == ["315 M", "20.0 B", "2.7824"] and rows[4][3:5] == ["–", "2.7925"]
+
+
+def test_a_small_network_is_not_held_against_the_paper(complete):
+    assert "2507.10524" not in report_text(complete, "index.html")
+
+
+def test_at_equal_tokens_the_curve_is_read_where_the_shortest_arm_ends(several_budgets):
+    head, vanilla, mor = markdown_table(several_budgets, "The same runs after 19.4 B tokens")
+    plan = {arm: json.loads((several_budgets.folder / arm / "plan.json").read_text()) for arm in ("vanilla", "mor")}
+    assert head[4] == "Training FLOPs (of vanilla's)"
+    ratio = plan["mor"]["flops_per_token_forward"] / plan["vanilla"]["flops_per_token_forward"]
+    assert float(mor[4]) == pytest.approx(ratio, abs=1e-3) and float(vanilla[4]) == 1.0
+    assert float(vanilla[1]) == pytest.approx(2.80, abs=1e-3) and vanilla[2] == "same"
+    share = plan["vanilla"]["tokens"] / plan["mor"]["tokens"]
+    law = 2.81 + 5.0 * math.exp(-9 * share) + 0.9 * (1 - share) ** 2
+    assert float(mor[1]) == pytest.approx(law, abs=0.02)
+    assert vanilla[6] == "at its end" and mor[6] == "still at its peak"
 
 
 def test_arms_that_did_not_finish_are_named_with_the_reason(tmp_path):

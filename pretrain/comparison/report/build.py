@@ -39,9 +39,9 @@ def print_report(results: Results, index: Path, console: Console) -> None:
     """The short form for a terminal: a line per arm, what is missing, and where the report is."""
     budget = results.main_budget
     table = RichTable(box=None, pad_edge=False, header_style="bold")
-    table.add_column("arm")
-    for head in ("stored", "tokens", "FLOPs counted", "test loss", "bits/byte", "difference", "tokens/s"):
-        table.add_column(head, justify="right")
+    table.add_column("arm", no_wrap=True)
+    for head in ("stored", "tokens", "FLOPs", "test loss", "bits/byte", "difference", "tokens/s"):
+        table.add_column(head, justify="right", no_wrap=True)
     reference = results.reference(budget)
     for arm in results.arms(budget):
         loss, _, _ = arm.mean_score(HELD_OUT, "loss")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.comparison.report import numbers, tables
+from pretrain.comparison.report import numbers, tables, views
 from pretrain.comparison.report.findings import equal_cost, findings
-from pretrain.comparison.report.pictures import Picture, depth_picture, few_shot_picture, loss_picture
+from pretrain.comparison.report.pictures import (
+    Picture,
+    budget_picture,
+    depth_picture,
+    few_shot_picture,
+    loss_picture,
+    tokens_picture,
+)
 from pretrain.comparison.report.results import Results
 from pretrain.comparison.report.tables import Table
 
@@ -63,15 +71,21 @@ def _measurements(results: Results) -> list[Section]:
     budget = results.main_budget
     test = [tables.test_table(results, budget, task) for task in tables.loss_tasks(results, budget)]
     losses: list[Block | None] = [loss_picture(results, budget), *test, tables.routing_table(results, budget)]
+    budgets = [budget_picture(results, views.validation_loss), views.budgets_table(results)]
+    at_equal_tokens = views.equal_tokens_table(results, budget)
+    tokens = [at_equal_tokens, tokens_picture(results, budget)] if at_equal_tokens is not None else []
     few_shot: list[Block | None] = [few_shot_picture(results, budget)]
     if few_shot[0] is not None:
         few_shot.append(tables.few_shot_table(results, budget))
     few_shot.append(tables.skipped_table(results))
     sections = [
         Section("Loss", _present(losses)),
+        Section("Every budget", _present(budgets)),
+        Section("At equal tokens", _present(tokens)),
         Section("Size and cost", [tables.size_table(results, budget), tables.budget_table(results, budget)]),
         Section("Depth", _present([depth_picture(results, budget)])),
         Section("Few-shot tasks", _present(few_shot)),
+        Section("The paper's results", _present([views.paper_table(results, budget)])),
         Section("Speed and memory", [tables.speed_table(results, budget)]),
     ]
     return [section for section in sections if section.blocks]
@@ -113,7 +127,7 @@ def _facts(results: Results) -> dict[str, str]:
         "Seeds": ", ".join(str(seed) for seed in results.seeds if seed is not None),
         "Data": f"manifest {_text(run.plan.get('data_manifest'))[:16]}, "
         f"tokenizer {_text(run.plan.get('tokenizer_fingerprint'))[:16]}",
-        "Runs": ", ".join(record.trial.folder.name for record in results.records),
+        "Runs": ", ".join(record.trial.name for record in results.records),
     }
     return {name: text for name, text in facts.items() if text}
 
@@ -128,7 +142,7 @@ def _subtitle(results: Results) -> str:
     return f"{len(arms)} arms {equal_cost(arms)}{mean} · {seeds} seed{'s' if seeds > 1 else ''} per arm"
 
 
-def _present(blocks: list[Block | None]) -> list[Block]:
+def _present(blocks: Sequence[Block | None]) -> list[Block]:
     return [block for block in blocks if block is not None]
 
 

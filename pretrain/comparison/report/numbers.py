@@ -60,6 +60,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return _MISSING if share is None else f"{fixed(100 * share, digits)} %"
 
 
+def accuracy(share: float | None, error: float | None) -> str:
+    """In per cent, without the sign: a table's heading says it."""
+    return _MISSING if share is None else plus_minus(100 * share, None if error is None else 100 * error, 1)
+
+
 def gibibytes(value: float | None) -> str:
     return _MISSING if value is None else f"{value / 2**30:.2f} GiB"
 

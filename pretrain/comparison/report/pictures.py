@@ -115,7 +115,7 @@ def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
     )
 
 
-def budget_picture(results: Results, value: Callable[[Arm], float | None], unit: str) -> Picture | None:
+def budget_picture(results: Results, value: Callable[[Arm], float | None]) -> Picture | None:
     """Loss of every arm at every budget. None with fewer than two budgets."""
     budgets = sorted(budget for budget in results.budgets if budget is not None)
     if len(budgets) < 2:
@@ -135,11 +135,11 @@ def budget_picture(results: Results, value: Callable[[Arm], float | None], unit:
     order = list(results.experiment.arms)
     return _picture(
         "Loss at every budget",
-        f"{unit} at the end of training with each budget of training FLOPs (both axes logarithmic).",
+        "Causal validation loss at the end of training with each budget of training FLOPs (both axes logarithmic).",
         "; ".join(
             f"{labels[name]}: " + ", ".join(f"{y:.3f} at {x:.3g}" for x, y in points) for name, points in lines.items()
         ),
-        lambda width: _draw_budgets(lines, labels, order, width, unit),
+        lambda width: _draw_budgets(lines, labels, order, width),
     )
 
 
@@ -353,7 +353,7 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
 
 
 def _draw_budgets(
-    lines: dict[str, list[tuple[float, float]]], labels: dict[str, str], order: list[str], width: int, unit: str
+    lines: dict[str, list[tuple[float, float]]], labels: dict[str, str], order: list[str], width: int
 ) -> Figure:
     figure = _figure(width, 380)
     panel = figure.subplots()
@@ -379,7 +379,7 @@ def _draw_budgets(
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.grid(axis="y")
     panel.set_xlabel("training FLOPs")
-    panel.set_title(unit, loc="left", color=_FAINT)
+    panel.set_title("nats per token", loc="left", color=_FAINT)
     panel.legend(frameon=False)
     return figure
 

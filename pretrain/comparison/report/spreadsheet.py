@@ -21,7 +21,7 @@ def spreadsheet(results: Results) -> str:
     writer.writerow(COLUMNS)
     for record in results.records:
         trial = record.trial
-        head = (trial.folder.name, trial.arm, _blank(trial.seed), _blank(trial.budget), record.state)
+        head = (trial.name, trial.arm, _blank(trial.seed), _blank(trial.budget), record.state)
         rows = list(_quantities(record)) or [("", "", "", "", "")]
         writer.writerows((*head, *row) for row in rows)
     return stream.getvalue()

@@ -217,9 +217,7 @@ def few_shot_table(results: Results, budget: float | None) -> Table:
         cells.append("–" if chance is None else numbers.fixed(100 * chance, 1))
         for arm in arms:
             value, spread, _ = arm.mean_score(task, known[0].metric)
-            cells.append(
-                "–" if value is None else numbers.plus_minus(100 * value, None if spread is None else 100 * spread, 1)
-            )
+            cells.append(numbers.accuracy(value, spread))
         cells.append(", ".join(sorted({score.routing for score in known})))
         rows.append(cells)
     what = "standard deviation over seeds" if len(results.seeds) > 1 else "standard error over the examples"
