@@ -236,9 +236,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder))
         result["tokens_per_second"] = measure(Path(folder))
-        result["tokens_per_second"]["one data set, batches of 512, cold page cache"] = measure_cold(
-            open_dataset(folder)
-        )
     with tempfile.TemporaryDirectory() as folder:
         write_sparse_trillion(Path(folder))
         result["trillion_tokens"] = measure_trillion(Path(folder))
