@@ -1,7 +1,7 @@
 """Files that are either whole or absent.
 
-A file is written under a temporary name in its own folder, flushed to the disk and only then renamed, so that a reader, a crash or
-a full disk never meets half a file under its final name.
+A file is written under a temporary name in its own folder, flushed to the disk and only then renamed, so that a reader,
+a crash or a full disk never meets half a file under its final name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person must change: raised with a message that says what, where and what to do; printed without a traceback."""
+"""What a person must change: a message that says what, where and what to do; printed without a traceback."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """A run is a folder: everything downstream (evaluation, comparison, `mor runs`) reads these files and nothing else.
 
-    recipe.yaml       the resolved recipe, complete
-    model.json        the network's configuration
-    environment.json  versions, commit, host, device, world size, launcher
-    plan.json         steps, tokens and FLOPs as planned
-    metrics.jsonl     one JSON object a line, told apart by "kind": train, validation, event
-    checkpoints/      step-00000100/ ... and latest
-    weights/          final weights in plain torch (model.safetensors, model.json)
-    tokenizer/        the tokenizer the run was trained with
-    evaluation/       <suite>.json
-    status.json       running, finished, stopped or failed, and at which step
+recipe.yaml       the resolved recipe, complete
+model.json        the network's configuration
+environment.json  versions, commit, host, device, world size, launcher
+plan.json         steps, tokens and FLOPs as planned
+metrics.jsonl     one JSON object a line, told apart by "kind": train, validation, event
+checkpoints/      step-00000100/ ... and latest
+weights/          final weights in plain torch (model.safetensors, model.json)
+tokenizer/        the tokenizer the run was trained with
+evaluation/       <suite>.json
+status.json       running, finished, stopped or failed, and at which step
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class RunFolder:
         """The run at `path`, which must be one."""
         run = cls(path)
         if not run.path.is_dir():
-            raise RunError(f"{path}: no such run folder; give the folder that `mor train` wrote (it holds recipe.yaml).")
+            raise RunError(f"{path}: no such run folder; give the one that `mor train` wrote (it holds recipe.yaml).")
         if not run.recipe_file.is_file():
-            raise RunError(f"{path}: holds no recipe.yaml, so it is not a run folder; give the folder that `mor train` wrote.")
+            raise RunError(f"{path}: not a run folder (no recipe.yaml); give the one that `mor train` wrote.")
         return run
 
     def read_json(self, file: Path) -> Any:
@@ -96,9 +96,11 @@ class RunFolder:
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RunError(f"{file}: missing; the run has not come that far, or the folder was copied without it.") from None
+            raise RunError(f"{file}: missing; the run has not come that far, or was copied without it.") from None
         except (OSError, ValueError) as error:
-            raise RunError(f"{file}: cannot be read as JSON ({error}); restore it or start the run in a new folder.") from None
+            raise RunError(
+                f"{file}: cannot be read as JSON ({error}); restore it or start the run in a new folder."
+            ) from None
 
     def write_json(self, file: Path, value: Any) -> None:
         write_json(file, value)
@@ -133,6 +135,8 @@ class RunFolder:
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    raise RunError(f"{self.metrics_file}:{number}: not a JSON object; the file is damaged at this line.") from None
+                    raise RunError(
+                        f"{self.metrics_file}:{number}: not a JSON object; the file is damaged at this line."
+                    ) from None
                 if kind is None or record.get("kind") == kind:
                     yield record

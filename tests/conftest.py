@@ -9,7 +9,7 @@ import pytest
 
 
 def skip_or_fail(reason: str) -> None:
-    """Skip the test for a tool or data that is absent; where everything must be there (`MOR_REQUIRE_ALL=1`), fail instead."""
+    """Skip the test for a tool that is absent; where everything must be there (`MOR_REQUIRE_ALL=1`), fail instead."""
     if os.environ.get("MOR_REQUIRE_ALL") == "1":
         pytest.fail(f"MOR_REQUIRE_ALL=1 and {reason}")
     pytest.skip(reason)

@@ -36,7 +36,12 @@ def imports_of(package: str, without: tuple[str, ...] = ()) -> dict[str, set[str
 
 
 def forbidden(found: dict[str, set[str]], banned: set[str]) -> list[str]:
-    return [f"{file} imports {name}" for file, names in found.items() for name in sorted(names) if name.split(".")[0] in banned]
+    return [
+        f"{file} imports {name}"
+        for file, names in found.items()
+        for name in sorted(names)
+        if name.split(".")[0] in banned
+    ]
 
 
 def test_the_network_knows_only_torch():
