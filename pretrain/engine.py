@@ -59,7 +59,7 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if _cpu_computes_bf16() else "fp32"
 
 
-def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any]) -> Any:
+def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any]) -> tuple[Any, list[float]]:
     """Network, optimiser and DeepSpeed around them, on every rank alike.
 
     Args:
@@ -68,7 +68,8 @@ def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any])
         ds_config: what `resolve_ds_config` returned.
 
     Returns:
-        deepspeed.DeepSpeedEngine.
+        deepspeed.DeepSpeedEngine, and the peak learning rate of each of its parameter groups. The groups themselves do
+        not tell it any more once a checkpoint is loaded.
     """
     import deepspeed
 
@@ -85,10 +86,11 @@ def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any])
         model.initialize(recipe.seed)
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     optimizer = build_optimizer(model.named_parameters(), recipe.optim, offloaded=offloaded)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if recipe.compile:
         engine.compile()
-    return engine
+    return engine, peak_rates
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

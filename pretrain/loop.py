@@ -77,6 +77,7 @@ class Trainer:
         ranks: Ranks,
         device: torch.device,
         engine: Any,
+        peak_rates: list[float],
         reader: BatchReader,
         source: SampleSource,
         validator: Validator,
@@ -97,7 +98,7 @@ class Trainer:
             peak_flops,
         )
         self.stopwatch = Stopwatch(device)
-        self.peak_rates = [group["lr"] for group in engine.optimizer.param_groups]
+        self.peak_rates = peak_rates
 
     def train(self, state: TrainState) -> Outcome:
         """Train from `state` to the end of the plan, changing `state` in place.

@@ -219,7 +219,7 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
     ds_config = prepared.ds_config
     if selected is not None and selected.universal:
         ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
-    engine = build_engine(recipe, config, ds_config)
+    engine, peak_rates = build_engine(recipe, config, ds_config)
     store = CheckpointStore(
         folder.checkpoints,
         engine,
@@ -265,6 +265,7 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         ranks=ranks,
         device=device,
         engine=engine,
+        peak_rates=peak_rates,
         reader=reader,
         source=data.source,
         validator=validator,

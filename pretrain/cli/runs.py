@@ -1,0 +1,73 @@
+"""`mor runs`: a table of run folders with state, progress, last loss and what is left."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pretrain.run_folder import RunFolder
+
+app = typer.Typer(add_completion=False, help="List run folders.")
+
+_SILENT_SECONDS = 900.0
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders, at any depth.")] = Path("runs"),
+) -> None:
+    """Show every run below FOLDER."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = find_runs(folder)
+    if not found:
+        typer.echo(f"{folder}: holds no run folders (a run folder has a recipe.yaml).")
+        return
+    table = Table()
+    for name in ("run", "state", "step", "loss", "validation", "tokens/s", "left"):
+        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    for run in found:
+        table.add_row(*describe(run, str(run.path.relative_to(folder)) if run.path != folder else str(folder)))
+    Console().print(table)
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """Run folders below (or at) `folder`, by path."""
+    from pretrain.run_folder import RunFolder
+
+    return [RunFolder(file.parent) for file in sorted(folder.rglob("recipe.yaml"))]
+
+
+def describe(run: RunFolder, name: str) -> list[str]:
+    """One row: name, state, progress, last training loss, last causal validation loss, tokens/s, time left."""
+    from pretrain.telemetry import format_seconds
+
+    status = run.status()
+    steps = int(run.plan()["steps"]) if run.plan_file.is_file() else 0
+    last: dict[str, dict[str, Any]] = {}
+    if run.metrics_file.is_file():
+        for record in run.metrics():
+            last[record["kind"]] = record
+    train = last.get("train", {})
+    state = str(status["state"])
+    if state == "running" and run.metrics_file.is_file():
+        silent = time.time() - run.metrics_file.stat().st_mtime
+        if silent > _SILENT_SECONDS:
+            state = f"silent for {format_seconds(silent)}"
+    step = int(train.get("step", status.get("step", 0)))
+    left = (steps - step) * float(train.get("step_seconds", 0.0))
+    validation = last.get("validation")
+    return [
+        name,
+        state,
+        f"{step}/{steps}" if steps else "-",
+        f"{train['lm_loss']:.4f}" if train else "-",
+        f"{validation['loss_causal']:.4f}" if validation else "-",
+        f"{train['tokens_per_second']:,.0f}" if train else "-",
+        format_seconds(left) if state == "running" and train else "-",
+    ]

@@ -1,0 +1,227 @@
+"""Nothing is lost: killed, stopped and damaged runs go on and end exactly where the undisturbed one does."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.pretrain.support import Job, Workers, losses, metrics, recipe_values, tiny_model, train, write_recipe
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "weights" / "model.safetensors")
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    """Loss sequence, validation losses, counted FLOPs and final weights, all bit by bit."""
+    assert losses(run) == losses(undisturbed)
+    for kind, names in (
+        ("train", ("tokens", "flops", "grad_norm", "lr")),
+        ("validation", ("loss_causal", "loss_topk")),
+    ):
+        mine, theirs = metrics(run, kind), metrics(undisturbed, kind)
+        assert [[r[name] for name in names] for r in mine] == [[r[name] for name in names] for r in theirs]
+    mine, theirs = final_weights(run), final_weights(undisturbed)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def stop_after(workers: Workers, values: dict[str, Any], folder: Path, step: int) -> Path:
+    """Train until a checkpoint after `step` and hold, by the file that a person would touch."""
+    run = Path(values["run_dir"])
+    file = write_recipe(folder / f"{run.name}.yaml", values)
+    # The whole run minus its end: what a kill right after the checkpoint leaves behind.
+    code, printed = workers.run("--config", str(file))
+    assert code == 0, printed
+    for later in sorted((run / "checkpoints").glob("step-*")):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n", encoding="utf-8")
+    shutil.rmtree(run / "weights")
+    (run / "status.json").write_text(json.dumps({"state": "running", "step": step, "steps": 12}), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "router"),
+    [
+        ("zero3", "fp32", {"kind": "expert_choice"}),
+        ("zero3", "bf16", {"kind": "expert_choice", "network": "random"}),
+        ("zero2", "bf16", {"kind": "token_choice", "balance": "bias"}),
+        ("zero1", "bf16", {"kind": "expert_choice"}),
+        ("zero0", "fp32", {"kind": "expert_choice"}),
+    ],
+)
+def test_resuming_gives_the_undisturbed_run(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: str, precision: str, router: dict[str, Any]
+) -> None:
+    """Resumed in the middle of the stable phase and in the middle of the decay, with records cut back to there."""
+    values = recipe_values(
+        tiny_data,
+        tmp_path / "whole",
+        precision=precision,
+        model=tiny_model(router=router),
+        deepspeed={"config": stage},
+        checkpoint={"every": 5, "keep": 9},
+        batch={"sequences": 12, "micro_batch": 2, "sequence_length": 32},
+    )
+    whole = two_ranks.train(tmp_path, values)
+    for step in (5, 10):
+        again = {**values, "run_dir": str(tmp_path / f"again{step}")}
+        file = stop_after(two_ranks, again, tmp_path, step)
+        code, printed = two_ranks.run("--config", str(file))
+        assert code == 0 and f"resuming at step {step}" in printed, printed
+        assert_same_run(tmp_path / f"again{step}", whole)
+
+
+def test_killed_at_random_times_a_run_ends_as_the_undisturbed_one(tmp_path: Path, tiny_data: Path) -> None:
+    torture(tmp_path, tiny_data, kills=5, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_a_run_ends_as_the_undisturbed_one(tmp_path: Path, tiny_data: Path) -> None:
+    kills = 0
+    for round_ in range(20):
+        folder = tmp_path / str(round_)
+        folder.mkdir()
+        kills += torture(folder, tiny_data, kills=6, seed=round_ + 1, asynchronous=bool(round_ % 2))
+        if kills >= 50:
+            return
+    pytest.fail(f"only {kills} kills in 20 rounds")
+
+
+def torture(tmp_path: Path, data: Path, *, kills: int, seed: int, asynchronous: bool = False) -> int:
+    """Kill a random rank with SIGKILL at random times, often while a checkpoint is written; start again each time."""
+    choice = random.Random(seed)
+    checkpoint = {"every": 1, "keep": 2, "asynchronous": asynchronous}
+    values = recipe_values(data, tmp_path / "whole", checkpoint=checkpoint, budget={"steps": 30})
+    whole = tmp_path / "whole"
+    train(write_recipe(tmp_path / "whole.yaml", values), ranks=2)
+    run = tmp_path / "killed"
+    recipe = write_recipe(tmp_path / "killed.yaml", {**values, "run_dir": str(run)})
+    done = 0
+    for _ in range(kills):
+        before = progress(run)
+        job = Job(recipe, ranks=2)
+        target = before + choice.randint(1, 4)
+        while job.running and progress(run) < target:
+            time.sleep(0.002)
+        time.sleep(choice.random() * 0.15)
+        if not job.running:
+            break
+        job.kill(signal.SIGKILL, rank=choice.randint(0, 1))
+        codes, _, _ = job.wait(timeout=120)
+        assert all(code != 0 for code in codes), "the other rank must not go on alone"
+        done += 1
+    train(recipe, ranks=2)
+    assert_same_run(run, whole)
+    return done
+
+
+def progress(run: Path) -> int:
+    """Last finished checkpoint."""
+    found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else ()
+    return max((int(folder.name.removeprefix("step-")) for folder in found), default=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, tiny_data: Path, number: int) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 4000}, checkpoint={"every": 0})
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    job = Job(recipe, ranks=2)
+    while job.running and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    job.kill(number, rank=1)
+    codes, _, errors = job.wait(timeout=120)
+    assert codes == [75, 75], errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+    assert status["state"] == "stopped" and progress(tmp_path / "run") == status["step"] > 0
+
+
+def test_the_stop_file_holds_a_run_and_the_checkpoint_file_does_not(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 0})
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    code, printed = two_ranks.run("--config", str(recipe))
+    assert code == 76 and "stopped after 1 of 12" in printed
+    assert not (tmp_path / "run" / "stop").exists() and progress(tmp_path / "run") == 1
+    (tmp_path / "run" / "checkpoint").touch()
+    code, printed = two_ranks.run("--config", str(recipe))
+    assert code == 0 and "resuming at step 1" in printed
+    assert sorted(f.name for f in (tmp_path / "run" / "checkpoints").glob("step-*")) == [
+        "step-00000002",
+        "step-00000012",
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "whole", checkpoint={"every": 4, "keep": 9})
+    whole = two_ranks.train(tmp_path, values)
+    damages = {
+        "flipped": lambda file: file.write_bytes(file.read_bytes()[:-100] + b"?" * 100),
+        "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        "gone": lambda file: file.unlink(),
+    }
+    for name, damage in damages.items():
+        again = {**values, "run_dir": str(tmp_path / name)}
+        file = stop_after(two_ranks, again, tmp_path, 8)
+        damage(next((tmp_path / name / "checkpoints" / "step-00000008").glob("*rank_1*optim_states.pt")))
+        code, printed = two_ranks.run("--config", str(file))
+        assert code == 0 and "step-00000008 is damaged" in printed and "resuming at step 4" in printed
+        assert_same_run(tmp_path / name, whole)
+    for manifest in (tmp_path / "gone" / "checkpoints").glob("step-*/checkpoint.json"):
+        manifest.write_text("{", encoding="utf-8")
+    (tmp_path / "gone" / "status.json").write_text('{"state": "running"}', encoding="utf-8")
+    code, printed = two_ranks.run("--config", str(file))
+    assert code == 2 and "damaged" in printed and "Traceback" not in printed
+
+
+def test_another_shape_is_refused_and_another_world_size_converted(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, one_rank: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9})
+    whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
+    file = stop_after(two_ranks, values, tmp_path, 8)
+    code, printed = one_rank.run("--config", str(file))
+    assert code == 2 and "world_size 2" in printed and "checkpoint.universal=true" in printed
+    code, printed = two_ranks.run("--config", str(file), "deepspeed.config=zero2")
+    assert code == 2 and "zero_stage 3" in printed
+    code, printed = one_rank.run("--config", str(file), "checkpoint.universal=true")
+    assert code == 0 and "resuming at step 8" in printed, printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-5)
+    for name, tensor in final_weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, final_weights(whole)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_rotation_keeps_what_the_recipe_says(tmp_path: Path, tiny_data: Path, two_ranks: Workers) -> None:
+    checkpoint = {"every": 1, "keep": 2, "keep_every": 5, "log_spaced": True, "keep_best": True}
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint=checkpoint, evaluation={"every": 7, "sequences": 2})
+    run = two_ranks.train(tmp_path, values)
+    kept = [int(folder.name.removeprefix("step-")) for folder in sorted((run / "checkpoints").glob("step-*"))]
+    assert kept == [1, 2, 4, 5, 8, 10, 11, 12]
+    assert (run / "checkpoints" / "latest").read_text(encoding="utf-8") == "step-00000012\n"
+
+
+def test_asynchronous_checkpoints_are_as_good(tmp_path: Path, tiny_data: Path, two_ranks: Workers) -> None:
+    values = recipe_values(tiny_data, tmp_path / "whole", checkpoint={"every": 4, "keep": 9})
+    whole = two_ranks.train(tmp_path, values)
+    again = {**values, "run_dir": str(tmp_path / "again"), "checkpoint": {**values["checkpoint"], "asynchronous": True}}
+    file = stop_after(two_ranks, again, tmp_path, 4)
+    code, printed = two_ranks.run("--config", str(file))
+    assert code == 0 and "resuming at step 4" in printed, printed
+    assert_same_run(tmp_path / "again", whole)
