@@ -24,7 +24,6 @@ from pretrain.evaluation.suites import (
     check_suites,
     hub_answers,
     shared_evaluation_data,
-    skipped,
 )
 from pretrain.run_folder import RunFolder
 
@@ -167,8 +166,8 @@ def _tokenizer(run: RunFolder) -> Any:
     planned = run.plan().get("tokenizer_fingerprint") if run.plan_file.is_file() else None
     if planned and planned != tokenizer.fingerprint:
         raise RunError(
-            f"{run.tokenizer}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the run was trained with "
-            f"({planned[:12]}, plan.json); restore the folder from the data set's tokenizer/."
+            f"{run.tokenizer}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the run was trained "
+            f"with ({planned[:12]}, plan.json); restore the folder from the data set's tokenizer/."
         )
     return tokenizer
 
@@ -246,18 +245,18 @@ def _stored(run: RunFolder, suite: str, settings: Settings, identity: dict[str, 
 def _perplexity(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
     from pretrain.evaluation.perplexity import evaluate_perplexity
 
-    if not documents:
-        return _without_text(suite)
     chosen = held_out.choose(documents, settings.text_bytes)[: settings.limit]
+    if not chosen:
+        return _without_text(suite)
     return _single(suite, evaluate_perplexity(scorer, tokenizer, chosen), "bits_per_byte")
 
 
 def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
     from pretrain.evaluation.routing import evaluate_routing
 
-    if not documents:
-        return _without_text(suite)
     chosen = held_out.choose(documents, max(1, settings.text_bytes // 5))
+    if not chosen:
+        return _without_text(suite)
     task = evaluate_routing(scorer, tokenizer, [document.text for document in chosen])
     task["routing"] = "causal and topk" if task["routed"] else "causal"
     return _single(suite, task, "leak" if task["routed"] else "loss_causal")
@@ -351,8 +350,11 @@ def _finite(value: Any) -> Any:
 
 
 def _without_text(suite: str) -> dict[str, Any]:
-    entry = skipped(suite, "no held-out text was given")
-    entry["how"] = "pass the data set's held-out documents, or prepare the data set with a test split."
+    entry = {
+        "task": suite,
+        "why": "there is no held-out text, or none within --text-bytes",
+        "how": "prepare the data set with a test split, or allow more bytes.",
+    }
     return {"tasks": {}, "skipped": [entry], "primary": None}
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 import statistics
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,14 +147,14 @@ def run_tasks(
             task.set_config(key="num_fewshot", value=fewshot)
             task.set_fewshot_seed(seed=1234)
         results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
-    return {
-        name: {
-            **_figures(task, results["samples"][name], results["results"][name], model),
-            "split": "test" if task.has_test_docs() else "validation",
-            "fewshot": fewshot,
+        return {
+            name: {
+                **_figures(task, results["samples"][name], results["results"][name], model),
+                "split": "test" if task.has_test_docs() else "validation",
+                "fewshot": fewshot,
+            }
+            for name, task in tasks.items()
         }
-        for name, task in tasks.items()
-    }
 
 
 def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +244,10 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # F1 of a handful of answers is often undefined, which its value of 0 says already.
+            warnings.filterwarnings("ignore", module="sklearn")
+            yield
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)

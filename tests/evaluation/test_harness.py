@@ -164,7 +164,7 @@ def test_without_data_everything_is_skipped_with_its_reason_and_remedy(model, mo
     assert len(results["blimp"]["skipped"]) == 67
     entry = results["hellaswag"]["skipped"][0]
     assert entry["task"] == "hellaswag" and "not set" in entry["why"] and "--hub" in entry["how"]
-    assert results["own"]["skipped"][0]["why"] == "no held-out text was given"
+    assert results["own"]["skipped"][0]["why"] == "there is no held-out text, or none within --text-bytes"
     assert all(result["tasks"] == {} and result["primary"] is None for result in results.values())
 
 
