@@ -19,6 +19,7 @@ import zstandard
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.processors import available_processors
 from data_prep.sources import (
     Document,
     LargeDocument,
@@ -148,7 +149,7 @@ def map_entries(
     with ExitStack() as stack:
         pool = None
         if workers > 1:
-            context = multiprocessing.get_context("fork")
+            context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(workers, context, _keep, (shared,)))
         for batch in _batches(entries):
             if pool is None:
@@ -289,4 +290,4 @@ def _put(record: dict[str, Any], path: Sequence[str], value: str) -> None:
 
 def default_workers() -> int:
     """One process for each core this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
+    return min(8, available_processors())

@@ -19,6 +19,8 @@ from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 
+from data_prep.processors import available_processors
+
 LIMIT = 20_000_000  # characters
 SHORTEST = 400  # characters of prose below which a module makes no document
 
@@ -83,7 +85,7 @@ def iter_documents(workers: int | None = None) -> Iterator[tuple[str, str]]:
     Args:
         workers: processes that parse; by default one for each core this process may use, at most 8.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)), 8)
+    workers = workers or min(available_processors(), 8)
     seen: set[bytes] = set()
     characters = 0
     for name, blocks in _parsed(workers):
