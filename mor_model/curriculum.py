@@ -1,4 +1,5 @@
-"""What changes over a run, as pure functions of the step; the network takes the values as arguments of its forward pass."""
+"""What changes over a run, as pure functions of the step; the network takes the values as arguments of its forward
+pass."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from mor_model.routing import (
     ScoreNetwork,
     Selection,
     binary_entropy,
+    exact_dtype,
     gather_entries,
     gather_rows,
     random_uniform,
@@ -80,7 +81,7 @@ class ExpertChoice(nn.Module):
         if self.router.network != "random":
             return None
         share = self.planned[step] / (self.planned[step - 1] if step else 1.0)
-        return random_uniform(input_ids, positions, step) - (1.0 - share)
+        return random_uniform(input_ids, positions, step).double() - (1.0 - share)
 
     def decide(
         self, step: int, hidden_BTD: Tensor, competing: Selection, inputs: RoutingInputs, record: RoutingRecord
@@ -94,7 +95,7 @@ class ExpertChoice(nn.Module):
         """
         random_BN = self.random_scores(step, inputs.input_ids_BT, inputs.position_T.expand_as(inputs.input_ids_BT))
         if random_BN is not None:
-            random_BN = gather_entries(random_BN, competing.indices_BN)
+            random_BN = gather_entries(random_BN, competing.indices_BN).to(exact_dtype(hidden_BTD.dtype))
         scores_BN, deciding_BN = self.steps[step](gather_rows(hidden_BTD, competing.indices_BN), random_BN)
         by_threshold_BN = deciding_BN >= 0  # sigmoid(score) >= 0.5
         if inputs.depth is not None or (inputs.causal and self.takes_all(step)):

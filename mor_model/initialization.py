@@ -1,9 +1,9 @@
 """Initial weights: a pure function of the seed and a parameter's name.
 
-Scheme (GPT-2: Radford et al. 2019, section 2.3; also Megatron-LM, arXiv 1909.08053, section 3): normal with
-`init_std` everywhere, and the two projections that write into the residual stream divided by sqrt(2 L). L is the
-effective depth: a shared layer writes into the stream once per application, so what must not grow with depth is the
-    number of writes, not of stored layers. Norm weights are one.
+Normal with `init_std` everywhere, and the two projections that write into the residual stream divided by sqrt(2 L), L
+being the effective depth. Dividing by the root of the number of writes is GPT-2's (Radford et al. 2019, section 2.3);
+that a shared layer counts once per application is Geiping et al.'s for recurrent depth (2025, arXiv 2502.05171, section
+on initialisation), because what must not grow is the sum of all writes, whoever wrote. Norm weights are one.
 """
 
 from __future__ import annotations

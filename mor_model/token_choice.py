@@ -17,6 +17,7 @@ from mor_model.routing import (
     RoutingRecord,
     ScoreNetwork,
     Selection,
+    exact_dtype,
     random_uniform,
     select_where,
     sequence_mean,
@@ -52,7 +53,8 @@ class TokenChoice(nn.Module):
         if self.network is not None:
             return self.network(hidden_BTD)
         position_BT = position_T.expand_as(input_ids_BT)
-        return torch.stack([random_uniform(input_ids_BT, position_BT, r) for r in range(self.recursions)], dim=-1)
+        drawn = [random_uniform(input_ids_BT, position_BT, r) for r in range(self.recursions)]
+        return torch.stack(drawn, dim=-1).to(exact_dtype(hidden_BTD.dtype))
 
     def gate(self, scores_BTR: Tensor) -> Tensor:
         """The router's value of every depth, before alpha."""

@@ -21,8 +21,7 @@ def compare(config: ModelConfig, batch: Batch, *, gradients: bool = False, **for
     expected = reference.forward(
         config, weights, batch.ids, batch.labels, valid=batch.valid, documents=batch.documents, **forward
     )
-    # Random scores are single-precision in the package by design.
-    tolerance = 1e-6 if config.router is not None and config.router.network == "random" else 1e-10
+    tolerance = 1e-10
     close = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(out.loss, expected.loss, **close)
     assert out.aux.keys() == expected.aux.keys()
