@@ -10,8 +10,9 @@ One convention everywhere, for the trainer's budget, the report and `mor flops`:
   2 FLOPs for q.k and 2 for weighing v, n queries among m keys cost 2*n*m*H*K. A kernel that multiplies the full square
   does more work than is counted, and reads as a lower utilisation.
 * With a document mask the squares become sums of squares over the documents.
-* Training is three forward passes (backward is twice the forward). What activation checkpointing or a loss in pieces
-  computes again is not a model FLOP; `FlopsCount.hardware` adds it.
+* Training is three forward passes: backward is twice the forward, the gradients of inputs and of weights. Only an
+  auxiliary router, which sees detached inputs, has none of the former. What activation checkpointing computes again is
+  not a model FLOP; `FlopsCount.hardware` adds it.
 
 Nothing here imports torch, so a plan or a report costs nothing to compute.
 """
@@ -59,10 +60,12 @@ class FlopsCount:
         components: forward FLOPs by part, named `PLACE.KIND`: the place is `prelude`, `recursion_1` .. `recursion_R` or
             `coda`, the kind `projections` (q, k, v and output), `attention` (q.k and weighing v), `feed_forward` or
             `router`; `head` has no kind. Parts that a network lacks are left out.
+        detached: what the backward pass saves of a component because its inputs want no gradient.
         recomputation: forward FLOPs computed a second time, by checkpointing policy.
     """
 
     components: dict[str, float]
+    detached: dict[str, float]
     recomputation: dict[str, float]
 
     @property
@@ -73,7 +76,12 @@ class FlopsCount:
     @property
     def training(self) -> float:
         """FLOPs of a forward and a backward pass: what a budget and a model-FLOPs utilisation count."""
-        return 3.0 * self.forward
+        return sum(self.training_components.values())
+
+    @property
+    def training_components(self) -> dict[str, float]:
+        """`components` for a forward and a backward pass."""
+        return {name: 3.0 * value - self.detached.get(name, 0.0) for name, value in self.components.items()}
 
     def hardware(self, checkpointing: str) -> float:
         """FLOPs that a training step executes: `training` and what the checkpointing policy recomputes."""
@@ -81,26 +89,30 @@ class FlopsCount:
             raise ConfigError(f"checkpointing: {checkpointing!r} is not one of {', '.join(self.recomputation)}.")
         return self.training + self.recomputation[checkpointing]
 
-    def by_kind(self) -> dict[str, float]:
-        """Forward FLOPs summed over the places."""
-        return self._summed(-1)
-
-    def by_place(self) -> dict[str, float]:
-        """Forward FLOPs summed over the kinds."""
-        return self._summed(0)
-
-    def _summed(self, part: int) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for name, value in self.components.items():
-            key = name.split(".")[part]
-            sums[key] = sums.get(key, 0.0) + value
-        return sums
-
     def __truediv__(self, divisor: float) -> FlopsCount:
         return FlopsCount(
             {name: value / divisor for name, value in self.components.items()},
+            {name: value / divisor for name, value in self.detached.items()},
             {name: value / divisor for name, value in self.recomputation.items()},
         )
+
+
+def by_kind(components: dict[str, float]) -> dict[str, float]:
+    """`FlopsCount.components` (or `training_components`) summed over the places."""
+    return _summed(components, -1)
+
+
+def by_place(components: dict[str, float]) -> dict[str, float]:
+    """`FlopsCount.components` (or `training_components`) summed over the kinds."""
+    return _summed(components, 0)
+
+
+def _summed(components: dict[str, float], part: int) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, value in components.items():
+        key = name.split(".")[part]
+        sums[key] = sums.get(key, 0.0) + value
+    return sums
 
 
 @dataclass(frozen=True)
@@ -127,26 +139,35 @@ class _LayerSizes:
         return self.queries_and_output + self.keys_and_values + self.gate_and_up + self.down
 
 
-def _router_sizes(config: ModelConfig) -> tuple[int, ...]:
-    """Numbers in the matrices of the routers that run before each recursion step (length R)."""
-    router = config.router
+@dataclass(frozen=True)
+class _RouterSizes:
+    """Numbers in the matrices of one step's routers; `detached` are those that read detached inputs."""
+
+    total: int = 0
+    detached: int = 0
+
+
+def _router_sizes(config: ModelConfig) -> list[_RouterSizes]:
+    """Sizes by recursion step (length R)."""
+    router, width, recursions = config.router, config.hidden_size, config.recursions
+
+    def matrices(network: str, outputs: int) -> tuple[int, int]:
+        """Numbers in the matrix that reads the hidden states, and in the one behind it."""
+        hidden = {"mlp": width, "wide_mlp": 4 * width}.get(network)
+        return (width * outputs, 0) if hidden is None else (width * hidden, hidden * outputs)
+
     if router is None:
-        return (0,) * config.recursions
-    width = config.hidden_size
-
-    def size(network: str, outputs: int) -> int:
-        if network == "random":
-            return 0
-        hidden = {"linear": 0, "mlp": width, "wide_mlp": 4 * width}[network]
-        return width * hidden + hidden * outputs if hidden else width * outputs
-
+        return [_RouterSizes()] * recursions
+    learned = router.network != "random"
     if isinstance(router, TokenChoiceConfig):
-        return (size(router.network, config.recursions), *(0,) * (config.recursions - 1))
-    numbers = size(router.network, 1)
+        first = _RouterSizes(sum(matrices(router.network, recursions))) if learned else _RouterSizes()
+        return [first] + [_RouterSizes()] * (recursions - 1)
+    size = _RouterSizes(sum(matrices(router.network, 1)) if learned else 0)
     if router.causal == "aux_router":
         # Beside random scores the auxiliary router is the linear one.
-        numbers += size("linear" if router.network == "random" else router.network, 1)
-    return (numbers,) * config.recursions
+        reading, behind = matrices(router.network if learned else "linear", 1)
+        size = _RouterSizes(size.total + reading + behind, reading)
+    return [size] * recursions
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
@@ -156,7 +177,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_embeddings else embedding
     layers = schedule.num_stored * sizes.total
-    router = sum(_router_sizes(config))
+    router = sum(size.total for size in _router_sizes(config))
     norms_per_layer = 2 * config.hidden_size
     norms = schedule.num_stored * norms_per_layer + config.hidden_size
     applied = len(schedule.applications) * (sizes.total + norms_per_layer) + config.hidden_size + router
@@ -213,16 +234,21 @@ def flops_per_sequence(
     sizes = _LayerSizes.of(config)
     attention_width = config.num_heads * config.head_width
     components: dict[str, float] = {}
+    detached: dict[str, float] = {}
     recomputation = {"none": 0.0, "recursion": 0.0, "layer": 0.0, "selective": 0.0}
 
-    def count_layers(place: str, layers: int, queries: float, keys: float, new_keys: float) -> None:
+    def count_layers(place: str, layers: int, queries: float, keys: float, new_keys: float) -> float:
         """Add `layers` applications in which `queries` tokens attend to `keys`, of which `new_keys` are computed."""
-        projections = 2 * (queries * sizes.queries_and_output + new_keys * sizes.keys_and_values)
-        attention = 2 * queries * keys * attention_width * within
-        feed_forward = 2 * queries * (sizes.gate_and_up + sizes.down)
-        components[f"{place}.projections"] = layers * projections
-        components[f"{place}.attention"] = layers * attention
-        components[f"{place}.feed_forward"] = layers * feed_forward
+        projections = layers * 2 * (queries * sizes.queries_and_output + new_keys * sizes.keys_and_values)
+        attention = layers * 2 * queries * keys * attention_width * within
+        gate_and_up, down = layers * 2 * queries * sizes.gate_and_up, layers * 2 * queries * sizes.down
+        components[f"{place}.projections"] = projections
+        components[f"{place}.attention"] = attention
+        components[f"{place}.feed_forward"] = gate_and_up + down
+        # A recomputation stops at the last input that the backward pass asks for: the layer's own output is not.
+        recomputation["layer"] += projections + attention + gate_and_up
+        recomputation["selective"] += projections + gate_and_up
+        return projections + attention + gate_and_up + down
 
     if schedule.prelude:
         count_layers("prelude", len(schedule.prelude), length, length, length)
@@ -231,14 +257,20 @@ def flops_per_sequence(
         place = f"recursion_{step + 1}"
         shared = config.kv_sharing != "recursion_wise" and step > 0
         new_keys = 0.0 if shared and config.kv_sharing == "shared" else tokens
-        count_layers(place, len(layers), tokens, active[0] if shared else tokens, new_keys)
-        if router:
-            components[f"{place}.router"] = 2 * candidates * router
+        recomputation["recursion"] += count_layers(
+            place, len(layers), tokens, active[0] if shared else tokens, new_keys
+        )
+        if config.router is None:
+            recomputation["recursion"] -= 2 * tokens * sizes.down  # as above; a gate asks for the step's output too
+        if router.total:
+            components[f"{place}.router"] = 2 * candidates * router.total
+        if router.detached:
+            detached[f"{place}.router"] = 2 * candidates * router.detached
         candidates = tokens
     if schedule.coda:
         count_layers("coda", len(schedule.coda), length, length, length)
     components["head"] = 2.0 * length * config.vocab_size * config.hidden_size
-    return FlopsCount(components, recomputation)
+    return FlopsCount(components, detached, recomputation)
 
 
 def flops_per_token(

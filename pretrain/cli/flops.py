@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from mor_model.config import ModelConfig
-from mor_model.flops import count_parameters, flops_per_token, kv_bytes_per_token
+from mor_model.flops import by_kind, by_place, count_parameters, flops_per_token, kv_bytes_per_token
 from mor_model.presets import PRESETS, preset
 from pretrain.errors import UserError
 
@@ -84,12 +84,12 @@ def _describe(config: ModelConfig, length: int) -> dict[str, dict[str, str]]:
         },
         "applied, non-embedding": {"of a full-depth token": _millions(parameters.applied)},
         "forward FLOPs per token": {
-            **{_label(name): _millions(value) for name, value in count.by_kind().items()},
+            **{_label(name): _millions(value) for name, value in by_kind(count.components).items()},
             "total": _millions(count.forward),
         },
-        "of these, by place": {_label(name): _millions(value) for name, value in count.by_place().items()},
+        "of these, by place": {_label(name): _millions(value) for name, value in by_place(count.components).items()},
         "training FLOPs per token": {
-            **{_label(name): _millions(3 * value) for name, value in count.by_kind().items()},
+            **{_label(name): _millions(value) for name, value in by_kind(count.training_components).items()},
             "total": _millions(count.training),
         },
         "cache per generated token": {"keys, values (16 bit)": f"{kv_bytes_per_token(config):,.0f} B"},

@@ -8,7 +8,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
-from mor_model.flops import count_parameters, flops_per_sequence, flops_per_token, kv_bytes_per_token
+from mor_model.flops import (
+    by_kind,
+    by_place,
+    count_parameters,
+    flops_per_sequence,
+    flops_per_token,
+    kv_bytes_per_token,
+)
+from mor_model.model import RecursiveTransformer
 from tests.mor_model.counter import counted_flops
 
 
@@ -64,7 +72,7 @@ def model(**changes) -> ModelConfig:
 
 def test_recursion_wise_counts_active_tokens_in_every_layer():
     flops = flops_per_sequence(model(router={}), 90)
-    assert flops.by_place() == pytest.approx(
+    assert by_place(flops.components) == pytest.approx(
         {
             "prelude": 90 * LAYER + 2 * 90 * 90 * 48,
             "recursion_1": 2 * (90 * LAYER + 2 * 90 * 90 * 48) + 2 * 48 * 90,
@@ -74,13 +82,13 @@ def test_recursion_wise_counts_active_tokens_in_every_layer():
             "head": 2 * 90 * 500 * 48,
         }
     )
-    assert flops.forward == pytest.approx(sum(flops.by_kind().values()))
+    assert flops.forward == pytest.approx(sum(by_kind(flops.components).values()))
     assert flops.training == pytest.approx(3 * flops.forward)
 
 
 def test_shared_keys_are_computed_once_and_read_whole():
-    places = flops_per_sequence(model(router={}, kv_sharing="shared"), 90).by_place()
-    own = flops_per_sequence(model(router={}), 90).by_place()
+    places = by_place(flops_per_sequence(model(router={}, kv_sharing="shared"), 90).components)
+    own = by_place(flops_per_sequence(model(router={}), 90).components)
     assert places["recursion_1"] == pytest.approx(own["recursion_1"])
     queries_only = QUERY_AND_OUTPUT + FEED_FORWARD
     assert places["recursion_2"] == pytest.approx(2 * (60 * queries_only + 2 * 60 * 90 * 48) + 2 * 48 * 90)
@@ -88,7 +96,7 @@ def test_shared_keys_are_computed_once_and_read_whole():
 
 
 def test_hybrid_keys_are_refreshed_and_read_whole():
-    places = flops_per_sequence(model(router={}, kv_sharing="hybrid"), 90).by_place()
+    places = by_place(flops_per_sequence(model(router={}, kv_sharing="hybrid"), 90).components)
     assert places["recursion_2"] == pytest.approx(2 * (60 * LAYER + 2 * 60 * 90 * 48) + 2 * 48 * 90)
 
 
@@ -97,7 +105,7 @@ def test_measured_active_tokens_replace_the_plan():
     flops = flops_per_sequence(config, 90, active=[90, 11.5, 4])
     assert flops.components["recursion_1.router"] == 2 * 48 * 3 * 90
     assert "recursion_2.router" not in flops.components
-    assert flops.by_place()["recursion_2"] == pytest.approx(2 * (11.5 * LAYER + 2 * 11.5**2 * 48))
+    assert by_place(flops.components)["recursion_2"] == pytest.approx(2 * (11.5 * LAYER + 2 * 11.5**2 * 48))
 
 
 @pytest.mark.parametrize("kv_sharing", ["recursion_wise", "shared", "hybrid"])
@@ -161,3 +169,123 @@ def test_cache_bytes_shrink_as_the_paper_says():
     assert ratio(router={}) == pytest.approx((recursions + 1) / (2 * recursions))
     assert ratio(router={}, kv_sharing="shared") == pytest.approx(1 / recursions)
     assert ratio(router={}, kv_sharing="hybrid") == ratio(router={})
+
+
+SHARING = {
+    "vanilla": {"sharing": "none", "recursions": 1, "num_layers": 2},
+    "cycle": {"sharing": "cycle", "recursions": 4, "num_layers": 4},
+    "sequence": {"sharing": "sequence", "recursions": 2, "num_layers": 4},
+    "middle_cycle": {"sharing": "middle_cycle", "recursions": 3, "num_layers": 5},
+    "middle_sequence": {"sharing": "middle_sequence", "recursions": 2, "num_layers": 6},
+}
+ROUTERS = {
+    "expert, linear": {},
+    "expert, mlp": {"network": "mlp"},
+    "expert, wide_mlp": {"network": "wide_mlp"},
+    "expert, random": {"network": "random"},
+    "expert, auxiliary linear": {"causal": "aux_router"},
+    "expert, auxiliary mlp": {"network": "mlp", "causal": "aux_router"},
+    "expert, auxiliary beside random": {"network": "random", "causal": "aux_router"},
+    "expert, given capacities": {"capacities": [0.9, 0.45, 0.3]},
+    "token": {"kind": "token_choice"},
+    "token, mlp": {"kind": "token_choice", "network": "mlp"},
+    "token, bias, code": {"kind": "token_choice", "balance": "bias", "combine": "code"},
+}
+EXECUTED = {
+    **SHARING,
+    **{name: {**SHARING["middle_cycle"], "router": router} for name, router in ROUTERS.items()},
+    "expert, sequence": {**SHARING["sequence"], "router": {}},
+    **{
+        f"{router}, {mode}": {**SHARING["middle_cycle"], "router": ROUTERS[router], "kv_sharing": mode}
+        for router in ("expert, linear", "token")
+        for mode in ("shared", "hybrid")
+    },
+    "untied": {**SHARING["middle_cycle"], "router": {}, "tie_embeddings": False},
+}
+
+
+def executed(config, checkpointing="none", training=True, documents=None, length=96, **forward):
+    """(FLOPs that the network executes on two sequences, how many tokens each step ran on in each sequence)."""
+    network = RecursiveTransformer(config, checkpointing=checkpointing)
+    network.initialize(1)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
+    output = []
+
+    def run():
+        output.append(network(tokens, tokens.roll(-1, 1), documents_BT=documents, return_routing=True, **forward))
+        if training:
+            output[0].loss.backward()
+
+    with torch.set_grad_enabled(training):
+        flops = counted_flops(run, by_mask=documents is not None)
+    return flops, output[0].routing
+
+
+def places(routing) -> list[int]:
+    """Tokens each step computes, the places that fill a ragged selection up included."""
+    return [step.selected_BN.shape[1] for step in routing.steps]
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_training_counts_what_every_network_executes(name):
+    config = model(**EXECUTED[name])
+    counted, routing = executed(config)
+    assert 2 * flops_per_sequence(config, 96, active=places(routing)).training == pytest.approx(counted, rel=0.005)
+    if "token" not in name:  # whose depths are not fixed beforehand
+        assert 2 * flops_per_sequence(config, 96).training == pytest.approx(counted, rel=0.005)
+
+
+@pytest.mark.parametrize("checkpointing", ["recursion", "layer", "selective"])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "middle_cycle", "expert, linear", "expert, linear, shared", "token, hybrid"]
+)
+def test_hardware_counts_what_checkpointing_computes_again(name, checkpointing):
+    config = model(**EXECUTED[name])
+    counted, routing = executed(config, checkpointing)
+    flops = flops_per_sequence(config, 96, active=places(routing))
+    assert 2 * flops.hardware(checkpointing) == pytest.approx(counted, rel=0.005)
+    assert flops.hardware("none") == flops.training < 0.9 * flops.hardware(checkpointing)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "expert, auxiliary mlp", "token, shared"])
+def test_forward_counts_what_every_network_executes(name):
+    config = model(**EXECUTED[name])
+    counted, routing = executed(config, training=False)
+    assert 2 * flops_per_sequence(config, 96, active=places(routing)).forward == pytest.approx(counted, rel=0.005)
+
+
+def test_a_fixed_depth_is_counted_by_its_active_tokens():
+    config = model(**SHARING["middle_cycle"], router={})
+    counted, _ = executed(config, training=False, depth=2)
+    active = [96, 96, 0]
+    assert 2 * flops_per_sequence(config, 96, active=active).forward == pytest.approx(counted, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        ("vanilla", "none"),
+        ("vanilla", "recursion"),
+        ("middle_cycle", "layer"),
+        ("expert, linear", "none"),
+        ("expert, linear", "recursion"),
+        ("expert, linear, shared", "none"),
+        ("expert, linear, hybrid", "none"),
+    ],
+)
+def test_documents_count_the_pairs_their_mask_leaves(name, checkpointing):
+    """With documents the counter sees a mask, whose open entries it counts; here each document is a sequence."""
+    config = model(**EXECUTED[name], document_masking=True)
+    lengths = ([80, 31, 81], [10, 150, 32])
+    documents = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in lengths])
+    counted, routing = executed(config, checkpointing, documents=documents, length=192)
+    expected = 0.0
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for length in row_lengths:
+            chosen = [step.selected_BN[row] for step in routing.steps]
+            active = [int(((places >= start) & (places < start + length)).sum()) for places in chosen]
+            expected += flops_per_sequence(config, length, active=active).hardware(checkpointing)
+            start += length
+    assert expected == pytest.approx(counted, rel=0.005)
