@@ -34,11 +34,11 @@ HELD_OUT = "held_out"
 BROKEN = ("unreadable_file", "broken_compression")
 
 
-def load_receipts(folder: Path, schedule: Schedule) -> None:
-    """Give the schedule what is finished. Pieces that met a broken file are done again, for it may be repaired."""
+def load_receipts(folder: Path, schedule: Schedule, retry_broken: bool = False) -> None:
+    """Give the schedule what is finished; `retry_broken`: but for pieces that met a broken file, it may be repaired."""
     for path in sorted((folder / WORK).glob("piece-*.json")):
         receipt = read_receipt(path)
-        if any(receipt.rejects.get(kind) for kind in BROKEN):
+        if retry_broken and any(receipt.rejects.get(kind) for kind in BROKEN):
             path.unlink()
             continue
         schedule.add(receipt)

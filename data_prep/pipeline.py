@@ -130,7 +130,7 @@ def begin(folder: Path, plan: Plan, share: Share, listener: Listener) -> Schedul
         DataError: a finished shard is missing.
     """
     schedule = Schedule(plan.groups, share, plan.settings.max_tokens)
-    load_receipts(folder, schedule)
+    load_receipts(folder, schedule, retry_broken=True)
     for name in missing_shards(folder, list(schedule.receipts.values())):
         raise DataError(f"{folder / name} is missing though it was done; remove {folder / WORK} to begin again.")
     listener.begin(plan, schedule)

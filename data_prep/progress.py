@@ -71,8 +71,8 @@ class Display:
 
     @property
     def worked(self) -> bool:
-        """Whether any batch was encoded by this process."""
-        return self._tokens > 0
+        """Whether there was a data set to write, finished pieces included."""
+        return self._plan is not None
 
     def close(self) -> None:
         """Take the bar away."""

@@ -37,6 +37,11 @@ class Share:
         place = low + (high - low) * ((piece * _GOLDEN) % 1.0)
         return min(self.count - 1, int(place / self._starts[-1] * self.count))
 
+    def tasks_on(self, group: int) -> int:
+        """How many tasks share a group."""
+        low, high = (self._starts[group + n] / self._starts[-1] * self.count for n in (0, 1))
+        return int(high) - int(low) + 1
+
     def mine(self, key: Key) -> bool:
         """Whether this task does the piece."""
         return self.count == 1 or self.owner(key) == self.index
@@ -110,15 +115,24 @@ class Schedule:
     def _peek(self, group: int) -> Key | None:
         end = self._ends[group]
         piece = self._next[group]
+        leading = True  # nothing this share still has to do lies in front of `piece`
+        strangers = 0
         while end is None or piece < end:
             key = (group, piece)
-            if key not in self.receipts and key not in self.running and self.share.mine(key):
-                # Beyond the end of a file of unknown length there is nothing: do not run ahead without measure.
+            if not self.share.mine(key):
+                # Multiples of the golden ratio leave no gap of more than three times the mean one.
+                strangers += 1
+                if end is None and strangers > 3 * self.share.tasks_on(group) + 3:
+                    return None
+            elif key in self.receipts:
+                strangers = 0
+            elif key in self.running:
+                leading, strangers = False, 0
+            else:
                 return key
             piece += 1
-            if end is None and piece > self._next[group] + 64 * self.share.count:
-                return None
-        self._next[group] = piece
+            if leading:
+                self._next[group] = piece
         return None
 
     def _open(self, key: Key) -> bool:

@@ -29,7 +29,7 @@ class _Worker:
 
 @dataclass
 class Pool:
-    """Runs a schedule on `count` processes.
+    """Runs a schedule on `count` processes; a single one is this process itself.
 
     on_progress: called with (worker number, piece, Progress); on_piece: called when a piece is finished.
     """
@@ -49,6 +49,9 @@ class Pool:
             DataError: as a worker raised it, or a piece killed its worker three times.
             OSError: a worker could not write.
         """
+        if self.count == 1:
+            self._run_here()
+            return
         try:
             while not self.schedule.complete:
                 self._assign()
@@ -59,6 +62,19 @@ class Pool:
                     self._hear(next(worker for worker in busy if worker.pipe is pipe))
         finally:
             self._stop()
+
+    def _run_here(self) -> None:
+        """One worker needs no process of its own."""
+        worker: PieceWorker | None = None
+        try:
+            while (key := self.schedule.take(0)) is not None:
+                worker = worker or PieceWorker(self.folder, self.plan)
+                for progress in worker.work(*key):
+                    self.on_progress(0, key, progress)
+                self.schedule.add(read_receipt(receipt_path(self.folder, *key)))
+        finally:
+            if worker is not None:
+                worker.close()
 
     def _assign(self) -> None:
         idle = [worker for worker in self._workers if worker.piece is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -49,7 +50,7 @@ def test_cuts_are_at_edges_where_there_are_any(small_parts):
     text = sentences(200, 5)
     parts, forced = cut(text)
     assert forced == 0 and len(parts) > 50
-    for left, right in zip(parts, parts[1:]):
+    for left, right in pairwise(parts):
         newline = left.endswith("\n") and not left[-2].isspace() and not right[0].isspace()
         space = right[0] == " " and right[1].isalpha() and not left[-1].isspace()
         assert newline or space

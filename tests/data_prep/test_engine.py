@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def expected_ids(path, texts):
 
 def lists(flat):
     ids, starts = flat
-    return [ids[a:b].tolist() for a, b in zip(starts[:-1], starts[1:])]
+    return [ids[a:b].tolist() for a, b in pairwise(starts)]
 
 
 @pytest.fixture(scope="module")

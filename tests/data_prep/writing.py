@@ -24,7 +24,14 @@ from data_prep.pipeline import Job, tokenize
 from data_prep.plan import Settings
 from data_prep.sources import ReadOptions
 
-WORDS = ["the", "a", "of", "and", "to", "in", "is", "it", "that", "was", "for", "on", "with", "as", "his", "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "not", "word", "but", "what", "some", "we", "can", "out", "other", "were", "all", "there", "when", "up", "use", "your", "how", "said", "an", "each", "she", "which", "do", "their", "time", "if", "will", "way", "about", "many", "then", "them", "write", "would", "like", "so", "these", "her", "long", "make", "thing", "see", "him", "two", "has", "look", "more", "day", "could", "go", "come", "did", "number", "sound", "no", "most", "people", "my", "over", "know", "water", "than", "call", "first", "who", "may", "down", "side", "been", "now", "find", "7", "12", "1984", "3.14", "naïve", "café", "Ωmega", "漢字", "🙂", "don't", "it's", "they'll"]
+_WORDS = (
+    "the a of and to in is it that was for on with as his they be at one have this from or had by not word but what "
+    "some we can out other were all there when up use your how said an each she which do their time if will way about "
+    "many then them write would like so these her long make thing see him two has look more day could go come did "
+    "number sound no most people my over know water than call first who may down side been now find 7 12 1984 3.14 "
+    "naïve café Ωmega 漢字 🙂 don't it's they'll"
+)
+WORDS = _WORDS.split()
 
 
 def sentences(count: int, seed: int) -> str:

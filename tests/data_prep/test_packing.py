@@ -1,0 +1,119 @@
+"""Best-fit packing: every token once, no document cut without need, close to the bound; and the sidecar."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import packing as packing_module
+from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
+from data_prep.packing import best_fit, read_packing, sidecar, write_packing
+from data_prep.shards import ShardWriter
+from tests.data_prep.writing import documents, run, write_jsonl
+
+LENGTHS = st.lists(st.integers(0, 60), max_size=60)
+
+
+def slow_best_fit(lengths, capacity):
+    """Best-fit decreasing by looking at every bin; the bins as sorted tuples of piece lengths."""
+    bins: list[list[int]] = []
+    rest = []
+    for length in lengths:
+        bins += [[capacity]] * (length // capacity)
+        rest.append(length % capacity)
+    for size in sorted((r for r in rest if r), reverse=True):
+        fitting = [b for b in bins if sum(b) + size <= capacity]
+        if fitting:
+            max(fitting, key=sum).append(size)
+        else:
+            bins.append([size])
+    return sorted(tuple(sorted(b)) for b in bins)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=LENGTHS, capacity=st.integers(1, 25))
+def test_it_is_a_packing_and_as_good_as_the_slow_one(lengths, capacity):
+    packing = best_fit(lengths, capacity)
+    starts = np.cumsum([0, *lengths])
+    covered = np.zeros(starts[-1], int)
+    for sequence in range(len(packing)):
+        pieces = packing.of(sequence)
+        assert 0 < pieces[:, 1].sum() <= capacity
+        assert (np.diff(pieces[:, 0]) > 0).all()
+        for first, size in pieces:
+            covered[first : first + size] += 1
+            document = np.searchsorted(starts, first, side="right") - 1
+            assert first + size <= starts[document + 1], "a piece lies inside one document"
+            if lengths[document] <= capacity:
+                assert (first, size) == (starts[document], lengths[document]), "what fits is not cut"
+    assert (covered == 1).all()
+    firsts = [packing.of(n)[0, 0] for n in range(len(packing))]
+    assert firsts == sorted(firsts)
+    fullness = sorted(int(packing.of(n)[:, 1].sum()) for n in range(len(packing)))
+    assert fullness == sorted(sum(b) for b in slow_best_fit(lengths, capacity))
+
+
+def test_padding_of_a_usual_mix_is_small():
+    lengths = np.random.default_rng(0).lognormal(5.5, 1.2, 20_000).astype(int) + 1
+    packing = best_fit(lengths, 2049)
+    padding = 1 - lengths.sum() / (len(packing) * 2049)
+    assert padding < 0.01
+
+
+def test_documents_in_blocks_are_packed_block_by_block(monkeypatch):
+    monkeypatch.setattr(packing_module, "_TOGETHER", 7)
+    lengths = list(np.random.default_rng(1).integers(1, 20, 50))
+    packing = best_fit(lengths, 12)
+    covered = sorted((int(a), int(b)) for a, b in packing.pieces)
+    assert sum(size for _, size in covered) == sum(lengths)
+    assert packing.sequences[-1] == len(packing.pieces) and packing.sequences[0] == 0
+
+
+def test_the_sidecar_can_be_read_and_damage_is_named(tmp_path):
+    with ShardWriter(tmp_path / "s", "uint16") as writer:
+        for length in (3, 9, 4, 30):
+            writer.add(np.arange(length))
+    found = write_packing(tmp_path / "s", 9)
+    assert found == {"sequences": 5, "places": 50, "tokens": 46, "documents": 4, "cut_documents": 1}
+    packing = read_packing(tmp_path / "s", 9)
+    assert packing.capacity == 10
+    assert sorted(map(tuple, packing.pieces.tolist())) == [(0, 3), (3, 9), (12, 4), (16, 10), (26, 10), (36, 10)]
+    with pytest.raises(DataError, match="no packing for length 8"):
+        read_packing(tmp_path / "s", 8)
+    path = sidecar(tmp_path / "s", 9, "pieces")
+    np.save(path, np.zeros((2, 2), np.int64))
+    with pytest.raises(DataError, match="do not belong together"):
+        read_packing(tmp_path / "s", 9)
+    path.write_bytes(b"junk")
+    with pytest.raises(DataError, match="damaged"):
+        read_packing(tmp_path / "s", 9)
+
+
+def test_tokenize_packs_and_reports(tmp_path, byte_bpe):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    for workers in (1, 2):
+        manifest = run(
+            [source], tmp_path / str(workers), byte_bpe, workers=workers, packing="best-fit", sequence_length=64,
+            piece_bytes=9000,
+        )  # fmt: skip
+    report = read_manifest(tmp_path / "1").statistics["packing"]
+    assert report == manifest.statistics["packing"]
+    train = manifest.splits["train"]
+    assert report["length"] == 64
+    assert report["train"]["tokens"] == train.tokens and report["train"]["documents"] == train.documents
+    lengths = []
+    for shard in train.shards:
+        packing = read_packing(tmp_path / "2" / shard.name, 64)
+        lengths.append(len(packing))
+        assert packing.pieces[:, 1].sum() == shard.tokens
+    assert report["train"]["sequences"] == sum(lengths)
+    assert report["train"]["padding"] == pytest.approx(1 - train.tokens / (sum(lengths) * 65), abs=1e-6)
+    assert 0 < report["train"]["truncation"] < 1
+
+
+def test_best_fit_needs_a_length(tmp_path, byte_bpe):
+    with pytest.raises(DataError, match="needs --sequence-length"):
+        run([write_jsonl(tmp_path / "a.jsonl", ["x"])], tmp_path / "o", byte_bpe, packing="best-fit")

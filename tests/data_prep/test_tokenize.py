@@ -1,0 +1,463 @@
+"""`tokenize` from end to end against plain loops over the tokenizers' own libraries."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+import xxhash
+import zstandard
+
+from data_prep import cutting, piece
+from data_prep.dataset import open_dataset
+from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
+from data_prep.pipeline import merge_tasks, prepare, tokenize
+from data_prep.schedule import Share
+from data_prep.sources import ReadOptions, lines
+from data_prep.verify import verify_dataset
+from tests.data_prep.support import read_index_independently
+from tests.data_prep.test_sources import BAD_LINES
+from tests.data_prep.writing import (
+    Quiet,
+    command,
+    compressed,
+    digest,
+    documents,
+    job,
+    jsonl,
+    run,
+    write_jsonl,
+)
+
+PIECE = 4000  # bytes of text: small enough for many pieces
+
+
+def encoder(path: Path):
+    """text -> ids with END_OF_DOCUMENT, by the tokenizer's own library."""
+    if path.suffix == ".model":
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return lambda text: [*model.encode(text), model.eos_id()]
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    eod = tokenizer.token_to_id("<|endoftext|>")
+    return lambda text: [*tokenizer.encode(text, add_special_tokens=False).ids, eod]
+
+
+def split_of(text: str, validation: float, test: float, seed: int = 0) -> str:
+    share = xxhash.xxh3_64_intdigest(text.encode(), seed) / 2**64
+    return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+def written(folder: Path, split: str, source: str | None = None) -> list[list[int]]:
+    """Documents of a split, read by the format's table."""
+    manifest = read_manifest(folder)
+    shards = manifest.splits[split].shards if split in manifest.splits else ()
+    return [
+        document
+        for shard in shards
+        if source in (None, shard.source)
+        for document in read_index_independently(folder / shard.name)
+    ]
+
+
+def held_out(folder: Path, split: str) -> list[dict]:
+    raw = (folder / "held_out" / f"{split}.jsonl.zst").read_bytes()
+    # One frame: a reader that stops at the first frame's end reads everything.
+    data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(raw), read_across_frames=False).read()
+    return [json.loads(line) for line in data.splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_model"])
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_every_document_is_in_its_split_with_the_librarys_ids(tmp_path, request, kind, suffix):
+    tokenizer = request.getfixturevalue(kind)
+    texts = documents(400)
+    source = write_jsonl(tmp_path / f"a.jsonl{suffix}", texts)
+    out = tmp_path / "out"
+    manifest = run([source], out, tokenizer, validation=0.1, test=0.05, piece_bytes=PIECE)
+    encode = encoder(tokenizer)
+    for split in ("train", "validation", "test"):
+        wanted = [text for text in texts if split_of(text, 0.1, 0.05) == split]
+        assert written(out, split) == [encode(text) for text in wanted], split
+        assert manifest.splits[split].documents == len(wanted)
+        assert manifest.splits[split].text_bytes == sum(len(text.encode()) for text in wanted)
+        if split != "train":
+            assert [line["text"] for line in held_out(out, split)] == wanted
+            assert {line["source"] for line in held_out(out, split)} == {"a"}
+    assert len(manifest.splits["train"].shards) > 5
+    assert verify_dataset(out).problems == []
+    assert not (out / ".work").exists() and not (out / "rejects.jsonl").exists()
+    assert sum(sum(counts) for counts in manifest.statistics["lengths_log2"].values()) == 400
+
+
+def test_the_reading_side_reads_it(tmp_path, byte_bpe):
+    texts = documents(60)
+    out = tmp_path / "out"
+    run([write_jsonl(tmp_path / "a.jsonl", texts)], out, byte_bpe, validation=0, test=0, piece_bytes=PIECE)
+    data = open_dataset(out, "train", verify="checksums")
+    stream = [token for text in texts for token in encoder(byte_bpe)(text)]
+    assert data.num_tokens == len(stream)
+    assert data.sequence(3, 50).tolist() == stream[150:201]
+    assert data.eod_id == 0 and data.vocab_size == 400
+
+
+def test_splits_stay_when_documents_are_added(tmp_path, byte_bpe):
+    texts = documents(200)
+    for name, some in (("some", texts[:100]), ("all", texts)):
+        run([write_jsonl(tmp_path / f"{name}.jsonl", some)], tmp_path / name, byte_bpe, validation=0.2, test=0.1)
+    for split in ("validation", "test"):
+        few, many = ([line["text"] for line in held_out(tmp_path / name, split)] for name in ("some", "all"))
+        assert [text for text in many if text in set(texts[:100])] == few
+
+
+def test_another_split_seed_holds_out_other_documents(tmp_path, byte_bpe):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(200))
+    for seed in (0, 1):
+        run([source], tmp_path / str(seed), byte_bpe, validation=0.2, test=0, split_seed=seed)
+    assert held_out(tmp_path / "0", "validation") != held_out(tmp_path / "1", "validation")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Several files of several kinds, with rejects in them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    bad = b"\n".join(BAD_LINES.values()) + b"\n"
+    texts = documents(600, 7)
+    (folder / "a.jsonl").write_bytes(jsonl(texts[:200]) + bad + jsonl(texts[200:260]))
+    (folder / "b.jsonl.zst").write_bytes(compressed(jsonl(texts[260:400]) + bad + jsonl(texts[400:500]), ".zst"))
+    for number in range(10):
+        write_jsonl(folder / f"c{number}.jsonl.gz", texts[500 + 10 * number : 510 + 10 * number])
+    return folder
+
+
+SETTINGS = {"validation": 0.05, "test": 0.05, "piece_bytes": PIECE, "max_rejects": 100}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, byte_bpe, tmp_path_factory):
+    """The corpus, tokenized by one process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run([corpus], out, byte_bpe, **SETTINGS)
+    return out
+
+
+def test_three_workers_write_the_same_bytes(corpus, byte_bpe, undisturbed, tmp_path):
+    run([corpus], tmp_path / "out", byte_bpe, workers=3, **SETTINGS)
+    assert digest(tmp_path / "out") == digest(undisturbed)
+    assert read_manifest(tmp_path / "out").digest() == read_manifest(undisturbed).digest()
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_array_tasks_in_any_order_write_the_same_bytes(corpus, byte_bpe, undisturbed, tmp_path, count):
+    out = tmp_path / "out"
+    work = job([corpus], out, byte_bpe, **SETTINGS)
+    for index in reversed(range(count)):
+        with pytest.raises(DataError, match="pieces are missing|holds no unfinished"):
+            merge_tasks(out)
+        assert tokenize(work, Quiet(), share=Share(index, count)) is None
+    merge_tasks(out, max_rejects=100)
+    assert digest(out) == digest(undisturbed)
+    assert read_manifest(out).digest() == read_manifest(undisturbed).digest()
+
+
+def test_rejects_are_listed_with_the_line_of_the_file(corpus, undisturbed):
+    found = [json.loads(line) for line in (undisturbed / "rejects.jsonl").read_text().splitlines()]
+    wanted = []
+    for name, first in (("a.jsonl", 201), ("b.jsonl.zst", 141)):
+        wanted += [(str(corpus / name), first + n, reason) for n, reason in enumerate(BAD_LINES)]
+    assert [(line["file"], line["line"], line["reason"]) for line in found] == wanted
+    assert all(line["detail"] for line in found)
+    assert read_manifest(undisturbed).rejects == dict.fromkeys(sorted(BAD_LINES), 2)
+
+
+def test_too_many_rejects_stop_the_data_set_and_a_higher_limit_finishes_it(corpus, byte_bpe, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    few = {**SETTINGS, "max_rejects": 0.01}
+    with pytest.raises(DataError, match="12 of 612 documents were rejected .*--max-rejects 0.01"):
+        run([corpus], out, byte_bpe, **few)
+    assert not (out / "manifest.json").exists()
+    assert len((out / "rejects.jsonl").read_text().splitlines()) == 12
+    listener = Quiet()
+    tokenize(job([corpus], out, byte_bpe, **{**SETTINGS, "max_rejects": 0.05}), listener)
+    assert listener.steps == 0, "nothing is done twice"
+    assert digest(out) == digest(undisturbed)
+
+
+def test_a_finished_data_set_is_left_alone(corpus, byte_bpe, undisturbed):
+    before = (undisturbed / "manifest.json").read_bytes()
+    listener = Quiet()
+    tokenize(job([corpus], undisturbed, byte_bpe, **SETTINGS), listener)
+    assert listener.steps == 0 and "nothing to do" in listener.said[0]
+    assert (undisturbed / "manifest.json").read_bytes() == before
+    with pytest.raises(DataError, match=r"other settings \(validation: 0.05 -> 0.06\)"):
+        run([corpus], undisturbed, byte_bpe, **{**SETTINGS, "validation": 0.06})
+
+
+def test_a_stopped_run_does_only_what_is_missing(corpus, byte_bpe, undisturbed, tmp_path):
+    out = tmp_path / "out"
+
+    class Stopping(Quiet):
+        def progress(self, *arguments):
+            super().progress(*arguments)
+            if self.steps == 30:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(job([corpus], out, byte_bpe, **SETTINGS), Stopping())
+    receipts = len(list((out / ".work").glob("piece-*.json")))
+    assert receipts > 3 and not (out / "manifest.json").exists()
+    listener = Quiet()
+    tokenize(job([corpus], out, byte_bpe, **SETTINGS), listener)
+    assert listener.found == receipts
+    assert digest(out) == digest(undisturbed)
+
+
+def test_an_unfinished_run_of_other_settings_or_changed_files_is_not_continued(corpus, byte_bpe, tmp_path):
+    out = tmp_path / "out"
+    tokenize(job([corpus], out, byte_bpe, **SETTINGS), Quiet(), share=Share(0, 4))
+    with pytest.raises(DataError, match=r"unfinished data set of other settings .*split_seed: 0 -> 1"):
+        run([corpus], out, byte_bpe, **{**SETTINGS, "split_seed": 1})
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(jsonl(documents(100)))
+    tokenize(job([copy], tmp_path / "b", byte_bpe, **SETTINGS), Quiet(), share=Share(0, 2))
+    copy.write_bytes(jsonl(documents(101)))
+    with pytest.raises(DataError, match="other settings"):
+        run([copy], tmp_path / "b", byte_bpe, **SETTINGS)
+
+
+def test_two_runs_do_not_write_the_same_folder(corpus, byte_bpe, tmp_path):
+    out = tmp_path / "out"
+
+    class Second(Quiet):
+        def begin(self, plan, schedule):
+            with pytest.raises(DataError, match="another process is writing"):
+                tokenize(job([corpus], out, byte_bpe, **SETTINGS), Quiet())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(job([corpus], out, byte_bpe, **SETTINGS), Second())
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+def test_a_file_that_breaks_off_stops_the_data_set_until_it_is_repaired(tmp_path, byte_bpe, suffix):
+    texts = documents(300)
+    whole = write_jsonl(tmp_path / f"a.jsonl{suffix}", texts).read_bytes()
+    source, out = tmp_path / f"b.jsonl{suffix}", tmp_path / "out"
+    source.write_bytes(whole[:-30] + bytes(30))
+    with pytest.raises(DataError, match="1 file.* could not be read to the end .*broken_compression"):
+        run([source], out, byte_bpe, piece_bytes=PIECE)
+    (line,) = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert line["file"] == str(source) and line["reason"] == "broken_compression"
+    assert line["line"] > 200 or suffix == ".zst"  # where one damaged block may be the whole file
+    assert not (out / "manifest.json").exists()
+    source.write_bytes(whole)
+    manifest = run([source], out, byte_bpe, piece_bytes=PIECE)
+    assert sum(split.documents for split in manifest.splits.values()) == 300
+    assert not (out / "rejects.jsonl").exists()
+
+
+def test_a_broken_file_can_be_accepted_and_gives_the_same_for_any_number_of_workers(tmp_path, byte_bpe):
+    whole = bytearray(write_jsonl(tmp_path / "a.jsonl.gz", documents(400)).read_bytes())
+    whole[len(whole) // 2 :] = bytes(len(whole) - len(whole) // 2)
+    source = tmp_path / "b.jsonl.gz"
+    source.write_bytes(whole)
+    for workers in (1, 3):
+        manifest = run([source], tmp_path / str(workers), byte_bpe, workers=workers, piece_bytes=PIECE, max_broken=1)
+        assert manifest.rejects["broken_compression"] == 1
+        assert 100 < sum(split.documents for split in manifest.splits.values()) < 400
+    assert digest(tmp_path / "1") == digest(tmp_path / "3")
+
+
+def test_a_full_disk_stops_the_run_and_it_continues_later(corpus, byte_bpe, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    work = job([corpus], out, byte_bpe, **SETTINGS)
+    worker = piece.PieceWorker(out, prepare(work, Quiet()))
+    close = piece.ShardWriter.close
+    calls = []
+
+    def full(self):
+        calls.append(self)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return close(self)
+
+    monkeypatch.setattr(piece.ShardWriter, "close", full)
+    with pytest.raises(OSError, match="No space left"):
+        for number in range(10):
+            for _ in worker.work(1, number):
+                pass
+    assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
+    monkeypatch.undo()
+    tokenize(work, Quiet())
+    assert digest(out) == digest(undisturbed)
+
+
+@pytest.mark.parametrize("limit", [1, 700, 5000, 10**9])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_maximum_of_tokens_is_kept_in_the_order_of_the_sources(
+    corpus, byte_bpe, undisturbed, tmp_path, limit, workers
+):
+    out = tmp_path / "out"
+    manifest = run([corpus], out, byte_bpe, workers=workers, max_tokens=limit, **SETTINGS)
+    wanted, total = [], 0
+    for document in written(undisturbed, "train"):
+        if total + len(document) > limit:
+            break
+        wanted.append(document)
+        total += len(document)
+    assert written(out, "train") == wanted
+    named = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    assert {path.stem for path in out.glob("*.bin")} == named
+    assert verify_dataset(out).problems == []
+
+
+def test_lengths_are_filtered_and_counted(tmp_path, byte_bpe):
+    texts = ["é" * 5, "é" * 10, "é" * 20]
+    options = ReadOptions(minimum_bytes=20, maximum_bytes=39)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = run([source], tmp_path / "out", byte_bpe, options=options, validation=0, test=0)
+    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(texts[1])]
+    assert manifest.statistics["filtered"] == {"length": 2}
+
+
+def test_pile_subsets_become_sources_of_their_own(tmp_path, byte_bpe):
+    rows = [
+        (text, ["Pile-CC", "USPTO Backgrounds", "uspto_backgrounds"][n % 3]) for n, text in enumerate(documents(90))
+    ]
+    path = tmp_path / "00.jsonl.zst"
+    lines_ = [json.dumps({"text": text, "meta": {"pile_set_name": name}}) for text, name in rows]
+    path.write_bytes(compressed("\n".join(lines_).encode(), ".zst"))
+    options = ReadOptions(subset_field="meta.pile_set_name")
+    run([path], tmp_path / "out", byte_bpe, options=options, validation=0, test=0, piece_bytes=PIECE)
+    for name in ("Pile-CC", "USPTO Backgrounds", "uspto_backgrounds"):
+        wanted = [encoder(byte_bpe)(text) for text, own in rows if own == name]
+        assert written(tmp_path / "out", "train", name) == wanted
+        assert open_dataset(tmp_path / "out").only(name).num_documents == 30
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_model"])
+def test_enormous_documents_are_encoded_in_parts_with_the_ids_of_the_whole(tmp_path, request, kind, monkeypatch):
+    tokenizer = request.getfixturevalue(kind)
+    monkeypatch.setattr(cutting, "PART", 300)
+    monkeypatch.setattr(cutting, "_FARTHEST", 1200)
+    monkeypatch.setattr(lines, "LARGE", 5000)
+    texts = [*documents(20), "\n".join(documents(100, 3)), *documents(5, 4), "\n".join(documents(80, 5))]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    work = job([source], tmp_path / "out", tokenizer, validation=0.3, test=0, split_seed=3)
+    worker = piece.PieceWorker(tmp_path / "out", prepare(work, Quiet()))
+    for _ in worker.work(0, 0):
+        pass
+    merge_tasks(tmp_path / "out")
+    encode = encoder(tokenizer)
+    for split in ("train", "validation"):
+        wanted = [text for text in texts if split_of(text, 0.3, 0, 3) == split]
+        assert written(tmp_path / "out", split) == [encode(text) for text in wanted]
+    assert [line["text"] for line in held_out(tmp_path / "out", "validation")] == [
+        text for text in texts if split_of(text, 0.3, 0, 3) == "validation"
+    ]
+
+
+def test_text_that_looks_like_end_of_document_stays_text(tmp_path, byte_bpe):
+    text = "before <|endoftext|> after"
+    run([write_jsonl(tmp_path / "a.jsonl", [text])], tmp_path / "out", byte_bpe, validation=0, test=0)
+    (document,) = written(tmp_path / "out", "train")
+    assert document.count(0) == 1 and document[-1] == 0
+
+
+def test_end_of_document_can_be_named(tmp_path, byte_bpe):
+    run(
+        [write_jsonl(tmp_path / "a.jsonl", ["x"])],
+        tmp_path / "out",
+        byte_bpe,
+        validation=0,
+        test=0,
+        eod_token="<|pad|>",
+    )
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.tokenizer.eod_id == 1
+    assert written(tmp_path / "out", "train")[0][-1] == 1
+    from data_prep.tokenizers import load_tokenizer
+
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").eod_id == 1
+
+
+def test_nothing_usable_is_an_error_not_an_empty_data_set(tmp_path, byte_bpe):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match="no document that could be used"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out", byte_bpe)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_command_line(tmp_path, byte_bpe):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(50))
+    out = tmp_path / "out"
+    done = command("tokenize", source, "--out", out, "--tokenizer", byte_bpe, "--workers", 2)
+    assert "train: 5" in done.stdout or "train: 4" in done.stdout
+    assert "\r" not in done.stderr and "\x1b" not in done.stderr, "no progress bar away from a terminal"
+    assert "nothing to do" in command("tokenize", source, "--out", out, "--tokenizer", byte_bpe).stderr
+    assert "in order" in command("verify", out).stdout
+    assert "tokens per document" in command("stats", out, "--picture", tmp_path / "l.png").stdout
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert "complete to END_OF_DOCUMENT" in command("inspect", out, "--document", 0).stdout
+    assert "sequence 1 of" in command("inspect", out, "--sequence", 1, "--length", 20).stdout
+    wrong = command("tokenize", tmp_path / "none", "--out", out, "--tokenizer", byte_bpe, check=False)
+    assert wrong.returncode == 2 and "there is no file" in wrong.stderr and "Traceback" not in wrong.stderr
+    shard = next(out.glob("train*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert command("verify", out, check=False).returncode == 1
+
+
+def test_standard_input(tmp_path, byte_bpe):
+    texts = documents(30)
+    out = tmp_path / "out"
+    command(
+        "tokenize", "-", "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0,
+        input=jsonl(texts), text=False,
+    )  # fmt: skip
+    assert written(out, "train") == [encoder(byte_bpe)(text) for text in texts]
+    assert read_manifest(out).sources[0]["name"] == "stdin"
+
+
+def test_rejects_decide_the_exit_code(tmp_path, byte_bpe):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(documents(9)) + b"broken\n")
+    arguments = ("tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--workers", 1)
+    refused = command(*arguments, check=False)
+    assert refused.returncode == 2 and "1 of 10 documents were rejected (1 invalid_json)" in refused.stderr
+    allowed = command(*arguments, "--max-rejects", 1)
+    assert allowed.returncode == 0 and "rejected: 1 invalid_json" in allowed.stderr
+
+
+def test_a_lossy_tokenizer_is_described(tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_str(
+        json.dumps(
+            {
+                "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": None,
+                "added_tokens": [
+                    {"id": 0, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False,
+                     "normalized": False, "special": True}
+                ],
+                "normalizer": {"type": "Lowercase"},
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                  "use_regex": True},
+                "model": {"type": "BPE", "vocab": {"</s>": 0, **{chr(c): c - 32 for c in range(33, 127)}, "Ġ": 95,
+                          "Ċ": 96}, "merges": []},
+            }
+        )
+    )  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(tokenizer.to_str())
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    path.write_text(json.dumps(content))
+    source = write_jsonl(tmp_path / "a.jsonl", ["Some Text", "lower case"])
+    manifest = run([source], tmp_path / "out", path, validation=0, test=0)
+    found = manifest.statistics["round_trip"]
+    assert (found["documents"], found["exact"], found["changed_characters"]) == (2, 1, 6)
+    assert found["example"] == {"text": "Some Text", "decoded": "some text"}
+    said = command("tokenizer", "check", path, source).stdout
+    assert "1 of 2 come back" in said and "'Some Text' becomes 'some text'" in said

@@ -1,0 +1,185 @@
+"""Tokenizers: loading, fingerprints, END_OF_DOCUMENT, training on the training split alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from data_prep.errors import DataError
+from data_prep.plan import Settings
+from data_prep.sources import ReadOptions, find_sources
+from data_prep.tokenizers import copy_tokenizer, load_tokenizer
+from data_prep.tokenizers import train as train_module
+from data_prep.tokenizers.train import train_tokenizer, training_texts
+from tests.data_prep.test_tokenize import split_of
+from tests.data_prep.writing import command, documents, jsonl, sentences, write_jsonl
+
+
+def settings_for(path, **more):
+    options = ReadOptions()
+    found, _ = find_sources([str(path)], options)
+    return Settings(sources=tuple(found), options=options, **more)
+
+
+def test_huggingface_is_the_librarys(byte_bpe):
+    ours, theirs = load_tokenizer(byte_bpe), tokenizers.Tokenizer.from_file(str(byte_bpe))
+    text = sentences(20, 3)
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode_batch([text, "a"]) == [ours.encode(text), ours.encode("a")]
+    assert ours.decode(ours.encode(text)) == text
+    assert (ours.kind, ours.vocab_size, ours.eod_id, ours.eod_token) == ("huggingface", 400, 0, "<|endoftext|>")
+
+
+def test_sentencepiece_is_the_librarys(sentencepiece_model):
+    ours = load_tokenizer(sentencepiece_model)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    text = sentences(20, 3)
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == text
+    assert (ours.kind, ours.vocab_size, ours.eod_id) == ("sentencepiece", 400, theirs.eos_id())
+
+
+def test_flat_ids_are_the_lists(byte_bpe, sentencepiece_model):
+    texts = ["", sentences(3, 1), "x", ""]
+    for path in (byte_bpe, sentencepiece_model):
+        tokenizer = load_tokenizer(path)
+        flat, starts = tokenizer.encode_flat(texts)
+        assert [flat[a:b].tolist() for a, b in zip(starts, starts[1:])] == tokenizer.encode_batch(texts)
+
+
+def test_a_fingerprint_is_of_what_decides_ids(byte_bpe, tmp_path):
+    content = json.loads(byte_bpe.read_text())
+    same, other = tmp_path / "same.json", tmp_path / "other.json"
+    same.write_text(json.dumps(content, indent=7))
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    other.write_text(json.dumps(content))
+    wanted = load_tokenizer(byte_bpe).fingerprint
+    assert load_tokenizer(same).fingerprint == wanted != load_tokenizer(other).fingerprint
+
+
+def test_a_folder_names_end_of_document(byte_bpe, sentencepiece_model, tmp_path):
+    for path, token in ((byte_bpe, "<|pad|>"), (sentencepiece_model, "<s>")):
+        folder = tmp_path / path.name
+        copy_tokenizer(load_tokenizer(path, token), folder)
+        again = load_tokenizer(folder)
+        assert again.eod_token == token
+        assert again.fingerprint == load_tokenizer(path).fingerprint
+        assert load_tokenizer(path).eod_token != token
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.json", None, "no tokenizer at"),
+        ("bad.json", b"{}", "not a Hugging Face tokenizer.json"),
+        ("bad.model", b"nonsense", "not a sentencepiece model"),
+    ],
+)
+def test_what_is_not_a_tokenizer(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path / name)
+
+
+def test_unknown_end_of_document_tokens_are_named(byte_bpe, sentencepiece_model):
+    for path in (byte_bpe, sentencepiece_model):
+        with pytest.raises(DataError, match="<nothing>"):
+            load_tokenizer(path, "<nothing>")
+
+
+def test_tiktoken_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(DataError, match="pip install tiktoken"):
+        load_tokenizer("tiktoken:gpt2")
+
+
+def test_tiktoken_encodings_are_used_where_installed(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken.registry.ENCODING_CONSTRUCTORS = {
+        "tiny": lambda: {
+            "name": "tiny",
+            "pat_str": r"\w+|\W",
+            "mergeable_ranks": {bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257},
+            "special_tokens": {"<|endoftext|>": 258},
+        }
+    }
+    tokenizer = load_tokenizer("tiktoken:tiny")
+    assert tokenizer.encode("the <|endoftext|>")[0] == 257
+    assert (tokenizer.eod_id, tokenizer.vocab_size) == (258, 259)
+    assert 258 not in tokenizer.encode("a <|endoftext|>")
+    assert tokenizer.decode(tokenizer.encode("the é")) == "the é"
+    copy_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"])
+def test_a_trained_tokenizer_keeps_every_text(tmp_path, kind):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    out = tmp_path / ("t.json" if kind == "byte-bpe" else "t.model")
+    tokenizer, counts = train_tokenizer(settings_for(source), out, kind, 380, 0, tmp_path)
+    assert tokenizer.vocab_size == 380
+    assert counts["documents"] + counts["held_out"] == 300
+    for text in (sentences(30, 99), "  two  spaces ", "\n\n\ttab", "unseen: ж 𝄞 \x01", "1234567890"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eod_id not in tokenizer.encode(f"a {tokenizer.eod_token} b")
+    again = tmp_path / f"again{out.suffix}"
+    train_tokenizer(settings_for(source), again, kind, 380, 0, tmp_path)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_training_sees_the_training_split_alone(tmp_path):
+    texts = documents(400)
+    source = write_jsonl(tmp_path / "a.jsonl.zst", texts)
+    counts = dict.fromkeys(("documents", "bytes", "left_out", "held_out"), 0)
+    settings = settings_for(source, validation=0.2, test=0.1, split_seed=3, piece_bytes=5000)
+    seen = list(training_texts(settings, 0, tmp_path, counts))
+    assert seen == [text for text in texts if split_of(text, 0.2, 0.1, 3) == "train"]
+    assert counts["held_out"] == 400 - len(seen)
+
+
+def test_a_sample_is_spread_over_the_source(tmp_path):
+    texts = documents(2000, lines=2)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    size = source.stat().st_size
+    counts = dict.fromkeys(("documents", "bytes", "left_out", "held_out"), 0)
+    seen = list(training_texts(settings_for(source), size // 10, tmp_path, counts))
+    assert 0.06 * size < counts["bytes"] < 0.14 * size
+    places = [texts.index(text) for text in seen]
+    assert places == sorted(places) and places[0] < 100 and places[-1] > 1900
+
+
+def test_lines_are_cut_below_sentencepieces_limit():
+    lines = list(train_module._sentences(iter(["short\n" + "é" * 9000, "word " * 3000])))
+    assert lines[0] == "short"
+    assert "".join(lines[1:]) == "é" * 9000 + "word " * 3000
+    assert max(len(line.encode()) for line in lines) <= 2 * train_module._SENTENCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "size", "message"),
+    [
+        ("bpe", "t.model", 400, "must be one of"),
+        ("byte-bpe", "t.model", 400, "is a .json file"),
+        ("sentencepiece-bpe", "t.model", 100, "too small"),
+        ("sentencepiece-bpe", "t.model", 30_000, "could not train a vocabulary of 30000"),
+    ],
+)
+def test_what_cannot_be_trained(tmp_path, kind, name, size, message):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    with pytest.raises(DataError, match=message):
+        train_tokenizer(settings_for(source), tmp_path / name, kind, size, 0, tmp_path)
+    assert not (tmp_path / name).exists()
+
+
+def test_the_commands(tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(jsonl(documents(300)) + b"broken\n")
+    done = command("tokenizer", "train", source, "--out", tmp_path / "t.model", "--vocab-size", 380)
+    assert "sentencepiece-bpe, 380 entries" in done.stdout and "1 left out" in done.stdout
+    checked = command("tokenizer", "check", tmp_path / "t.model", source).stdout
+    assert "END_OF_DOCUMENT: </s>" in checked and "tokens per word" in checked
