@@ -267,7 +267,7 @@ def _read_olmo(path: Path, raw: np.dtype) -> TokenFile:
     if _size(path) and path.open("rb").read(6) == b"\x93NUMPY":
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # numpy parses the header as Python, so damage raises whatever parsing raises
             raise DataError(f"{path} begins like a numpy file but cannot be read as one: {error}.") from None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +238,36 @@ def test_the_tokenizer_that_came_with_an_import_is_verified(tmp_path: Path, toke
     assert any("has vocabulary size 1001, the manifest says 1000" in problem for problem in problems)
     copy.unlink()
     assert any("no tokenizer at" in problem for problem in verify_dataset(tmp_path / "data").problems)
+
+
+@pytest.mark.parametrize("kind", ["megatron", "datatrove", "nanogpt", "olmo"])
+def test_any_bytes_are_imported_or_refused(tmp_path: Path, tokenizer: Path, kind: str) -> None:
+    """Mutations of good files, and plain noise, through the whole import: a data set that verifies, or a DataError."""
+    source = random.Random(kind)
+    ids = np.array(flat(FILLED), "<u2").tobytes()
+    write_shard_independently(tmp_path / "good", FILLED, 8, "<u2")
+    headered = io.BytesIO()
+    np.save(headered, np.array(flat(FILLED), "<u2"))
+    ends = np.cumsum([len(document) for document in FILLED]).astype("<u8").tobytes()
+    good = {
+        "megatron": {"x.bin": ids, "x.idx": (tmp_path / "good.idx").read_bytes()},
+        "datatrove": {"x.bin": ids, "x.bin.index": ends},
+        "nanogpt": {"x.bin": ids},
+        "olmo": {"x.bin": headered.getvalue()},
+    }[kind]
+    outcomes = []
+    for number in range(60):
+        for name, data in good.items():
+            raw = bytearray(data)
+            for _ in range(source.choice([0, 0, 1, 3])):
+                place = source.randrange(min(len(raw), source.choice([40, len(raw)])))
+                raw[place : place + source.choice([0, 1, 8])] = source.randbytes(source.choice([0, 1, 2, 8]))
+            (tmp_path / name).write_bytes(source.randbytes(source.randrange(200)) if number % 10 == 9 else raw)
+        try:
+            import_files(kind, [str(tmp_path / "x.bin")], tmp_path / f"out{number}", tokenizer)
+            assert verify_dataset(tmp_path / f"out{number}").problems == []
+            outcomes.append("imported")
+        except DataError as error:
+            assert "\n" not in str(error)
+            outcomes.append("refused")
+    assert outcomes.count("refused") > 5 and outcomes.count("imported") > 5
