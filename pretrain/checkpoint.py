@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from data_prep.files import sha256_file, sync_folder, write_json, write_text
@@ -81,11 +82,13 @@ class Selected:
     """A sound checkpoint to go on from.
 
     Attributes:
-        folder: where its files are; state: the `TrainState` as plain values; universal: whether DeepSpeed must read it
-            as a universal checkpoint; warnings: what was passed over on the way to it.
+        folder: where its files are; origin: the checkpoint itself, where `folder` is made of it.
+        state: the `TrainState` as plain values; universal: whether DeepSpeed must read it as a universal checkpoint.
+        warnings: what was passed over on the way to it.
     """
 
     folder: Path
+    origin: Path
     state: dict[str, Any]
     universal: bool
     warnings: tuple[str, ...]
@@ -113,14 +116,14 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], *, convert: bool) 
             manifest = read_manifest(folder / name)
             wrong = [key for key, now in describe.items() if manifest.get(key) != now]
             if wrong == ["world_size"] and convert:
-                return Selected(_to_universal(folder / name), manifest["state"], True, tuple(warnings))
+                return Selected(_to_universal(folder / name), folder / name, manifest["state"], True, tuple(warnings))
             if wrong:
                 key, then = wrong[-1], manifest.get(wrong[-1])
                 raise RunError(
                     f"{folder / name}: written with {key} {then}, but this start has {describe[key]}; "
                     f"{_shape_advice(key, then)}"
                 )
-            return Selected(folder / name, manifest["state"], False, tuple(warnings))
+            return Selected(folder / name, folder / name, manifest["state"], False, tuple(warnings))
         if found:
             raise RunError(
                 f"{folder}: all {len(found)} checkpoints are damaged; restore one from a copy, "
@@ -214,8 +217,28 @@ class CheckpointStore:
     def load(self, selected: Selected) -> TrainState:
         """Load a selected checkpoint into the engine and return where the run stood."""
         folder = selected.folder
+        groups = self._engine.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if selected.universal:
+            # DeepSpeed gives every group the first one's settings, and all of Adam's states one step counter, which
+            # every one of them then advances.
+            for group, own in zip(self._engine.optimizer.param_groups, settings):
+                group.update(own)
+            for moments in self._engine.optimizer.optimizer.state.values():
+                moments["step"] = torch.as_tensor(moments["step"]).clone()
+            self._load_buffers(selected.origin)
         return TrainState.from_dict(selected.state)
+
+    def _load_buffers(self, origin: Path) -> None:
+        """Buffers, which a universal checkpoint leaves out, from the checkpoint that it was made of."""
+        buffers = dict(self._engine.module.named_buffers())
+        if buffers:
+            file = sorted(origin.glob("*model_states.pt"))[0]
+            saved = torch.load(file, map_location="cpu", weights_only=False)["module"]
+            for name, buffer in buffers.items():
+                if name in saved:
+                    buffer.copy_(saved[name])
 
     def close(self) -> None:
         """End the writing thread."""

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from pretrain.run_folder import RunFolder
 
-app = typer.Typer(add_completion=False, help="List run folders.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="List run folders.")
 
 _SILENT_SECONDS = 900.0
 

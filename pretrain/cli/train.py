@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, help="Train one recipe.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train one recipe.")
 
 
 @app.command()
