@@ -259,7 +259,7 @@ def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setting
         return _without_text(suite)
     task = evaluate_routing(scorer, tokenizer, [document.text for document in chosen])
     task["routing"] = "causal and topk" if task["routed"] else "causal"
-    return _single(suite, task, "leak" if task["routed"] else "loss_causal")
+    return _single(suite, task, "loss_causal")
 
 
 def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:

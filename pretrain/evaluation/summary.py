@@ -18,26 +18,38 @@ def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = []
     for suite in suites:
         found = [by_suite.get(suite) for by_suite in results.values()]
-        figures = [result["primary"] if result else None for result in found]
-        known = next((figure for figure in figures if figure), None)
-        if known is None:
-            continue
-        counts = sorted({figure["n"] for figure in figures if figure})
-        rows.append(
-            [
-                suite,
-                f"{known['metric']} {'↑' if known['higher_is_better'] else '↓'}",
-                "/".join(map(str, counts)),
-                "" if known["chance"] is None else f"{known['chance']:.2f}",
-                *(_cell(figure, result) for figure, result in zip(figures, found)),
-            ]
-        )
+        figures = [_shown(result) for result in found]
+        for metric in dict.fromkeys(metric for shown in figures for metric in shown):
+            row = [shown.get(metric) for shown in figures]
+            known = next(figure for figure in row if figure)
+            counts = sorted({figure["n"] for figure in row if figure})
+            rows.append(
+                [
+                    suite,
+                    f"{metric} {'↑' if known['higher_is_better'] else '↓'}",
+                    "/".join(map(str, counts)),
+                    "" if known["chance"] is None else f"{known['chance']:.2f}",
+                    *(_cell(figure, result) for figure, result in zip(row, found)),
+                ]
+            )
     return header, rows
+
+
+def _shown(result: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The figures of a suite that a table shows, by metric: its primary one and, where there is a router, the leak."""
+    if result is None or result["primary"] is None:
+        return {}
+    figure = result["primary"]
+    shown = {figure["metric"]: figure}
+    task = result["tasks"][figure["task"]]
+    if "leak" in task["metrics"]:
+        shown["leak"] = {**figure, "value": task["metrics"]["leak"], "stderr": task["stderr"]["leak"]}
+    return shown
 
 
 def _cell(figure: dict[str, Any] | None, result: dict[str, Any] | None) -> str:
     if figure is None:
-        return "skipped" if result else ""
+        return "skipped" if result and result["primary"] is None else ""
     if figure["value"] is None:
         return "not finite"
     error = figure["stderr"]

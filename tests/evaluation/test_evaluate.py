@@ -219,6 +219,15 @@ def test_the_table_shows_values_with_their_errors_and_what_was_skipped(run):
     assert line in markdown_summary(results)
 
 
+def test_runs_with_and_without_a_router_share_rows_only_for_the_same_metric(run, tmp_path):
+    plain = make_run(tmp_path / "plain", [prose(1, 36)], router=None)
+    results = {"routed": evaluate_run(run, ["routing"]), "plain": evaluate_run(plain, ["routing"])}
+    _, rows = summary_rows(results)
+    assert [row[1] for row in rows] == ["loss_causal ↓", "leak ↓"]
+    assert all("±" in cell for cell in rows[0][4:])
+    assert "±" in rows[1][4] and rows[1][5] == ""
+
+
 def test_the_command_prints_the_table_and_refuses_in_one_line(run, tmp_path):
     def mor(*arguments):
         return subprocess.run(
