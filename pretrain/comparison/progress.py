@@ -105,7 +105,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _show_whole(self) -> None:
         self._bars.update(self._all, completed=self._spent, detail=self._remaining())

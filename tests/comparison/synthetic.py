@@ -82,15 +82,15 @@ def write_run(
         {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "commit": "0123abcd", "world_size": 2},
     )
     (folder / "recipe.yaml").write_text(f"name: {folder.name}\nseed: {seed}\n", encoding="utf-8")
-    _json(
-        folder / "status.json",
-        {"state": state, "step": int(steps * until), "steps": steps, **({"reason": reason} if reason else {})},
-    )
     _write_metrics(
         folder, config, steps, int(steps * until), tokens_per_step, per_token.training, final_loss, leak, seed
     )
     if evaluate:
         _write_evaluation(folder / "evaluation", config, final_loss, leak, seed, few_shot)
+    _json(
+        folder / "status.json",
+        {"state": state, "step": int(steps * until), "steps": steps, **({"reason": reason} if reason else {})},
+    )
     return folder
 
 

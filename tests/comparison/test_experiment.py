@@ -127,7 +127,7 @@ def test_overrides_without_a_value_are_refused(write):
         load_experiment(write(MINIMAL), ["data.corpus"])
 
 
-@pytest.mark.parametrize("file", ["quickstart.yaml", "compare_360m.yaml"])
+@pytest.mark.parametrize("file", ["quickstart.yaml", "compare-360m.yaml"])
 def test_the_projects_own_experiments_can_be_read(file):
     experiment = load_experiment(ROOT / "recipes" / file)
     assert isinstance(experiment, Experiment) and experiment.reference_arm == "vanilla"

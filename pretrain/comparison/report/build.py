@@ -40,21 +40,21 @@ def print_report(results: Results, index: Path, console: Console) -> None:
     budget = results.main_budget
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
-    for head in ("stored", "tokens", "FLOPs", "test loss", "bits/byte", "difference", "tokens/s"):
+    for head in ("stored", "tokens", "FLOPs", "test loss", "bits/byte", "against", "tokens/s"):
         table.add_column(head, justify="right", no_wrap=True)
     reference = results.reference(budget)
     for arm in results.arms(budget):
         loss, _, _ = arm.mean_score(HELD_OUT, "loss")
         bits, _, _ = arm.mean_score(HELD_OUT, "bits_per_byte")
-        found = (
-            test_difference(results, arm, reference) if reference is not None and arm.name != reference.name else None
-        )
+        found = None
+        if reference is not None and arm.name != reference.name:
+            found = test_difference(results, arm, reference)
         run = arm.first
         table.add_row(
             arm.label,
             numbers.si(run.parameters["total_stored"]),
             numbers.si(run.tokens),
-            numbers.power_of_ten(run.counted_flops),
+            f"{run.counted_flops:.3g}" if run.counted_flops else "–",
             numbers.fixed(loss, 4),
             numbers.fixed(bits, 4),
             numbers.signed(found[0].value, 4) if found else "",
@@ -62,5 +62,5 @@ def print_report(results: Results, index: Path, console: Console) -> None:
         )
     console.print(table)
     for problem in results.problems:
-        console.print(f"incomplete: {problem}", style="yellow", highlight=False, markup=False)
+        console.print(f"incomplete: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {index}", highlight=False, markup=False, soft_wrap=True)

@@ -137,9 +137,10 @@ def _subtitle(results: Results) -> str:
     if not arms:
         return f"{len(results.experiment.arms)} arms, none finished yet"
     flops = [arm.first.counted_flops for arm in arms if arm.first.counted_flops]
-    mean = f" ({numbers.power_of_ten(sum(flops) / len(flops))} each)" if flops else ""
+    cost = equal_cost(arms)
+    mean = f" ({numbers.power_of_ten(sum(flops) / len(flops))} each)" if flops and "FLOPs" in cost else ""
     seeds = max(len(arm.runs) for arm in arms)
-    return f"{len(arms)} arms {equal_cost(arms)}{mean} · {seeds} seed{'s' if seeds > 1 else ''} per arm"
+    return f"{len(arms)} arms {cost}{mean} · {seeds} seed{'s' if seeds > 1 else ''} per arm"
 
 
 def _present(blocks: Sequence[Block | None]) -> list[Block]:

@@ -25,6 +25,8 @@ def findings(results: Results) -> list[str]:
     else:
         sentences += [_against(results, arm, reference) for arm in arms if arm.name != reference.name]
     sentences += [_few_shot(results, arms)] if few_shot_scores(results, budget) else []
+    if reference is not None:
+        sentences += [_smaller_budgets(results, arm.name) for arm in arms if arm.name != reference.name]
     if len(arms) > 1:
         sentences.append(_agreement(arms))
     sentences.append(_seeds(results, arms))
@@ -107,6 +109,23 @@ def _ratio(value: float) -> str:
     return "as many" if abs(value - 1) < 0.005 else f"{value:.2f} times as many"
 
 
+def _smaller_budgets(results: Results, name: str) -> str:
+    """Differences of the causal validation loss at the budgets below the main one."""
+    parts = []
+    for budget in sorted(budget for budget in results.budgets if budget is not None and budget != results.main_budget):
+        arm, reference = results.arm(name, budget), results.reference(budget)
+        if not arm.runs or reference is None:
+            continue
+        loss, _ = arm.mean(lambda run: run.final_validation("causal"))
+        against, _ = reference.mean(lambda run: run.final_validation("causal"))
+        if loss is not None and against is not None:
+            parts.append(f"{numbers.signed(loss - against)} at {numbers.power_of_ten(budget)} training FLOPs")
+    if not parts:
+        return ""
+    names = (results.experiment.label(name), results.experiment.label(results.experiment.reference_arm))
+    return f"Validation loss of {names[0]} against {names[1]}, in nats per token: {_list(parts)}."
+
+
 def _few_shot(results: Results, arms: list[Arm]) -> str:
     above: list[str] = []
     at_chance: list[str] = []
@@ -130,10 +149,12 @@ def _agreement(arms: list[Arm]) -> str:
     flops = [flops for arm in arms for run in arm.runs if (flops := run.counted_flops)]
     if not flops:
         return ""
-    spread = max(flops) / min(flops) - 1
+    spread = 100 * (max(flops) / min(flops) - 1)
     mean = numbers.power_of_ten(sum(flops) / len(flops))
-    verdict = "agree within" if spread <= 0.01 else "differ by"
-    return f"The arms' counted training FLOPs {verdict} {100 * spread:.2f} % (mean {mean})."
+    if spread > 1:
+        verdict = "so their losses are not at equal cost"
+        return f"The arms' counted training FLOPs differ by {spread:.1f} % (mean {mean}), {verdict}."
+    return f"The arms' counted training FLOPs agree within {max(spread, 0.01):.2f} % (mean {mean})."
 
 
 def _seeds(results: Results, arms: list[Arm]) -> str:
@@ -144,9 +165,12 @@ def _seeds(results: Results, arms: list[Arm]) -> str:
             "data was not measured, "
             "and no interval here covers it."
         )
+    most = max(len(arm.runs) for arm in arms)
+    seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return (
-        f"Each arm was trained with {fewest} seeds; intervals are Student's t over the differences seed by seed, "
-        "which is wide for so few."
+        f"Each arm was trained with {seeds} seeds; intervals are Student's t over the differences seed by seed, "
+        "which is "
+        "wide for so few."
     )
 
 

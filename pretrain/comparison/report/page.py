@@ -9,6 +9,8 @@ from pretrain.comparison.report.document import Document, Section
 from pretrain.comparison.report.pictures import ARM_COLOURS, Picture
 from pretrain.comparison.report.tables import Column, Table
 
+_LONG = 40  # characters beyond which a cell may break into lines
+
 
 def page(document: Document) -> str:
     """The whole page as text."""
@@ -86,10 +88,15 @@ def _table(table: Table, swatches: dict[str, int]) -> str:
         for number, cell in enumerate(row[1:], 1):
             names = " ".join(
                 name
-                for name, wanted in (("text", table.columns[number].text), ("best", (row_number, number) in table.best))
+                for name, wanted in (
+                    ("text", table.columns[number].text),
+                    ("best", (row_number, number) in table.best),
+                    ("long", len(cell) > _LONG),
+                )
                 if wanted
             )
-            cells.append(f"<td{f' class={chr(34)}{names}{chr(34)}' if names else ''}>{escape(cell)}</td>")
+            classes = f' class="{names}"' if names else ""
+            cells.append(f"<td{classes}>{escape(cell)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     title = escape(table.title, quote=True)
@@ -102,14 +109,12 @@ def _table(table: Table, swatches: dict[str, int]) -> str:
 
 def _heading(column: Column, swatches: dict[str, int]) -> str:
     unit = f"<span>{escape(column.unit)}</span>" if column.unit else ""
-    return f'<th scope="col"{_class(column.text)}>{_arm(column.head, swatches)}{unit}</th>'
+    names = " ".join(name for name, wanted in (("text", column.text), ("arm", column.head in swatches)) if wanted)
+    classes = f' class="{names}"' if names else ""
+    return f'<th scope="col"{classes}>{_arm(column.head, swatches)}{unit}</th>'
 
 
 def _arm(text: str, swatches: dict[str, int]) -> str:
     number = swatches.get(text)
     swatch = f'<i class="swatch" style="background: var(--arm-{number})"></i>' if number else ""
     return f"{swatch}{escape(text)}"
-
-
-def _class(text: bool) -> str:
-    return ' class="text"' if text else ""

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from pretrain.comparison.report import numbers
-from pretrain.comparison.report.records import Curve, Score
+from pretrain.comparison.report.records import Curve, RunRecord, Score
 from pretrain.comparison.report.results import Arm, Results
 from pretrain.comparison.report.tables import TASK_NAMES, few_shot_scores
 
@@ -180,8 +180,12 @@ def _figure(width: int, height: int) -> Figure:
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
-def _colour(order: list[str], arm: str) -> str:
-    return f"#a0000{order.index(arm) % ARM_COLOURS}"
+def _arm_colour(index: int) -> str:
+    return f"#a0000{index % ARM_COLOURS}"
+
+
+def _marker(index: int) -> str:
+    return _MARKERS[index % len(_MARKERS)]
 
 
 def _draw_curves(
@@ -189,74 +193,66 @@ def _draw_curves(
 ) -> Figure:
     narrow = width < 600
     figure = _figure(width, 620 if narrow else 350)
-    panels = figure.subplots(2, 1) if narrow else figure.subplots(1, 2, width_ratios=[1, 1])
+    panels = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
     exponent = math.floor(math.log10(largest))
     unit = 10.0**exponent
     for panel, start in zip(panels, (0.0, 0.6)):
-        ends, highest, lowest = [], [], []
+        # A run's first steps, far above everything, would flatten the rest.
+        visible = max(start, 0.06) * largest
+        ends: list[tuple[float, int, str]] = []
+        heights: list[float] = []
         for index, arm in enumerate(arms):
-            colour = f"#a0000{index % ARM_COLOURS}"
             for record in arm.runs:
-                training = record.training
-                x, y = _thin([value / unit for value in axis(training)], _smooth(training.values))
-                panel.plot(x, y, color=colour, linewidth=0.9, alpha=0.4, solid_capstyle="round")
-                shown = [value for place, value in zip(x, y) if place >= (start or 0.06) * largest / unit]
-                validation = record.validation.get("causal")
-                if validation and start:
-                    shown = []  # the magnified panel is fitted to the validation loss; training's noise may leave it
-                if validation:
-                    at = [value / unit for value in axis(validation)]
-                    panel.plot(
-                        at,
-                        validation.values,
-                        color=colour,
-                        linewidth=1.6,
-                        marker=_MARKERS[index],
-                        markersize=5.2,
-                        markeredgecolor=_PAPER,
-                        markeredgewidth=0.7,
-                    )
-                    shown += [
-                        value
-                        for place, value in zip(at, validation.values)
-                        if place >= (start or 0.06) * largest / unit
-                    ]
-                    if record is arm.first:
-                        ends.append((at[-1], validation.values[-1], arm.label, colour))
-                elif record is arm.first:
-                    ends.append((x[-1], y[-1], arm.label, colour))
-                if shown:
-                    highest.append(max(shown))
-                    lowest.append(min(shown))
-        margin = 0.06 * (max(highest) - min(lowest))
-        panel.set_ylim(min(lowest) - margin, max(highest) + margin)
-        room = 1.03 if start == 0.0 else 1.02
-        panel.set_xlim(start * largest / unit, room * largest / unit)
+                main = record is arm.first
+                curve = _draw_run(panel, record, index, unit, axis, main)
+                if main:
+                    ends.append((curve.values[-1], index, arm.label))
+                heights += [value for place, value in zip(axis(curve), curve.values) if place >= visible]
+        margin = 0.06 * (max(heights) - min(heights)) or 0.1
+        panel.set_ylim(min(heights) - margin, max(heights) + margin)
+        panel.set_xlim(start * largest / unit, 1.03 * largest / unit)
         panel.grid(axis="y")
         panel.tick_params(length=3)
         panel.set_xlabel(f"{label} ({_ten(exponent)})")
-        panel.set_title("nats per token" if start == 0.0 else "the end of training", loc="left", color=_FAINT)
-        if start == 0.0:
+        panel.set_title("the end of training" if start else "nats per token", loc="left", color=_FAINT)
+        if not start:
             _legend(panel, ends)
     return figure
 
 
-def _legend(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def _draw_run(
+    panel: Axes, record: RunRecord, index: int, unit: float, axis: Callable[[Curve], list[float]], main: bool
+) -> Curve:
+    """Draw one run and return the curve that the panel should be fitted to: validation where there is any."""
+    colour = _arm_colour(index)
+    if main:  # the noise of one seed is enough to see
+        x, y = _thin([value / unit for value in axis(record.training)], _smooth(record.training.values))
+        panel.plot(x, y, color=colour, linewidth=0.9, alpha=0.4, solid_capstyle="round")
+    validation = record.validation.get("causal")
+    if not validation:
+        return record.training
+    places = [value / unit for value in axis(validation)]
+    marks: dict[str, Any] = {
+        "marker": _marker(index),
+        "markersize": 5.2,
+        "markeredgecolor": _PAPER,
+        "markeredgewidth": 0.7,
+    }
+    panel.plot(places, validation.values, color=colour, linewidth=1.6 if main else 0.9, **(marks if main else {}))
+    return validation
+
+
+def _legend(panel: Axes, ends: list[tuple[float, int, str]]) -> None:
     """Names in the order of the final losses, in the corner that a falling curve leaves empty."""
-    ordered = sorted(ends, key=lambda end: -end[1])
-    for row, (_, _, label, colour) in enumerate(ordered):
+    for row, (_, index, label) in enumerate(sorted(ends, reverse=True)):
         top = 0.97 - 0.085 * row
-        marker = _MARKERS[int(colour[-1])]
-        panel.plot(
-            [0.50, 0.53, 0.56],
-            [top] * 3,
-            transform=panel.transAxes,
-            color=colour,
-            linewidth=1.8,
-            marker=marker,
-            markevery=[1],
-            markersize=5.5,
-        )
+        style: dict[str, Any] = {
+            "color": _arm_colour(index),
+            "linewidth": 1.8,
+            "marker": _marker(index),
+            "markersize": 5.5,
+        }
+        panel.plot([0.50, 0.53, 0.56], [top] * 3, transform=panel.transAxes, markevery=[1], **style)
         panel.text(0.58, top, label, transform=panel.transAxes, color=_INK, va="center")
 
 
@@ -318,7 +314,7 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
                 continue
             y = place - 0.36 + step * (index + 0.5)
             half = 196 * score.stderr if score.stderr else 0.0
-            colour = f"#a0000{index % ARM_COLOURS}"
+            colour = _arm_colour(index)
             panel.plot(
                 [100 * score.value - half, 100 * score.value + half],
                 [y, y],
@@ -330,7 +326,7 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
                 [100 * score.value],
                 [y],
                 color=colour,
-                marker=_MARKERS[index],
+                marker=_marker(index),
                 markersize=6,
                 markeredgecolor=_PAPER,
                 linestyle="none",
@@ -362,8 +358,8 @@ def _draw_budgets(
         panel.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color=_colour(order, name),
-            marker=_MARKERS[index % len(_MARKERS)],
+            color=_arm_colour(index),
+            marker=_marker(index),
             markersize=6,
             markeredgecolor=_PAPER,
             linewidth=1.6,
@@ -372,7 +368,7 @@ def _draw_budgets(
     panel.set_xscale("log")
     panel.set_yscale("log")
     budgets = sorted({x for points in lines.values() for x, _ in points})
-    panel.set_xticks(budgets, [numbers.power_of_ten(budget, 2) for budget in budgets])
+    panel.set_xticks(budgets, [numbers.power_of_ten(budget) for budget in budgets])
     panel.minorticks_off()
     losses = [y for points in lines.values() for _, y in points]
     ticks = _round_ticks(min(losses), max(losses))

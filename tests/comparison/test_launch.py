@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.comparison.experiment import LaunchSection
+from pretrain.comparison.launch import run_child, training_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A launcher in the manner of DeepSpeed's: it gives its children ranks, and dies at once of a signal of its own.
+LAUNCHER = """
+import os, subprocess, sys, time
+ranks = [subprocess.Popen([sys.executable, sys.argv[1]], env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+# A rank that needs a moment to save its work, in a process tree with a helper that inherited its rank.
+RANK = """
+import os, pathlib, signal, subprocess, sys, time
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+here = pathlib.Path(sys.argv[0]).parent
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(time.time()))
+(here / f"ready-{os.environ['RANK']}").touch()
+while not asked:
+    time.sleep(0.02)
+time.sleep(0.5)
+alive = helper.poll() is None
+helper.kill()
+(here / f"saved-{os.environ['RANK']}").write_text(f"{len(asked)} {alive}")
+sys.exit(75)
+"""
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def write_scripts(folder: Path) -> list[str]:
+    (folder / "launcher.py").write_text(LAUNCHER)
+    (folder / "rank.py").write_text(RANK)
+    return [sys.executable, str(folder / "launcher.py"), str(folder / "rank.py")]
+
+
+def start_parent(folder: Path, command: list[str]) -> subprocess.Popen:
+    """A process of its own that runs the command as `mor compare` does, in a group of its own like a terminal's."""
+    code = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from pretrain.comparison.launch import Interrupted, run_child
+        try:
+            print("ended", run_child({command!r}, Path({str(folder / "log")!r})))
+        except Interrupted:
+            print("interrupted")
+    """)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_once_and_they_are_waited_for(tmp_path, number):
+    parent = start_parent(tmp_path, write_scripts(tmp_path))
+    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    # As a terminal does it: to the whole foreground group.
+    os.killpg(parent.pid, number)
+    output, errors = parent.communicate(timeout=30)
+    assert output.strip() == "interrupted" and "write a checkpoint" in errors
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1 True", "1 True"]
+
+
+def test_a_second_signal_ends_everything_at_once(tmp_path):
+    command = write_scripts(tmp_path)
+    (tmp_path / "rank.py").write_text(RANK.replace("time.sleep(0.5)", "time.sleep(600)"))
+    parent = start_parent(tmp_path, command)
+    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    os.kill(parent.pid, signal.SIGINT)
+    time.sleep(1.5)
+    os.kill(parent.pid, signal.SIGINT)
+    output, _ = parent.communicate(timeout=30)
+    assert output.strip() == "interrupted"
+    assert not list(tmp_path.glob("saved-*"))
+
+
+def test_output_goes_to_the_log_and_the_status_comes_back(tmp_path):
+    ticks = []
+    command = [sys.executable, "-c", "import sys, time; print('words'); time.sleep(0.8); sys.exit(3)"]
+    assert run_child(command, tmp_path / "logs" / "log", lambda: ticks.append(1)) == 3
+    assert (tmp_path / "logs" / "log").read_text() == "words\n" and ticks
+
+
+def test_signals_are_handled_as_before_when_the_child_has_ended(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run_child([sys.executable, "-c", ""], tmp_path / "log")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_child_inherits_no_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    command = [sys.executable, "-c", "import os; print([n for n in os.environ if n in ('RANK', 'SLURM_PROCID')])"]
+    run_child(command, tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "[]\n"
+
+
+def test_a_signal_before_any_rank_exists_goes_to_the_child_itself(tmp_path):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "signal.signal(signal.SIGINT, lambda *_: ((here / 'told').touch(), sys.exit(75)))\n"
+        "(here / 'ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    parent = start_parent(tmp_path, [sys.executable, "-c", code])
+    wait_for((tmp_path / "ready").exists)
+    os.kill(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=30)[0].strip() == "interrupted"
+    assert (tmp_path / "told").exists()
+
+
+def test_commands_name_the_launcher_and_the_ranks():
+    plain = training_command(LaunchSection(launcher="python"), Path("r.yaml"))
+    assert plain[1:] == ["-m", "pretrain.cli.main", "train", "r.yaml"]
+    launched = training_command(LaunchSection(ranks=2), Path("r.yaml"))
+    assert "deepspeed.launcher.runner" in launched and "--num_gpus=2" in launched
+    assert Path(launched[-3]) == ROOT / "pretrain" / "train.py" and launched[-2:] == ["--config", "r.yaml"]
