@@ -104,37 +104,74 @@ def plain_training(job: dict[str, Any]) -> dict[str, list[float]]:
     return {"losses": losses, "norms": norms}
 
 
-def check(cases: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    for name, job in cases.items():
-        expected = plain_training(job)
-        assert expected["losses"][0] - expected["losses"][-1] > 0.001, "the comparison wants a model that learns"
-        for rank, result in enumerate(results):
-            where = f"{name}, rank {rank}"
-            assert result[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5), where
-            if job["stage"] > 0:
-                assert result[name]["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
-            assert result[name]["tied"], where
+def check(name: str, job: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    expected = plain_training(job)
+    for rank, result in enumerate(results):
+        where = f"{name}, rank {rank}"
+        assert result[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5), where
+        if job["stage"] > 0:
+            assert result[name]["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
+        assert result[name]["tied"], where
 
 
 EXPERT = ExpertChoiceConfig(causal_coefficient=0.1, alpha=1.0)
 TOKEN = TokenChoiceConfig()
 
 
-def test_zero_3_equals_one_process(tmp_path):
-    cases = {
-        "vanilla": case(model_config(None, sharing="none", recursions=1, num_layers=3)),
-        "recursive": case(model_config(None), "recursion"),
-        "expert": case(model_config(EXPERT)),
-        "expert-recursion": case(model_config(EXPERT), "recursion"),
-        "expert-layer": case(model_config(EXPERT), "layer"),
-        "expert-selective": case(model_config(EXPERT), "selective"),
-        "expert-accumulated": case(model_config(EXPERT), "recursion", accumulation=2),
-        "expert-shared-kv": case(model_config(EXPERT, kv_sharing="shared"), "recursion"),
-        "token": case(model_config(TOKEN), "recursion"),
-        "token-hybrid-kv": case(model_config(TOKEN, kv_sharing="hybrid"), "selective"),
-        "partitioned": case(model_config(EXPERT), "recursion", partitioned_construction=True),
-    }
-    check(cases, launch(cases, tmp_path))
+def shallow_and_deep() -> dict[str, Any]:
+    """A job in which rank 0 routes nothing beyond the first step.
+
+    Without prelude layers a token's id decides its depth, so rank 0 gets only ids that stop after one step.
+    """
+    config = model_config(TokenChoiceConfig(balance="none"), sharing="cycle", num_layers=3)
+    model = RecursiveTransformer(config)
+    model.initialize(SEED)
+    depth_of_id = model(torch.arange(config.vocab_size)[None], return_routing=True).routing.depth_BT[0]
+    shallow, deep = ((depth_of_id == depth).nonzero().flatten() for depth in (1, config.recursions))
+    stream = torch.stack([ids[torch.arange(17) % len(ids)] for ids in (shallow, deep) for _ in range(SEQUENCES // 2)])
+    ids, labels = stream[:, :-1].tolist(), stream[:, 1:].tolist()
+    return case(config, ids=ids, labels=labels, lr=1e-4, probe=True)
+
+
+CASES = {
+    "vanilla": case(model_config(None, sharing="none", recursions=1, num_layers=3)),
+    "recursive": case(model_config(None), "recursion"),
+    "expert": case(model_config(EXPERT)),
+    "expert-recursion": case(model_config(EXPERT), "recursion"),
+    "expert-layer": case(model_config(EXPERT), "layer"),
+    "expert-selective": case(model_config(EXPERT), "selective"),
+    "expert-accumulated": case(model_config(EXPERT), "recursion", accumulation=2),
+    "expert-shared-kv": case(model_config(EXPERT, kv_sharing="shared"), "recursion"),
+    "token": case(model_config(TOKEN), "recursion"),
+    "token-hybrid-kv": case(model_config(TOKEN, kv_sharing="hybrid"), "selective"),
+    "partitioned": case(model_config(EXPERT), "recursion", partitioned_construction=True),
+}
+LOPSIDED = {
+    f"lopsided-{policy}": {**shallow_and_deep(), "checkpointing": policy}
+    for policy in ("none", "recursion", "layer", "selective")
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return launch({**CASES, **LOPSIDED}, tmp_path_factory.mktemp("zero"))
+
+
+@pytest.mark.xdist_group("zero")
+@pytest.mark.parametrize("name", CASES)
+def test_zero_3_equals_one_process(name, trained):
+    check(name, CASES[name], trained)
+    losses = trained[0][name]["losses"]
+    assert losses[0] - losses[-1] > 0.001, "the comparison wants a model that learns"
+
+
+@pytest.mark.xdist_group("zero")
+@pytest.mark.parametrize("name", LOPSIDED)
+def test_a_process_that_routes_nothing_beyond_the_first_step(name, trained):
+    tokens = SEQUENCES // 2 * 16
+    assert trained[0][name]["counts"][0] == [tokens, 0, 0]
+    assert trained[1][name]["counts"][0] == [tokens, tokens, tokens]
+    check(name, LOPSIDED[name], trained)
 
 
 @pytest.mark.slow
@@ -151,26 +188,6 @@ def test_every_stage_policy_and_router(stage, tmp_path):
         for name, router in routers.items()
         for policy in ("none", "recursion", "layer", "selective")
     }
-    check(cases, launch(cases, tmp_path))
-
-
-def test_a_process_that_routes_nothing_beyond_the_first_step(tmp_path):
-    """Without prelude layers a token's id decides its depth: rank 0 gets only ids that stop after one step."""
-    config = model_config(TokenChoiceConfig(balance="none"), sharing="cycle", num_layers=3)
-    model = RecursiveTransformer(config)
-    model.initialize(SEED)
-    depth_of_id = model(torch.arange(config.vocab_size)[None], return_routing=True).routing.depth_BT[0]
-    shallow, deep = ((depth_of_id == depth).nonzero().flatten() for depth in (1, config.recursions))
-    assert len(shallow) and len(deep)
-    stream = torch.stack([ids[torch.arange(17) % len(ids)] for ids in (shallow, deep) for _ in range(SEQUENCES // 2)])
-    ids, labels = stream[:, :-1].tolist(), stream[:, 1:].tolist()
-    cases = {
-        policy: case(config, policy, ids=ids, labels=labels, lr=1e-4, probe=True)
-        for policy in ("none", "recursion", "layer", "selective")
-    }
     results = launch(cases, tmp_path)
-    tokens = SEQUENCES // 2 * 16
-    for policy, job in cases.items():
-        assert results[0][policy]["counts"][0] == [tokens, 0, 0]
-        assert results[1][policy]["counts"][0] == [tokens, tokens, tokens]
-        assert results[0][policy]["losses"] == pytest.approx(plain_training(job)["losses"], abs=1e-5)
+    for name, job in cases.items():
+        check(name, job, results)
