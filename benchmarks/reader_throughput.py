@@ -139,7 +139,7 @@ def measure(folder: Path) -> dict[str, float]:
 
     return {
         "one data set, batches of 512": rate(shuffled),
-        "one data set, sequence by sequence (views)": rate(one_by_one),
+        "one data set, sequence by sequence, as views not yet read": rate(one_by_one),
         "mixture of 4 sources": rate(mixed),
         "best-fit packed": rate(best_fit),
         "one data set, with document numbers": rate(documents),
