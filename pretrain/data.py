@@ -28,7 +28,8 @@ class OpenedData:
         source: training sequences by sample number; validation: one set per source, empty where the data has no
             validation split.
         fingerprint, manifest: of the tokenizer and of the data, as plan.json records them.
-        tokenizer: file or folder of the tokenizer, to copy into the run folder; end_of_document: its token.
+        tokenizer: folder of the tokenizer, its END_OF_DOCUMENT included, to copy into the run folder.
+        end_of_document: id of that token.
     """
 
     source: SampleSource
@@ -66,7 +67,7 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
         validation=_validation_sets(recipe, sources, length),
         fingerprint=mixture.tokenizer_fingerprint,
         manifest=datasets[0].dataset.manifest_digest if len(datasets) == 1 else manifest,
-        tokenizer=datasets[0].dataset.tokenizer_path,
+        tokenizer=datasets[0].dataset.tokenizer_path.parent,
         end_of_document=mixture.eod_id,
     )
 

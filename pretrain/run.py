@@ -333,11 +333,7 @@ def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:
     if not folder.tokenizer.is_dir():
         temporary = folder.path / ".tokenizer.writing"
         shutil.rmtree(temporary, ignore_errors=True)
-        if data.tokenizer.is_dir():
-            shutil.copytree(data.tokenizer, temporary)
-        else:
-            temporary.mkdir(parents=True)
-            shutil.copy2(data.tokenizer, temporary)
+        shutil.copytree(data.tokenizer, temporary)
         temporary.rename(folder.tokenizer)
 
 
