@@ -1,0 +1,105 @@
+"""A saved model comes back as it was, and a damaged one is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mor_model.config import ExpertChoiceConfig, TokenChoiceConfig
+from mor_model.errors import ConfigError
+from mor_model.weights import load_model, save_weights
+from tests.mor_model.cases import random_batch, small_config, small_model
+
+CONFIGS = {
+    "vanilla-untied": small_config(sharing="none", recursions=1, num_layers=2, tie_embeddings=False),
+    "expert": small_config(router=ExpertChoiceConfig(capacities=(1.0, 0.5, 0.2))),
+    "token-bias": small_config(router=TokenChoiceConfig(balance="bias")),
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    config = CONFIGS["expert"]
+    save_weights(tmp_path / "model", small_model(config).state_dict(), config)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name, tmp_path):
+    config = CONFIGS[name]
+    model, batch = small_model(config), random_batch(config)
+    if name == "token-bias":
+        model.update_balance(torch.tensor([5.0, 1.0, 0.0]))
+    save_weights(tmp_path, model.state_dict(), config)
+    loaded = load_model(tmp_path)
+    assert loaded.config == config and not loaded.training
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert (loaded.head.weight is loaded.embedding.weight) == config.tie_embeddings
+    assert torch.equal(loaded(batch.ids).logits_BTV, model(batch.ids).logits_BTV)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_tied_weights_are_stored_once_and_train_tied(saved):
+    assert "head.weight" not in load_file(saved / "model.safetensors")
+    model = load_model(saved)
+    model(**random_batch(model.config).arguments()).loss.backward()
+    assert model.head.weight.grad is model.embedding.weight.grad is not None
+
+
+def test_precision_is_kept_or_chosen(saved):
+    assert load_model(saved).embedding.weight.dtype == torch.float32
+    assert load_model(saved, dtype=torch.bfloat16).embedding.weight.dtype == torch.bfloat16
+    config = CONFIGS["expert"]
+    save_weights(saved, small_model(config, dtype=torch.bfloat16).state_dict(), config)
+    assert load_model(saved).embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_failed_write_leaves_the_old_model(saved, monkeypatch):
+    before = (saved / "model.safetensors").read_bytes()
+    monkeypatch.setattr("mor_model.weights.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(saved, small_model(CONFIGS["expert"], seed=1).state_dict(), CONFIGS["expert"])
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in saved.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_missing_files(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
+        load_model(saved)
+    (saved / "model.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.json is missing"):
+        load_model(saved)
+
+
+def test_a_truncated_file(saved):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 23}, r"embedding\.weight has shape \(19, 8\) where model\.json wants \(23, 8\)"),
+        ({"router": None}, "unknown router"),
+        ({"tie_embeddings": False}, "missing head"),
+        ({"vocab_sice": 19}, "did you mean 'vocab_size'"),
+    ],
+)
+def test_a_configuration_of_another_model(saved, change, message):
+    values = {**json.loads((saved / "model.json").read_text()), **change}
+    (saved / "model.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=message):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_configuration_that_is_no_json_object(saved, text):
+    (saved / "model.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.json"):
+        load_model(saved)
