@@ -1,0 +1,57 @@
+"""One recipe under every launcher: the same losses. srun's turn is in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import skip_or_fail
+from tests.pretrain.support import ROOT, environment, losses, make_dataset, recipe_values, write_recipe
+
+pytestmark = pytest.mark.slow
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "29641"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29642"],
+    "openmpi": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("launchers") / "data")
+
+
+def train(folder: Path, data: Path, launcher: list[str]) -> dict[int, float]:
+    recipe = write_recipe(
+        folder / "recipe.yaml",
+        recipe_values(data, folder / "run", budget={"steps": 6}, schedule={"kind": "constant", "warmup": 0}),
+    )
+    command = [*launcher, str(ROOT / "pretrain" / "train.py"), "--config", str(recipe)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, data) -> dict[int, float]:
+    return train(tmp_path_factory.mktemp("python"), data, [sys.executable])
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, data) -> dict[int, float]:
+    return train(tmp_path_factory.mktemp("torchrun"), data, LAUNCHERS["torchrun"])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_trains_the_same(launcher, tmp_path, data, two_processes, one_process):
+    if not shutil.which(LAUNCHERS[launcher][0]):
+        skip_or_fail(f"{LAUNCHERS[launcher][0]} is not installed (pip install 'mor-pretrain[mpi]' brings mpirun)")
+    found = train(tmp_path, data, LAUNCHERS[launcher])
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["launcher"] == launcher
+    assert found == two_processes, "the launcher must not change one bit"
+    assert found == pytest.approx(one_process, rel=1e-5), "nor may the number of ranks, beyond rounding"
