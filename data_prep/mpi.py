@@ -43,6 +43,7 @@ class Ranks:
         self.world = MPI.COMM_WORLD
         self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
         self.missing: set[int] = set()
+        self._posted: list[Any] = []
 
     def share(self, make: Callable[[], Any]) -> Any:
         """`make()` of rank 0, on every rank; an error of rank 0 is raised on every rank."""
@@ -90,7 +91,7 @@ class Ranks:
                 for rank, keys in held.items():
                     while rank not in self.missing and len(keys) < _AHEAD and (key := schedule.take(rank)) is not None:
                         keys.append(key)
-                        self.world.isend(key, dest=rank)
+                        self._post(key, rank)
                 heard_any = self._hear(held, heard, schedule, failures, on_progress, folder)
                 if own is None and (key := schedule.take(0)) is not None:
                     worker = worker or PieceWorker(folder, plan)
@@ -112,7 +113,12 @@ class Ranks:
         finally:
             for rank in held:
                 if rank not in self.missing:
-                    self.world.isend(None, dest=rank)
+                    self._post(None, rank)
+
+    def _post(self, message: Key | None, rank: int) -> None:
+        # A request owns the bytes it sends, so it is kept until they are gone. Nobody waits: the rank may be lost.
+        self._posted = [request for request in self._posted if not request.Test()]
+        self._posted.append(self.world.isend(message, dest=rank))
 
     def _hear(
         self,

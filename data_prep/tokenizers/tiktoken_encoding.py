@@ -34,8 +34,8 @@ class TiktokenTokenizer(Tokenizer):
         digest = hashlib.sha256(self._encoding._pat_str.encode())
         for token, rank in sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]):
             digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
-        for token, rank in sorted(self._encoding._special_tokens.items()):
-            digest.update(token.encode() + rank.to_bytes(4, "little"))
+        for name_of_token, rank in sorted(self._encoding._special_tokens.items()):
+            digest.update(name_of_token.encode() + rank.to_bytes(4, "little"))
         self.fingerprint = digest.hexdigest()
         self.vocab_size = self._encoding.n_vocab
         self.eod_token = eod_token or "<|endoftext|>"

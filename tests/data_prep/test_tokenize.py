@@ -158,7 +158,7 @@ def test_array_tasks_in_any_order_write_the_same_bytes(corpus, byte_bpe, undistu
     out = tmp_path / "out"
     work = job([corpus], out, byte_bpe, **SETTINGS)
     for index in reversed(range(count)):
-        with pytest.raises(DataError, match="pieces are missing|holds no unfinished"):
+        with pytest.raises(DataError, match=r"pieces are missing|holds no unfinished"):
             merge_tasks(out)
         assert tokenize(work, Quiet(), share=Share(index, count)) is None
     merge_tasks(out, max_rejects=100)
@@ -179,7 +179,7 @@ def test_rejects_are_listed_with_the_line_of_the_file(corpus, undisturbed):
 def test_too_many_rejects_stop_the_data_set_and_a_higher_limit_finishes_it(corpus, byte_bpe, undisturbed, tmp_path):
     out = tmp_path / "out"
     few = {**SETTINGS, "max_rejects": 0.01}
-    with pytest.raises(DataError, match="12 of 612 documents were rejected .*--max-rejects 0.01"):
+    with pytest.raises(DataError, match=r"12 of 612 documents were rejected .*--max-rejects 0.01"):
         run([corpus], out, byte_bpe, **few)
     assert not (out / "manifest.json").exists()
     assert len((out / "rejects.jsonl").read_text().splitlines()) == 12
@@ -250,7 +250,7 @@ def test_a_file_that_breaks_off_stops_the_data_set_until_it_is_repaired(tmp_path
     whole = write_jsonl(tmp_path / f"a.jsonl{suffix}", texts).read_bytes()
     source, out = tmp_path / f"b.jsonl{suffix}", tmp_path / "out"
     source.write_bytes(whole[:-30] + bytes(30))
-    with pytest.raises(DataError, match="1 file.* could not be read to the end .*broken_compression"):
+    with pytest.raises(DataError, match=r"1 file.* could not be read to the end .*broken_compression"):
         run([source], out, byte_bpe, piece_bytes=PIECE)
     (line,) = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert line["file"] == str(source) and line["reason"] == "broken_compression"

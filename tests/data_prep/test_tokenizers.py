@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 import sentencepiece
@@ -48,7 +49,7 @@ def test_flat_ids_are_the_lists(byte_bpe, sentencepiece_model):
     for path in (byte_bpe, sentencepiece_model):
         tokenizer = load_tokenizer(path)
         flat, starts = tokenizer.encode_flat(texts)
-        assert [flat[a:b].tolist() for a, b in zip(starts, starts[1:])] == tokenizer.encode_batch(texts)
+        assert [flat[a:b].tolist() for a, b in pairwise(starts)] == tokenizer.encode_batch(texts)
 
 
 def test_a_fingerprint_is_of_what_decides_ids(byte_bpe, tmp_path):
@@ -98,9 +99,9 @@ def test_tiktoken_is_asked_for_where_it_is_missing(monkeypatch):
         load_tokenizer("tiktoken:gpt2")
 
 
-def test_tiktoken_encodings_are_used_where_installed(tmp_path):
+def test_tiktoken_encodings_are_used_where_installed(tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
-    tiktoken.registry.ENCODING_CONSTRUCTORS = {
+    constructors = {
         "tiny": lambda: {
             "name": "tiny",
             "pat_str": r"\w+|\W",
@@ -108,6 +109,7 @@ def test_tiktoken_encodings_are_used_where_installed(tmp_path):
             "special_tokens": {"<|endoftext|>": 258},
         }
     }
+    monkeypatch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", constructors)
     tokenizer = load_tokenizer("tiktoken:tiny")
     assert tokenizer.encode("the <|endoftext|>")[0] == 257
     assert (tokenizer.eod_id, tokenizer.vocab_size) == (258, 259)

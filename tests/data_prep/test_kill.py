@@ -1,0 +1,113 @@
+"""kill -9 at random moments, of workers and of the parent: the outcome is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from data_prep.verify import verify_dataset
+from tests.data_prep.writing import digest, documents, run, write_jsonl
+
+SETTINGS = {"validation": 0.05, "test": 0.05, "piece_bytes": 4000}
+OPTIONS = ("--validation", "0.05", "--test", "0.05", "--piece-bytes", "4000")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_jsonl(folder / "a.jsonl.zst", documents(1200, 11, 12))
+    write_jsonl(folder / "b.jsonl", documents(1200, 12, 12))
+    return folder
+
+
+def start(corpus, tokenizer, out):
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "data_prep", "tokenize", str(corpus), "--out", str(out),
+            "--tokenizer", str(tokenizer), "--workers", "2", *OPTIONS,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_receipts(out, count, process):
+    while process.poll() is None and len(list((out / ".work").glob("piece-*.json"))) < count:
+        time.sleep(0.01)
+
+
+def torture(corpus, tokenizer, out, kills, seed):
+    """Kill `kills` times, turning between parent and workers; then let it finish. Returns kills that met a process."""
+    luck = random.Random(seed)
+    met = 0
+    for number in range(kills):
+        process = start(corpus, tokenizer, out)
+        have = len(list((out / ".work").glob("piece-*.json")))
+        wait_for_receipts(out, have + luck.randint(0, 3), process)
+        time.sleep(luck.random() * 0.05)
+        try:
+            children = psutil.Process(process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            children = []
+        workers = [child for child in children if "spawn_main" in " ".join(_command(child))]
+        if number % 2 and workers:
+            luck.choice(workers).send_signal(signal.SIGKILL)
+            met += 1
+        if number % 2 == 0 or luck.random() < 0.5:
+            met += process.poll() is None
+            process.kill()
+        process.wait(timeout=120)
+        process.stdout.close()
+        gone = psutil.wait_procs(children, timeout=30)[1]
+        assert gone == [], "workers end when their parent is gone"
+        if (out / "manifest.json").exists():
+            break
+    process = start(corpus, tokenizer, out)
+    output = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, output
+    return met
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def check(corpus, tokenizer, tmp_path, kills, seed):
+    run([corpus], tmp_path / "undisturbed", tokenizer, **SETTINGS)
+    met = torture(corpus, tokenizer, tmp_path / "out", kills, seed)
+    assert met >= min(kills, 2)
+    assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
+    assert verify_dataset(tmp_path / "out").problems == []
+
+
+def test_three_kills(corpus, byte_bpe, tmp_path):
+    check(corpus, byte_bpe, tmp_path, 3, 1)
+
+
+@pytest.mark.slow
+def test_twenty_kills(corpus, byte_bpe, tmp_path):
+    check(corpus, byte_bpe, tmp_path, 20, 2)
+
+
+def test_ctrl_c_stops_with_one_sentence_and_the_run_continues(corpus, byte_bpe, tmp_path):
+    out = tmp_path / "out"
+    process = start(corpus, byte_bpe, out)
+    wait_for_receipts(out, 2, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130 and "continues where this one was" in output and "Traceback" not in output
+    assert not (out / "manifest.json").exists()
+    assert list((out / ".work").glob("piece-*.json"))
+    process = start(corpus, byte_bpe, out)
+    assert "continuing: " in process.communicate(timeout=240)[0].decode() and process.returncode == 0
