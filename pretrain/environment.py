@@ -112,8 +112,9 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
         "CROSS_RANK",
         "CROSS_SIZE",
         "GROUP_RANK",
-        "OMP_NUM_THREADS",
     }
+    if environ.get("GLOO_SOCKET_IFNAME") == "lo":
+        dropped.add("GLOO_SOCKET_IFNAME")  # right for ranks of one host only
     kept = ("SLURM_CONF",)
     return {
         name: value

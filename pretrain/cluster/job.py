@@ -72,16 +72,16 @@ class Job:
         """Run `command` as a job step on all nodes and return its exit code.
 
         `per_node` is the number of tasks on each node; by default as many as the job asked for, otherwise one for each
-        GPU of a node.
+        GPU of a node. `options` are further ones of srun, which go before those chosen here.
         """
         chosen = per_node or self._tasks_per_node()
-        options = [*(options or []), "--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
+        own = ["--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
         if per_node:
-            options.append(f"--ntasks={per_node * len(self.hosts)}")
+            own.append(f"--ntasks={per_node * len(self.hosts)}")
         tasks = chosen or -(-self.tasks // len(self.hosts))
         # Since Slurm 22.05 srun no longer takes over what sbatch was told.
-        options.append("--overcommit" if tasks > self.cores else f"--cpus-per-task={self.cores // tasks}")
-        return self._wait(["srun", *options, *self.container_options(), *command], signal.SIGUSR1)
+        own.append("--overcommit" if tasks > self.cores else f"--cpus-per-task={self.cores // tasks}")
+        return self._wait(["srun", *own, *(options or []), *self.container_options(), *command], signal.SIGUSR1)
 
     def alone(self, command: list[str]) -> int:
         """Run `command` once, on this node, and return its exit code."""
@@ -241,7 +241,8 @@ def _again(job: Job, run: Path, code: int) -> int:
 def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
     for host, reason in bad.items():
         say(f"node {host} is not sound: {reason}")
-    if job.environ["MOR_HEALTH"] == "exclude" and job.exclude(list(bad)) and job.requeue():
+    some = len(bad) < len(job.hosts)
+    if job.environ["MOR_HEALTH"] == "exclude" and some and job.exclude(list(bad)) and job.requeue():
         say(f"requeued without {', '.join(bad)}.")
         time.sleep(120)
         return EXIT_AGAIN

@@ -18,6 +18,7 @@ from pretrain.cluster.profiles import Profile
 from pretrain.cluster.records import Record, remember
 from pretrain.environment import clean_environment
 from pretrain.errors import LaunchError, RecipeError
+from pretrain.toolchain import prepare_toolchain
 
 _SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 # Announcements of the scripts' --signal lines; a job must be able to last longer.
@@ -67,6 +68,7 @@ def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[
     """
     from pretrain.recipe import load_recipe
 
+    prepare_toolchain()
     recipe = load_recipe(path, overrides)
     _check_recipe(recipe, profile.ranks)
     logs = f"{recipe.run_folder}.logs"
@@ -86,6 +88,7 @@ def plan_experiment(
     from pretrain.comparison.experiment import load_experiment
     from pretrain.comparison.plan import plan_experiment as plan
 
+    prepare_toolchain()
     experiment = load_experiment(path, overrides)
     runs = plan(experiment)
     for run in runs:
@@ -217,7 +220,12 @@ def _sbatch_options(shape: _Shape, profile: Profile, *, tasks: bool = True) -> t
 def _job_environment(profile: Profile) -> dict[str, str]:
     """Variables of `sbatch`, which Slurm hands to the jobs."""
     environ = {**clean_environment(), **profile.environment}
-    environ = {name: value for name, value in environ.items() if not name.startswith("SBATCH_")}
+    # The accelerator that this machine lacks is there on the nodes.
+    environ = {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("SBATCH_") and (name != "DS_ACCELERATOR" or name in profile.environment)
+    }
     activate = Path(sys.prefix) / "bin" / "activate"
     setup = profile.setup or (f". {shlex.quote(str(activate))}" if activate.is_file() else "true")
     environ |= {"MOR_SETUP": setup, "MOR_LAUNCHER": profile.launcher, "MOR_HEALTH": profile.health}

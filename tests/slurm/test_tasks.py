@@ -33,18 +33,21 @@ def shards(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*-0*.*"))}
 
 
-@pytest.fixture(scope="module")
-def corpus(cluster) -> Path:
-    """Six files of made-up English, and a tokenizer of their words."""
-    folder = cluster.folder / "work" / "text"
+def write_text_files(folder: Path) -> Path:
+    """Six files of made-up English."""
     folder.mkdir()
     words = re.findall(r"\w+", "the sea of stones was quiet and every boat had gone home before rain fell on the roofs")
     generator = random.Random(5)
     for number in range(6):
-        lines = (
-            json.dumps({"text": " ".join(generator.choices(words, k=generator.randint(20, 90)))}) for _ in range(120)
-        )
-        (folder / f"part{number}.jsonl").write_text("\n".join(lines) + "\n")
+        texts = (" ".join(generator.choices(words, k=generator.randint(20, 90))) for _ in range(120))
+        (folder / f"part{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(cluster) -> Path:
+    """Text files, and a tokenizer of their words."""
+    folder = write_text_files(cluster.folder / "work" / "text")
     command = [sys.executable, "-m", "data_prep", "tokenizer", "train", str(folder / "*.jsonl")]
     command += ["--out", str(folder / "words.model"), "--vocab-size", "300"]
     subprocess.run(command, check=True, capture_output=True)

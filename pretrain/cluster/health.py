@@ -1,0 +1,190 @@
+"""Are these nodes fit to train together? Each writes what it finds into a shared folder; the odd ones out are named.
+
+Per node: GPUs seen, their memory free, the speed of a matrix product, the clock against the file server's, and the
+speed of an all-reduce with the others. A node that writes nothing is gone, or does not see the shared file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.files import write_json
+
+if TYPE_CHECKING:
+    from pretrain.cluster.job import Job
+
+_SLOWEST = 0.6  # of the median speed
+_LEAST_FREE = 0.9  # of a GPU's memory
+_LARGEST_SKEW = 5.0  # seconds
+_MINUTES = 5
+_REDUCED_BYTES = 64 * 2**20
+# Each node alone first: an all-reduce with a broken node fails on the sound ones too.
+_KINDS = ("alone", "together")
+
+
+def check_nodes(job: Job) -> dict[str, str]:
+    """Examine the nodes of a job from its first node; returns what is wrong by host, empty when all is well."""
+    folder = Path.cwd() / f".health-{job.identity}-{job.restarts}"
+    folder.mkdir()
+    try:
+        for kind in _KINDS:
+            command = job.inside([job.python, "-m", "pretrain.cluster.health", kind, str(folder)])
+            # A node that fails must not end the others' examination.
+            job.step(command, per_node=1, options=[f"--time={_MINUTES}", "--kill-on-bad-exit=0"])
+            if bad := judge(read_reports(folder), job.hosts):
+                return bad
+        return {}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def examine_cluster(folder: Path, options: list[str], nodes: int) -> tuple[dict[str, dict[str, Any]], str]:
+    """Run the examination as jobs of their own with these options of srun; reports by host, and what srun said."""
+    folder.mkdir(parents=True)
+    said = ""
+    for kind in _KINDS:
+        command = ["srun", "--ntasks-per-node=1", f"--time={_MINUTES}", "--kill-on-bad-exit=0", *options]
+        command += [sys.executable, "-m", "pretrain.cluster.health", kind, str(folder)]
+        said = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+        reports = read_reports(folder)
+        if len(reports) < nodes or judge(reports, list(reports)):
+            break
+    return reports, said
+
+
+def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the nodes have written, by host name as Slurm knows it."""
+    reports = {}
+    for file in sorted(folder.glob("*.json")):
+        with contextlib.suppress(ValueError):
+            reports[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+    return reports
+
+
+def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str]:
+    """What is wrong with which host, judged by what most of them have."""
+    problems: dict[str, list[str]] = {host: [] for host in hosts}
+    for host in hosts:
+        if host not in reports:
+            problems[host].append("wrote no report: it does not answer, or does not see the shared folder")
+    here = {host: report for host, report in reports.items() if host in problems}
+    for key, name in (("gpus", "GPUs"), ("gpu_names", "kinds of GPU")):
+        found = [json.dumps(report[key]) for report in here.values()]
+        usual = statistics.mode(found) if found else ""
+        for host, report in here.items():
+            if json.dumps(report[key]) != usual:
+                problems[host].append(f"{name}: {json.dumps(report[key])} where the others have {usual}")
+    for key, name, unit in (("matmul_tflops", "matrix product", "TFLOP/s"), ("reduce_gbytes", "all-reduce", "GB/s")):
+        speeds = {host: report[key] for host, report in here.items() if report.get(key)}
+        usual_speed = statistics.median(speeds.values()) if speeds else 0.0
+        for host, speed in speeds.items():
+            if speed < _SLOWEST * usual_speed:
+                problems[host].append(f"{name} at {speed:.3g} {unit} where the others reach {usual_speed:.3g}")
+    middle = statistics.median([report["skew"] for report in here.values()]) if here else 0.0
+    for host, report in here.items():
+        if report.get("error"):
+            problems[host].append(report["error"])
+        if abs(report["skew"] - middle) > _LARGEST_SKEW:
+            problems[host].append(f"its clock is {report['skew'] - middle:+.0f} s off")
+        if report.get("gpu_free_share", 1.0) < _LEAST_FREE:
+            problems[host].append(
+                f"only {report['gpu_free_share']:.0%} of a GPU's memory is free: another process uses it"
+            )
+    return {host: "; ".join(found) for host, found in problems.items() if found}
+
+
+def examine(kind: str, folder: Path) -> None:
+    """Look at this node `alone`, or at its all-reduce `together` with the others, and write FOLDER/<host>.json."""
+    from pretrain.environment import prepare_environment
+
+    ranks = prepare_environment()
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    report = _alone(folder, host) if kind == "alone" else read_reports(folder)[host]
+    if kind == "together" and ranks.world_size > 1:
+        try:
+            report["reduce_gbytes"] = _all_reduce_gbytes(bool(report["gpus"]))
+        except Exception as error:  # torch raises several kinds
+            report["error"] = f"all-reduce: {_first_line(error)}"
+    write_json(folder / f"{host}.json", report)
+
+
+def _alone(folder: Path, host: str) -> dict[str, Any]:
+    import torch
+
+    report: dict[str, Any] = {"host": host, "cores": os.cpu_count(), "skew": _clock_skew(folder, host)}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    report |= {"gpus": gpus, "gpu_names": sorted({torch.cuda.get_device_name(index) for index in range(gpus)})}
+    try:
+        if gpus:
+            memory = [torch.cuda.mem_get_info(index) for index in range(gpus)]
+            report["gpu_free_share"] = min(free / total for free, total in memory)
+        report["matmul_tflops"] = min(
+            _matmul_tflops(torch.device("cuda", index) if gpus else torch.device("cpu")) for index in range(gpus or 1)
+        )
+    except Exception as error:  # whatever fails on a node is its finding
+        report["error"] = _first_line(error)
+    return report
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _clock_skew(folder: Path, host: str) -> float:
+    """This node's clock minus the file server's, in seconds."""
+    probe = folder / f".{host}.clock"
+    probe.touch()
+    return time.time() - probe.stat().st_mtime
+
+
+def _matmul_tflops(device: Any) -> float:
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def _all_reduce_gbytes(gpu: bool) -> float:
+    """Bytes of the buffer over the time of its all-reduce, the best of three, in 1e9 bytes a second."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=120))
+    try:
+        buffer = torch.ones(_REDUCED_BYTES // 4, device="cuda" if gpu else "cpu")
+        best = float("inf")
+        for _ in range(4):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(buffer)
+            if gpu:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return _REDUCED_BYTES / best / 1e9
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    examine(sys.argv[1], Path(sys.argv[2]))

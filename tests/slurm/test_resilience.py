@@ -1,0 +1,99 @@
+"""What a month on a cluster brings: nodes that go, jobs that are pushed aside, and ranks that crash at every start."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.signals import EXIT_NO_PROGRESS
+from tests.pretrain.support import losses
+from tests.slurm.cluster import Cluster
+from tests.slurm.training import log, reached, restarted, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+OFTEN = {"every": 4}
+
+
+def both_nodes_back(cluster: Cluster) -> None:
+    """Until both nodes take jobs again."""
+    cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)
+    cluster.until(
+        lambda: "yes" if "down" not in cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout else None, "both nodes", 90
+    )
+
+
+def test_a_node_that_is_set_down(cluster, recipes, undisturbed):
+    recipe, run = recipes("downed", checkpoint=OFTEN)
+    job = submit(cluster, recipe)
+    cluster.until(lambda: reached(run, 6), "step 6")
+    cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    cluster.until(lambda: restarted(cluster, job), "the requeue")
+    both_nodes_back(cluster)
+    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert losses(run) == undisturbed
+
+
+def test_a_node_whose_daemon_dies(cluster, recipes, undisturbed):
+    recipe, run = recipes("lost", checkpoint=OFTEN, budget={"steps": 24})
+    job = submit(cluster, recipe)
+    cluster.until(lambda: reached(run, 2), "step 2")
+    cluster.kill_node("node2")
+    try:
+        # Slurm notices after SlurmdTimeout; the ranks live on, so the run may even finish before that.
+        cluster.until(
+            lambda: "yes" if "down" in cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout else None, "the loss", 120
+        )
+    finally:
+        cluster.start_node("node2")
+    both_nodes_back(cluster)
+    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert losses(run) == undisturbed
+
+
+def test_a_more_urgent_job_takes_the_nodes(cluster, recipes, undisturbed):
+    recipe, run = recipes("pushed-aside", checkpoint=OFTEN)
+    job = submit(cluster, recipe)
+    cluster.until(lambda: reached(run, 6), "step 6")
+    urgent = cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap=srun sleep 2"
+    )
+    assert cluster.wait(urgent) == "COMPLETED"
+    assert restarted(cluster, job)
+    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert losses(run) == undisturbed
+
+
+def test_a_crash_loop_stops_with_its_reason(cluster, recipes):
+    recipe, _ = recipes("crashing")
+    broken = cluster.folder / "work" / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(9)\n")
+    job = submit(cluster, recipe, PYTHONPATH=str(broken))
+    assert cluster.wait(job) == "FAILED", log(cluster, recipe)
+    assert cluster.show(job)["ExitCode"] == f"{EXIT_NO_PROGRESS}:0"
+    assert cluster.show(job)["Restarts"] == "3"
+    assert "started 4 times without a checkpoint after step 0" in log(cluster, recipe)
+
+
+def test_what_depends_on_a_failure_does_not_run(cluster):
+    failing = cluster.submit("--output=failing.out", "--wrap=exit 3")
+    after_success = cluster.submit(
+        f"--dependency=afterok:{failing}", "--kill-on-invalid-dep=yes", "--output=never.out", "--wrap=true"
+    )
+    after_failure = cluster.submit(f"--dependency=afternotok:{failing}", "--output=always.out", "--wrap=true")
+    assert cluster.wait(after_failure) == "COMPLETED"
+    assert cluster.wait(after_success) == "CANCELLED"
+
+
+def test_a_node_that_is_not_sound_is_named_and_nothing_starts_on_it(cluster, recipes):
+    recipe, run = recipes("unsound")
+    broken = cluster.folder / "work" / "unsound"
+    broken.mkdir()
+    # node2 dies as soon as Python starts there, as with a broken mount of the environment.
+    (broken / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n    os._exit(1)\n"
+    )
+    job = submit(cluster, recipe, PYTHONPATH=str(broken), MOR_HEALTH="check")
+    assert cluster.wait(job) == "FAILED", log(cluster, recipe)
+    assert "node node2 is not sound: wrote no report" in log(cluster, recipe)
+    assert "node1 is not sound" not in log(cluster, recipe)
+    assert not run.exists()
