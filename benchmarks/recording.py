@@ -1,0 +1,65 @@
+"""What a benchmark needs: machine and versions beside the figures, a steady heap, results as JSON and markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+# Freed memory stays in the heap: otherwise the larger of two models timed in turns pays for its pages every time.
+STEADY_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+def restart_with_steady_heap() -> None:
+    """Run the program anew with the allocator set as above, unless it is; glibc reads these at the start only."""
+    if any(os.environ.get(name) != value for name, value in STEADY_HEAP.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **STEADY_HEAP})
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where and with what a figure was measured."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = named[0].split(":", 1)[1].strip() if named else model
+    described: dict[str, Any] = {"cpu": model, "threads": torch.get_num_threads()}
+    if device == "cuda":
+        described["gpu"] = torch.cuda.get_device_name()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "mor_model"], cwd=RESULTS.parents[1], capture_output=True)
+    return {
+        **described,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "commit": git.stdout.strip() + (" with local changes" if changed.stdout.strip() else ""),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def record(name: str, result: dict[str, Any], table: str) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the latter."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    where = result["machine"]
+    device = where.get("gpu", f"{where['cpu']}, {where['threads']} threads")
+    text = (
+        f"# {name}\n\n{table}\n\n"
+        f"{device}; Python {where['python']}, torch {where['torch']}; commit {where['commit']}.\n"
+        f"Command: `{where['command']}`\n"
+    )
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
