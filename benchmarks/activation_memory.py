@@ -47,9 +47,13 @@ def bytes_of_step(step: Step) -> tuple[float, float]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = {"recursions": options.recursions, "vocab_size": options.vocabulary, "context_length": options.length}
     rows = []
-    for name, variant in (("unrouted", "recursive"), ("MoR", "mor")):
+    configs = {
+        "unrouted": preset(options.preset, "recursive", **size),
+        "MoR": preset(options.preset, "mor", **size),
+    }
+    for name, config in configs.items():
         for policy in get_args(Checkpointing):
-            step = Step(preset(options.preset, variant, **size), options, policy)
+            step = Step(config, options, policy)
             step.seconds()
             seconds = statistics.median(step.seconds() for _ in range(options.rounds))
             kept, peak = bytes_of_step(step)

@@ -1,4 +1,4 @@
-"""What routing costs beyond its arithmetic: time of a MoR training step over the unrouted model's, over their FLOPs ratio.
+"""What routing costs beyond its arithmetic: time of a MoR step over the unrouted one's, over their FLOPs ratio.
 
 1.00 means that leaving tokens out saves exactly what it should. Both models have the same layers; they run in turns in
 one process, so that whatever slows the machine slows both, and the median of the rounds' ratios is reported. A step is
@@ -61,7 +61,8 @@ def synchronize(tensor: torch.Tensor) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = {"recursions": options.recursions, "vocab_size": options.vocabulary, "context_length": options.length}
     configs = {
-        name: preset(options.preset, variant, **size) for name, variant in (("unrouted", "recursive"), ("MoR", "mor"))
+        "unrouted": preset(options.preset, "recursive", **size),
+        "MoR": preset(options.preset, "mor", **size),
     }
     steps = {name: Step(config, options) for name, config in configs.items()}
     for _ in range(options.warmup):
