@@ -126,7 +126,7 @@ class Telemetry:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _open_mirrors(self, recipe: Recipe) -> None:
         if recipe.logging.tensorboard:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,13 @@ def tiny_model(variant: str = "mor", **changes: Any) -> dict[str, Any]:
     return {**shape, **changes}
 
 
-def recipe_values(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+def recipe_values(data_path: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """A complete tiny recipe as plain values; `changes` replace whole sections."""
     values: dict[str, Any] = {
         "name": "tiny",
         "seed": 7,
         "model": tiny_model(),
-        "data": {"path": str(data)},
+        "data": {"path": str(data_path)},
         "optim": {"lr": 0.01},
         "schedule": {"kind": "wsd", "warmup": 2, "decay": 4},
         "budget": {"steps": 12},
@@ -113,11 +114,20 @@ def environment() -> dict[str, str]:
 class Job:
     """Training processes started without a launcher, so that a test can kill any one of them."""
 
-    def __init__(self, recipe: Path, *arguments: str, ranks: int = 1, extra: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Path,
+        *arguments: str,
+        ranks: int = 1,
+        extra: dict[str, str] | None = None,
+        vary: Callable[[int], list[str]] = lambda rank: [],
+        script: Path = ROOT / "pretrain" / "train.py",
+    ) -> None:
+        """`extra` variables for all ranks; `vary` gives a rank arguments of its own; `script` is what is started."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        script = [sys.executable, str(ROOT / "pretrain" / "train.py"), "--config", str(recipe), *arguments]
+        command = [sys.executable, str(script), "--config", str(recipe), *arguments]
         self.processes = []
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -126,7 +136,7 @@ class Job:
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self.processes.append(
                 subprocess.Popen(
-                    script,
+                    [*command, *vary(rank)],
                     env={**environment(), **variables, **(extra or {})},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

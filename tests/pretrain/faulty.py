@@ -1,0 +1,66 @@
+"""`pretrain/train.py` on a machine where something breaks; the variable FAULT says what, as JSON.
+
+rank: where; nan_samples, spike_samples: batches that hold one of them lose their loss, or have it three times as large;
+full_step: checkpoints whose path holds this text meet a full disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import checkpoint_files, loop, train
+from pretrain.batches import StepBatch
+from pretrain.checkpoint import TrainState
+
+FAULT = json.loads(os.environ["FAULT"])
+
+
+class FaultyEngine:
+    """An engine whose losses are multiplied by a factor."""
+
+    def __init__(self, engine: Any, factor: float) -> None:
+        self._engine, self._factor = engine, factor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        output = self._engine(*arguments, **keywords)
+        return output._replace(loss=output.loss * self._factor, lm_loss=output.lm_loss * self._factor)
+
+
+def forward_backward(
+    self: loop.Trainer, state: TrainState, batch: StepBatch
+) -> tuple[dict[str, torch.Tensor], float | None]:
+    factor = 1.0
+    if self.ranks.rank == FAULT["rank"]:
+        if set(batch.samples) & set(FAULT.get("nan_samples", ())):
+            factor = float("nan")
+        elif set(batch.samples) & set(FAULT.get("spike_samples", ())):
+            factor = 3.0
+    engine = self.engine
+    self.engine = FaultyEngine(engine, factor) if factor != 1.0 else engine
+    try:
+        return sound_forward_backward(self, state, batch)
+    finally:
+        self.engine = engine
+
+
+def save_hashed(state: Any, path: Path) -> dict[str, Any]:
+    if FAULT.get("full_step", "none") in str(path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "no space left")
+    return sound_save_hashed(state, path)
+
+
+if __name__ == "__main__":
+    sound_forward_backward, loop.Trainer._forward_backward = loop.Trainer._forward_backward, forward_backward  # type: ignore[method-assign]
+    sound_save_hashed, checkpoint_files._save_hashed = checkpoint_files._save_hashed, save_hashed
+    sys.exit(train.main())

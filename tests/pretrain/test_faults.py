@@ -1,0 +1,243 @@
+"""What goes wrong is said in one sentence before training, or survived during it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.agreement import find_disagreement
+from pretrain.checkpoint_files import CheckpointFiles
+from tests.pretrain.support import (
+    Job,
+    Workers,
+    environment,
+    losses,
+    make_dataset,
+    metrics,
+    recipe_values,
+    tiny_model,
+    write_recipe,
+)
+
+
+def refused(one_rank: Workers, folder: Path, values: dict[str, Any], *parts: str) -> None:
+    """Refused with one line that holds `parts`, exit code 2, and nothing written."""
+    code, printed = one_rank.run("--config", str(write_recipe(folder / "r.yaml", values)))
+    assert code == 2, printed
+    assert printed.count("\n") == 1 and "Traceback" not in printed, printed
+    for part in parts:
+        assert part in printed, printed
+    assert not Path(values["run_dir"]).exists()
+
+
+def test_wrong_recipes_and_configurations_are_refused(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run")
+    refused(one_rank, tmp_path, {**values, "optim": {"lrr": 1.0}}, "optim.lrr", "did you mean 'lr'")
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_com": True}}), encoding="utf-8")
+    wrong = {**values, "deepspeed": {"config": str(file)}}
+    refused(one_rank, tmp_path, wrong, "zero_optimization.overlap_com", "did you mean 'overlap_comm'")
+    refused(one_rank, tmp_path, {**values, "precision": "bf16", "deepspeed": {"config": "zero0"}}, "stage 0")
+
+
+def test_wrong_data_is_refused(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    for damage in ("missing", "truncated", "foreign"):
+        data = tmp_path / damage
+        shutil.copytree(tiny_data, data)
+        shard = data / "train-00000.bin"
+        if damage == "missing":
+            shard.unlink()
+        elif damage == "truncated":
+            shard.write_bytes(shard.read_bytes()[:-10])
+        else:
+            shutil.copytree(make_dataset(tmp_path / "other", documents=250, seed=9), data, dirs_exist_ok=True)
+            shutil.copy2(tiny_data / "manifest.json", data)
+        refused(one_rank, tmp_path, recipe_values(data, tmp_path / "run"), "train-00000")
+    values = recipe_values(tiny_data, tmp_path / "run", data={"path": str(tmp_path)})
+    refused(one_rank, tmp_path, values, str(tmp_path), "manifest.json")
+    other = make_dataset(tmp_path / "tokenized-otherwise", fingerprint="e" * 64)
+    values["data"] = {"sources": [{"path": str(tiny_data)}, {"path": str(other)}]}
+    refused(one_rank, tmp_path, values, "different tokenizers")
+
+
+def test_changed_data_or_tokenizer_stops_a_run_from_going_on(tmp_path: Path, one_rank: Workers) -> None:
+    data = make_dataset(tmp_path / "data")
+    values = recipe_values(data, tmp_path / "run", checkpoint={"every": 0})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    assert one_rank.run("--config", str(recipe))[0] == 76
+    shutil.rmtree(data)
+    make_dataset(data, fingerprint="e" * 64)
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 2 and "the tokenizer has changed" in printed
+    shutil.rmtree(data)
+    make_dataset(data, documents=200)
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 2 and "the data has changed" in printed
+
+
+def test_the_command_prints_the_message_alone(tmp_path: Path, tiny_data: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
+    command = [str(Path(sys.executable).parent / "mor"), "train", str(recipe), "optim.lrr=1e-3"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"mor train: {recipe}: unknown key 'optim.lrr'; did you mean 'lr'?\n"
+
+
+def test_a_rank_with_another_recipe_is_named(tmp_path: Path, tiny_data: Path) -> None:
+    """Two ranks of one job with different seeds: both end, and the message names what differs."""
+    values = recipe_values(tiny_data, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    job = Job(recipe, ranks=2, vary=lambda rank: [f"seed={rank}"])
+    codes, _, errors = job.wait()
+    assert codes == [2, 2] and "do not agree on recipe" in errors and "rank 1" in errors
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_the_rank_that_differs_from_the_majority_is_named() -> None:
+    facts = [{"code": "a", "seed": "1"}] * 4
+    assert find_disagreement(facts) is None
+    odd = [*facts[:2], {"code": "b", "seed": "1"}, facts[3]]
+    message = find_disagreement(odd)
+    assert message is not None and "code" in message and "rank 2 has b" in message and "rank 1" not in message
+    missing = find_disagreement([facts[0], {"code": "a"}, facts[0]])
+    assert missing is not None and "seed" in missing and "rank 1 has absent" in missing
+
+
+def run_with(fault: dict[str, Any], recipe: Path) -> tuple[list[int], str]:
+    """Train on two ranks of a machine where something breaks (see `tests.pretrain.faulty`)."""
+    job = Job(recipe, ranks=2, extra={"FAULT": json.dumps(fault)}, script=Path(__file__).parent / "faulty.py")
+    codes, output, errors = job.wait()
+    return codes, output + errors
+
+
+@pytest.mark.parametrize("stage", ["zero3", "zero1", "zero0"])
+def test_a_non_finite_step_is_left_out_on_all_ranks_alike(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: str
+) -> None:
+    """NaN in one rank's loss at step 5: no update there, then as if that step had had no update everywhere."""
+    values = recipe_values(tiny_data, tmp_path / "run", deepspeed={"config": stage}, schedule={"kind": "constant"})
+    codes, printed = run_with({"rank": 1, "nan_samples": [33]}, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [0, 0], printed
+    events = [e for e in metrics(tmp_path / "run", "event") if e["event"] == "non_finite"]
+    assert [(e["step"], e["samples"], e["in_row"]) for e in events] == [(5, [32, 39], 1)]
+    found = losses(tmp_path / "run")
+    undisturbed = losses(two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")}))
+    assert [found[n] for n in range(1, 5)] == [undisturbed[n] for n in range(1, 5)]
+    assert all(loss == loss for step, loss in found.items() if step != 5)
+    # Without the samples, step 6 is step 5 and nothing else changes but the count.
+    without = {**values, "run_dir": str(tmp_path / "without"), "budget": {"steps": 11}}
+    without["data"] = {**values["data"], "skip_samples": [[32, 39]]}
+    skipped = losses(two_ranks.train(tmp_path, without))
+    assert [found[n + 1] for n in range(5, 12)] == pytest.approx([skipped[n] for n in range(5, 12)], abs=1e-6)
+
+
+def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path: Path, tiny_data: Path) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", faults={"max_non_finite": 3})
+    fault = {"rank": 0, "nan_samples": list(range(16, 96))}
+    codes, printed = run_with(fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [2, 2] and "3 steps in a row" in printed and "samples 32 to 39" in printed
+    status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+    assert status["state"] == "failed"
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path, action: str) -> None:
+    faults = {"spike": 2.0, "spike_window": 3, "on_spike": action}
+    values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint={"every": 3, "keep": 9})
+    fault = {"rank": 0, "spike_samples": list(range(56, 64))}
+    codes, printed = run_with(fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [0, 0], printed
+    events = metrics(tmp_path / "run", "event")
+    assert [e["step"] for e in events if e["event"] == "spike"] == [8]
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 13))
+    samples = metrics(tmp_path / "run", "train")[-1]["samples"]["data"]
+    if action == "rollback":
+        assert [(e["step"], e["samples"]) for e in events if e["event"] == "rollback"] == [(6, [48, 63])]
+        assert samples == 12 * 8 + 16
+    else:
+        assert samples == 12 * 8
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, tiny_data: Path, two_ranks: Workers) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9})
+    fault = {"rank": 0, "full_step": "step-00000008"}
+    codes, printed = run_with(fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [0, 0] and "the disk is full" in printed, printed
+    names = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000004", "step-00000012"]
+    whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_write_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain import checkpoint_files
+
+    real, attempts = checkpoint_files._save_hashed, []
+
+    def flaky(state: Any, path: Path) -> dict[str, Any]:
+        attempts.append(path)
+        if len(attempts) == 1:
+            raise OSError(errno.EIO, "the network file system hiccups")
+        return real(state, path)
+
+    monkeypatch.setattr(checkpoint_files, "_save_hashed", flaky)
+    monkeypatch.setattr(checkpoint_files, "_RETRY_SECONDS", (0.0, 0.0))
+    files = CheckpointFiles(asynchronous=False)
+    files.start()
+    files.save({"weights": torch.arange(5)}, str(tmp_path / "a.pt"))
+    written, error = files.collect()
+    assert error is None and len(attempts) == 2
+    assert written["a.pt"]["bytes"] == (tmp_path / "a.pt").stat().st_size
+    assert files.load(str(tmp_path / "a.pt"))["weights"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_asynchronous_writing_keeps_the_values_of_its_moment(tmp_path: Path) -> None:
+    files = CheckpointFiles(asynchronous=True)
+    files.start()
+    tensor = torch.ones(1000)
+    files.save({"nested": [{"tensor": tensor}]}, str(tmp_path / "a.pt"))
+    tensor.zero_()
+    _, error = files.collect()
+    files.close()
+    assert error is None
+    assert files.load(str(tmp_path / "a.pt"))["nested"][0]["tensor"].sum() == 1000
+
+
+def test_every_other_network_starts_too(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    """Options of the recipe together: warm-ups, mixture, annealing, TensorBoard and offline wandb."""
+    values = recipe_values(
+        tiny_data,
+        tmp_path / "run",
+        model=tiny_model(),
+        data={
+            "sources": [
+                {"path": str(tiny_data), "name": "one", "weight": 3.0},
+                {"path": str(tiny_data), "name": "two", "weight": 1.0, "final_weight": 9.0},
+            ],
+            "anneal": 0.5,
+        },
+        batch={"sequences": 8, "micro_batch": 2, "sequence_length": 32, "warmup_from": 2, "warmup": 6},
+        capacity_warmup={"length": 6},
+        logging={"every": 1, "tensorboard": True, "wandb": "offline"},
+    )
+    run = one_rank.train(tmp_path, values)
+    records = metrics(run, "train")
+    # Two steps each of 2 and 4 sequences, then ... 8: three sizes over six steps.
+    assert [record["tokens"] // 32 for record in records] == [2, 4, 8, 12, 16, 20, 28, 36, 44, 52, 60, 68]
+    assert [record["active"][2] for record in records][:2] == pytest.approx([1.0, 0.9375], abs=0.02)
+    assert records[-1]["active"] == pytest.approx([1.0, 21 / 32, 10 / 32])
+    assert sum(records[-1]["samples"].values()) == 68
+    assert records[5]["samples"]["one"] == pytest.approx(15, abs=2)
+    assert records[-1]["samples"]["two"] > 15
+    assert list((run / "tensorboard").glob("events.*")) and list((run / "wandb").glob("offline-run-*"))
+    assert {r["source"] for r in metrics(run, "validation")} == {"one/a", "one/b"}

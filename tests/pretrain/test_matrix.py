@@ -1,0 +1,47 @@
+"""Every ZeRO stage x checkpointing x accumulation x precision that is offered, on two ranks against one plain process."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.reference import plain_losses
+from tests.pretrain.support import Workers, losses, recipe_values
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+POLICIES = ("none", "recursion", "layer", "selective")
+PRECISIONS = {"fp32": 2e-5, "bf16": 0.05, "bf16_autocast": 0.05}
+COMBINATIONS = [
+    combination
+    for combination in itertools.product(STAGES, POLICIES, (1, 4), PRECISIONS)
+    if (combination[0], combination[3]) != ("zero0", "bf16")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "checkpointing", "micro_batch", "precision"), COMBINATIONS)
+def test_twenty_steps_equal_plain_training(
+    tmp_path: Path,
+    tiny_data: Path,
+    two_ranks: Workers,
+    stage: str,
+    checkpointing: str,
+    micro_batch: int,
+    precision: str,
+) -> None:
+    values = recipe_values(
+        tiny_data,
+        tmp_path / "run",
+        budget={"steps": 20},
+        batch={"sequences": 8, "micro_batch": micro_batch, "sequence_length": 32},
+        checkpointing=checkpointing,
+        precision=precision,
+        deepspeed={"config": stage},
+        checkpoint={"every": 0},
+        evaluation={"every": 0, "sequences": 1},
+    )
+    expected = plain_losses({**values, "precision": "fp32"})[0]
+    found = losses(two_ranks.train(tmp_path, values))
+    assert list(found.values()) == pytest.approx(expected, abs=PRECISIONS[precision])
