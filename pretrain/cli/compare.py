@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -47,6 +48,7 @@ def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> 
     try:
         failures = run_experiment(loaded, _split(arms))
     except Interrupted:
+        print("Stopped; the same command continues where this one was.", file=sys.stderr)
         raise typer.Exit(EXIT_AGAIN) from None
     results, index = build_report(loaded, experiment)
     print_report(results, index, Console())

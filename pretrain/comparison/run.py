@@ -137,7 +137,7 @@ def _train(
         status = run_child(training_command(experiment.launch, recipe_file), log, following.tick)
     except Interrupted:
         step = folder.status().get("step", 0)
-        progress.say(f"{folder.name}: stopped at step {step} of {run.plan.steps}; the same command continues.")
+        progress.say(f"{run.trial.name}: stopped at step {step} of {run.plan.steps}")
         raise
     following.tick()
     if not following.unfinished:

@@ -24,9 +24,9 @@ def findings(results: Results) -> list[str]:
         )
     else:
         sentences += [_against(results, arm, reference) for arm in arms if arm.name != reference.name]
-    sentences += [_few_shot(results, arms)] if few_shot_scores(results, budget) else []
     if reference is not None:
         sentences += [_smaller_budgets(results, arm.name) for arm in arms if arm.name != reference.name]
+    sentences += [_few_shot(results, arms)] if few_shot_scores(results, budget) else []
     if len(arms) > 1:
         sentences.append(_agreement(arms))
     sentences.append(_seeds(results, arms))

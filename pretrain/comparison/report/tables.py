@@ -141,10 +141,10 @@ def routing_table(results: Results, budget: float | None) -> Table:
             Column("Arm", text=True),
             Column("Causal", "validation"),
             Column("Top-k", "validation"),
-            Column("Causal − top-k", "validation"),
+            Column("Difference", "validation"),
             Column("Causal", "test, packed"),
             Column("Top-k", "test, packed"),
-            Column("Causal − top-k", "test, packed"),
+            Column("Difference", "test, packed"),
         ],
         rows,
         "Causal routing decides from a token's past alone; it is the headline wherever this report names one "
@@ -152,7 +152,7 @@ def routing_table(results: Results, budget: float | None) -> Table:
         "used in training, chooses among all tokens of a sequence and so looks at future ones; its loss is shown to "
         "measure that leak. "
         "Packed: documents joined and cut into full sequences as in training, so these losses differ from the "
-        "document-wise ones above." + _spread_note(results),
+        "document-wise ones above." + _spread_note(results, "the sequences"),
     )
 
 
@@ -177,7 +177,7 @@ def test_table(results: Results, budget: float | None, task: str) -> Table:
         ],
         rows,
         "Words are separated by white space, as WikiText is measured; bits per byte do not depend on the tokenizer."
-        + _spread_note(results),
+        + _spread_note(results, "the documents"),
         _best(arms, lambda arm, column: arm.mean_score(task, LOSS_METRICS[column].name)[0], len(LOSS_METRICS)),
     )
 
@@ -312,8 +312,12 @@ def _routing(arm: Arm, task: str) -> str:
     return ", ".join(sorted({score.routing for run in arm.runs for score in run.scores if score.task == task})) or "–"
 
 
-def _spread_note(results: Results) -> str:
-    return " ± is the standard deviation over seeds." if len(results.seeds) > 1 else ""
+def _spread_note(results: Results, over: str) -> str:
+    return (
+        " ± is the standard deviation over seeds."
+        if len(results.seeds) > 1
+        else f" ± is the standard error over {over}."
+    )
 
 
 def _best(arms: list[Arm], value, columns: int) -> frozenset[tuple[int, int]]:
