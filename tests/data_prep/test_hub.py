@@ -1,0 +1,115 @@
+"""Hub data sets by streaming, against a server on this machine; a broken connection is taken up where it broke."""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
+from data_prep.sources import Document, Group, ReadOptions, SourceError, find_sources, hub
+from tests.data_prep.hub_server import Hub, serve
+from tests.data_prep.test_tokenize import encoder, written
+from tests.data_prep.writing import command, compressed, documents, jsonl
+
+TEXTS = documents(120)
+
+
+def json_files():
+    files = {f"en/c4-train.0000{n}-of-00003.json.gz": TEXTS[40 * n : 40 * n + 40] for n in range(3)}
+    readme = "---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\n---\n"
+    return {"README.md": readme.encode(), **{name: compressed(jsonl(t), ".gz") for name, t in files.items()}}
+
+
+def parquet_files():
+    files = {}
+    for number in range(2):
+        buffer = io.BytesIO()
+        rows = [{"text": text, "score": 1} for text in TEXTS[60 * number : 60 * number + 60]]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=20)
+        files[f"data/train-0000{number}-of-00002.parquet"] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "files", "name"),
+    [
+        ("c4", "allenai/c4", json_files, "c4"),
+        ("hub:Skylion007/openwebtext", "Skylion007/openwebtext", parquet_files, "Skylion007/openwebtext"),
+    ],
+)
+def test_a_stream_that_breaks_gives_every_document_once(tmp_path, byte_bpe, source, repository, files, name):
+    server = Hub(repository, files())
+    server.breaks, server.break_after = 2, 1500
+    out = tmp_path / "out"
+    with serve(server) as address:
+        command(
+            "tokenize", source, "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1,
+            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"},
+        )  # fmt: skip
+    assert server.seen["broken"] == 2
+    assert written(out, "train") == [encoder(byte_bpe)(text) for text in TEXTS]
+    manifest = read_manifest(out)
+    assert [entry["name"] for entry in manifest.sources] == [name]
+    assert len(manifest.splits["train"].shards) == len([f for f in files() if not f.endswith(".md")])
+
+
+def test_an_unknown_data_set_is_named(tmp_path, byte_bpe):
+    with serve(Hub("some/other", {"a.jsonl": b""})) as address:
+        failed = command(
+            "tokenize", "hub:no/such", "--out", tmp_path / "out", "--tokenizer", byte_bpe, check=False,
+            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    assert failed.returncode == 2 and "hub data set 'no/such' cannot be opened" in failed.stderr
+
+
+class Broken:
+    """What `datasets` gives: rows that can be skipped; an error in front of row number `fail_at`."""
+
+    def __init__(self, rows, fail_at):
+        self.rows, self.fail_at = rows, fail_at
+
+    def shard(self, num_shards, index):
+        return self
+
+    def skip(self, count):
+        return Broken(self.rows[count:], self.fail_at)
+
+    def __iter__(self):
+        for number, row in enumerate(self.rows):
+            if number == self.fail_at:
+                raise ConnectionError("reset by peer")
+            yield row
+
+
+def read(monkeypatch, tmp_path, failures):
+    rows = [{"text": text} for text in TEXTS[:20]]
+    streams = iter(failures)
+
+    monkeypatch.setattr(hub, "_load", lambda *_: Broken(rows, next(streams, None)))
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    extra = {"repository": "a/b", "config": "", "split": "train", "files": 1, "file": 0}
+    reader = hub.HubReader(Group(0, "b", "hub", (), 0, 1, 1, extra), ReadOptions(), tmp_path)
+    return [item.text for item in reader.items(0) if isinstance(item, Document)]
+
+
+def test_the_reader_goes_on_behind_the_last_row(monkeypatch, tmp_path):
+    assert read(monkeypatch, tmp_path, [5, 3, 0, 0, 7]) == TEXTS[:20]
+
+
+def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, tmp_path):
+    with pytest.raises(SourceError, match="failed 5 times after row 4: reset by peer") as caught:
+        read(monkeypatch, tmp_path, [4, 0, 0, 0, 0, 0])
+    assert caught.value.reason == "unreadable_file"
+
+
+def test_presets_are_hub_addresses():
+    for name, address in hub.PRESETS.items():
+        (source,), _ = find_sources([name], ReadOptions())
+        assert (source.name, source.hub) == (name, address)
+        assert address.startswith("hub:") and "/" in address
+    with pytest.raises(DataError, match="pile, c4, openwebtext, fineweb-edu, wikitext-103"):
+        find_sources(["c5"], ReadOptions())
