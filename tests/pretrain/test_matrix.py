@@ -1,4 +1,4 @@
-"""Every ZeRO stage x checkpointing x accumulation x precision that is offered, on two ranks against one plain process."""
+"""Every ZeRO stage x checkpointing x accumulation x precision on offer, on two ranks against one plain process."""
 
 from __future__ import annotations
 

@@ -1,0 +1,78 @@
+"""`mor runs` and `--print`, `--dry-run`: what a person reads without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from typer.testing import CliRunner
+
+from pretrain.cli.runs import app, describe, find_runs
+from pretrain.recipe import build_recipe
+from pretrain.run_folder import RunFolder
+from pretrain.telemetry import Telemetry, format_seconds, rewind_metrics
+from tests.pretrain.support import Workers, recipe_values, write_recipe
+
+
+def make_run(folder: Path, state: str) -> RunFolder:
+    run = RunFolder(folder)
+    recipe = build_recipe(recipe_values(Path("data"), folder))
+    run.write_text(run.recipe_file, recipe.to_yaml())
+    run.write_json(run.plan_file, {"steps": 12})
+    run.write_json(run.status_file, {"state": state, "step": 3, "steps": 12})
+    telemetry = Telemetry(run, recipe, 12, active=True)
+    for step in (1, 2, 3):
+        record = {"step": step, "lm_loss": 5.0 - step, "tokens_per_second": 1000.0, "step_seconds": 10.0}
+        telemetry.record("train", record)
+    telemetry.record("validation", {"step": 3, "source": "a", "loss_causal": 2.5})
+    telemetry.close()
+    return run
+
+
+def test_runs_are_listed_with_state_progress_and_losses(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", "running")
+    make_run(tmp_path / "group" / "two", "finished")
+    (tmp_path / "not-a-run").mkdir()
+    rows = [describe(run, run.name) for run in find_runs(tmp_path)]
+    assert rows == [
+        ["two", "finished", "3/12", "2.0000", "2.5000", "1,000", "-"],
+        ["one", "running", "3/12", "2.0000", "2.5000", "1,000", "2 min"],
+    ]
+    printed = CliRunner().invoke(app, [str(tmp_path)], env={"COLUMNS": "160"})
+    assert printed.exit_code == 0 and "group/two" in printed.output and "finished" in printed.output
+    empty = CliRunner().invoke(app, [str(tmp_path / "not-a-run")])
+    assert "holds no run folders" in empty.output
+
+
+def test_times_are_told_in_units_a_person_reads() -> None:
+    told = [format_seconds(s) for s in (-1, 40, 89, 720, 7500, 200_000, 500_000)]
+    assert told == ["0 s", "40 s", "89 s", "12 min", "2 h 05 min", "2 d 7 h", "5 d 18 h"]
+
+
+def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "running")
+    with run.metrics_file.open("ab") as stream:
+        stream.write(b'{"kind":"event","event":"x","step":3}\n{"kind":"train","ste')
+    rewind_metrics(run, 2)
+    assert [(r["kind"], r["step"]) for r in run.metrics()] == [("train", 1), ("train", 2), ("event", 3)]
+    assert run.metrics_file.read_bytes().endswith(b"}\n")
+
+
+def test_print_shows_the_resolved_recipe(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
+    code, printed = one_rank.run("--config", str(recipe), "--print", "optim.lr=0.5")
+    shown = yaml.safe_load(printed)
+    assert code == 0 and shown["optim"]["lr"] == 0.5 and shown["faults"]["max_non_finite"] == 5
+    assert build_recipe(shown) == build_recipe(recipe_values(tiny_data, tmp_path / "run"), ["optim.lr=0.5"])
+
+
+def test_a_dry_run_checks_everything_and_trains_nothing(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    code, printed = one_rank.run("--config", str(recipe), "--dry-run")
+    assert code == 0, printed
+    for part in ("steps            12", "training FLOPs", "0.25 epochs", "memory", "time", "2 x 4 x 1", '"stage": 3'):
+        assert part in printed, printed
+    assert not (tmp_path / "run").exists()
+    code, printed = one_rank.run("--config", str(recipe), "--dry-run", "data.path=/nowhere")
+    assert code == 2 and "/nowhere" in printed
