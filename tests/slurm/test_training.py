@@ -70,10 +70,11 @@ def test_a_chain_replaces_requeueing(cluster, recipes, undisturbed):
     recipe, run = recipes("chained")
     job = submit(cluster, recipe, "--array=1-4%1", "--no-requeue")
     cluster.until(lambda: reached(run, 2), "step 2")
-    cluster.run("scancel", "--batch", "--signal=USR1", cluster.show(f"{job}_1")["JobId"])
+    # For elements of arrays scancel's exit code is 229 although the signal arrives.
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1", check=False)
     assert cluster.wait(f"{job}_2") == "COMPLETED", log(cluster, recipe)
     assert cluster.wait(f"{job}_1") == "COMPLETED"
-    assert cluster.wait(f"{job}_4") == "CANCELLED", "nothing is left for it to do"
+    assert not cluster.run("squeue", "-h", "-r").stdout.strip(), "nothing is left for the other elements to do"
     assert losses(run) == undisturbed
 
 
