@@ -100,16 +100,21 @@ def _as_own(model: RecursiveTransformer) -> tuple[dict[str, Any], dict[str, Tens
 
 def _write_code(folder: Path) -> None:
     """Copy the entry file and every module of this package that it needs, flat, with relative imports."""
-    waiting, done = [_PACKAGE / "hub" / f"{_ENTRY}.py"], set()
+    entry = _PACKAGE / "hub" / f"{_ENTRY}.py"
+    waiting, texts = [entry], {}
     while waiting:
         source = waiting.pop()
-        if source.name in done:
+        if source.stem in texts:
             continue
-        done.add(source.name)
         text = source.read_text(encoding="utf-8")
+        texts[source.stem] = _OWN_IMPORT.sub(r"\1.\2\3", text)
         for name in _own_imports(text):
             waiting.append(_PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py"))
-        (folder / source.name).write_text(_OWN_IMPORT.sub(r"\1.\2\3", text), encoding="utf-8")
+    # transformers 4 copies only the files that the entry file itself imports.
+    others = sorted(texts.keys() - {_ENTRY})
+    texts[_ENTRY] += "\n\n" + "".join(f"from .{name} import __name__ as _{name}  # noqa: E402\n" for name in others)
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 def _own_imports(text: str) -> list[str]:

@@ -54,6 +54,7 @@ def export_tokenizer(source: Path, out: Path) -> int:
         "eos_token": end,
         "pad_token": end,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
