@@ -28,10 +28,10 @@ def prepare(experiment: Experiment) -> None:
     from rich.console import Console
 
     from pretrain.comparison.data import prepare_data
-    from pretrain.comparison.plan import plan_experiment
+    from pretrain.comparison.plan import jobs, plan_experiment
 
     prepare_data(experiment, Console(stderr=True))
-    for run in plan_experiment(experiment):
+    for run, *_branches in jobs(plan_experiment(experiment)):
         file = recipe_file(experiment, run.trial.folder.name)
         write_text(file, run.recipe.to_yaml())
         print(f"{file}: {run.plan.steps} steps, {run.plan.training_flops:.3g} FLOPs", flush=True)

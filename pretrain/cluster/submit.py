@@ -86,19 +86,21 @@ def plan_experiment(
     """
     from pretrain.cluster.arms import recipe_file
     from pretrain.comparison.experiment import load_experiment
+    from pretrain.comparison.plan import jobs
     from pretrain.comparison.plan import plan_experiment as plan
 
     prepare_toolchain()
     experiment = load_experiment(path, overrides)
-    runs = plan(experiment)
-    for run in runs:
+    # A run trains the smaller budgets that branch off it too, in its own job.
+    runs = jobs(plan(experiment))
+    for run, *_ in runs:
         _check_recipe(run.recipe, profile.ranks, data=False)
     logs = f"{experiment.folder}/logs"
     name = experiment.name
     whole_node = _sbatch_options(dataclasses.replace(_Shape.of(profile), nodes=1), profile, tasks=False)
     steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
     wanted = suites or list(experiment.evaluation.suites)
-    for number, run in enumerate(runs):
+    for number, (run, *branches) in enumerate(runs):
         folder = str(run.trial.folder)
         label = f"{name}-{run.trial.folder.name}"
         step = _training_step(
@@ -106,13 +108,15 @@ def plan_experiment(
         )
         after = [("afterok", f"{name}-prepare")]
         if limit and number >= limit:
-            after.append(("afterany", f"{name}-{runs[number - limit].trial.folder.name}"))
+            after.append(("afterany", f"{name}-{runs[number - limit][0].trial.folder.name}"))
         steps.append(dataclasses.replace(step, after=tuple(after)))
-        evaluation = _evaluation_step(label, folder, step.name, logs, profile, wanted)
         settings = experiment.evaluation
         extra = [f"--limit={settings.limit}"] if settings.limit else []
         extra += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes else []
-        steps.append(dataclasses.replace(evaluation, arguments=(*evaluation.arguments, *extra)))
+        for member in (run, *branches):
+            where = f"{name}-{member.trial.name.replace('/', '-')}"
+            evaluation = _evaluation_step(where, str(member.trial.folder), step.name, logs, profile, wanted)
+            steps.append(dataclasses.replace(evaluation, arguments=(*evaluation.arguments, *extra)))
     ends = tuple(("afterany", step.name) for step in steps if step.script == "eval")
     small = _sbatch_options(_Shape(1, 0, 1), profile)
     report = Step(f"{name}-report", "compare", ("report", path, *overrides), small, f"{logs}/report-%j.out", after=ends)
