@@ -8,15 +8,17 @@ difference the reference is used. A text on which the accelerator raises an erro
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import orjson
 
 from data_prep.nasty import nasty_texts
 from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.huggingface import HuggingFaceTokenizer
 
 REFERENCE = "reference"
 FASTOKENS = "fastokens"
@@ -46,7 +48,12 @@ class Engine:
         self.tokenizer, self.name = tokenizer, name
         self.fallbacks = 0
         self._fast = [_load_fastokens(tokenizer, variant) for variant in _chain(name)]
-        self._prefixed = _puts_prefix(tokenizer)
+
+    @cached_property
+    def _prefixed(self) -> bool:
+        """Whether the first word of a text gets another id than the same word behind a newline."""
+        lead = self.tokenizer.encode("\n")
+        return self.tokenizer.encode("\nword")[len(lead) :] != self.tokenizer.encode("word")
 
     def encode(self, texts: Sequence[str], continued: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` in one array `[ids]` (uint32 or int32), and where each begins, `[texts + 1]`.
@@ -159,16 +166,19 @@ def _load_fastokens(tokenizer: Tokenizer, variant: str) -> Any:
         import fastokens
     except ImportError:
         raise _Unsuitable("fastokens is not installed (`pip install fastokens`)") from None
-    content = json.loads(tokenizer.text)  # type: ignore[attr-defined]
-    content["truncation"] = content["padding"] = None
-    if variant == FASTOKENS_DIGITS and not _fold_digits(content):
-        raise _Unsuitable("no digits to fold", worth_saying=False)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    content = {**tokenizer.content, "truncation": None, "padding": None}
+    if variant == FASTOKENS_DIGITS:
+        folded = _fold_digits(content.get("pre_tokenizer") or {})
+        if folded is None:
+            raise _Unsuitable("no digits to fold", worth_saying=False)
+        content["pre_tokenizer"] = folded
     # Its thread pool takes one thread for every processor it may run on; a worker wants one in all.
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
         if allowed:
             os.sched_setaffinity(0, {min(allowed)})
-        fast = fastokens.Tokenizer.from_json_str(json.dumps(content))
+        fast = fastokens.Tokenizer.from_json_str(orjson.dumps(content).decode())
         fast.encode_batch_flat(["one", "two"], split_special_tokens=True)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
@@ -180,23 +190,16 @@ def _load_fastokens(tokenizer: Tokenizer, variant: str) -> Any:
     return fast
 
 
-def _fold_digits(content: dict[str, Any]) -> bool:
-    """Turn `Digits, ByteLevel` into one split by pattern; False where the pre-tokenizer is another."""
-    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers") or []
+def _fold_digits(pre_tokenizer: dict[str, Any]) -> dict[str, Any] | None:
+    """`Digits, ByteLevel` as one split by pattern; None where the pre-tokenizer is another."""
+    steps = pre_tokenizer.get("pretokenizers") or []
     if [step["type"] for step in steps] != ["Digits", "ByteLevel"]:
-        return False
+        return None
     digits, byte_level = steps
     if not digits["individual_digits"] or byte_level["add_prefix_space"] or not byte_level.get("use_regex", True):
-        return False
+        return None
     split = {"type": "Split", "pattern": {"Regex": _DIGITS_PATTERN}, "behavior": "Isolated", "invert": False}
-    content["pre_tokenizer"]["pretokenizers"] = [split, {**byte_level, "use_regex": False}]
-    return True
-
-
-def _puts_prefix(tokenizer: Tokenizer) -> bool:
-    """Whether the first word of a text gets another id than the same word behind a newline."""
-    lead = tokenizer.encode("\n")
-    return tokenizer.encode("\nword")[len(lead) :] != tokenizer.encode("word")
+    return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
 
 
 def _join(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

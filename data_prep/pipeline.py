@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data_prep.check import round_trip, sample_documents
-from data_prep.engine import choose_engine
+from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
 from data_prep.manifest import FILE_NAME, Manifest, TokenizerInfo, read_manifest
 from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards
@@ -74,9 +74,9 @@ def tokenize(job: Job, listener: Listener, *, workers: int = 1, share: Share | N
         listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
         return done
     with only_writer(job.out, "" if share is None else f"-{share.index}"):
-        plan = prepare(job, listener)
+        plan, engine = prepare(job, listener)
         schedule = begin(job.out, plan, share or Share(), listener)
-        Pool(job.out, plan, schedule, workers, listener.progress).run()
+        Pool(job.out, plan, schedule, workers, listener.progress, engine).run()
         if share is not None:
             return None
         return complete(job.out, plan, job.max_rejects, job.max_broken, workers)
@@ -96,7 +96,7 @@ def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
             listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
         return done if ranks.rank == 0 else None
     with only_writer(job.out, "") if ranks.rank == 0 else nullcontext():
-        plan = ranks.share(lambda: prepare(job, listener))
+        plan = ranks.share(lambda: prepare(job, listener)[0])
         if ranks.rank:
             ranks.serve(job.out, plan)
             return None
@@ -176,7 +176,7 @@ def finished(job: Job) -> Manifest | None:
     return manifest
 
 
-def prepare(job: Job, listener: Listener) -> Plan:
+def prepare(job: Job, listener: Listener) -> tuple[Plan, Engine]:
     """Find the sources, choose the engine, copy the tokenizer and write the plan; or take up the plan that is there.
 
     Raises:
@@ -191,22 +191,22 @@ def prepare(job: Job, listener: Listener) -> Plan:
     work.mkdir(parents=True, exist_ok=True)
     groups = tuple(plan_groups(with_standard_input(sources, work), settings.options, settings.piece_bytes))
     texts = sample_documents(groups, settings.options, work)
-    _, engine = choose_engine(loaded, texts)
-    for name, why in engine["refused"].items():
+    engine, report = choose_engine(loaded, texts)
+    for name, why in report["refused"].items():
         listener.say(f"the encoder {name} is not used: {why}.")
     file = "tokenizer/" + copy_tokenizer(loaded, folder / "tokenizer")
-    plan = Plan(settings, _info(loaded, file), engine, groups, round_trip(loaded, texts))
+    plan = Plan(settings, _info(loaded, file), report, groups, round_trip(loaded, texts))
     old = read_plan(folder)
     if old is None:
         write_plan(folder, plan)
-        return plan
+        return plan, engine
     changed = differences(old.described(), plan.described())
     if changed:
         raise DataError(
             f"{folder} holds an unfinished data set of other settings ({'; '.join(changed)}). "
             f"Choose another --out, or remove {work} to begin again."
         )
-    return plan
+    return plan, engine
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.piece import PieceWorker, Progress, orphaned, read_receipt, receipt_path
 from data_prep.plan import Plan
@@ -39,6 +40,7 @@ class Pool:
     schedule: Schedule
     count: int
     on_progress: Callable[[int, Key, Progress], None]
+    engine: Engine | None = None  # for work in this process
     _workers: list[_Worker] = field(default_factory=list)
     _losses: dict[Key, int] = field(default_factory=dict)
 
@@ -68,7 +70,7 @@ class Pool:
         worker: PieceWorker | None = None
         try:
             while (key := self.schedule.take(0)) is not None:
-                worker = worker or PieceWorker(self.folder, self.plan)
+                worker = worker or PieceWorker(self.folder, self.plan, self.engine)
                 for progress in worker.work(*key):
                     self.on_progress(0, key, progress)
                 self.schedule.add(read_receipt(receipt_path(self.folder, *key)))

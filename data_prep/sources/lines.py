@@ -41,6 +41,7 @@ class LineReader:
         self.stream = ByteStream(path)
         self.offset = 0  # where the next line starts
         self.at_end = False
+        self._passed = 0  # lines in front of this byte were asked for
         self._ready: list[bytes | LongLine] = []  # whole lines already split, the next one last
         self._carry = b""  # what follows them, up to the reading position of the stream
 
@@ -52,10 +53,12 @@ class LineReader:
         Raises:
             SourceError: damage inside the range, after the lines in front of it were yielded.
         """
-        if start < self.offset:
+        if start < self._passed:
             self.stream.close()
             self.stream = ByteStream(self.path)
             self.offset, self.at_end, self._ready, self._carry = 0, False, [], b""
+        # A line that began in front of `end` may reach far behind it: the next range has nothing to look for there.
+        self._passed = end if end is not None else start + 1
         if start > self.offset:
             try:
                 self._skip_to(start)

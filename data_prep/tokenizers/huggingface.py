@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import orjson
 import tokenizers
 
 from data_prep.errors import DataError
@@ -20,6 +22,9 @@ class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`. END_OF_DOCUMENT is the token named, the `eos_token` of the `tokenizer_config.json` beside it,
     or the first of the usual names that exists.
 
+    content: the parsed file. The library's own tokenizer is built when it is first needed: behind an accelerator that
+    may be never.
+
     Raises:
         DataError: not such a file, or no END_OF_DOCUMENT in it.
     """
@@ -29,24 +34,35 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path, eod_token: str = "") -> None:
         self.path = path
         try:
-            self.text = path.read_text(encoding="utf-8")
-            content = json.loads(self.text)
-            self._tokenizer = tokenizers.Tokenizer.from_str(self.text)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        decides = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-        self.fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+            self.text = path.read_bytes()
+            self.content: dict[str, Any] = orjson.loads(self.text)
+            vocabulary = self.content["model"]["vocab"]
+            pairs = (
+                vocabulary.items() if isinstance(vocabulary, dict) else ((v[0], n) for n, v in enumerate(vocabulary))
+            )
+            ids: dict[str, int] = {**dict(pairs), **{a["content"]: a["id"] for a in self.content["added_tokens"]}}
+            self.vocab_size = max(ids.values()) + 1
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise DataError(f"{path} is not a Hugging Face tokenizer.json: {error!r}") from None
+        decides = {key: self.content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        self.fingerprint = hashlib.sha256(orjson.dumps(decides, option=orjson.OPT_SORT_KEYS)).hexdigest()
         candidates = (eod_token,) if eod_token else (_configured_eod(path), *_EOD_NAMES)
-        self.eod_token = next((name for name in candidates if name and name in vocabulary), "")
+        self.eod_token = next((name for name in candidates if name and name in ids), "")
         if not self.eod_token:
             wanted = f"no token {eod_token!r}" if eod_token else f"none of the tokens {', '.join(_EOD_NAMES)}"
             raise DataError(f"{path} has {wanted}; name its END_OF_DOCUMENT token with --eod.")
-        self.eod_id = vocabulary[self.eod_token]
+        self.eod_id = ids[self.eod_token]
+
+    @cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        try:
+            loaded = tokenizers.Tokenizer.from_str(self.text.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{self.path} is not a Hugging Face tokenizer.json: {error}") from None
+        loaded.no_truncation()
+        loaded.no_padding()
+        loaded.encode_special_tokens = True
+        return loaded
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -58,7 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
 def _configured_eod(path: Path) -> str:
     """`eos_token` of the `tokenizer_config.json` beside the file, if there is one."""
     try:
-        found = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+        found = orjson.loads((path.parent / "tokenizer_config.json").read_bytes()).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return ""
     return found.get("content", "") if isinstance(found, dict) else str(found or "")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data_prep.sources import Document, LargeDocument, ReadOptions, Reject, lines, long_json
 from data_prep.sources.lines import LineReader, LongLine, can_overlap
 from data_prep.sources.long_json import read_long_line
+from data_prep.sources.streams import ByteStream
 from tests.data_prep.writing import compressed
 
 RELAXED = settings(
@@ -84,6 +85,16 @@ def test_the_end_is_seen_in_the_last_range_that_holds_a_line_or_later(tmp_path, 
         assert not (reader.at_end and n < last)
     list(reader.lines((last + 1) * width, (last + 2) * width))
     assert reader.at_end
+
+
+def test_lines_that_reach_over_ranges_do_not_make_it_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "f.zst"
+    path.write_bytes(compressed(b"".join(b"x" * 1000 + b"\n" for _ in range(50)), ".zst"))
+    opened = []
+    monkeypatch.setattr(lines, "ByteStream", lambda *a: opened.append(a) or ByteStream(*a))
+    reader = LineReader(str(path), tmp_path)
+    found = [len(list(reader.lines(n * 700, (n + 1) * 700))) for n in range(80)]
+    assert sum(found) == 50 and len(opened) == 1
 
 
 def test_a_separator_that_overlaps_itself_is_recognised():

@@ -110,7 +110,7 @@ class World:
 def lead(corpus, byte_bpe, out, answer):
     """Rank 0's part in this process, with made-up other ranks; where the pieces were done."""
     work = job([corpus], out, byte_bpe, **SETTINGS)
-    plan = prepare(work, Quiet())
+    plan, _ = prepare(work, Quiet())
     ranks = object.__new__(mpi.Ranks)
     ranks._mpi = ranks.world = World(lambda rank, key: answer(plan, rank, key))
     ranks.rank, ranks.size, ranks.missing, ranks._posted = 0, 3, set(), []

@@ -277,7 +277,7 @@ def test_a_broken_file_can_be_accepted_and_gives_the_same_for_any_number_of_work
 def test_a_full_disk_stops_the_run_and_it_continues_later(corpus, byte_bpe, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     work = job([corpus], out, byte_bpe, **SETTINGS)
-    worker = piece.PieceWorker(out, prepare(work, Quiet()))
+    worker = piece.PieceWorker(out, prepare(work, Quiet())[0])
     close = piece.ShardWriter.close
     calls = []
 
@@ -350,7 +350,7 @@ def test_enormous_documents_are_encoded_in_parts_with_the_ids_of_the_whole(tmp_p
     texts = [*documents(20), "\n".join(documents(100, 3)), *documents(5, 4), "\n".join(documents(80, 5))]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     work = job([source], tmp_path / "out", tokenizer, validation=0.3, test=0, split_seed=3)
-    worker = piece.PieceWorker(tmp_path / "out", prepare(work, Quiet()))
+    worker = piece.PieceWorker(tmp_path / "out", prepare(work, Quiet())[0])
     for _ in worker.work(0, 0):
         pass
     merge_tasks(tmp_path / "out")
