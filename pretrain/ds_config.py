@@ -238,11 +238,6 @@ def _check_stage(recipe: Recipe, where: str, given: Mapping[str, Any]) -> None:
             "layers; "
             "remove the section, the recipe's checkpointing does it."
         )
-    if recipe.optim.name == "muon" and stage not in (0, 1):
-        raise RecipeError(
-            f"{where}: muon needs whole gradient matrices, which ZeRO stage {stage} does not keep; use zero0 or "
-            "zero1, or adamw."
-        )
     nvme = [s for s in ("offload_param", "offload_optimizer") if offload_device(given, s) == "nvme"]
     for section in nvme:
         path = given["zero_optimization"][section].get("nvme_path")

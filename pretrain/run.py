@@ -16,13 +16,14 @@ from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
 from pretrain.data import OpenedData, open_data
 from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
-from pretrain.errors import RunError, UserError
+from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.plan import Branch, Plan, make_plan
 from pretrain.provenance import describe_environment, flatten, identity
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.sections import Budget
 from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
+from pretrain.toolchain import accelerator_present
 from pretrain.watchdog import Watchdog
 
 # What may differ between the starts of one run without making it another run.
@@ -77,6 +78,8 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     from pretrain.engine import resolve_precision
 
     recipe = recipe.model_copy(update={"precision": resolve_precision(recipe.precision)})
+    if recipe.precision == "fp16" and not accelerator_present():
+        raise RecipeError("precision: fp16 wants a GPU, and this machine has none; use bf16, fp32 or auto.")
     config = recipe.network()
     plan = make_plan(recipe)
     ds_config = resolve_ds_config(recipe, ranks.world_size)

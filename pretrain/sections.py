@@ -140,13 +140,12 @@ class Optim(Section):
     """The optimiser. Defaults are the paper's (arXiv 2507.10524, appendix on training).
 
     Attributes:
-        name: `adamw`, or `muon` (Muon for the matrices of the layers, AdamW for the rest).
-        lr: peak learning rate; muon_lr: that of the Muon matrices (None: lr).
+        lr: peak learning rate.
         weight_decay: applied to matrices only; norms and other vectors are not decayed.
         grad_clip: largest global gradient norm; 0 switches clipping off.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw"] = "adamw"
     lr: Number = Field(default=3e-3, gt=0)
     betas: Annotated[tuple[Number, Number], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
         0.9,
@@ -155,8 +154,6 @@ class Optim(Section):
     eps: Number = Field(default=1e-8, gt=0)
     weight_decay: Number = Field(default=0.1, ge=0)
     grad_clip: Number = Field(default=1.0, ge=0)
-    muon_lr: Number | None = Field(default=None, gt=0)
-    muon_momentum: Number = Field(default=0.95, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> Optim:

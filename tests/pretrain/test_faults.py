@@ -46,6 +46,7 @@ def test_wrong_recipes_and_configurations_are_refused(tmp_path: Path, tiny_data:
     wrong = {**values, "deepspeed": {"config": str(file)}}
     refused(one_rank, tmp_path, wrong, "zero_optimization.overlap_com", "did you mean 'overlap_comm'")
     refused(one_rank, tmp_path, {**values, "precision": "bf16", "deepspeed": {"config": "zero0"}}, "stage 0")
+    refused(one_rank, tmp_path, {**values, "precision": "fp16"}, "fp16 wants a GPU")
 
 
 def test_wrong_data_is_refused(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
@@ -120,7 +121,10 @@ def run_with(fault: dict[str, Any], recipe: Path) -> tuple[list[int], str]:
     return codes, output + errors
 
 
-@pytest.mark.parametrize("stage", ["zero3", "zero1", "zero0"])
+@pytest.mark.parametrize(
+    "stage",
+    ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero0", marks=pytest.mark.slow)],
+)
 def test_a_non_finite_step_is_left_out_on_all_ranks_alike(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: str
 ) -> None:
@@ -150,7 +154,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path: Path, tiny_dat
     assert status["state"] == "failed"
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path, action: str) -> None:
     faults = {"spike": 2.0, "spike_window": 3, "on_spike": action}
     values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint={"every": 3, "keep": 9})

@@ -55,10 +55,10 @@ def stop_after(workers: Workers, values: dict[str, Any], folder: Path, step: int
     ("stage", "precision", "router"),
     [
         ("zero3", "fp32", {"kind": "expert_choice"}),
-        ("zero3", "bf16", {"kind": "expert_choice", "network": "random"}),
+        pytest.param(*("zero3", "bf16", {"kind": "expert_choice", "network": "random"}), marks=pytest.mark.slow),
         ("zero2", "bf16", {"kind": "token_choice", "balance": "bias"}),
-        ("zero1", "bf16", {"kind": "expert_choice"}),
-        ("zero0", "fp32", {"kind": "expert_choice"}),
+        pytest.param(*("zero1", "bf16", {"kind": "expert_choice"}), marks=pytest.mark.slow),
+        pytest.param(*("zero0", "fp32", {"kind": "expert_choice"}), marks=pytest.mark.slow),
     ],
 )
 def test_resuming_gives_the_undisturbed_run(
@@ -133,7 +133,7 @@ def progress(run: Path) -> int:
     return max((int(folder.name.removeprefix("step-")) for folder in found), default=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, tiny_data: Path, number: int) -> None:
     values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 4000}, checkpoint={"every": 0})
     recipe = write_recipe(tmp_path / "r.yaml", values)

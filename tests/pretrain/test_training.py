@@ -53,7 +53,12 @@ def compare(run: Path, values: dict[str, Any], tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "checkpointing", "micro_batch"),
-    [("vanilla", "none", 4), ("recursive", "recursion", 2), ("mor", "recursion", 1), ("mor", "none", 4)],
+    [
+        pytest.param("vanilla", "none", 4, marks=pytest.mark.slow),
+        ("recursive", "recursion", 2),
+        pytest.param("mor", "recursion", 1, marks=pytest.mark.slow),
+        ("mor", "none", 4),
+    ],
 )
 def test_two_ranks_of_zero3_train_like_one_plain_process(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers, variant: str, checkpointing: str, micro_batch: int
