@@ -55,6 +55,12 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     return planned
 
 
+def jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
+    """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
+    own = [run for run in planned if run.trial.trunk is None]
+    return [[run, *(other for other in planned if other.trial.trunk == run.trial.folder)] for run in own]
+
+
 def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
     """A branch warms up with its trunk, of which it is the beginning."""
     schedule = run.recipe.schedule.model_copy(update={"warmup": trunk.plan.learning_rate.warmup})

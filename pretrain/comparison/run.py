@@ -20,7 +20,7 @@ from data_prep.manifest import read_manifest
 from pretrain.comparison.data import prepare_data
 from pretrain.comparison.experiment import WHOLE_TEXTS, Experiment
 from pretrain.comparison.launch import Interrupted, last_lines, run_child, training_command
-from pretrain.comparison.plan import PlannedRun, plan_experiment, plan_table
+from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
 from pretrain.errors import RunError
@@ -60,10 +60,10 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
         refuse_other_recipe(run)
     console.print(plan_table(planned))
     failures: list[Failure] = []
-    jobs = _jobs(planned)
-    ordered = [run for job in jobs for run in job]
+    to_train = jobs(planned)
+    ordered = [run for job in to_train for run in job]
     with Progress([run.plan.training_flops * run.new_steps / run.plan.steps for run in ordered], console) as progress:
-        for job in jobs:
+        for job in to_train:
             failure = _train(experiment, job, ordered, progress)
             for run in job:
                 failure = failure or _evaluate(experiment, run, progress)
@@ -71,12 +71,6 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
                 failures.append(failure)
                 progress.say(f"{failure.run}: {failure.why}")
     return failures
-
-
-def _jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
-    """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
-    own = [run for run in planned if run.trial.trunk is None]
-    return [[run, *(other for other in planned if other.trial.trunk == run.trial.folder)] for run in own]
 
 
 def refuse_other_recipe(run: PlannedRun) -> None:
