@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.sources import Document, Group, LargeDocument, ReadOptions, reader_for
-from data_prep.tokenizers import Tokenizer
 
 _GROUPS = 8
 _BYTES = 1 << 19  # characters of the sample, in all
@@ -39,7 +39,7 @@ def sample_documents(groups: Sequence[Group], options: ReadOptions, scratch: Pat
     return texts
 
 
-def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
+def round_trip(engine: Engine, texts: Sequence[str]) -> dict[str, Any]:
     """How many of `texts` come back from `decode(encode(text))`, and how far off the others are.
 
     Returns:
@@ -52,12 +52,12 @@ def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         result["characters"] += len(text)
         try:
-            ids = tokenizer.encode(text)
+            ids = engine.encode([text])[0].tolist()
         except UnicodeEncodeError:
             continue
         result["words"] += len(text.split())
         result["tokens"] += len(ids)
-        back = tokenizer.decode(ids)
+        back = engine.tokenizer.decode(ids)
         if back == text:
             result["exact"] += 1
             continue

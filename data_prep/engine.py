@@ -2,7 +2,7 @@
 
 The reference is the tokenizer's own library. fastokens computes the same ids many times faster where it can load the
 tokenizer; at start both encode a set of nasty strings and a sample of the user's documents, and on the slightest
-difference the reference is used. A text on which the accelerator raises an error goes to the next, slower engine.
+difference the reference is used. A text on which the accelerator raises an error goes to the reference alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _REFERENCE_BATCH = 1 << 19  # characters the reference encodes at once; it holds
 
 # GPT-2's word pattern with each digit a word of its own; white space in front of a digit counts as at the end.
 _DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-# Unicode versions disagree whether U+180E is white space, so texts with it are left to the next engine.
+# Unicode versions disagree whether U+180E is white space, so texts with it are left to the reference.
 _DISPUTED = "\u180e"
 
 
@@ -41,13 +41,13 @@ class Engine:
         tokenizer: the reference.
         name: `reference`, `fastokens` or `fastokens+digits`.
 
-    fallbacks: texts that were handed to a slower engine.
+    fallbacks: texts that the accelerator was not given, or failed on.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str = REFERENCE) -> None:
         self.tokenizer, self.name = tokenizer, name
         self.fallbacks = 0
-        self._fast = [_load_fastokens(tokenizer, variant) for variant in _chain(name)]
+        self._fast: Any = None if name == REFERENCE else _load_fastokens(tokenizer, name)
 
     @cached_property
     def _prefixed(self) -> bool:
@@ -68,33 +68,27 @@ class Engine:
                 for number, text in enumerate(texts)
             ]
             return _join(found)
-        return self._encode(list(texts), 0)
+        return self._reference(list(texts)) if self._fast is None else self._accelerated(list(texts))
 
-    def _encode(self, texts: list[str], level: int) -> tuple[np.ndarray, np.ndarray]:
-        if level == len(self._fast):
-            return self._reference(texts)
-        if self._disputed(texts, level):
-            if len(texts) == 1:
-                self.fallbacks += 1
-                return self._encode(texts, level + 1)
-        else:
+    def _accelerated(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if not self._disputed(texts):
             try:
-                ids, starts = self._fast[level].encode_batch_flat(texts, split_special_tokens=True)
+                ids, starts = self._fast.encode_batch_flat(texts, split_special_tokens=True)
                 return np.frombuffer(ids, np.uint32), np.frombuffer(starts, np.int64)
             except BaseException as error:  # a panic in Rust is no Exception
                 if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                     raise
-                if len(texts) == 1:
-                    self.fallbacks += 1
-                    return self._encode(texts, level + 1)
-        # Halving finds the texts that are at fault and leaves the others to the fast engine.
+        if len(texts) == 1:
+            self.fallbacks += 1
+            return self._reference(texts)
+        # Halving finds the texts that are at fault and leaves the others to the accelerator.
         middle = len(texts) // 2
-        parts = [self._encode(texts[:middle], level), self._encode(texts[middle:], level)]
+        parts = [self._accelerated(texts[:middle]), self._accelerated(texts[middle:])]
         ids = np.concatenate([part[0] for part in parts])
         return ids, np.concatenate([parts[0][1], parts[1][1][1:] + parts[0][1][-1]])
 
-    def _disputed(self, texts: list[str], level: int) -> bool:
-        return level == 0 and self.name == FASTOKENS_DIGITS and any(_DISPUTED in text for text in texts)
+    def _disputed(self, texts: list[str]) -> bool:
+        return self.name == FASTOKENS_DIGITS and any(_DISPUTED in text for text in texts)
 
     def _reference(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         batches: list[list[str]] = []
@@ -155,10 +149,6 @@ class _Unsuitable(Exception):
     def __init__(self, why: str, worth_saying: bool = True) -> None:
         super().__init__(why)
         self.worth_saying = worth_saying
-
-
-def _chain(name: str) -> list[str]:
-    return {REFERENCE: [], FASTOKENS: [FASTOKENS], FASTOKENS_DIGITS: [FASTOKENS_DIGITS, FASTOKENS]}[name]
 
 
 def _load_fastokens(tokenizer: Tokenizer, variant: str) -> Any:

@@ -195,7 +195,7 @@ def prepare(job: Job, listener: Listener) -> tuple[Plan, Engine]:
     for name, why in report["refused"].items():
         listener.say(f"the encoder {name} is not used: {why}.")
     file = "tokenizer/" + copy_tokenizer(loaded, folder / "tokenizer")
-    plan = Plan(settings, _info(loaded, file), report, groups, round_trip(loaded, texts))
+    plan = Plan(settings, _info(loaded, file), report, groups, round_trip(engine, texts))
     old = read_plan(folder)
     if old is None:
         write_plan(folder, plan)

@@ -96,13 +96,13 @@ def check(
             found, _ = find_sources(sources, options)
             found = with_standard_input(found, Path(scratch))
             texts = sample_documents(plan_groups(found, options), options, Path(scratch))
-    _, report = choose_engine(loaded, texts)
+    engine, report = choose_engine(loaded, texts)
     for name, why in report["refused"].items():
         print(f"encoder {name} is refused: {why}")
     print(f"encoder {report['name']} gives the reference's ids")
     for what, sample in (("sample", texts), ("nasty texts", list(nasty_texts()))):
         if sample:
-            result = round_trip(loaded, sample)
+            result = round_trip(engine, sample)
             lost = describe_round_trip(result)
             print(
                 f"{what}: {result['exact']} of {result['documents']} come back as they were"

@@ -105,17 +105,15 @@ class Failing:
         return self.fast.encode_batch_flat(texts, **options)
 
 
-def test_a_text_the_accelerator_fails_on_goes_to_the_next_engine_alone(digits_bpe):
+def test_a_text_the_accelerator_fails_on_goes_to_the_reference_alone(digits_bpe):
     texts = [sentences(2, n) + ("bad" if n in (3, 17, 18) else "") for n in range(40)]
     engine = Engine(load_tokenizer(digits_bpe), FASTOKENS_DIGITS)
-    engine._fast[0] = Failing(engine._fast[0], "bad")
+    engine._fast = Failing(engine._fast, "bad")
     assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
     assert engine.fallbacks == 3
-    engine._fast[1] = Failing(engine._fast[1], "bad")
-    assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
 
 
-def test_disputed_white_space_is_left_to_the_exact_engine(digits_bpe):
+def test_disputed_white_space_is_left_to_the_reference(digits_bpe):
     texts = ["a \u180e\u180e1", "x", "\u180e", "1 \u180e 2"]
     engine = Engine(load_tokenizer(digits_bpe), FASTOKENS_DIGITS)
     assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
