@@ -45,6 +45,7 @@ def machine(device: str) -> dict[str, Any]:
         **described,
         "python": platform.python_version(),
         "torch": version("torch"),
+        "load": round(os.getloadavg()[0], 1),
         "commit": git.stdout.strip() + (" with local changes" if changed.stdout.strip() else ""),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
@@ -58,7 +59,8 @@ def record(name: str, result: dict[str, Any], table: str) -> None:
     device = where.get("gpu", f"{where['cpu']}, {where['threads']} threads")
     text = (
         f"# {name}\n\n{table}\n\n"
-        f"{device}; Python {where['python']}, torch {where['torch']}; commit {where['commit']}.\n"
+        f"{device}; load average {where['load']} of {os.cpu_count()} processors at the end; "
+        f"Python {where['python']}, torch {where['torch']}; commit {where['commit']}.\n"
         f"Command: `{where['command']}`\n"
     )
     (RESULTS / f"{name}.md").write_text(text)

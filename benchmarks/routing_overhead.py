@@ -73,13 +73,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         order = list(steps) if number % 2 else list(steps)[::-1]
         rounds.append({name: steps[name].seconds() for name in order})
     flops = {name: flops_per_sequence(config, options.length).training for name, config in configs.items()}
-    time_ratio = statistics.median(row["MoR"] / row["unrouted"] for row in rounds)
+    ratios = [row["MoR"] / row["unrouted"] for row in rounds]
+    time_ratio = statistics.median(ratios)
+    lower, _, upper = statistics.quantiles(ratios, n=4)
     flops_ratio = flops["MoR"] / flops["unrouted"]
     return {
         "seconds": {name: statistics.median(row[name] for row in rounds) for name in steps},
         "time_ratio": time_ratio,
         "flops_ratio": flops_ratio,
         "overhead": time_ratio / flops_ratio,
+        "overhead_quartiles": [lower / flops_ratio, upper / flops_ratio],
         "rounds": rounds,
         "options": vars(options),
         "machine": machine(options.device),
@@ -109,7 +112,8 @@ def main() -> None:
         "| model | seconds |\n|---|---|\n"
         + "".join(f"| {name} | {seconds:.4f} |\n" for name, seconds in result["seconds"].items())
         + f"\nTime ratio {result['time_ratio']:.3f}, FLOPs ratio {result['flops_ratio']:.3f}: "
-        f"**overhead {result['overhead']:.3f}** (1 is ideal)."
+        f"**overhead {result['overhead']:.3f}** (1 is ideal; quartiles of the rounds "
+        "{:.3f} and {:.3f}).".format(*result["overhead_quartiles"])
     )
     record(f"routing_overhead-{options.device}", result, table)
 
