@@ -18,7 +18,9 @@ import orjson
 
 from data_prep.nasty import nasty_texts
 from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.conversion import as_tokenizer_json
 from data_prep.tokenizers.huggingface import HuggingFaceTokenizer
+from data_prep.tokenizers.sentencepiece_model import SentencePieceTokenizer
 
 REFERENCE = "reference"
 FASTOKENS = "fastokens"
@@ -50,25 +52,32 @@ class Engine:
         self._fast: Any = None if name == REFERENCE else _load_fastokens(tokenizer, name)
 
     @cached_property
-    def _prefixed(self) -> bool:
-        """Whether the first word of a text gets another id than the same word behind a newline."""
+    def _lead(self) -> np.ndarray | None:
+        """Ids of a newline, where the first word of a text gets another id than the same word behind a newline."""
         lead = self.tokenizer.encode("\n")
-        return self.tokenizer.encode("\nword")[len(lead) :] != self.tokenizer.encode("word")
+        prefixed = self.tokenizer.encode("\nword")[len(lead) :] != self.tokenizer.encode("word")
+        return np.asarray(lead) if prefixed else None
 
     def encode(self, texts: Sequence[str], continued: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` in one array `[ids]` (uint32 or int32), and where each begins, `[texts + 1]`.
 
         `continued` names the texts that continue the one before them (see `data_prep.cutting`).
         """
-        if continued and self._prefixed:
-            found = [
-                self.tokenizer.encode_continuations([text])[0]
-                if number in set(continued)
-                else self._reference([text])[0]
-                for number, text in enumerate(texts)
-            ]
-            return _join(found)
-        return self._reference(list(texts)) if self._fast is None else self._accelerated(list(texts))
+        if not continued or self._lead is None:
+            return self._encode(list(texts))
+        # A tokenizer that puts a space in front of a text must not do so here: a newline, taken off again, prevents it.
+        marked = set(continued)
+        ids, starts = self._encode(["\n" + text if n in marked else text for n, text in enumerate(texts)])
+        found = np.split(ids, starts[1:-1])
+        for number in marked:
+            if np.array_equal(found[number][: self._lead.size], self._lead):
+                found[number] = found[number][self._lead.size :]
+            else:
+                found[number] = self._encode([texts[number]])[0]
+        return _join(found)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self._reference(texts) if self._fast is None else self._accelerated(texts)
 
     def _accelerated(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if not self._disputed(texts):
@@ -117,8 +126,8 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     report: dict[str, Any] = {"name": REFERENCE, "refused": {}}
     report["versions"] = {_LIBRARIES[tokenizer.kind]: importlib.metadata.version(_LIBRARIES[tokenizer.kind])}
     chosen = reference
-    candidates = [FASTOKENS_DIGITS, FASTOKENS] if tokenizer.kind == "huggingface" else []
-    expected = reference.encode(texts) if candidates else None
+    candidates = [] if tokenizer.kind == "tiktoken" else [FASTOKENS_DIGITS, FASTOKENS]
+    expected: tuple[np.ndarray, np.ndarray] | None = None
     for name in candidates:
         try:
             candidate = Engine(tokenizer, name)
@@ -126,8 +135,8 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
             if why.worth_saying:
                 report["refused"][name] = str(why)
             continue
+        expected = expected or reference.encode(texts)
         found = candidate.encode(texts)
-        assert expected is not None
         if np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1]):
             chosen = candidate
             report["name"] = name
@@ -156,8 +165,14 @@ def _load_fastokens(tokenizer: Tokenizer, variant: str) -> Any:
         import fastokens
     except ImportError:
         raise _Unsuitable("fastokens is not installed (`pip install fastokens`)") from None
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    content = {**tokenizer.content, "truncation": None, "padding": None}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        converted = as_tokenizer_json(tokenizer.proto) if variant == FASTOKENS else None
+        if converted is None:
+            raise _Unsuitable("not a plain BPE model with byte fallback", worth_saying=False)
+        content = converted
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        content = {**tokenizer.content, "truncation": None, "padding": None}
     if variant == FASTOKENS_DIGITS:
         folded = _fold_digits(content.get("pre_tokenizer") or {})
         if folded is None:

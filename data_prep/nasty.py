@@ -15,6 +15,7 @@ _SIGNS = "!'\"-_.,…—‘’“”«»€₿©№☺👍🏽🇩🇪👨‍�
 _FRAGMENTS = (
     "'s 't 're 've 'm 'll 'd 'S 'T 'RE it's IT'S they’ll",
     "<|endoftext|> <|padding|> </s> <s> <unk> <pad> [SEP] <|im_start|>user",
+    "<unk>x</s> <s>y</s><unk>  <s>  </s> \u2581<unk>\u2581 \u2581</s>\u2581\u2581a",
     "1234567890 3.14159 1,000,000 0x1F 1e-9 12:34 2024-02-29 v1.2.3 a1b2c3 1 2  3   4\t5\n6",
     "foo  bar   baz\t\tqux\n\n\nquux \n \t\r\n end  ",
     "def f(x):\n    return x ** 2  # square\n\n\n    if True:\n\t\tpass\n",

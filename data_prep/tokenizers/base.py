@@ -42,15 +42,3 @@ class Tokenizer(ABC):
         np.cumsum([len(ids) for ids in lists], out=starts[1:])
         flat = np.fromiter((token for ids in lists for token in ids), np.int32, int(starts[-1]))
         return flat, starts
-
-    def encode_continuations(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of texts that continue another text, int32 each: nothing is put in front of the first word.
-
-        Right for pieces cut at `data_prep.cutting`'s boundaries. Every piece is encoded behind a newline, whose own
-        ids are then taken off; a tokenizer without a dummy prefix gives the same ids as `encode`.
-        """
-        lead = self.encode("\n")
-        found = self.encode_batch(["\n" + text for text in texts])
-        if any(ids[: len(lead)] != lead for ids in found):
-            return [np.asarray(ids, np.int32) for ids in self.encode_batch(texts)]
-        return [np.asarray(ids[len(lead) :], np.int32) for ids in found]

@@ -23,7 +23,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: Path, eod_token: str = "") -> None:
         self.path = path
-        data = path.read_bytes()
+        self.proto = data = path.read_bytes()
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)

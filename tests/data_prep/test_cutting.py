@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_prep import cutting
 from data_prep.cutting import Cutter, cut
-from data_prep.engine import Engine
+from data_prep.engine import Engine, choose_engine
 from data_prep.tokenizers import load_tokenizer
 from tests.data_prep.writing import sentences
 
@@ -67,6 +67,8 @@ def whole_and_parts(path, text):
     parts, forced = cut(text)
     assert forced == 0 and len(parts) > 3
     ids, _ = Engine(tokenizer).encode(parts, range(1, len(parts)))
+    accelerated, _ = choose_engine(tokenizer, [])[0].encode(parts, range(1, len(parts)))
+    assert accelerated.tolist() == ids.tolist()
     return tokenizer.encode(text), ids.tolist()
 
 

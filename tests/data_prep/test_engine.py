@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from data_prep import engine as engine_module
 from data_prep.engine import FASTOKENS, FASTOKENS_DIGITS, REFERENCE, Engine, choose_engine, count_differences
 from data_prep.nasty import nasty_texts
 from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.train import _train_sentencepiece
 from tests.data_prep.writing import sentences
 
 fastokens = pytest.importorskip("fastokens")
@@ -54,7 +57,7 @@ def test_the_fastest_exact_engine_is_chosen(byte_bpe, digits_bpe, sentencepiece_
     chosen, report = choose_engine(load_tokenizer(digits_bpe), sample)
     assert (chosen.name, report["name"], report["refused"]) == (FASTOKENS_DIGITS, FASTOKENS_DIGITS, {})
     assert report["versions"]["fastokens"] == "0.3.5" or report["versions"]["fastokens"] > "0.3"
-    assert choose_engine(load_tokenizer(sentencepiece_model), sample)[1]["name"] == REFERENCE
+    assert choose_engine(load_tokenizer(sentencepiece_model), sample)[1]["name"] == FASTOKENS
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "digits_bpe"])
@@ -82,6 +85,40 @@ def _engine(path):
     if str(path) not in _ENGINES:
         _ENGINES[str(path)] = Engine(load_tokenizer(path), FASTOKENS_DIGITS)
     return _ENGINES[str(path)]
+
+
+@pytest.mark.parametrize("trained", ["plain", "dummy prefix"])
+@settings(max_examples=80, deadline=None)
+@given(texts=st.lists(st.text(max_size=80), min_size=1, max_size=6))
+def test_sentencepiece_models_get_their_librarys_ids(sentencepiece_model, plain_model, trained, texts):
+    path = plain_model if trained == "plain" else sentencepiece_model
+    if str(path) not in _ENGINES:
+        _ENGINES[str(path)] = Engine(load_tokenizer(path), FASTOKENS)
+    texts = [text for text in texts if not any(0xD800 <= ord(c) <= 0xDFFF for c in text)] or ["x"]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert lists(_ENGINES[str(path)].encode(texts)) == [model.encode(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory):
+    """A model as `tokenizer train` makes it: no dummy prefix."""
+    path = tmp_path_factory.mktemp("plain") / "tokenizer.model"
+    path.write_bytes(_train_sentencepiece(iter([sentences(300, 6)]), "bpe", 380, {"bytes": 0}))
+    return path
+
+
+def test_sentencepiece_models_with_normalisation_or_unigram_stay_with_the_library(tmp_path):
+    for number, more in enumerate(({"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"})):
+        made = io.BytesIO()
+        options = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True, **more}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences(300, 7).splitlines()), model_writer=made, vocab_size=380, minloglevel=2,
+            character_coverage=0.99, **options,
+        )  # fmt: skip
+        path = tmp_path / f"{number}.model"
+        path.write_bytes(made.getvalue())
+        _, report = choose_engine(load_tokenizer(path), ["text"])
+        assert (report["name"], report["refused"]) == (REFERENCE, {})
 
 
 def test_text_never_becomes_a_control_token(byte_bpe):
@@ -149,6 +186,15 @@ def test_long_white_space_that_the_accelerator_refuses_still_gets_ids(byte_bpe):
     text = "a" + " " * 1_000_000 + "b"
     engine = Engine(load_tokenizer(byte_bpe), FASTOKENS)
     assert lists(engine.encode([text])) == expected_ids(byte_bpe, [text])
+
+
+def test_a_real_sentencepiece_model_agrees_on_nasty_and_real_text(shared_data):
+    path = shared_data / "tokenizers" / "llama2" / "tokenizer.model"
+    wiki = (shared_data / "eval" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")[:200_000]
+    chosen, report = choose_engine(load_tokenizer(path), wiki.split("\n \n"))
+    assert (chosen.name, report["refused"]) == (FASTOKENS, {})
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert lists(chosen.encode([wiki])) == [model.encode(wiki)]
 
 
 @pytest.mark.parametrize("name", ["smollm", "gpt2", "neox"])
