@@ -127,7 +127,7 @@ def measure(command: list[str], processors: set[int], environment: dict[str, str
             with contextlib.suppress(psutil.Error):
                 for one in [root, *root.children(recursive=True)]:
                     largest = max(largest, one.memory_info().rss)
-            time.sleep(0.02)
+            time.sleep(0.2)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -292,7 +292,7 @@ def _markdown(name: str, result: dict[str, Any]) -> str:
         f"start-up included. Encoder here: {result['engine'].get('name')}. "
         f"Same bytes as Megatron's .bin: {result['same_bytes_as_megatron']}.",
         "",
-        "| contender | workers | seconds | MB/s | here is faster by | processor seconds | ratio | peak MB of a process |",
+        "| contender | workers | seconds | MB/s | faster here by | processor seconds | ratio | peak MB (one process) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
