@@ -1,0 +1,122 @@
+"""Mutated corpora: every line becomes a document, a counted reject or a counted filter, and nothing else happens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
+from data_prep.sources import (
+    Document,
+    Filtered,
+    Group,
+    LargeDocument,
+    ReadOptions,
+    Reject,
+    SourceError,
+    lines,
+    reader_for,
+)
+from data_prep.verify import verify_dataset
+from tests.data_prep.writing import compressed, documents, jsonl, run
+
+RELAXED = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+CORPUS = jsonl(documents(6, 1, 2), meta={"pile_set_name": "Pile-CC"}, language="en")
+PIECES = st.lists(
+    st.one_of(
+        st.binary(max_size=12),
+        st.sampled_from(
+            [b"\n", b'"', b"\\", b"\\ud800", b"\\u0000", b"{", b"}", b"null", b"\xff", b"\r\n", b"\x00", b" "]
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def mutated(data, raw: bytes) -> bytes:
+    """`raw` with bytes put in, put over and taken out at a few places."""
+    found = bytearray(raw)
+    for piece in data.draw(PIECES):
+        at = data.draw(st.integers(0, len(found)))
+        cut = data.draw(st.integers(0, 20))
+        found[at : at + cut] = piece
+    return bytes(found)
+
+
+@RELAXED
+@given(data=st.data(), large=st.sampled_from([40, 1 << 20]))
+def test_every_line_is_accounted_for(tmp_path, monkeypatch, data, large):
+    monkeypatch.setattr(lines, "LARGE", large)
+    monkeypatch.setattr(lines, "_CHUNK", 32)
+    raw = mutated(data, CORPUS)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(raw)
+    options = ReadOptions(subset_field="meta.pile_set_name", language_field="language", languages=("en",))
+    reader = reader_for(Group(0, "a", "jsonl", (str(path),), len(raw), 1, 1 << 20), options, tmp_path)
+    found = list(reader.items(0))
+    count = raw.count(b"\n") + (not raw.endswith(b"\n") and bool(raw))
+    assert len(found) == count == reader.lines
+    for number, item in enumerate(found, start=1):
+        if isinstance(item, Document | LargeDocument):
+            assert item.line == number
+            record = json.loads(raw.split(b"\n")[number - 1])
+            text = item.text if isinstance(item, Document) else item.path.read_text(encoding="utf-8")
+            assert text == record["text"] and item.subset == record["meta"]["pile_set_name"]
+        else:
+            assert isinstance(item, Filtered) or (isinstance(item, Reject) and item.line == number)
+    for item in found:
+        if isinstance(item, LargeDocument):
+            item.path.unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@RELAXED
+@given(data=st.data(), suffix=st.sampled_from([".zst", ".gz", ".xz", ".bz2"]))
+def test_damaged_files_give_whole_lines_and_at_most_one_reason(tmp_path, data, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(mutated(data, compressed(CORPUS, suffix)))
+    reader = reader_for(Group(0, "a", "jsonl", (str(path),), 1, None, 300), ReadOptions(), tmp_path)
+    try:
+        for piece in range(20):
+            for item in reader.items(piece):
+                assert isinstance(item, Document | Reject | Filtered)
+            if reader.end_seen:
+                break
+    except SourceError as error:
+        assert error.reason == "broken_compression" and str(path) in str(error)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_data_set_of_a_damaged_corpus_is_in_order_or_not_there(tmp_path_factory, byte_bpe, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    suffix = data.draw(st.sampled_from(["", ".zst"]))
+    path = folder / f"a.jsonl{suffix}"
+    path.write_bytes(mutated(data, compressed(CORPUS, suffix)))
+    try:
+        manifest = run([path], folder / "out", byte_bpe, max_rejects=100, max_broken=1, piece_bytes=400)
+    except DataError:
+        assert not (folder / "out" / "manifest.json").exists()
+        return
+    assert verify_dataset(folder / "out").problems == []
+    listed = folder / "out" / "rejects.jsonl"
+    count = len(listed.read_text().splitlines()) if listed.exists() else 0
+    assert count == sum(manifest.rejects.values()) == sum(read_manifest(folder / "out").rejects.values())
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_line_is_accounted_for_at_length(tmp_path, data):
+    raw = mutated(data, CORPUS)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(raw)
+    reader = reader_for(Group(0, "a", "jsonl", (str(path),), len(raw), 1, 1 << 20), ReadOptions(), tmp_path)
+    assert len(list(reader.items(0))) == raw.count(b"\n") + (not raw.endswith(b"\n") and bool(raw))

@@ -1,0 +1,105 @@
+"""Memory of a worker: bounded by its batches, whatever the size of a document or of the corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_prep.manifest import read_manifest
+from tests.data_prep.writing import sentences
+
+LIMIT = 300e6
+
+
+def peak_of(*arguments: object) -> float:
+    """Bytes of the largest resident set of `python -m data_prep ...` with one worker, which is the process itself."""
+    code = (
+        "import runpy, resource, sys\n"
+        "sys.argv[0] = 'data_prep'\n"
+        "try:\n    runpy.run_module('data_prep', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(done.stdout.split("peak ")[-1])
+
+
+def write_lines(path: Path, lines) -> None:
+    with path.open("wb") as raw, zstandard.ZstdCompressor(level=1).stream_writer(raw) as stream:
+        for line in lines:
+            stream.write(line)
+
+
+def one_long_line(megabytes: int):
+    """JSON of one document, a megabyte at a time."""
+    part = json.dumps(sentences(16_000, 3))[1:-1].encode()
+    yield b'{"id": 1, "text": "'
+    for _ in range(megabytes * 1_000_000 // len(part)):
+        yield part + b"\\n"
+    yield b'"}\n'
+
+
+def tokenized(tmp_path: Path, tokenizer: Path, lines) -> tuple[float, Path]:
+    source, out = tmp_path / "a.jsonl.zst", tmp_path / "out"
+    write_lines(source, lines)
+    peak = peak_of(
+        "tokenize", source, "--out", out, "--tokenizer", tokenizer, "--workers", 1, "--validation", 0, "--test", 0
+    )
+    return peak, out
+
+
+def test_a_document_of_40_megabytes_is_not_held(tmp_path, byte_bpe):
+    small, _ = tokenized(tmp_path, byte_bpe, one_long_line(4))
+    (tmp_path / "large").mkdir()
+    large, out = tokenized(tmp_path / "large", byte_bpe, one_long_line(40))
+    manifest = read_manifest(out)
+    assert manifest.splits["train"].documents == 1 and manifest.splits["train"].text_bytes > 36e6
+    assert large < LIMIT and large - small < 60e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_model"])
+def test_a_document_of_two_gigabytes(tmp_path, request, kind):
+    peak, out = tokenized(tmp_path, request.getfixturevalue(kind), one_long_line(2400))
+    manifest = read_manifest(out)
+    assert manifest.splits["train"].documents == 1 and manifest.splits["train"].text_bytes > 2 << 30
+    assert manifest.statistics["forced_cuts"] == 0
+    assert peak < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm", "gpt2"])
+def test_a_corpus_ten_times_larger_takes_no_more_memory(tmp_path, shared_data, name):
+    tokenizer = shared_data / "tokenizers" / name / "tokenizer.json"
+    with (shared_data / "train" / "gutenberg.jsonl.zst").open("rb") as raw:
+        stream = zstandard.ZstdDecompressor().stream_reader(raw)
+        lines = stream.read(30_000_000).split(b"\n")[:-1]
+    once, _ = tokenized(tmp_path, tokenizer, (line + b"\n" for line in lines))
+    (tmp_path / "ten").mkdir()
+    ten, _ = tokenized(tmp_path / "ten", tokenizer, (line + b"\n" for _ in range(10) for line in lines))
+    assert ten < LIMIT and ten < once * 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm/tokenizer.json", "llama2/tokenizer.model"])
+def test_whole_books(tmp_path, shared_data, name):
+    out = tmp_path / "out"
+    peak = peak_of(
+        "tokenize", shared_data / "train" / "gutenberg.jsonl.zst", "--out", out,
+        "--tokenizer", shared_data / "tokenizers" / name, "--workers", 1,
+    )  # fmt: skip
+    assert peak < LIMIT
+    assert sum(split.documents for split in read_manifest(out).splits.values()) == 454
