@@ -85,11 +85,11 @@ class Progress:
             parts = [f"{self._name}: step {record['step']} of {self._steps}", detail]
             self.say(" · ".join([*parts, remaining] if (remaining := self._remaining()) else parts))
 
-    def activity(self, text: str) -> None:
-        """Say what is going on apart from training."""
-        self._bars.update(self._one, completed=self._steps, detail=text)
+    def activity(self, name: str, text: str) -> None:
+        """Say what is going on in run `name` apart from training."""
+        self._bars.update(self._one, description=name, completed=self._steps, detail=text, visible=True)
         if not self._console.is_terminal:
-            self.say(f"{self._name}: {text}")
+            self.say(f"{name}: {text}")
 
     def refresh(self) -> None:
         """Keep the bars alive while a child works without telling how far it is."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from data_prep.files import write_text
@@ -23,7 +22,8 @@ from pretrain.comparison.launch import Interrupted, last_lines, run_child, train
 from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
-from pretrain.errors import RunError
+from pretrain.errors import RecipeError, RunError
+from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
 
 # A finished run is the same run whatever these say.
@@ -79,11 +79,9 @@ def refuse_other_recipe(run: PlannedRun) -> None:
     if not folder.recipe_file.is_file():
         return
     try:
-        found = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RunError(
-            f"{folder.recipe_file}: cannot be read ({error}); remove the run folder to train this arm anew."
-        ) from None
+        found = load_recipe(folder.recipe_file).model_dump(mode="json")
+    except RecipeError as error:
+        raise RunError(f"{error} Remove {folder} to train this arm anew.") from None
     data = run.recipe.data.path
     if (
         data is not None
@@ -94,7 +92,7 @@ def refuse_other_recipe(run: PlannedRun) -> None:
             f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm anew, "
             "or give the experiment a name of its own (name=NAME)."
         )
-    wanted = yaml.safe_load(run.recipe.to_yaml())
+    wanted = run.recipe.model_dump(mode="json")
     for name, value in wanted.items():
         if difference := _first_difference(name, found.get(name), value):
             raise RunError(
@@ -201,7 +199,7 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
         command += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []
         command += ["--hub"] if settings.hub else []
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
-        progress.activity(f"evaluating: {', '.join(missing)}")
+        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
         status = run_child(command, log, progress.refresh)
         if status != 0:
             return Failure(

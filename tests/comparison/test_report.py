@@ -273,6 +273,20 @@ def test_a_report_without_any_finished_arm_says_so(tmp_path):
     assert len(results.problems) == 3
 
 
+def test_depths_that_differ_between_routings_are_said(tmp_path):
+    for arm in ("vanilla", "mor"):
+        write_run(tmp_path / arm, arm)
+    file = tmp_path / "mor" / "evaluation" / "routing.json"
+    content = json.loads(file.read_text())
+    content["tasks"]["routing"]["depth_histogram"]["causal"] = [0.0, 0.25, 0.0, 0.75]
+    file.write_text(json.dumps(content))
+    made = experiment(tmp_path, arms={"vanilla": {}, "mor": {}})
+    results, index = build_report(made, "recipes/small.yaml")
+    text = " ".join(findings(results))
+    assert "takes 2.50 recursion steps on average, with the top-k routing of training 2.00: it computes more" in text
+    assert "MoR, R=3, causal: 25% take 1, 75% take 3" in index.read_text(encoding="utf-8").replace(" %", "%")
+
+
 def test_names_from_outside_are_text_not_markup(tmp_path):
     write_run(tmp_path / "vanilla", "vanilla")
     made = experiment(

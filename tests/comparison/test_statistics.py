@@ -11,6 +11,7 @@ from pretrain.comparison.report.statistics import (
     difference_of_scores,
     difference_of_seeds,
     mean_and_spread,
+    wilson_interval,
 )
 
 
@@ -56,6 +57,13 @@ def test_seeds_are_paired_and_one_seed_says_nothing():
     found = difference_of_seeds({1: 3.0, 2: 3.2, 3: 3.1}, {1: 2.9, 2: 3.1, 3: 3.05})
     assert found is not None and found.over == "seeds"
     assert found.value == pytest.approx((0.1 + 0.1 + 0.05) / 3)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (1, 30), (17, 40), (600, 1000)])
+def test_intervals_of_shares_are_wilsons(right, n):
+    interval = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    low, high = wilson_interval(right / n, n)
+    assert (low, high) == (pytest.approx(interval.low, abs=1e-4), pytest.approx(interval.high, abs=1e-4))
 
 
 def test_spread_is_the_standard_deviation():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pretrain.comparison.report import numbers
 from pretrain.comparison.report.results import Arm, Results
-from pretrain.comparison.report.statistics import Difference, difference_of_seeds
+from pretrain.comparison.report.statistics import Difference, difference_of_seeds, wilson_interval
 from pretrain.comparison.report.tables import HELD_OUT, TASK_NAMES, few_shot_scores
 
 
@@ -27,6 +27,7 @@ def findings(results: Results) -> list[str]:
     if reference is not None:
         sentences += [_smaller_budgets(results, arm.name) for arm in arms if arm.name != reference.name]
     sentences += [_few_shot(results, arms)] if few_shot_scores(results, budget) else []
+    sentences += [_depth(arm) for arm in arms]
     if len(arms) > 1:
         sentences.append(_agreement(arms))
     sentences.append(_seeds(results, arms))
@@ -126,20 +127,30 @@ def _smaller_budgets(results: Results, name: str) -> str:
     return f"Validation loss of {names[0]} against {names[1]}, in nats per token: {_list(parts)}."
 
 
+def _depth(arm: Arm) -> str:
+    """Says so when causal routing computes much more or less than the top-k routing whose FLOPs were counted."""
+    causal, topk = arm.first.mean_depth("causal"), arm.first.mean_depth("topk")
+    if not arm.first.routed or not causal or not topk or abs(causal / topk - 1) < 0.05:
+        return ""
+    more = "more" if causal > topk else "less"
+    return (
+        f"With causal routing a token of {arm.label} takes {causal:.2f} recursion steps on average, with the top-k "
+        "routing of "
+        f"training {topk:.2f}: it computes {more} when it is used than the budget of training counts."
+    )
+
+
 def _few_shot(results: Results, arms: list[Arm]) -> str:
     above: list[str] = []
     at_chance: list[str] = []
     for task, scores in few_shot_scores(results, results.main_budget).items():
-        gaps = [
-            (score.value - score.chance) / score.stderr
-            for score in scores
-            if score is not None and score.chance is not None and score.stderr
-        ]
-        if gaps:
-            (above if max(gaps) > 2 else at_chance).append(TASK_NAMES.get(task, task))
+        lowest = [(wilson_interval(s.value, s.n or 0)[0], s.chance) for s in scores if s is not None]
+        known = [low - chance for low, chance in lowest if chance is not None]
+        if known:
+            (above if max(known) > 0 else at_chance).append(TASK_NAMES.get(task, task))
     parts = []
     if above:
-        parts.append(f"At least one arm is above chance (by more than two standard errors) on {_list(above)}.")
+        parts.append(f"At least one arm is above chance on {_list(above)} (its 95 % interval leaves chance out).")
     if at_chance:
         parts.append(f"On {_list(at_chance)} no arm can be told from chance, so these scores do not rank the arms.")
     return " ".join(parts)

@@ -62,7 +62,8 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def accuracy(share: float | None, error: float | None) -> str:
     """In per cent, without the sign: a table's heading says it."""
-    return _MISSING if share is None else plus_minus(100 * share, None if error is None else 100 * error, 1)
+    # All examples right, or all wrong, give a standard error of zero, which is no measure of anything.
+    return _MISSING if share is None else plus_minus(100 * share, 100 * error if error else None, 1)
 
 
 def gibibytes(value: float | None) -> str:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from pretrain.comparison.report import numbers
 from pretrain.comparison.report.records import Curve, RunRecord, Score
 from pretrain.comparison.report.results import Arm, Results
+from pretrain.comparison.report.statistics import wilson_interval
 from pretrain.comparison.report.tables import TASK_NAMES, few_shot_scores
 
 ARM_COLOURS = 8
@@ -30,6 +31,7 @@ _VARIABLES |= {f"#a0000{i}": f"--arm-{i + 1}" for i in range(ARM_COLOURS)}
 # One hue, light to dark with depth, and the text that can be read on it; the same by day and by night.
 _DEPTH_COLOURS = ("#d9dde2", "#c6dcf0", "#74aed6", "#2b6ca8", "#0d3c6e", "#08264a", "#051a33")
 _DEPTH_TEXT = ("#222222", "#222222", "#222222", "#ffffff", "#ffffff", "#ffffff", "#ffffff")
+_DEPTH_KINDS = {"causal": "causal", "topk": "top-k", "training": "in training"}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _WIDE, _NARROW = 840, 380
 _POINTS = 300
@@ -79,25 +81,27 @@ def tokens_picture(results: Results, budget: float | None) -> Picture | None:
 
 
 def depth_picture(results: Results, budget: float | None) -> Picture | None:
-    """Share of tokens by recursion steps taken, one bar per arm."""
-    arms = [arm for arm in results.arms(budget) if arm.first.depth_shares]
-    if not arms:
+    """Share of tokens by recursion steps taken: a bar per arm, and two where routing may differ from training's."""
+    bars: list[tuple[str, list[float]]] = []
+    for arm in results.arms(budget):
+        run = arm.first
+        wanted = ("causal", "topk") if run.routed else ("causal",)
+        kinds = [kind for kind in wanted if kind in run.depths] or list(run.depths)
+        bars += [
+            (f"{arm.label}, {_DEPTH_KINDS[kind]}" if run.routed else arm.label, run.depths[kind]) for kind in kinds
+        ]
+    if not bars:
         return None
-    sources = dict.fromkeys(arm.first.depth_source for arm in arms)
     words = [
-        f"{arm.label}: "
-        + ", ".join(
-            f"{numbers.percent(share, 0)} take {depth}"
-            for depth, share in enumerate(arm.first.depth_shares or [])
-            if share >= 0.005
-        )
-        for arm in arms
+        f"{label}: " + ", ".join(f"{numbers.percent(s, 0)} take {d}" for d, s in enumerate(shares) if s >= 0.005)
+        for label, shares in bars
     ]
     return _picture(
         "Depth of tokens",
-        f"Share of tokens by the number of recursion steps they took ({'; '.join(sources)}).",
+        "Share of tokens by the number of recursion steps they took, on the held-out test text where it was evaluated. "
+        "Causal routing is what the model does when it generates; top-k is the selection of training.",
         "; ".join(words),
-        lambda width: _draw_depths(arms, width),
+        lambda width: _draw_depths(bars, width),
     )
 
 
@@ -109,7 +113,7 @@ def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
     arms = results.arms(budget)
     return _picture(
         "Few-shot accuracy",
-        "Accuracy with 95 % intervals over the examples; the short vertical line is chance.",
+        "Accuracy with 95 % intervals (Wilson's, over the examples); the short vertical line is chance.",
         "The numbers are in the table that follows.",
         lambda width: _draw_scores(arms, scores, width),
     )
@@ -256,50 +260,48 @@ def _legend(panel: Axes, ends: list[tuple[float, int, str]]) -> None:
         panel.text(0.58, top, label, transform=panel.transAxes, color=_INK, va="center")
 
 
-def _draw_depths(arms: list[Arm], width: int) -> Figure:
+def _draw_depths(bars: list[tuple[str, list[float]]], width: int) -> Figure:
     narrow = width < 600
-    row = 46 if narrow else 34
-    figure = _figure(width, 46 + row * len(arms))
+    figure = _figure(width, 46 + (46 if narrow else 34) * len(bars))
     panel = figure.subplots()
-    deepest = max(len(arm.first.depth_shares or []) for arm in arms) - 1
-    for place, arm in enumerate(arms):
+    for place, (label, shares) in enumerate(bars):
         left = 0.0
-        for depth, share in enumerate(arm.first.depth_shares or []):
-            if share <= 0:
-                continue
+        for depth, share in enumerate(shares):
             tone = min(depth, len(_DEPTH_COLOURS) - 1)
-            panel.barh(
+            style: dict[str, Any] = {"color": _DEPTH_COLOURS[tone], "edgecolor": _PAPER, "linewidth": 1.2}
+            if share > 0:
+                panel.barh(place, share, left=left, height=0.5 if narrow else 0.62, **style)
+            panel.text(
+                left + share / 2,
                 place,
-                share,
-                left=left,
-                height=0.62 if not narrow else 0.5,
-                color=_DEPTH_COLOURS[tone],
-                edgecolor=_PAPER,
-                linewidth=1.2,
+                _depth_words(depth, share, narrow),
+                ha="center",
+                va="center",
+                color=_DEPTH_TEXT[tone],
+                fontsize=11.5,
             )
-            if share > (0.16 if narrow else 0.07):
-                words = (
-                    f"{depth}: {numbers.percent(share, 0)}"
-                    if narrow
-                    else f"{depth} step{'s' if depth != 1 else ''} · {numbers.percent(share, 0)}"
-                )
-                if not narrow and share < 0.14:
-                    words = numbers.percent(share, 0)
-                panel.text(
-                    left + share / 2, place, words, ha="center", va="center", color=_DEPTH_TEXT[tone], fontsize=11.5
-                )
             left += share
         if narrow:
-            panel.text(0, place - 0.3, arm.label, va="bottom", ha="left", fontsize=12)
+            panel.text(0, place - 0.3, label, va="bottom", ha="left", fontsize=12)
     panel.set_xlim(0, 1)
-    panel.set_ylim(len(arms) - 0.5, -0.75 if narrow else -0.5)
-    panel.set_yticks([] if narrow else range(len(arms)), [] if narrow else [arm.label for arm in arms])
+    panel.set_ylim(len(bars) - 0.5, -0.75 if narrow else -0.5)
+    panel.set_yticks([] if narrow else range(len(bars)), [] if narrow else [label for label, _ in bars])
     panel.tick_params(axis="y", length=0, labelcolor=_INK)
     panel.tick_params(axis="x", length=3)
     panel.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     panel.spines["left"].set_visible(False)
-    panel.set_xlabel(f"share of tokens, by recursion steps taken (at most {deepest})")
+    panel.set_xlabel("share of tokens, by recursion steps taken")
     return figure
+
+
+def _depth_words(depth: int, share: float, narrow: bool) -> str:
+    """What fits into a bar of this share."""
+    share_words = numbers.percent(share, 0)
+    if share < (0.16 if narrow else 0.07):
+        return ""
+    if narrow:
+        return f"{depth}: {share_words}"
+    return f"{depth} step{'' if depth == 1 else 's'} · {share_words}" if share >= 0.14 else share_words
 
 
 def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: int) -> Figure:
@@ -313,10 +315,10 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
             if score is None:
                 continue
             y = place - 0.36 + step * (index + 0.5)
-            half = 196 * score.stderr if score.stderr else 0.0
+            interval = [100 * end for end in wilson_interval(score.value, score.n or 0)]
             colour = _arm_colour(index)
             panel.plot(
-                [100 * score.value - half, 100 * score.value + half],
+                interval,
                 [y, y],
                 color=colour,
                 linewidth=1.6,

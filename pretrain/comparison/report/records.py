@@ -85,8 +85,8 @@ class RunRecord:
         tokens_per_second, step_seconds: medians over the records after the first tenth.
         memory_peak_bytes: largest of any record.
         scores: all evaluation numbers; skipped: what evaluation left out, with reason and remedy.
-        depth_shares: share of tokens that took depth 1..R under causal routing; None where unmeasured.
-        depth_source: where `depth_shares` comes from.
+        depths: share of tokens that took 0, 1, ... R recursion steps, by what was looked at: `causal` and `topk` on the
+            held-out test text, `training` (top-k) in the last training record.
     """
 
     trial: Trial
@@ -104,8 +104,7 @@ class RunRecord:
     memory_peak_bytes: float | None = None
     scores: list[Score] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
-    depth_shares: list[float] | None = None
-    depth_source: str = ""
+    depths: dict[str, list[float]] = field(default_factory=dict)
     evaluated: list[str] = field(default_factory=list)
 
     @property
@@ -120,6 +119,16 @@ class RunRecord:
     @property
     def tokens(self) -> float | None:
         return self.last_training.get("tokens")
+
+    @property
+    def routed(self) -> bool:
+        """Whether routers decide how deep a token goes."""
+        return self.config is not None and self.config.router is not None
+
+    def mean_depth(self, looked_at: str) -> float | None:
+        """Mean recursion steps per token; see `depths`."""
+        shares = self.depths.get(looked_at)
+        return sum(depth * share for depth, share in enumerate(shares)) if shares else None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -180,7 +189,7 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
         }
         found |= {"validation": _validation(run)}
         if shares := _shares_of(train[-1].get("active")):
-            found |= {"depth_shares": shares, "depth_source": "training, top-k routing"}
+            found |= {"depths": {"training": shares}}
     return found
 
 
@@ -228,7 +237,7 @@ def _add_suite(content: dict[str, Any], name: str, found: dict[str, Any]) -> Non
     for task, result in content["tasks"].items():
         found["scores"] += _scores(suite, task, result, content.get("primary") or {})
         if histogram := result.get("depth_histogram"):
-            found |= {"depth_shares": histogram["causal"], "depth_source": "held-out test text, causal routing"}
+            found["depths"] = histogram
 
 
 def _why_incomplete(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: tuple[str, ...]) -> str | None:

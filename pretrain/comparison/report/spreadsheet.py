@@ -46,8 +46,9 @@ def _quantities(record: RunRecord) -> Iterator[tuple[object, ...]]:
             yield name, single, "", "", ""
     for routing in record.validation:
         yield "validation_loss", record.final_validation(routing), "", "", routing
-    for depth, share in enumerate(record.depth_shares or []):
-        yield f"share_of_tokens_at_depth_{depth}", share, "", "", record.depth_source
+    for looked_at, shares in record.depths.items():
+        for depth, share in enumerate(shares):
+            yield f"share_of_tokens_at_depth_{depth}", share, "", "", looked_at
     for score in record.scores:
         yield f"{score.task}/{score.metric}", score.value, _blank(score.stderr), _blank(score.n), score.routing
 

@@ -109,6 +109,19 @@ def difference_of_seeds(values: dict[int | None, float], references: dict[int | 
     return Difference(paired.value, paired.half_width, "seeds")
 
 
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of `n` examples (Wilson 1927): sound at 0 and 1 and for few examples, where share plus
+    or
+    minus two standard errors is not. (0, 1) without examples.
+    """
+    if n < 1:
+        return 0.0, 1.0
+    z2 = _Z95**2 / n
+    middle = (share + z2 / 2) / (1 + z2)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
     """Mean and standard deviation (n-1); the second is None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

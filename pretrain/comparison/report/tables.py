@@ -31,22 +31,23 @@ class Table:
 
 @dataclass(frozen=True)
 class LossMetric:
-    """A column of the loss table: heading, unit, name in the evaluation, decimals."""
+    """A column of the loss table: heading, unit, name in the evaluation, decimals, whether its spread is shown."""
 
     head: str
     unit: str
     name: str
     digits: int
+    spread: bool = False
 
 
 HELD_OUT = "perplexity"
 _WHOLE_TEXT_SUITES = ("perplexity", "routing", "wikitext")
 LOSS_METRICS = (
-    LossMetric("Loss", "nats / token", "loss", 4),
+    LossMetric("Loss", "nats / token", "loss", 4, spread=True),
     LossMetric("Perplexity", "per token", "token_perplexity", 2),
     LossMetric("Perplexity", "per word", "word_perplexity", 1),
     LossMetric("Perplexity", "per byte", "byte_perplexity", 4),
-    LossMetric("Bits", "per byte", "bits_per_byte", 4),
+    LossMetric("Bits", "per byte", "bits_per_byte", 4, spread=True),
 )
 
 
@@ -120,7 +121,7 @@ def budget_table(results: Results, budget: float | None) -> Table:
 def routing_table(results: Results, budget: float | None) -> Table:
     rows = []
     for arm in results.arms(budget):
-        routed = arm.first.config is not None and arm.first.config.router is not None
+        routed = arm.first.routed
         causal, causal_spread = arm.mean(lambda run: run.final_validation("causal"))
         topk, topk_spread = arm.mean(lambda run: run.final_validation("topk"))
         gap = causal - topk if causal is not None and topk is not None else None
@@ -163,7 +164,7 @@ def test_table(results: Results, budget: float | None, task: str) -> Table:
         cells = [arm.label]
         for metric in LOSS_METRICS:
             value, spread, _ = arm.mean_score(task, metric.name)
-            cells.append(numbers.plus_minus(value, spread, metric.digits))
+            cells.append(numbers.plus_minus(value, spread if metric.spread else None, metric.digits))
         cells.append(_routing(arm, task))
         rows.append(cells)
     examples = next((score.n for arm in arms for score in arm.first.scores if score.task == task and score.n), None)
@@ -232,7 +233,8 @@ def few_shot_table(results: Results, budget: float | None) -> Table:
             Column("Routing", text=True),
         ],
         rows,
-        f"± is the {what}. A score within two of them of chance says nothing about the model.",
+        f"± is the {what}. A score within two of them of chance says nothing about the model, and of few examples "
+        "little.",
     )
 
 
@@ -307,7 +309,7 @@ def _per_second(run: RunRecord) -> float | None:
 
 
 def _routing(arm: Arm, task: str) -> str:
-    if arm.first.config is not None and arm.first.config.router is None:
+    if not arm.first.routed:
         return "no router"
     return ", ".join(sorted({score.routing for run in arm.runs for score in run.scores if score.task == task})) or "–"
 

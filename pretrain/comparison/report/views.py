@@ -72,12 +72,11 @@ def equal_tokens_table(results: Results, budget: float | None) -> Table | None:
         flops = run.training.flops_at(tokens)
         loss, spread = arm.mean(lambda run: run.validation["causal"].at_tokens(tokens))
         topk, _ = arm.mean(lambda run: run.validation["topk"].at_tokens(tokens))
-        routed = run.config is not None and run.config.router is not None
         rows.append(
             [
                 arm.label,
                 numbers.plus_minus(loss, spread, 4),
-                numbers.fixed(topk, 4) if routed else "same",
+                numbers.fixed(topk, 4) if run.routed else "same",
                 numbers.power_of_ten(flops),
                 numbers.fixed(flops / reference_flops, 3) if flops and reference_flops else "–",
                 numbers.duration(tokens / run.tokens_per_second) if run.tokens_per_second else "–",
