@@ -32,6 +32,8 @@ def fixed(value: float | None, digits: int = 3) -> str:
     """Fixed decimals with a real minus sign."""
     if value is None or math.isnan(value):
         return _MISSING
+    if abs(value) >= 10_000:
+        return whole(value)
     text = f"{value:.{digits}f}"
     return f"−{text[1:]}" if text.startswith("-") and float(text) else text.removeprefix("-")
 
@@ -90,5 +92,6 @@ def whole(value: float | None) -> str:
 
 
 def _significant(value: float, digits: int) -> str:
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    rounded = float(f"{abs(value):.{digits - 1}e}")  # 0.9996 has the decimals of the 1.00 it is written as
+    magnitude = math.floor(math.log10(rounded)) if rounded else 0
     return f"{value:.{max(0, digits - 1 - magnitude)}f}"
