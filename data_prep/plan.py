@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
             short = [str(value) if len(str(value)) < 60 else str(value)[:57] + "..." for value in (before, after)]
             found.append(f"{prefix}{key}: {short[0]} -> {short[1]}")
     return found
-
-
-def with_engine(plan: Plan, engine: dict[str, Any]) -> Plan:
-    """The plan with another engine (of the machine that works on it now)."""
-    return replace(plan, engine=engine)
 
 
 def _tuples(value: dict[str, Any]) -> dict[str, Any]:

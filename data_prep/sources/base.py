@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ class Group:
         return self.pieces is None
 
 
-class PieceReader:
+class PieceReader(ABC):
     """Base of all readers: yields the items of one piece.
 
     A reader lives as long as its worker works on the group, so that the next piece starts where the last one ended.
@@ -128,15 +129,15 @@ class PieceReader:
         self.lines = 0  # lines (rows, files) met in this piece
         self.file = ""  # file under way
 
+    @abstractmethod
     def items(self, piece: int) -> Iterator[Item]:
         """Items of piece number `piece`.
 
         Raises:
             SourceError: nothing more can be read from this group.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most readers hold nothing open between pieces)
         """Let go of open files."""
 
 

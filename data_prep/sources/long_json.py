@@ -152,7 +152,7 @@ class _Walker:
                         yield self._window[: match.start()]
                     self._window = self._window[match.end() :]
                     return
-                # A \uXXXX may be the first half of a surrogate pair: both stay together.
+                # An escaped character may be the first half of a surrogate pair: both stay together.
                 if match.start() + 12 > len(self._window):
                     safe = match.start()
                     break
