@@ -110,11 +110,6 @@ class Group:
     piece_bytes: int
     extra: dict[str, str | int] = field(default_factory=dict)
 
-    @property
-    def sequential(self) -> bool:
-        """Whether a later piece can be reached only by reading through the earlier ones."""
-        return self.pieces is None
-
 
 class PieceReader(ABC):
     """Base of all readers: yields the items of one piece.
