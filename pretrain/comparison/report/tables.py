@@ -270,18 +270,21 @@ def speed_table(results: Results, budget: float | None) -> Table:
 
 
 def skipped_table(results: Results) -> Table | None:
-    """What evaluation left out, each thing once; None when nothing was."""
-    rows = list(
-        dict.fromkeys(
-            (entry["task"] or entry["suite"], entry["why"], entry["how"])
-            for record in results.records
-            for entry in record.skipped
-        )
-    )
-    if not rows:
+    """What evaluation left out, each thing once, parts of one benchmark in one row; None when nothing was."""
+    parts: dict[tuple[str, str, str], set[str]] = {}
+    for record in results.records:
+        for entry in record.skipped:
+            task = entry["task"] or entry["suite"]
+            benchmark = next((name for name in TASK_NAMES if task.startswith(f"{name}_")), task)
+            parts.setdefault((benchmark, entry["why"], entry["how"]), set()).add(task)
+    if not parts:
         return None
+    rows = []
+    for (benchmark, why, how), tasks in parts.items():
+        name = TASK_NAMES.get(benchmark, benchmark)
+        rows.append([f"{name} ({len(tasks)} parts)" if len(tasks) > 1 else name, why, how])
     columns = [Column("Skipped", text=True), Column("Why", text=True), Column("How to get it", text=True)]
-    return Table("What was not measured", columns, [[TASK_NAMES.get(task, task), why, how] for task, why, how in rows])
+    return Table("What was not measured", columns, rows)
 
 
 TASK_NAMES = {
