@@ -28,6 +28,7 @@ from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
 from data_prep.shuffle import shuffle_source
 
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
+_UNFINISHED = re.compile(r"\.(?:train|validation|test)-\d{5,}-\d{5,}.*\.tmp")
 REJECTS = "rejects.jsonl"
 HELD_OUT = "held_out"
 # Rejects of these kinds mean that an unknown number of documents is lost.
@@ -207,11 +208,13 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
-    """Remove shards that no longer belong to the data set: beyond the maximum of tokens, or from before a shuffle."""
+    """Remove what does not belong to the data set: shards beyond the maximum of tokens or from before a shuffle, and
+    the unfinished files of workers that were killed.
+    """
     named = {shard.name for split in manifest.splits.values() for shard in split.shards}
     for path in folder.iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
-        if match and match[1] not in named:
+        if (match and match[1] not in named) or _UNFINISHED.fullmatch(path.name):
             path.unlink()
 
 
