@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
+from mor_model.initialization import Gathered, whole
 from mor_model.model import RecursiveTransformer
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"
 TIED_HEAD = "head.weight"
+# What may differ between stored weights and the network that starts from them: it changes no weight's meaning. Routers
+# are compared by their weights.
+_FREE = {"context_length", "init_std", "router", "kv_sharing", "document_masking", "reset_positions"}
 
 
 def save_weights(folder: str | Path, state_dict: Mapping[str, Tensor], config: ModelConfig) -> None:
@@ -62,16 +68,69 @@ def load_model(
         ) from None
     with torch.device("meta"):
         model = RecursiveTransformer(config)
-    expected = dict(model.state_dict())
-    if config.tie_embeddings:
-        del expected[TIED_HEAD]
-    _check_fit(folder, expected, tensors)
+    _check_fit(folder, _expected_shapes(model), {name: tensor.shape for name, tensor in tensors.items()})
     if config.tie_embeddings:
         tensors[TIED_HEAD] = tensors["embedding.weight"]
     model.load_state_dict(tensors, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.to(device=device, dtype=dtype).eval()
+
+
+def check_start(folder: str | Path, config: ModelConfig) -> None:
+    """Check, without reading a weight, that a network of `config` can start from what `save_weights` wrote.
+
+    Raises:
+        ConfigError: naming the file that is missing or damaged, or the first thing that differs.
+    """
+    folder = Path(folder)
+    stored, wanted = _read_config(folder / CONFIG_FILE).to_dict(), config.to_dict()
+    for key in wanted:
+        if key not in _FREE and stored[key] != wanted[key]:
+            raise ConfigError(
+                f"model.{key}: is {wanted[key]!r}, but the weights in {folder} are those of a network with "
+                f"{stored[key]!r}; use the same or start from other weights."
+            )
+    with _opened(folder / WEIGHTS_FILE) as file:
+        names = list(file.keys())
+        given = {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+    with torch.device("meta"):
+        model = RecursiveTransformer(config)
+    _check_fit(folder, _expected_shapes(model), given)
+
+
+def start_from(model: RecursiveTransformer, folder: str | Path, gathered: Gathered = whole) -> None:
+    """Fill a network in place with stored weights that `check_start` found to fit, one tensor at a time.
+
+    Args:
+        model: on every rank alike. folder: what `save_weights` wrote.
+        gathered: as for `mor_model.initialization.initialize`.
+    """
+    with _opened(Path(folder) / WEIGHTS_FILE) as file, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with gathered(parameter):
+                parameter.copy_(file.get_tensor(name))
+        buffers = dict(model.named_buffers())
+        for name in buffers.keys() & set(file.keys()):
+            buffers[name].copy_(file.get_tensor(name))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; name a folder that holds a saved model.") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy or export the model again.") from None
+
+
+def _expected_shapes(model: RecursiveTransformer) -> dict[str, torch.Size]:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del shapes[TIED_HEAD]
+    return shapes
 
 
 def _read_config(path: Path) -> ModelConfig:
@@ -86,16 +145,16 @@ def _read_config(path: Path) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
-def _check_fit(folder: Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _check_fit(folder: Path, expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
     missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or surplus:
         said = "; ".join(f"{what} {names[0]}" for what, names in (("missing", missing), ("unknown", surplus)) if names)
-        raise ConfigError(f"{folder}: {WEIGHTS_FILE} does not fit {CONFIG_FILE} ({said}); export the model again.")
-    for name, tensor in expected.items():
-        if tensor.shape != given[name].shape:
+        raise ConfigError(f"{folder}: {WEIGHTS_FILE} does not fit the network ({said}); export the model again.")
+    for name, shape in expected.items():
+        if shape != given[name]:
             raise ConfigError(
-                f"{folder}: {name} has shape {tuple(given[name].shape)} where {CONFIG_FILE} wants "
-                f"{tuple(tensor.shape)}; export the model again."
+                f"{folder}: {name} has shape {tuple(given[name])} where the network has {tuple(shape)}; export the "
+                "model again."
             )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from mor_model.config import ModelConfig
 from pretrain.environment import Ranks
+from pretrain.muon import Muon
 from pretrain.optimizer import build_optimizer
 from pretrain.recipe import Recipe
 
@@ -74,20 +75,28 @@ def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any])
     import deepspeed
 
     from mor_model import RecursiveTransformer
+    from mor_model.initialization import whole
+    from mor_model.weights import start_from
     from pretrain.ds_config import offload_device, zero_stage
 
     if zero_stage(ds_config) == 3:
         # Partitioned as it is built and filled one parameter at a time: no rank ever holds the whole network.
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
             model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
-        model.initialize(recipe.seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+        gathered = lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)  # noqa: E731
     else:
         model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
-        model.initialize(recipe.seed)
+        gathered = whole
+    if recipe.initial_weights is None:
+        model.initialize(recipe.seed, gathered)
+    else:
+        start_from(model, recipe.initial_weights, gathered)
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
-    optimizer = build_optimizer(model.named_parameters(), recipe.optim, offloaded=offloaded)
+    optimizer = build_optimizer(model, recipe.optim, offloaded=offloaded)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if isinstance(optimizer, Muon):
+        optimizer.attach(engine)
     if recipe.compile:
         engine.compile()
     return engine, peak_rates

@@ -161,7 +161,7 @@ class Trainer:
     def _forward_backward(self, state: TrainState, batch: StepBatch) -> tuple[dict[str, torch.Tensor], float | None]:
         """Run the micro-batches; returns this rank's means and, on a loss spike, the loss that was one."""
         seed_step(self.recipe.seed, state.step, self.ranks.rank)
-        capacities = self.plan.capacities.at(state.step) if self.plan.capacities is not None else None
+        capacities, depth = self.plan.recursion.capacities_at(state.step), self.plan.recursion.depth_at(state.step)
         count = len(batch.micro_batches)
         sums: dict[str, torch.Tensor] = {}
         spike = None
@@ -169,7 +169,11 @@ class Trainer:
             self.engine.set_gradient_accumulation_boundary(index == count - 1)
             with self.stopwatch.part("forward"):
                 output = self.engine(
-                    micro.inputs_BT, micro.labels_BT, documents_BT=micro.documents_BT, capacities=capacities
+                    micro.inputs_BT,
+                    micro.labels_BT,
+                    documents_BT=micro.documents_BT,
+                    capacities=capacities,
+                    depth=depth,
                 )
             parts = {"loss": output.loss.detach(), "lm_loss": output.lm_loss}
             parts |= {f"aux/{name}": value for name, value in output.aux.items()} | output.stats
@@ -203,8 +207,12 @@ class Trainer:
         for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates):
             group["lr"] = peak * factor
         if not self.engine.zero_optimization():
+            for parameter in self.engine.module.parameters():
+                # What took no part (while depth warms up) has a gradient of zero under the other stages.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             # Stage 0 has no check of its own. Gradients are already summed, so every rank sees the same ones.
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.engine.module.parameters()]
             norm = torch.nn.utils.get_total_norm(gradients)
             self.grad_norm = float(norm)
             if not torch.isfinite(norm):

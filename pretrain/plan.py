@@ -15,7 +15,7 @@ from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_sequence
 from pretrain.errors import RecipeError
 from pretrain.recipe import Recipe
-from pretrain.schedule import BatchSize, Capacities, LearningRate
+from pretrain.schedule import BatchSize, LearningRate, Recursion
 from pretrain.sections import Amount
 
 
@@ -49,7 +49,7 @@ class Plan:
     sequence_length: int
     batch: BatchSize
     learning_rate: LearningRate
-    capacities: Capacities | None
+    recursion: Recursion
     flops_per_sequence: float
     training_flops: float
     tokens: int
@@ -87,11 +87,13 @@ class Plan:
         }
 
 
-def training_flops_of_sequence(config: ModelConfig, length: int, capacities: tuple[float, ...] | None = None) -> float:
-    """Training FLOPs of one sequence when every recursion step takes its planned share of `length` tokens."""
-    if capacities is None:
+def training_flops_of_sequence(config: ModelConfig, length: int, shares: tuple[float, ...] | None = None) -> float:
+    """Training FLOPs of one sequence of `length` tokens; `shares` of them take each recursion step, rounded as by
+    top-k.
+    """
+    if shares is None:
         return flops_per_sequence(config, length).training
-    active = [float(max(1, int(capacity * length))) for capacity in capacities]
+    active = [float(max(1, int(share * length))) if share else 0.0 for share in shares]
     return flops_per_sequence(config, length, active=active).training
 
 
@@ -108,7 +110,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     smallest = recipe.budget.branches[0] if recipe.budget.branches else recipe.budget.amount
     smallest_steps = _solve(recipe, config, per_sequence, smallest)[0]
-    steps, batch, capacities = _solve(recipe, config, per_sequence, recipe.budget.amount)
+    steps, batch, recursion = _solve(recipe, config, per_sequence, recipe.budget.amount)
     convert = _Converter(recipe, per_sequence)
     rate = _learning_rate(recipe, convert, steps, smallest_steps)
     branches = []
@@ -127,9 +129,9 @@ def make_plan(recipe: Recipe) -> Plan:
         sequence_length=recipe.batch.sequence_length,
         batch=batch,
         learning_rate=rate,
-        capacities=capacities,
+        recursion=recursion,
         flops_per_sequence=per_sequence,
-        training_flops=_run_flops(config, recipe.batch.sequence_length, per_sequence, batch, capacities, steps),
+        training_flops=_run_flops(config, recipe.batch.sequence_length, per_sequence, batch, recursion, steps),
         tokens=batch.before(steps) * recipe.batch.sequence_length,
         checkpoint_every=convert(recipe.checkpoint.every, steps),
         keep_every=0 if keep_every is None else convert(keep_every, steps),
@@ -156,9 +158,7 @@ class _Converter:
         return length
 
 
-def _solve(
-    recipe: Recipe, config: ModelConfig, per_sequence: float, amount: float
-) -> tuple[int, BatchSize, Capacities | None]:
+def _solve(recipe: Recipe, config: ModelConfig, per_sequence: float, amount: float) -> tuple[int, BatchSize, Recursion]:
     """Steps nearest to `amount` of the budget's unit, with the warm-ups that go with so many steps."""
     unit = recipe.budget.unit
     length = recipe.batch.sequence_length
@@ -170,14 +170,14 @@ def _solve(
     steps = max(1, round(amount / per_full_step))
     # Warm-ups may be shares of the run, whose length depends on what the warm-ups cost: a few rounds settle it.
     for _ in range(8):
-        batch, capacities = _warmups(recipe, config, per_sequence, steps)
+        batch, recursion = _warmups(recipe, config, per_sequence, steps)
         if unit == "steps":
-            return steps, batch, capacities
-        warm = max(batch.warmup, capacities.warmup if capacities is not None else 0)
+            return steps, batch, recursion
+        warm = max(batch.warmup, recursion.warmup)
         if unit == "tokens":
             spent = float(batch.before(warm) * length)
         else:
-            spent = _run_flops(config, length, per_sequence, batch, capacities, warm)
+            spent = _run_flops(config, length, per_sequence, batch, recursion, warm)
         solved = max(1, warm + round((amount - spent) / per_full_step))
         if solved == steps:
             break
@@ -187,12 +187,10 @@ def _solve(
             f"budget.{unit}: {amount:g} is less than half an optimiser step ({per_full_step:g} {unit}); raise it or "
             "shrink the batch."
         )
-    return steps, batch, capacities
+    return steps, batch, recursion
 
 
-def _warmups(
-    recipe: Recipe, config: ModelConfig, per_sequence: float, steps: int
-) -> tuple[BatchSize, Capacities | None]:
+def _warmups(recipe: Recipe, config: ModelConfig, per_sequence: float, steps: int) -> tuple[BatchSize, Recursion]:
     convert = _Converter(recipe, per_sequence)
     full, start = recipe.batch.sequences, recipe.batch.warmup_from
     batch = BatchSize(full, full)
@@ -200,20 +198,21 @@ def _warmups(
         if full % start or (full // start) & (full // start - 1):
             raise RecipeError(f"batch.warmup_from: {start} must be sequences ({full}) halved a whole number of times.")
         batch = BatchSize(full, start, convert(recipe.batch.warmup, steps))
-    capacities = None
-    if recipe.capacity_warmup is not None and isinstance(config.router, ExpertChoiceConfig):
-        capacities = Capacities(config.capacities, convert(recipe.capacity_warmup.length, steps))
-    return batch, capacities
+    recursion = Recursion(
+        config.capacities,
+        capacity_warmup=0 if recipe.capacity_warmup is None else convert(recipe.capacity_warmup.length, steps),
+        depth_warmup=0 if recipe.depth_warmup is None else convert(recipe.depth_warmup.length, steps),
+    )
+    return batch, recursion
 
 
 def _run_flops(
-    config: ModelConfig, length: int, per_sequence: float, batch: BatchSize, capacities: Capacities | None, steps: int
+    config: ModelConfig, length: int, per_sequence: float, batch: BatchSize, recursion: Recursion, steps: int
 ) -> float:
-    warm = min(steps, capacities.warmup if capacities is not None else 0)
+    warm = min(steps, recursion.warmup)
     total = 0.0
     for step in range(warm):
-        assert capacities is not None
-        total += batch.at(step) * training_flops_of_sequence(config, length, capacities.at(step))
+        total += batch.at(step) * training_flops_of_sequence(config, length, recursion.active_at(step))
     return total + (batch.before(steps) - batch.before(warm)) * per_sequence
 
 

@@ -24,6 +24,7 @@ from pretrain.sections import (
     Checkpointing,
     Data,
     Deepspeed,
+    DepthWarmup,
     Evaluation,
     Faults,
     Limits,
@@ -38,11 +39,17 @@ from pretrain.sections import (
 
 
 class Recipe(Section):
-    """Everything a run needs; see the sections."""
+    """Everything a run needs; see the sections.
+
+    Attributes:
+        initial_weights: folder of weights that training starts from (`mor import` writes one, every finished run has
+            one) instead of random ones; the optimiser starts anew.
+    """
 
     name: str
     seed: Whole = 0
     model: dict[str, Any]
+    initial_weights: str | None = None
     data: Data
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -52,6 +59,7 @@ class Recipe(Section):
     checkpointing: Literal["none", "recursion", "layer", "selective"] = "recursion"
     compile: bool = False
     capacity_warmup: CapacityWarmup | None = None
+    depth_warmup: DepthWarmup | None = None
     deepspeed: Deepspeed = Deepspeed()
     checkpoint: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
@@ -103,6 +111,12 @@ class Recipe(Section):
         if self.capacity_warmup is not None and (config.router is None or config.router.kind != "expert_choice"):
             raise RecipeError(
                 "capacity_warmup: only expert-choice routing has capacities; remove it or choose such a router."
+            )
+        if self.depth_warmup is not None and config.recursions == 1:
+            raise RecipeError("depth_warmup: the network has one recursion step; remove it or raise model.recursions.")
+        if self.depth_warmup is not None and self.capacity_warmup is not None:
+            raise RecipeError(
+                "depth_warmup and capacity_warmup: both say how the recursion steps start; keep one of them."
             )
         return config
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_model.config import ModelConfig
+from mor_model.errors import ConfigError
 from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
 from pretrain.data import OpenedData, open_data
 from pretrain.ds_config import resolve_ds_config, zero_stage
@@ -81,6 +82,8 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     if recipe.precision == "fp16" and not accelerator_present():
         raise RecipeError("precision: fp16 wants a GPU, and this machine has none; use bf16, fp32 or auto.")
     config = recipe.network()
+    if recipe.initial_weights is not None:
+        _check_initial_weights(recipe.initial_weights, config)
     plan = make_plan(recipe)
     ds_config = resolve_ds_config(recipe, ranks.world_size)
     data = open_data(recipe, config, plan)
@@ -88,6 +91,15 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     prepared = Prepared(recipe, config, plan, ds_config, data, folder)
     _check_folder(prepared)
     return prepared
+
+
+def _check_initial_weights(folder: str, config: ModelConfig) -> None:
+    from mor_model.weights import check_start
+
+    try:
+        check_start(folder, config)
+    except ConfigError as error:
+        raise RecipeError(f"initial_weights: {error}") from None
 
 
 def is_finished(prepared: Prepared) -> bool:

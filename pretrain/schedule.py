@@ -1,4 +1,5 @@
-"""What changes from step to step as a pure function of the step number: learning rate, batch size, routing capacities.
+"""What changes from step to step as a pure function of the step number: learning rate, batch size, depth and
+capacities.
 
 Nothing here has state, so nothing of it needs a place in a checkpoint.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from mor_model.curriculum import capacity_at, depth_at
 
 
 def linear_decay(x: float) -> float:
@@ -87,18 +90,35 @@ class BatchSize:
 
 
 @dataclass(frozen=True)
-class Capacities:
-    """Expert-choice capacities of every step: from 1 to `final` along half a cosine over `warmup` steps.
+class Recursion:
+    """What every update tells the network about its recursion steps, see `mor_model.curriculum`.
 
-    Source: the capacity warm-up of Bae et al. 2025 (arXiv 2507.10524), appendix on routing.
+    Attributes:
+        capacities: planned share of the tokens at each recursion step, once nothing warms up any more.
+        capacity_warmup: updates over which expert-choice capacities fall from 1 to them.
+        depth_warmup: updates over which a depth that all tokens share grows from 1; routers decide after it.
     """
 
-    final: tuple[float, ...]
-    warmup: int
+    capacities: tuple[float, ...]
+    capacity_warmup: int = 0
+    depth_warmup: int = 0
 
-    def at(self, step: int) -> tuple[float, ...]:
-        """Capacity of every recursion step at update number `step` (from 0)."""
-        if step >= self.warmup:
-            return self.final
-        left = 0.5 * (1.0 + math.cos(math.pi * step / self.warmup))
-        return tuple(final + (1.0 - final) * left for final in self.final)
+    @property
+    def warmup(self) -> int:
+        """Updates until every one costs the same."""
+        return max(self.capacity_warmup, self.depth_warmup)
+
+    def capacities_at(self, step: int) -> tuple[float, ...] | None:
+        """Capacities of update number `step` (from 0); None where they are the network's own."""
+        return capacity_at(step, self.capacity_warmup, self.capacities) if step < self.capacity_warmup else None
+
+    def depth_at(self, step: int) -> int | None:
+        """Recursion steps that every token takes at update number `step` (from 0); None where routers decide."""
+        return depth_at(step, self.depth_warmup, len(self.capacities)) if step < self.depth_warmup else None
+
+    def active_at(self, step: int) -> tuple[float, ...]:
+        """Planned share of the tokens at each recursion step of update number `step` (from 0)."""
+        depth = self.depth_at(step)
+        if depth is not None:
+            return tuple(float(place < depth) for place in range(len(self.capacities)))
+        return self.capacities_at(step) or self.capacities

@@ -140,13 +140,17 @@ class Optim(Section):
     """The optimiser. Defaults are the paper's (arXiv 2507.10524, appendix on training).
 
     Attributes:
-        lr: peak learning rate.
+        name: `adamw`, or `muon`: Muon for the matrices inside the layers, AdamW for everything else, see
+            `pretrain.muon`.
+        lr: peak learning rate; Muon's updates are scaled to the size of AdamW's, so that it serves both.
+        momentum: Muon's; betas and eps are AdamW's.
         weight_decay: applied to matrices only; norms and other vectors are not decayed.
         grad_clip: largest global gradient norm; 0 switches clipping off.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Number = Field(default=3e-3, gt=0)
+    momentum: Number = Field(default=0.95, ge=0, lt=1)
     betas: Annotated[tuple[Number, Number], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
         0.9,
         0.95,
@@ -295,6 +299,14 @@ class Logging(Section):
 
 class CapacityWarmup(Section):
     """Expert-choice capacities start at 1 and reach the configured ones along a half cosine over `length`."""
+
+    length: Length
+
+
+class DepthWarmup(Section):
+    """All tokens take 1 recursion step at the start and one more at even distances until `length`; then routers decide
+    (all R steps without a router).
+    """
 
     length: Length
 

@@ -25,40 +25,97 @@ from pretrain.run_folder import RunFolder
 
 
 class Stopwatch:
-    """Seconds spent in the parts of a step. On CUDA the parts are timed by events and read when the step has ended."""
+    """Seconds spent in the parts of a step, each without the parts inside it.
+
+    On CUDA a part is timed by events on the stream that computes, read when the step has ended; parts on another stream
+    run beside it and are left out.
+
+    Attributes:
+        annotate: name the parts `step/NAME` in a profile that is being taken.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self.annotate = False
+        self._open: list[str] = []
         self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._taken: dict[str, float] = {}
+        self._events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time what runs inside as `name`."""
+        if self._cuda and torch.cuda.current_stream() != torch.cuda.default_stream():
+            yield
+            return
+        outer = self._open[-1] if self._open else None
+        self._open.append(name)
         if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
         else:
             began = time.perf_counter()
-            yield
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+        try:
+            if self.annotate:
+                with torch.profiler.record_function(f"step/{name}"):
+                    yield
+            else:
+                yield
+        finally:
+            self._open.pop()
+            if self._cuda:
+                end.record()
+                self._events.append((name, outer, start, end))
+            else:
+                self._add(name, outer, time.perf_counter() - began)
+
+    def total(self) -> dict[str, float]:
+        """Seconds per part since the beginning. The device must have finished the step."""
+        for name, outer, start, end in self._events:
+            self._add(name, outer, start.elapsed_time(end) / 1e3)
+        self._events = []
+        return dict(self._seconds)
 
     def take(self) -> dict[str, float]:
         """Seconds per part since the last call. The device must have finished the step."""
-        for name, start, end in self._events:
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1e3
-        seconds, self._seconds, self._events = self._seconds, {}, []
-        return seconds
+        before, self._taken = self._taken, self.total()
+        return {name: seconds - before.get(name, 0.0) for name, seconds in self._taken.items()}
+
+    def _add(self, name: str, outer: str | None, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if outer is not None:
+            self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory so far: allocated on the device, or resident in this process where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # On Linux ru_maxrss survives exec: a rank would report its launcher's peak where that was larger. VmHWM does not.
+    resident = _process_status("VmHWM")
+    if resident is not None:
+        return resident
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use: allocated on the device, or resident in this process where the device is the CPU (its peak where
+    the system does not tell).
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    resident = _process_status("VmRSS")
+    return peak_memory_bytes(device) if resident is None else resident
+
+
+def _process_status(name: str) -> int | None:
+    """A size from /proc/self/status in bytes; None where there is no such file or line."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    _, found, rest = text.partition(f"{name}:")
+    return int(rest.split()[0]) * 1024 if found else None
 
 
 class Telemetry:
@@ -150,7 +207,8 @@ class Telemetry:
     def _mirror(self, kind: str, values: dict[str, Any]) -> None:
         if self._wandb is None and self._tensorboard is None:
             return
-        prefix = f"{kind}/{values['source']}" if kind == "validation" else kind
+        name = values.get({"validation": "source", "evaluation": "suite"}.get(kind, ""))
+        prefix = f"{kind}/{name}" if name else kind
         flat = {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
         if self._wandb is not None:
             self._wandb.log(flat, step=values["step"])

@@ -20,11 +20,11 @@ LIMIT = 300e6
 def peak_of(*arguments: object) -> float:
     """Bytes of the largest resident set of `python -m data_prep ...` with one worker, which is the process itself."""
     code = (
-        "import runpy, resource, sys\n"
+        "import runpy, sys\n"
         "sys.argv[0] = 'data_prep'\n"
         "try:\n    runpy.run_module('data_prep', run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+        "print('peak', int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

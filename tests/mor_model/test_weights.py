@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from mor_model.config import ExpertChoiceConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
-from mor_model.weights import load_model, save_weights
+from mor_model.weights import check_start, load_model, save_weights, start_from
 from tests.mor_model.cases import random_batch, small_config, small_model
 
 CONFIGS = {
@@ -85,7 +86,7 @@ def test_a_truncated_file(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 23}, r"embedding\.weight has shape \(19, 8\) where model\.json wants \(23, 8\)"),
+        ({"vocab_size": 23}, r"embedding\.weight has shape \(19, 8\) where the network has \(23, 8\)"),
         ({"router": None}, "unknown router"),
         ({"tie_embeddings": False}, "missing head"),
         ({"vocab_sice": 19}, "did you mean 'vocab_size'"),
@@ -103,3 +104,43 @@ def test_a_configuration_that_is_no_json_object(saved, text):
     (saved / "model.json").write_text(text)
     with pytest.raises(ConfigError, match=r"model\.json"):
         load_model(saved)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_network_starts_from_stored_weights(name, tmp_path):
+    config = CONFIGS[name]
+    stored = small_model(config, seed=3)
+    save_weights(tmp_path, stored.state_dict(), config)
+    model = small_model(config, seed=4)
+    check_start(tmp_path, config)
+    start_from(model, tmp_path)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in stored.state_dict().items())
+    assert (model.head.weight is model.embedding.weight) == config.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 5e5}, r"model\.rope_theta: is 500000\.0, but the weights in .* 10000\.0"),
+        ({"router": None}, "unknown router"),
+        ({"router": ExpertChoiceConfig(capacities=(1.0, 0.5, 0.2), network="mlp")}, "missing router"),
+    ],
+)
+def test_weights_of_another_network_are_no_start(saved, change, message):
+    with pytest.raises(ConfigError, match=message):
+        check_start(saved, replace(CONFIGS["expert"], **change))
+
+
+def test_a_longer_context_and_another_coefficient_may_start_from_weights(saved):
+    router = ExpertChoiceConfig(capacities=(1.0, 0.7, 0.4), z_loss=0.1)
+    check_start(saved, replace(CONFIGS["expert"], context_length=CONFIGS["expert"].context_length * 2, router=router))
+
+
+def test_damaged_weights_are_no_start(saved):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        check_start(saved, CONFIGS["expert"])
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
+        check_start(saved, CONFIGS["expert"])

@@ -60,14 +60,34 @@ def test_warmups_are_paid_from_the_budget() -> None:
     config = build_recipe(recipe_values(Path("data"), Path("run"))).network()
     total, sequences = 0.0, 0
     for step in range(plan.steps):
-        assert plan.capacities is not None
-        active = [float(max(1, int(capacity * LENGTH))) for capacity in plan.capacities.at(step)]
+        capacities = plan.recursion.capacities_at(step) or config.capacities
+        active = [float(max(1, int(capacity * LENGTH))) for capacity in capacities]
         total += plan.batch.at(step) * flops_per_sequence(config, LENGTH, active=active).training
         sequences += plan.batch.at(step)
     assert plan.training_flops == pytest.approx(total)
     assert plan.tokens == sequences * LENGTH
     assert total == pytest.approx(1e11, rel=0.02)
     assert plan.batch.at(0) == 8 and plan.batch.at(plan.steps - 1) == 32
+
+
+@pytest.mark.parametrize("router", [{"kind": "expert_choice"}, {"kind": "token_choice"}, None])
+def test_a_depth_that_grows_costs_what_its_steps_cost(router: dict[str, str] | None) -> None:
+    """One step, then two, then what the router leaves: 3 recursions, so the warm-up has two stages."""
+    changed = ("budget.flops=1e10", "depth_warmup.length=0.5", f"model.router={router if router else 'null'}")
+    plan = plan_of(*changed)
+    config = build_recipe(recipe_values(Path("data"), Path("run")), changed).network()
+    length = plan.recursion.depth_warmup
+    assert length == pytest.approx(plan.steps / 2, abs=2)
+    depths = [plan.recursion.depth_at(step) for step in range(plan.steps)]
+    assert depths == [1 if 2 * s < length else 2 if s < length else None for s in range(plan.steps)]
+    total = 0.0
+    for step, depth in enumerate(depths):
+        active = {1: [LENGTH, 0, 0], 2: [LENGTH, LENGTH, 0]}.get(depth)
+        if active is None:
+            chosen = router is not None and router["kind"] == "expert_choice"
+            active = [max(1, int(c * LENGTH)) if chosen else c * LENGTH for c in config.capacities]
+        total += plan.batch.at(step) * flops_per_sequence(config, LENGTH, active=active).training
+    assert plan.training_flops == pytest.approx(total) == pytest.approx(1e10, rel=0.02)
 
 
 def test_branches_share_the_trunk_and_decay_on_their_own() -> None:

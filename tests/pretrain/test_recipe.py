@@ -75,6 +75,13 @@ def test_an_impossible_value_is_refused_by_name(values: dict[str, Any], override
     assert "\n" not in str(caught.value)
 
 
+def test_a_depth_warmup_wants_depth_and_no_other_warmup(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="one recursion step"):
+        build_recipe(values, ["depth_warmup.length=4", "model.router=null", "model.recursions=1", "model.sharing=none"])
+    with pytest.raises(RecipeError, match="keep one of them"):
+        build_recipe(values, ["depth_warmup.length=4", "capacity_warmup.length=4"])
+
+
 def test_a_capacity_warmup_wants_capacities(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="capacity_warmup"):
         build_recipe(values, ["capacity_warmup={length: 4}", "model.router=null"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.schedule import BatchSize, Capacities, LearningRate
+from pretrain.schedule import BatchSize, LearningRate, Recursion
 
 
 def test_warmup_stable_decay_by_hand() -> None:
@@ -61,9 +61,16 @@ def test_the_batch_doubles_up_to_its_size(doublings: int, warmup: int, start: in
 
 
 def test_capacities_start_at_one_and_end_as_configured() -> None:
-    capacities = Capacities((1.0, 2 / 3, 1 / 3), warmup=4)
-    assert capacities.at(0) == (1.0, 1.0, 1.0)
-    assert capacities.at(2) == pytest.approx((1.0, 5 / 6, 2 / 3))
-    assert capacities.at(4) == capacities.at(99) == (1.0, 2 / 3, 1 / 3)
+    recursion = Recursion((1.0, 2 / 3, 1 / 3), capacity_warmup=4)
+    assert recursion.capacities_at(0) == (1.0, 1.0, 1.0)
+    assert recursion.capacities_at(2) == pytest.approx((1.0, 5 / 6, 2 / 3))
+    assert recursion.capacities_at(4) is None and recursion.active_at(99) == (1.0, 2 / 3, 1 / 3)
     for step in range(4):
-        assert all(later <= now for now, later in zip(capacities.at(step), capacities.at(step + 1)))
+        assert all(later <= now for now, later in zip(recursion.active_at(step), recursion.active_at(step + 1)))
+
+
+def test_depth_grows_in_stages_and_then_routers_decide() -> None:
+    recursion = Recursion((1.0, 0.5, 0.25, 0.25), depth_warmup=6)
+    assert [recursion.depth_at(step) for step in range(8)] == [1, 1, 2, 2, 3, 3, None, None]
+    assert recursion.active_at(3) == (1.0, 1.0, 0.0, 0.0)
+    assert recursion.active_at(6) == (1.0, 0.5, 0.25, 0.25) and recursion.warmup == 6

@@ -12,9 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mor_model import RecursiveTransformer
 from mor_model.flops import flops_per_sequence
-from mor_model.weights import load_model
+from mor_model.weights import load_model, save_weights
+from pretrain.environment import Ranks
+from pretrain.errors import RecipeError
 from pretrain.recipe import build_recipe, load_recipe
+from pretrain.run import prepare
 from tests.data_prep.support import EOD
 from tests.pretrain.reference import plain_losses
 from tests.pretrain.support import (
@@ -81,6 +85,58 @@ def test_other_stages_train_like_one_plain_process(
     model = tiny_model(router={"kind": "token_choice", "balance": "loss"})
     values = recipe_values(tiny_data, tmp_path / "run", model=model, deepspeed=with_stage(tmp_path, stage))
     compare(two_ranks.train(tmp_path, values), values)
+
+
+@pytest.mark.parametrize(
+    ("stage", "model"),
+    [(3, tiny_model()), (2, tiny_model("recursive", sharing="middle_sequence")), (0, tiny_model("recursive"))],
+)
+def test_depth_grows_on_all_ranks_alike(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: int, model: dict[str, Any]
+) -> None:
+    """While depth is small, routers (and in a sequence the later layers) take no part and get no gradient."""
+    values = recipe_values(
+        tiny_data,
+        tmp_path / "run",
+        model=model,
+        depth_warmup={"length": 6},
+        budget={"steps": 9},
+        deepspeed=with_stage(tmp_path, stage),
+    )
+    run = two_ranks.train(tmp_path, values)
+    compare(run, values)
+    active = [record["active"] for record in metrics(run, "train")]
+    assert active[:6] == [[1.0, 0.0, 0.0]] * 3 + [[1.0, 1.0, 0.0]] * 3
+    assert all(share > 0 for share in active[6])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_starts_from_given_weights(tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: int) -> None:
+    """Weights drawn with the recipe's seed and given as a folder train like those the run draws itself."""
+    values = recipe_values(tiny_data, tmp_path / "drawn", deepspeed=with_stage(tmp_path, stage), budget={"steps": 7})
+    recipe = build_recipe(values)
+    for folder, seed in (("same", recipe.seed), ("other", recipe.seed + 1)):
+        model = RecursiveTransformer(recipe.network())
+        model.initialize(seed)
+        save_weights(tmp_path / folder, model.state_dict(), recipe.network())
+    drawn = losses(two_ranks.train(tmp_path, values))
+    given = {**values, "run_dir": str(tmp_path / "given"), "initial_weights": str(tmp_path / "same")}
+    assert losses(two_ranks.train(tmp_path, given)) == drawn
+    different = {**values, "run_dir": str(tmp_path / "third"), "initial_weights": str(tmp_path / "other")}
+    assert losses(two_ranks.train(tmp_path, different)) != drawn
+
+
+def test_weights_of_another_network_are_refused_before_training(tmp_path: Path, tiny_data: Path) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", initial_weights=str(tmp_path / "weights"))
+    other = build_recipe(recipe_values(tiny_data, tmp_path / "run", model=tiny_model(rope_theta=5e5))).network()
+    model = RecursiveTransformer(other)
+    model.initialize(0)
+    save_weights(tmp_path / "weights", model.state_dict(), other)
+    alone = Ranks(0, 1, 0, 1, 0, "127.0.0.1", 29500, "python")
+    with pytest.raises(RecipeError, match=r"initial_weights: model\.rope_theta"):
+        prepare(build_recipe(values), alone)
+    with pytest.raises(RecipeError, match=r"initial_weights: .*missing"):
+        prepare(build_recipe({**values, "initial_weights": str(tmp_path / "none")}), alone)
 
 
 def test_one_rank_and_bf16(tmp_path: Path, tiny_data: Path, one_rank: Workers, two_ranks: Workers) -> None:
