@@ -181,6 +181,8 @@ def resolve_ds_config(recipe: Recipe, world_size: int, values: Mapping[str, Any]
         given[key] = value
     _resolve_precision(recipe, where, given)
     _check_stage(recipe, where, given)
+    if recipe.optim.name == "muon":
+        _admit_muon(recipe, where, given)
     given.setdefault("steps_per_print", None)
     return given
 
@@ -246,6 +248,23 @@ def _check_stage(recipe: Recipe, where: str, given: Mapping[str, Any]) -> None:
                 f"{where}: zero_optimization.{section}.nvme_path: {path!r} is not a folder; name one on a local NVMe "
                 "disk."
             )
+
+
+def _admit_muon(recipe: Recipe, where: str, given: dict[str, Any]) -> None:
+    offloaded = [s for s in ("offload_optimizer", "offload_param") if offload_device(given, s) != "none"]
+    if offloaded:
+        raise RecipeError(
+            f"{where}: zero_optimization.{offloaded[0]} keeps matrices off the device, where Muon cannot put them "
+            "together; use zero0 to zero3, or optim.name adamw."
+        )
+    if recipe.checkpoint.universal:
+        raise RecipeError(
+            "checkpoint.universal: DeepSpeed's converter knows Adam's states only, so a run with Muon goes on with the "
+            "number of ranks it began with; remove it, or use optim.name adamw."
+        )
+    if zero_stage(given):
+        # DeepSpeed's word for any optimiser that it did not bring itself.
+        given["zero_allow_untested_optimizer"] = True
 
 
 def _batch_advice(start: int, micro: int, world: int) -> str:

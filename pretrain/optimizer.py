@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from mor_model import RecursiveTransformer
+from pretrain.muon import Muon, is_hidden_matrix, stacked_rows
 from pretrain.sections import Optim
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: Optim) -> list[dict[str, Any]]:
-    """Split parameters into matrices, which decay, and vectors (norm scales, biases), which do not.
+def parameter_groups(model: RecursiveTransformer, optim: Optim) -> list[dict[str, Any]]:
+    """Split parameters into matrices, which decay, and vectors (norm scales, biases), which do not; Muon's matrices
+    come first, with their momentum.
 
     Every group's `lr` is its peak; the loop multiplies it by the schedule's factor each step. A parameter that several
     modules share counts once.
     """
+    hidden: list[torch.nn.Parameter] = []
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
-    seen: set[int] = set()
-    for _, parameter in named_parameters:
-        if id(parameter) in seen or not parameter.requires_grad:
-            continue
-        seen.add(id(parameter))
-        # Under ZeRO-3 a partitioned parameter is empty; its own shape is kept beside it.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) >= 2 else vectors).append(parameter)
+    for name, parameter in model.named_parameters():
+        shape = full_shape(parameter)
+        if optim.name == "muon" and is_hidden_matrix(name, shape):
+            hidden.append(parameter)
+        else:
+            (matrices if len(shape) >= 2 else vectors).append(parameter)
     groups = [
+        {"params": hidden, "weight_decay": optim.weight_decay, "lr": optim.lr, "momentum": optim.momentum},
         {"params": matrices, "weight_decay": optim.weight_decay, "lr": optim.lr},
         {"params": vectors, "weight_decay": 0.0, "lr": optim.lr},
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: Optim, *, offloaded: bool
-) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`: torch's fused kernel, or DeepSpeed's CPU kernel where optimiser states are
-    offloaded.
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter. Under ZeRO-3 a partitioned one is empty; its own shape is kept beside it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def build_optimizer(model: RecursiveTransformer, optim: Optim, *, offloaded: bool) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `parameter_groups`: Muon, or AdamW with torch's fused kernel, or with DeepSpeed's
+    CPU kernel where optimiser states are offloaded.
     """
-    groups = parameter_groups(named_parameters, optim)
+    groups = parameter_groups(model, optim)
+    if optim.name == "muon":
+        rows = {
+            id(parameter): stacked_rows(name, full_shape(parameter), model.config)
+            for name, parameter in model.named_parameters()
+            if is_hidden_matrix(name, full_shape(parameter))
+        }
+        return Muon(groups, rows, betas=optim.betas, eps=optim.eps)
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
