@@ -41,7 +41,7 @@ class Plan:
         steps: optimiser updates; sequence_length: T.
         flops_per_sequence: training FLOPs of one sequence at the configured capacities.
         training_flops, tokens: of the whole run, warm-ups included.
-        checkpoint_every, keep_every, evaluate_every: in steps; 0 is never.
+        checkpoint_every, keep_every, evaluate_every, suites_every: in steps; 0 is never.
         anneal: steps at the end over which the mixture's weights move.
     """
 
@@ -56,6 +56,7 @@ class Plan:
     checkpoint_every: int
     keep_every: int
     evaluate_every: int
+    suites_every: int
     anneal: int
     branches: tuple[Branch, ...]
     parameters: dict[str, int]
@@ -82,6 +83,7 @@ class Plan:
             "decay_steps": self.learning_rate.decay,
             "checkpoint_every": self.checkpoint_every,
             "evaluate_every": self.evaluate_every,
+            "suites_every": self.suites_every,
             "branches": [dataclasses.asdict(branch) for branch in self.branches],
             **data,
         }
@@ -123,7 +125,7 @@ def make_plan(recipe: Recipe) -> Plan:
             "budget.branches: only the wsd schedule can branch off a decay; set schedule.kind to wsd or drop the "
             "branches."
         )
-    keep_every = recipe.checkpoint.keep_every
+    keep_every, suites = recipe.checkpoint.keep_every, recipe.evaluation.suites
     return Plan(
         steps=steps,
         sequence_length=recipe.batch.sequence_length,
@@ -136,6 +138,7 @@ def make_plan(recipe: Recipe) -> Plan:
         checkpoint_every=convert(recipe.checkpoint.every, steps),
         keep_every=0 if keep_every is None else convert(keep_every, steps),
         evaluate_every=convert(recipe.evaluation.every, steps),
+        suites_every=0 if suites is None else convert(suites.every, steps),
         anneal=min(steps, convert(recipe.data.anneal, steps)),
         branches=tuple(branches),
         parameters=dataclasses.asdict(count_parameters(config)),

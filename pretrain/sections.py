@@ -109,6 +109,9 @@ class Data(Section):
         path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the
             two.
         anneal: the last part of the run over which weights move to `final_weight`; 0 switches it off.
+        packing: `concat` cuts the stream of documents into sequences; `best-fit` reads those that
+            `mor prep tokenize --packing best-fit` arranged, whose padding is neither predicted nor routed. Validation
+            reads concatenated text either way, so that the two are compared on the same tokens.
         verify: `structure` compares file sizes with the manifest at every start, `checksums` reads every byte.
         skip_samples: ranges [first, last] of sample numbers that are left out, such as those a non-finite step named.
     """
@@ -116,6 +119,7 @@ class Data(Section):
     path: str | None = None
     sources: Annotated[tuple[Source, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
     anneal: Length = 0
+    packing: Literal["concat", "best-fit"] = "concat"
     verify: Literal["structure", "checksums"] = "structure"
     skip_samples: Annotated[
         tuple[tuple[Whole, Whole], ...],
@@ -272,16 +276,38 @@ class Checkpointing(Section):
     universal: bool = False
 
 
+class Suites(Section):
+    """Evaluation suites during training, such as WikiText perplexity and few-shot tasks; see `mor eval`.
+
+    Attributes:
+        names: suites, as `mor eval --suite` takes them.
+        every: distance between evaluations; 0 evaluates at the end only.
+        limit: at most so many documents or questions of each task; None takes all.
+        text_bytes: UTF-8 bytes of held-out text that `perplexity` reads.
+    """
+
+    names: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = Field(
+        min_length=1
+    )
+    every: Length = 0.25
+    limit: Whole | None = Field(default=100, ge=1)
+    text_bytes: Whole = Field(default=100_000, ge=1)
+
+
 class Evaluation(Section):
-    """Validation loss during training, on the validation split, with causal and top-k routing.
+    """Validation loss during training, on the validation split, with causal and top-k routing; and suites.
 
     Attributes:
         every: distance between evaluations; 0 evaluates at the end only.
         sequences: how many sequences of each source; the same ones every time.
+        max_share: an evaluation is left out when evaluating would take more than this share of the time since the
+            start, were it to cost what it did the last time; that at the end is never left out. None: no cap.
     """
 
     every: Length = 0.1
     sequences: Whole = Field(default=64, ge=1)
+    suites: Suites | None = None
+    max_share: Number | None = Field(default=None, gt=0, lt=1)
 
 
 class Logging(Section):
