@@ -75,14 +75,21 @@ def chunked_cross_entropy(
             be predicted.
         chunk_tokens: tokens per chunk; None fits a chunk's logits into `CHUNK_ELEMENTS`.
 
+    Positions without a label cost nothing where no gradient is wanted.
+
     Returns:
         (sum of the negative log-likelihoods in nats, differentiable; the N of them, detached, 0 where ignored), both
         at least fp32.
     """
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
     with_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    total, losses_N = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk, with_gradient)
-    return total, losses_N.detach()
+    if with_gradient:
+        total, losses_N = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk, True)
+        return total, losses_N.detach()
+    # An answer is scored after a long context without labels, and the head may be most of a small network.
+    counted_N = labels_N != IGNORED_LABEL
+    total, losses_M = _ChunkedCrossEntropy.apply(hidden_ND[counted_N], weight_VD, labels_N[counted_N], chunk, False)
+    return total, losses_M.new_zeros(labels_N.shape).masked_scatter(counted_N, losses_M)
 
 
 class Head(nn.Module):

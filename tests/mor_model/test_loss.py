@@ -30,6 +30,22 @@ def test_equals_cross_entropy_of_whole_logits(tokens, vocabulary, width, chunk, 
     torch.testing.assert_close(total, expected.sum())
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        scored, each = chunked_cross_entropy(hidden, weight, labels, chunk)
+    torch.testing.assert_close(each, expected.detach())
+    torch.testing.assert_close(scored, expected.detach().sum())
+
+
+def test_scoring_spends_the_head_on_labels_alone(monkeypatch):
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(loss_module.F, "linear", lambda x, w: rows.append(x.shape[0]) or linear(x, w))
+    labels = torch.full((3, 20), -100)
+    labels[1, 17:] = 4
+    config = small_config()
+    with torch.no_grad():
+        small_model(config).head(torch.randn(3, 20, config.hidden_size), labels)
+    assert rows == [3]
 
 
 def test_whole_logits_are_never_in_memory():
