@@ -8,13 +8,15 @@ not depend on the world size: the global batch is cut into micro-batches in orde
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+
+from mor_model.loss import IGNORED_LABEL
 
 SkipRanges = tuple[tuple[int, int], ...]
 
@@ -43,11 +45,15 @@ class MicroBatch:
         inputs_BT, labels_BT: int64; labels are the inputs' successors.
         documents_BT: int64 number of each token's document within its sequence; None unless the network masks
             documents.
+        valid_BT: False on padding; None where there is none.
+        labelled: positions with a label; padding has none (-100).
     """
 
     inputs_BT: torch.Tensor
     labels_BT: torch.Tensor
     documents_BT: torch.Tensor | None
+    valid_BT: torch.Tensor | None
+    labelled: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class StepBatch:
     samples: tuple[int, ...]
     next_position: int
     micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def labelled(self) -> int:
+        """Positions with a label in this rank's share."""
+        return sum(micro_batch.labelled for micro_batch in self.micro_batches)
 
 
 def take_samples(position: int, count: int, skipped: SkipRanges) -> tuple[tuple[int, ...], int]:
@@ -116,14 +127,16 @@ class BatchReader:
         world_size: int,
         device: torch.device,
         end_of_document: int | None,
+        padding: int | None = None,
     ) -> None:
-        """`end_of_document` is the token that ends a document where the network masks documents, else None."""
+        """`end_of_document` and `padding`: see `make_micro_batch`."""
         self._source = source
         self._micro_batch = micro_batch
         self._rank = rank
         self._world_size = world_size
         self._device = device
         self._end_of_document = end_of_document
+        self._padding = padding
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, SkipRanges], Future[StepBatch]] | None = None
 
@@ -149,19 +162,25 @@ class BatchReader:
         micro_batches = []
         for places in rank_share(count, self._micro_batch, self._rank, self._world_size):
             rows = [self._source.sequence(samples[place]) for place in places]
-            micro_batches.append(make_micro_batch(rows, self._end_of_document, pin=self._device.type == "cuda"))
+            pin = self._device.type == "cuda"
+            micro_batches.append(make_micro_batch(rows, self._end_of_document, self._padding, pin=pin))
         return StepBatch(samples, next_position, tuple(micro_batches))
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self._device, non_blocking=True)
-
-        documents = move(batch.documents_BT) if batch.documents_BT is not None else None
-        return MicroBatch(move(batch.inputs_BT), move(batch.labels_BT), documents)
+        return _map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
 
 
-def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, pin: bool = False) -> MicroBatch:
-    """Stack sequences of T+1 tokens into inputs and labels; number the documents where `end_of_document` is given."""
+def make_micro_batch(
+    rows: Sequence[np.ndarray], end_of_document: int | None, padding: int | None = None, pin: bool = False
+) -> MicroBatch:
+    """Stack sequences of T+1 tokens into inputs and labels.
+
+    Args:
+        end_of_document: token that ends a document, to number documents by, where the network masks them; else None.
+        padding: the same token where sequences are packed best-fit: where it follows itself it is padding
+            (`data_prep.packed.PackedDataset.is_padding`), which is neither predicted nor routed; else None.
+        pin: into memory that a device can copy from while it computes.
+    """
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     documents = None
@@ -169,7 +188,25 @@ def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, pi
         # A document ends WITH its end token, so the number rises at the position after it.
         ends = (inputs == end_of_document).long()
         documents = ends.cumsum(1) - ends
-    if pin:
-        inputs, labels = inputs.pin_memory(), labels.pin_memory()
-        documents = documents.pin_memory() if documents is not None else None
-    return MicroBatch(inputs, labels, documents)
+    valid = None
+    if padding is not None:
+        filling = torch.zeros_like(tokens, dtype=torch.bool)
+        filling[:, 1:] = (tokens[:, 1:] == padding) & (tokens[:, :-1] == padding)
+        labels[filling[:, 1:]] = IGNORED_LABEL
+        # What is left of a cut document may be its end alone: it looks like padding, but the next document follows it.
+        valid = ~filling[:, :-1] | (labels != IGNORED_LABEL)
+        valid = None if bool(valid.all()) else valid
+    labelled = int((labels != IGNORED_LABEL).sum()) if padding is not None else labels.numel()
+    batch = MicroBatch(inputs, labels, documents, valid, labelled)
+    return _map_tensors(batch, torch.Tensor.pin_memory) if pin else batch
+
+
+def _map_tensors(batch: MicroBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    documents, valid = batch.documents_BT, batch.valid_BT
+    return MicroBatch(
+        change(batch.inputs_BT),
+        change(batch.labels_BT),
+        None if documents is None else change(documents),
+        None if valid is None else change(valid),
+        batch.labelled,
+    )

@@ -56,7 +56,8 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
         dataset = open_dataset(source.path, "train", recipe.data.verify)
         dataset = dataset if source.subset is None else dataset.only(source.subset)
         _check_fit(dataset, config, source.path, length)
-        datasets.append(MixtureSource(source.label, dataset))
+        stream = dataset.packed(length) if recipe.data.packing == "best-fit" else dataset
+        datasets.append(MixtureSource(source.label, stream))
     mixture = Mixture(datasets, length, _phases(sources, plan), recipe.seed)
     digests = [
         f"{source.label} {source.subset} {part.dataset.manifest_digest}" for source, part in zip(sources, datasets)

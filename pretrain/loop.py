@@ -22,11 +22,12 @@ from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.engine import seed_step
 from pretrain.environment import Ranks
 from pretrain.errors import RunError
+from pretrain.hooks import EvaluationHooks
 from pretrain.plan import Plan
+from pretrain.profiling import StepProfiler
 from pretrain.recipe import Recipe
 from pretrain.signals import Request, StopRequest
-from pretrain.telemetry import Stopwatch, Telemetry, peak_memory_bytes
-from pretrain.validation import Validator
+from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
 from pretrain.watchdog import Watchdog
 
 
@@ -44,25 +45,38 @@ class StepReport:
 
     Attributes:
         scalars, vectors: means over all micro-batches by name (`active_R`: share of tokens per recursion step).
-        memory: peak bytes of every rank; request: the strongest of any rank; written: every rank's checkpoint files
-            are.
+        memory, peaks: bytes in use on every rank, and the most so far; 0 on steps that are not recorded.
+        request: the strongest of any rank; written: every rank's checkpoint files are.
     """
 
     scalars: dict[str, float]
     vectors: dict[str, list[float]]
     memory: list[int]
+    peaks: list[int]
     request: Request
     written: bool
 
 
 @dataclass
 class Interval:
-    """What has been done since the last training record; time for validation and checkpoints is left out."""
+    """What has been done since the last training record; time for evaluation and checkpoints is left out.
+
+    Attributes:
+        flops: what the model needs; hardware_flops: also what activation checkpointing computes again.
+    """
 
     since: float
     steps: int = 0
     tokens: int = 0
     flops: float = 0.0
+    hardware_flops: float = 0.0
+
+    def add(self, tokens: int, flops: float, hardware_flops: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.tokens += tokens
+        self.flops += flops
+        self.hardware_flops += hardware_flops
 
 
 class Trainer:
@@ -80,16 +94,18 @@ class Trainer:
         peak_rates: list[float],
         reader: BatchReader,
         source: SampleSource,
-        validator: Validator,
+        evaluation: EvaluationHooks,
         store: CheckpointStore,
         telemetry: Telemetry,
         stop: StopRequest,
         watchdog: Watchdog,
         peak_flops: float | None,
+        stopwatch: Stopwatch,
+        profiler: StepProfiler | None,
     ) -> None:
         """`peak_flops` is one rank's, None where unknown."""
         self.recipe, self.config, self.plan, self.ranks, self.device = recipe, config, plan, ranks, device
-        self.engine, self.reader, self.source, self.validator = engine, reader, source, validator
+        self.engine, self.reader, self.source, self.evaluation = engine, reader, source, evaluation
         self.store, self.telemetry, self.stop, self.watchdog, self.peak_flops = (
             store,
             telemetry,
@@ -97,7 +113,7 @@ class Trainer:
             watchdog,
             peak_flops,
         )
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch, self.profiler = stopwatch, profiler
         self.peak_rates = peak_rates
 
     def train(self, state: TrainState) -> Outcome:
@@ -111,13 +127,15 @@ class Trainer:
         while state.step < plan.steps:
             step = state.step
             self.watchdog.beat(f"step {step}")
+            if self.profiler is not None:
+                self.profiler.before(step + 1)
             with self.stopwatch.part("data"):
                 following = plan.batch.at(step + 1) if step + 1 < plan.steps else 0
                 batch = self.reader.read(state.position, plan.batch.at(step), state.skipped, following)
             sums, spike = self._forward_backward(state, batch)
             with self.stopwatch.part("optimizer"):
                 applied = self._update(step)
-            report = self._add_up(sums)
+            report = self._add_up(sums, recorded=self._is_recorded(step + 1))
             if "counts_R" in report.vectors:
                 # Whole tokens again, so that rounding of the mean cannot decide which way a bias moves.
                 micro_batches = len(batch.micro_batches) * self.ranks.world_size
@@ -127,24 +145,19 @@ class Trainer:
             state.step += 1
             state.position = batch.next_position
             tokens = len(batch.samples) * plan.sequence_length
-            flops = self._count_flops(report, len(batch.samples))
+            flops, hardware_flops = self._count_flops(report, len(batch.samples))
             state.tokens, state.flops = state.tokens + tokens, state.flops + flops
-            interval.steps, interval.tokens, interval.flops = (
-                interval.steps + 1,
-                interval.tokens + tokens,
-                interval.flops + flops,
-            )
+            interval.add(tokens, flops, hardware_flops)
+            if self.profiler is not None and (table := self.profiler.after(state.step)) is not None:
+                telemetry.say(table)
             if spike is not None and self._handle_spike(state, batch, spike):
                 continue
             self._judge(state, batch, report, applied, spike)
 
-            if state.step % self.recipe.logging.every == 0 or state.step in (1, plan.steps):
+            if self._is_recorded(state.step):
                 self._log(state, report, interval)
                 interval = Interval(time.perf_counter())
-            if self._due(state.step, plan.evaluate_every):
-                began = time.perf_counter()
-                self._validate(state)
-                interval.since += time.perf_counter() - began
+            interval.since += self.evaluation.run(state)
             if self.store.writing and report.written:
                 self._finish_checkpoint(state)
             if self._checkpoint_due(state.step) or report.request:
@@ -163,6 +176,7 @@ class Trainer:
         seed_step(self.recipe.seed, state.step, self.ranks.rank)
         capacities, depth = self.plan.recursion.capacities_at(state.step), self.plan.recursion.depth_at(state.step)
         count = len(batch.micro_batches)
+        mean_labels = self._mean_labels(batch)
         sums: dict[str, torch.Tensor] = {}
         spike = None
         for index, micro in enumerate(batch.micro_batches):
@@ -172,10 +186,14 @@ class Trainer:
                     micro.inputs_BT,
                     micro.labels_BT,
                     documents_BT=micro.documents_BT,
+                    valid_BT=micro.valid_BT if self.config.router is not None else None,
                     capacities=capacities,
                     depth=depth,
+                    loss_normalizer=mean_labels,
                 )
             parts = {"loss": output.loss.detach(), "lm_loss": output.lm_loss}
+            if mean_labels is not None:
+                parts["lm_loss"] = output.lm_loss * (micro.labelled / mean_labels)
             parts |= {f"aux/{name}": value for name, value in output.aux.items()} | output.stats
             for name, value in parts.items():
                 value = value.double() / count
@@ -190,6 +208,17 @@ class Trainer:
                 # Scaled here, because the number of micro-batches changes during a batch-size warm-up.
                 self.engine.backward(loss, scale_wrt_gas=False)
         return sums, spike
+
+    def _mean_labels(self, batch: StepBatch) -> torch.Tensor | None:
+        """Labels of a micro-batch in the mean over this step and all ranks, by which each one's loss is divided so
+        that the gradient is that of the whole batch; None where every position has a label.
+        """
+        if self.recipe.data.packing == "concat":
+            return None
+        labels = torch.tensor(float(batch.labelled), device=self.device)
+        with self.stopwatch.part("communication"):
+            dist.all_reduce(labels)
+        return labels / (len(batch.micro_batches) * self.ranks.world_size)
 
     def _find_spike(self, state: TrainState, loss: torch.Tensor) -> float | None:
         faults = self.recipe.faults
@@ -225,14 +254,16 @@ class Trainer:
         self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return not self.engine.optimizer.overflow
 
-    def _add_up(self, sums: dict[str, torch.Tensor]) -> StepReport:
+    def _add_up(self, sums: dict[str, torch.Tensor], recorded: bool) -> StepReport:
         """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its
         checkpoint.
         """
         names = sorted(sums)
         world = self.ranks.world_size
-        memory = torch.zeros(world, dtype=torch.float64, device=self.device)
-        memory[self.ranks.rank] = peak_memory_bytes(self.device)
+        memory = torch.zeros(2 * world, dtype=torch.float64, device=self.device)
+        if recorded:
+            memory[self.ranks.rank] = memory_bytes(self.device)
+            memory[world + self.ranks.rank] = peak_memory_bytes(self.device)
         requests = torch.zeros(len(Request), dtype=torch.float64, device=self.device)
         requests[int(self.stop.poll())] = 1
         written = memory.new_tensor([float(self.store.written)])
@@ -250,14 +281,19 @@ class Trainer:
                 vectors[name] = part
             else:
                 scalars[name] = part[0]
-        asked = [request for request in Request if flat[place + world + request]]
-        peaks = [int(peak) for peak in flat[place : place + world]]
-        return StepReport(scalars, vectors, peaks, max(asked), flat[-1] == world)
+        asked = [request for request in Request if flat[place + 2 * world + request]]
+        sizes = [int(size) for size in flat[place : place + 2 * world]]
+        return StepReport(scalars, vectors, sizes[:world], sizes[world:], max(asked), flat[-1] == world)
 
-    def _count_flops(self, report: StepReport, sequences: int) -> float:
+    def _count_flops(self, report: StepReport, sequences: int) -> tuple[float, float]:
+        """Training FLOPs of the step, and with what activation checkpointing computes again.
+
+        A sequence counts with its whole length: padding of packed sequences is computed too.
+        """
         length = self.plan.sequence_length
         active = [share * length for share in report.vectors["active_R"]]
-        return sequences * flops_per_sequence(self.config, length, active=active).training
+        count = flops_per_sequence(self.config, length, active=active)
+        return sequences * count.training, sequences * count.hardware(self.recipe.checkpointing)
 
     def _handle_spike(self, state: TrainState, batch: StepBatch, loss: float) -> bool:
         """Tell of a loss spike, whose update was left out; True when the run went back to its last checkpoint."""
@@ -322,7 +358,9 @@ class Trainer:
         seconds, steps = time.perf_counter() - interval.since, interval.steps
         values: dict[str, Any] = dict(report.scalars)
         aux = {name.removeprefix("aux/"): values.pop(name) for name in list(values) if name.startswith("aux/")}
-        utilisation = interval.flops / seconds / (self.peak_flops * self.ranks.world_size) if self.peak_flops else None
+        possible = self.peak_flops * self.ranks.world_size * seconds if self.peak_flops else None
+        active = report.vectors["active_R"]
+        drawn = self.source.drawn(state.position)
         planned = self.plan.training_flops * state.step / self.plan.steps
         self.telemetry.record(
             "train",
@@ -336,35 +374,33 @@ class Trainer:
                 "aux": aux,
                 "grad_norm": self.grad_norm,
                 "lr": self.engine.optimizer.param_groups[0]["lr"],
+                "lr_groups": [group["lr"] for group in self.engine.optimizer.param_groups],
                 "tokens_per_second": interval.tokens / seconds,
-                "mfu": utilisation,
+                "mfu": interval.flops / possible if possible else None,
+                "hfu": interval.hardware_flops / possible if possible else None,
+                "flops_per_second": interval.flops / seconds,
+                "hardware_flops_per_second": interval.hardware_flops / seconds,
                 "step_seconds": seconds / steps,
                 "parts": {name: part / steps for name, part in self.stopwatch.take().items()},
-                "memory_peak_bytes": max(report.memory),
-                "memory_peak_bytes_per_rank": report.memory,
-                "active": report.vectors["active_R"],
+                "memory_bytes_per_rank": report.memory,
+                "memory_peak_bytes": max(report.peaks),
+                "memory_peak_bytes_per_rank": report.peaks,
+                "active": active,
+                "depth_share": [taken - further for taken, further in zip(active, [*active[1:], 0.0])],
                 "epochs": self.source.epochs(state.position),
-                "samples": self.source.drawn(state.position),
+                "samples": drawn,
+                "source_share": {name: count / sum(drawn.values()) for name, count in drawn.items()},
                 **{name: vector for name, vector in report.vectors.items() if name != "active_R"},
                 **values,
             },
         )
         self.telemetry.progress(state.step, report.scalars["lm_loss"], interval.tokens / seconds, seconds / steps)
 
-    def _validate(self, state: TrainState) -> None:
-        self.watchdog.beat(f"validation after step {state.step}")
-        records = self.validator.run()
-        for record in records:
-            self.telemetry.record(
-                "validation", {"step": state.step, "tokens": state.tokens, "flops": state.flops, **record}
-            )
-        if records:
-            mean = sum(record["loss_causal"] for record in records) / len(records)
-            if state.best_validation is None or mean < state.best_validation[0]:
-                state.best_validation = (mean, state.step)
-
     def _due(self, step: int, every: int) -> bool:
         return step == self.plan.steps or (every > 0 and step % every == 0)
+
+    def _is_recorded(self, step: int) -> bool:
+        return step % self.recipe.logging.every == 0 or step in (1, self.plan.steps)
 
     def _checkpoint_due(self, step: int) -> bool:
         log_spaced = self.recipe.checkpoint.log_spaced and step & (step - 1) == 0

@@ -77,6 +77,7 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
         RecipeError, DataError, RunError: one sentence on what to change.
     """
     from pretrain.engine import resolve_precision
+    from pretrain.hooks import check_suites_of
 
     recipe = recipe.model_copy(update={"precision": resolve_precision(recipe.precision)})
     if recipe.precision == "fp16" and not accelerator_present():
@@ -90,6 +91,7 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     folder = RunFolder(recipe.run_folder)
     prepared = Prepared(recipe, config, plan, ds_config, data, folder)
     _check_folder(prepared)
+    check_suites_of(recipe)
     return prepared
 
 
@@ -152,8 +154,12 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def execute(prepared: Prepared, ranks: Ranks) -> int:
-    """Train (or go on training) a prepared run and its branches; returns the exit code. Collective over all ranks."""
+def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None = None) -> int:
+    """Train (or go on training) a prepared run and its branches; returns the exit code. Collective over all ranks.
+
+    Args:
+        profiled: first and last step to profile, counted from 1.
+    """
     import deepspeed
     import torch
 
@@ -167,7 +173,7 @@ def execute(prepared: Prepared, ranks: Ranks) -> int:
         try:
             require_agreement(identity(prepared))
             with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:
-                code = _train_one(prepared, ranks, device, stop, watchdog)
+                code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
                 for branch in prepared.plan.branches:
                     if code != EXIT_FINISHED:
                         break
@@ -187,6 +193,7 @@ def _train_one(
     watchdog: Watchdog,
     trunk: Prepared | None = None,
     start: int = 0,
+    profiled: tuple[int, int] | None = None,
 ) -> int:
     """Train one run unless it is finished; `trunk` and `start` are where a branch comes from."""
     from pretrain.agreement import on_first_rank
@@ -204,7 +211,7 @@ def _train_one(
     if not on_first_rank(begin):
         return EXIT_FINISHED
     try:
-        return _train(prepared, ranks, device, stop, watchdog)
+        return _train(prepared, ranks, device, stop, watchdog, profiled)
     except UserError as error:
         if ranks.rank == 0:
             status = {key: value for key, value in folder.status().items() if key in ("step", "steps")}
@@ -212,13 +219,23 @@ def _train_one(
         raise
 
 
-def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, watchdog: Watchdog) -> int:
+def _train(
+    prepared: Prepared,
+    ranks: Ranks,
+    device: Any,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    profiled: tuple[int, int] | None,
+) -> int:
     from pretrain.batches import BatchReader, merge_ranges
     from pretrain.checkpoint import CheckpointStore, TrainState, select_checkpoint
+    from pretrain.communication import timed_collectives
     from pretrain.engine import build_engine, peak_flops
     from pretrain.export import export_weights
+    from pretrain.hooks import EvaluationHooks, SuiteRunner, held_out_texts
     from pretrain.loop import Trainer
-    from pretrain.telemetry import Telemetry, rewind_metrics
+    from pretrain.profiling import StepProfiler
+    from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, rewind_metrics
     from pretrain.validation import Validator
 
     recipe, config, plan, data, folder = (
@@ -234,6 +251,7 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
     ds_config = prepared.ds_config
     if selected is not None and selected.universal:
         ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
+    memory_before = memory_bytes(device)
     engine, peak_rates = build_engine(recipe, config, ds_config)
     store = CheckpointStore(
         folder.checkpoints,
@@ -245,6 +263,11 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
     )
     state = store.load(selected) if selected is not None else TrainState()
     state.skipped = merge_ranges(state.skipped, recipe.data.skip_samples)
+    stopwatch = Stopwatch(device)
+    profiler = None
+    if profiled is not None:
+        profiler = StepProfiler(folder.path / "profile", profiled, device=device, rank=ranks.rank, stopwatch=stopwatch)
+        profiler.check(state.step, plan.steps)
     if first:
         rewind_metrics(folder, state.step)
     telemetry = Telemetry(folder, recipe, plan.steps, active=first)
@@ -252,7 +275,13 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         telemetry.say(warning)
         telemetry.event("warning", state.step, text=warning)
     if first:
-        telemetry.event("started", state.step, world_size=ranks.world_size, launcher=ranks.launcher)
+        telemetry.event(
+            "started",
+            state.step,
+            world_size=ranks.world_size,
+            launcher=ranks.launcher,
+            memory_bytes=memory_before,
+        )
         telemetry.say(_headline(prepared, ranks, state.step))
         folder.write_json(folder.status_file, {"state": "running", "step": state.step, "steps": plan.steps})
     end_of_document = data.end_of_document if config.document_masking else None
@@ -263,6 +292,7 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         world_size=ranks.world_size,
         device=device,
         end_of_document=end_of_document,
+        padding=data.end_of_document if recipe.data.packing == "best-fit" else None,
     )
     validator = Validator(
         engine,
@@ -272,6 +302,24 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         routed=config.router is not None,
         end_of_document=end_of_document,
         device=device,
+    )
+    suites = None
+    if recipe.evaluation.suites is not None:
+        suites = SuiteRunner(
+            engine,
+            recipe.evaluation.suites,
+            folder=folder,
+            tokenizer=data.tokenizer,
+            texts=held_out_texts(recipe),
+            device=device,
+        )
+    evaluation = EvaluationHooks(
+        plan=plan,
+        max_share=recipe.evaluation.max_share,
+        validator=validator,
+        suites=suites,
+        telemetry=telemetry,
+        beat=watchdog.beat,
     )
     trainer = Trainer(
         recipe=recipe,
@@ -283,15 +331,18 @@ def _train(prepared: Prepared, ranks: Ranks, device: Any, stop: StopRequest, wat
         peak_rates=peak_rates,
         reader=reader,
         source=data.source,
-        validator=validator,
+        evaluation=evaluation,
         store=store,
         telemetry=telemetry,
         stop=stop,
         watchdog=watchdog,
         peak_flops=peak_flops(device),
+        stopwatch=stopwatch,
+        profiler=profiler,
     )
     try:
-        outcome = trainer.train(state)
+        with timed_collectives(stopwatch):
+            outcome = trainer.train(state)
         if outcome.state == "finished":
             export_weights(engine, config, folder.weights)
             telemetry.event("finished", state.step, flops=state.flops, tokens=state.tokens)

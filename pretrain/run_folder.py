@@ -4,11 +4,12 @@ recipe.yaml       the resolved recipe, complete
 model.json        the network's configuration
 environment.json  versions, commit, host, device, world size, launcher
 plan.json         steps, tokens and FLOPs as planned
-metrics.jsonl     one JSON object a line, told apart by "kind": train, validation, event
+metrics.jsonl     one JSON object a line, told apart by "kind": train, validation, evaluation, event
 checkpoints/      step-00000100/ ... and latest
 weights/          final weights in plain torch (model.safetensors, model.json)
 tokenizer/        the tokenizer the run was trained with
-evaluation/       <suite>.json
+evaluation/       <suite>.json of the final weights; step-00000100/<suite>.json of suites during training
+profile/          traces and tables of profiled steps
 status.json       running, finished, stopped or failed, and at which step
 """
 

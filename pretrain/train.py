@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_dir=options.run_dir,
             print_only=options.print,
             dry_run=options.dry_run,
+            profile=options.profile,
         )
     except (UserError, DataError, ConfigError) as error:
         # The first rank of every node speaks: a missing file may be missing on one node alone.
@@ -56,8 +57,12 @@ def train(
     run_dir: str | None = None,
     print_only: bool = False,
     dry_run: bool = False,
+    profile: str | None = None,
 ) -> int:
     """Run one recipe on this rank; returns the exit code.
+
+    Args:
+        profile: steps to profile, such as `5-7`.
 
     Raises:
         UserError, DataError, ConfigError: one sentence for a person, before or during training.
@@ -67,8 +72,10 @@ def train(
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="")
         return EXIT_FINISHED
+    from pretrain.profiling import parse_steps
     from pretrain.run import execute, is_finished, prepare
 
+    profiled = parse_steps(profile) if profile is not None else None
     prepared = prepare(recipe, ranks)
     if dry_run:
         from pretrain.dry_run import describe
@@ -80,7 +87,7 @@ def train(
         if ranks.rank == 0:
             print(f"{recipe.name}: already finished; its weights are in {prepared.folder.weights}. Nothing to do.")
         return EXIT_FINISHED
-    return execute(prepared, ranks)
+    return execute(prepared, ranks, profiled)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -89,6 +96,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", metavar="FOLDER", help="run folder, instead of the recipe's")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, estimate memory and time, and stop")
+    parser.add_argument("--profile", metavar="STEPS", help="profile these steps (5-7, counted from 1)")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values to replace")

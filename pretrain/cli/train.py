@@ -20,10 +20,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, estimate memory and time, and stop.")
     ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="STEPS", help="Profile these steps (5-7, counted from 1) into RUN/profile."),
+    ] = None,
 ) -> None:
     """Train RECIPE, or go on where it stopped. On several devices: deepspeed pretrain/train.py --config RECIPE."""
     from pretrain.environment import prepare_environment
     from pretrain.train import train as run
 
     ranks = prepare_environment()
-    raise typer.Exit(run(recipe, overrides or [], ranks, run_dir=run_dir, print_only=print_only, dry_run=dry_run))
+    code = run(recipe, overrides or [], ranks, run_dir=run_dir, print_only=print_only, dry_run=dry_run, profile=profile)
+    raise typer.Exit(code)

@@ -37,9 +37,9 @@ def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict
     assert recipe.data.path is not None and steps is not None
     warmup, decay = recipe.schedule.warmup, recipe.schedule.decay
     assert isinstance(warmup, int) and isinstance(decay, int)
-    data = Mixture(
-        [MixtureSource("data", open_dataset(recipe.data.path))], length, [Phase(0, {"data": 1.0})], recipe.seed
-    )
+    dataset = open_dataset(recipe.data.path)
+    packed = dataset.packed(length) if recipe.data.packing == "best-fit" else None
+    data = Mixture([MixtureSource("data", packed or dataset)], length, [Phase(0, {"data": 1.0})], recipe.seed)
     losses, norms = [], []
     for step in range(steps):
         tokens = torch.from_numpy(data.batch(step * size, size).astype("int64"))
@@ -48,7 +48,15 @@ def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict
             growing = recipe.depth_warmup.length
             assert isinstance(growing, int) and config.recursions == 3
             depth = 1 if step < growing / 2 else 2 if step < growing else None
-        loss = model(tokens[:, :-1], tokens[:, 1:], depth=depth).loss
+        inputs, labels, more = tokens[:, :-1], tokens[:, 1:], {}
+        if config.document_masking:
+            ends = (inputs == dataset.eod_id).long()
+            more["documents_BT"] = ends.cumsum(1) - ends
+        if packed is not None:
+            padding = torch.from_numpy(packed.is_padding(tokens.numpy()))
+            labels = labels.masked_fill(padding[:, 1:], -100)
+            more["valid_BT"] = ~(padding[:, :-1] & padding[:, 1:])
+        loss = model(inputs, labels, depth=depth, **more).loss
         loss.backward()
         for parameter in model.parameters():
             if parameter.grad is None:

@@ -1,0 +1,230 @@
+"""Evaluation while training: validation loss and suites on their schedules, what they cost, and a cap on that.
+
+Suites are those of `mor eval`, on the network as it is after a step, with causal routing. All ranks take part: windows
+are dealt out over them, and under ZeRO-3 every rank runs as many forward passes as every other. Results lie in
+RUN/evaluation/step-00000100/<suite>.json, their headline figures in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import TrainState
+from pretrain.errors import RecipeError
+from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
+from pretrain.plan import Plan
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
+from pretrain.sections import Suites
+from pretrain.telemetry import Telemetry
+from pretrain.validation import Validator
+
+Records = list[tuple[str, dict[str, Any]]]
+Beat = Callable[[str], None]
+
+
+class SuiteRunner:
+    """Evaluates the network in training on the recipe's suites.
+
+    Args:
+        engine: DeepSpeed's; suites: which, and how many questions of each.
+        folder: where results go; tokenizer: its folder; texts: held-out documents, for the suites that read them.
+        device: where the network computes.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        suites: Suites,
+        *,
+        folder: RunFolder,
+        tokenizer: Path,
+        texts: Sequence[Path],
+        device: torch.device,
+    ) -> None:
+        from data_prep.tokenizers import load_tokenizer
+        from pretrain.evaluation.evaluate import Settings, most_text
+        from pretrain.evaluation.held_out import read_documents
+
+        self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._settings = Settings(limit=suites.limit, text_bytes=suites.text_bytes)
+        self._documents = read_documents(texts, most_text(self._settings))[0] if texts else []
+
+    def run(self, state: TrainState, beat: Beat) -> Records:
+        """One record per suite; collective. `beat` is told that the evaluation moves on."""
+        from pretrain.evaluation.evaluate import evaluate_model
+
+        def moving(suite: str) -> Callable[[int, int], None]:
+            return lambda done, total: beat(f"{suite} after step {state.step}: {done} of {total} tokens")
+
+        results = evaluate_model(
+            self._engine.module,
+            self._tokenizer,
+            self._suites.names,
+            documents=self._documents,
+            settings=self._settings,
+            device=self._device,
+            progress=moving,
+        )
+        place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
+        if rank_and_world()[0] == 0:
+            folder = self._folder.evaluation / f"step-{state.step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for suite, result in results.items():
+                self._folder.write_json(folder / f"{suite}.json", {**result, **place})
+        return [("evaluation", _headline(suite, result)) for suite, result in results.items()]
+
+
+class EvaluationHooks:
+    """What a run measures of itself after a step, on its schedules.
+
+    Args:
+        plan: says when; max_share: see `sections.Evaluation`.
+        validator: validation loss; suites: None evaluates on none.
+        beat: the watchdog's.
+        clock: seconds since some moment.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        max_share: float | None,
+        validator: Validator,
+        suites: SuiteRunner | None,
+        telemetry: Telemetry,
+        beat: Beat,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._plan, self._max_share, self._validator, self._suites = plan, max_share, validator, suites
+        self._telemetry, self._beat, self._clock = telemetry, beat, clock
+        self._began = clock()
+        self._spent = 0.0
+        self._last: dict[str, float] = {}
+
+    def run(self, state: TrainState) -> float:
+        """Measure what is due after `state.step` steps; returns the seconds that took. Collective.
+
+        The best validation loss so far is kept in `state`.
+        """
+        began = self._clock()
+        if self._due(state.step, self._plan.evaluate_every):
+            self._measure("validation", state, lambda: self._validate(state))
+        if self._suites is not None and self._due(state.step, self._plan.suites_every):
+            suites = self._suites
+            self._measure("suites", state, lambda: suites.run(state, self._beat))
+        return self._clock() - began
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self._plan.steps or (every > 0 and step % every == 0)
+
+    def _measure(self, name: str, state: TrainState, action: Callable[[], Records]) -> None:
+        # What a run ends with is what it is for, whatever it costs.
+        if state.step < self._plan.steps and not self._affordable(name, state.step):
+            return
+        self._beat(f"{name} after step {state.step}")
+        began = self._clock()
+        records = action()
+        ended = self._clock()
+        self._last[name] = ended - began
+        self._spent += ended - began
+        share = self._spent / (ended - self._began) if ended > self._began else 0.0
+        place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
+        for kind, record in records:
+            self._telemetry.record(kind, {**place, **record, "evaluation_share": share})
+
+    def _affordable(self, name: str, step: int) -> bool:
+        """Whether the share of this start's time that evaluation takes would stay under the cap, were it to cost what
+        it did the last time. Rank 0's clock decides for all.
+        """
+        if self._max_share is None or name not in self._last:
+            return True
+        last = self._last[name]
+        share = (self._spent + last) / (self._clock() - self._began + last)
+        if from_rank_zero(share <= self._max_share):
+            return True
+        self._telemetry.event("evaluation_skipped", step, what=name, share=share, max_share=self._max_share)
+        self._telemetry.say(
+            f"Step {step}: {name} left out; with it, evaluation would take {share:.1%} of the time "
+            f"(evaluation.max_share is {self._max_share:.1%})."
+        )
+        return False
+
+    def _validate(self, state: TrainState) -> Records:
+        records = self._validator.run()
+        if records:
+            mean = sum(record["loss_causal"] for record in records) / len(records)
+            if state.best_validation is None or mean < state.best_validation[0]:
+                state.best_validation = (mean, state.step)
+        return [("validation", record) for record in records]
+
+
+def held_out_texts(recipe: Recipe) -> list[Path]:
+    """Files of held-out documents that the recipe's suites read; none where no suite reads any.
+
+    Raises:
+        RecipeError: a data set has no such file.
+    """
+    from pretrain.evaluation.held_out import TEST_FILE
+    from pretrain.evaluation.suites import HELD_OUT_SUITES
+
+    suites = recipe.evaluation.suites
+    if suites is None or not set(suites.names) & set(HELD_OUT_SUITES):
+        return []
+    folders = dict.fromkeys(source.path for source in recipe.data.sources) or {str(recipe.data.path): None}
+    files = [Path(folder) / TEST_FILE for folder in folders]
+    for file in files:
+        if not file.is_file():
+            raise RecipeError(
+                f"evaluation.suites: {', '.join(HELD_OUT_SUITES)} read held-out documents, but {file} is missing; "
+                "prepare the data set with a test split, or drop these suites."
+            )
+    return files
+
+
+def check_suites_of(recipe: Recipe) -> None:
+    """Refuse suites that could not run, before anything is trained.
+
+    Raises:
+        RecipeError: a suite's questions, or the held-out text it reads, are not on this machine. UserError: an unknown
+            suite, with the nearest known one.
+    """
+    suites = recipe.evaluation.suites
+    if suites is None:
+        return
+    from pretrain.evaluation.harness import plan_tasks
+    from pretrain.evaluation.suites import benchmarks, check_suites, shared_evaluation_data
+
+    held_out_texts(recipe)
+    for name in check_suites(suites.names):
+        if name not in benchmarks():
+            continue
+        plan = plan_tasks(benchmarks()[name], shared_evaluation_data(), hub=False)
+        if not plan.local:
+            raise RecipeError(
+                f"evaluation.suites: {name} has no questions on this machine ({plan.skipped[0]['why']}); set "
+                "MOR_SHARED_DATA to a folder with eval/, or drop the suite."
+            )
+
+
+def _headline(suite: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.jsonl keeps of a suite: its summary and the one figure that stands for it."""
+    summary = result["tasks"].get(suite, {})
+    primary = result["primary"] or {}
+    return {
+        "suite": suite,
+        "routing": summary.get("routing", "causal"),
+        "metric": primary.get("metric"),
+        "value": primary.get("value"),
+        "stderr": primary.get("stderr"),
+        "n": summary.get("n", 0),
+        "metrics": summary.get("metrics", {}),
+        "skipped": len(result["skipped"]),
+        "seconds": result["seconds"],
+    }

@@ -1,0 +1,159 @@
+"""Suites while training: the figures of `mor eval`, on all ranks, without changing the run; their cost and its cap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data_prep.tokenizers import load_tokenizer
+from pretrain.checkpoint import TrainState
+from pretrain.errors import RecipeError, UserError
+from pretrain.evaluation.evaluate import evaluate_run
+from pretrain.hooks import EvaluationHooks, check_suites_of
+from pretrain.recipe import build_recipe
+from pretrain.run_folder import RunFolder
+from tests.data_prep.writing import run as tokenize
+from tests.data_prep.writing import write_jsonl
+from tests.evaluation.runs import train_tokenizer
+from tests.evaluation.test_own_suite import prose
+from tests.pretrain.support import LENGTH, Workers, losses, metrics, recipe_values, tiny_model
+
+
+@pytest.fixture(scope="module")
+def prose_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with a tokenizer and held-out text."""
+    folder = tmp_path_factory.mktemp("prose")
+    source = write_jsonl(folder / "prose.jsonl", [prose(seed, 5 + seed % 40) for seed in range(80)])
+    tokenizer = train_tokenizer(folder / "tokenizer") / "tokenizer.model"
+    tokenize([source], folder / "data", tokenizer, validation=0.05, test=0.1)
+    return folder / "data"
+
+
+def values_of(data: Path, run: Path, **evaluation: Any) -> dict[str, Any]:
+    vocabulary = load_tokenizer(data / "tokenizer").vocab_size
+    return recipe_values(
+        data,
+        run,
+        model=tiny_model(vocab_size=vocabulary),
+        budget={"steps": 8},
+        evaluation={"every": 0, "sequences": 2, **evaluation},
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, prose_data: Path, two_ranks: Workers) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    suites = {"names": ["perplexity", "own"], "every": 4, "limit": 5}
+    return two_ranks.train(folder, values_of(prose_data, folder / "run", suites=suites))
+
+
+def test_suites_during_training_are_what_evaluating_the_weights_gives(
+    tmp_path: Path, prose_data: Path, evaluated: Path, two_ranks: Workers
+) -> None:
+    records = metrics(evaluated, "evaluation")
+    assert [(r["step"], r["suite"]) for r in records] == [(4, "perplexity"), (4, "own"), (8, "perplexity"), (8, "own")]
+    # What lies beside the steps' folders are results of the final weights, which reports read.
+    assert not list((evaluated / "evaluation").glob("*.json"))
+    final = evaluate_run(RunFolder(evaluated), ["perplexity", "own"], limit=5)
+    for record in records[2:]:
+        suite, task = record["suite"], final[record["suite"]]["tasks"][record["suite"]]
+        file = evaluated / "evaluation" / "step-00000008" / f"{suite}.json"
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        assert stored["tasks"][suite]["metrics"] == pytest.approx(task["metrics"], rel=1e-4)
+        assert stored["step"] == 8 and stored["tokens"] == record["tokens"] == 8 * 8 * LENGTH
+        assert record["metrics"] == stored["tasks"][suite]["metrics"] and record["n"] == task["n"]
+        assert record["value"] == record["metrics"][record["metric"]] and record["routing"] == "causal"
+        assert record["seconds"] > 0 and 0 < record["evaluation_share"] < 1
+    assert records[2]["value"] < records[0]["value"], "it learns"
+    plain = two_ranks.train(tmp_path, values_of(prose_data, tmp_path / "plain"))
+    assert losses(plain) == losses(evaluated), "evaluating changes nothing"
+
+
+@pytest.mark.slow
+def test_benchmarks_run_in_the_loop(tmp_path: Path, prose_data: Path, two_ranks: Workers, shared_data: Path) -> None:
+    suites = {"names": ["wikitext", "lambada", "hellaswag"], "every": 8, "limit": 3}
+    run = two_ranks.train(tmp_path, values_of(prose_data, tmp_path / "run", suites=suites))
+    records = {record["suite"]: record for record in metrics(run, "evaluation")}
+    assert records.keys() == set(suites["names"])
+    final = evaluate_run(RunFolder(run), suites["names"], limit=3)
+    for suite, record in records.items():
+        assert record["n"] == 3 and record["metrics"] == pytest.approx(
+            final[suite]["tasks"][suite]["metrics"], rel=1e-4
+        )
+    assert {"word_perplexity", "bits_per_byte", "token_perplexity"} <= records["wikitext"]["metrics"].keys()
+
+
+def hooks_with_costs(validation: float, between: float, cap: float | None) -> tuple[EvaluationHooks, list[Any], Any]:
+    """Hooks due at every step, whose validation takes `validation` seconds and every step `between`."""
+    now = SimpleNamespace(time=0.0, told=[])
+
+    def measure() -> list[dict[str, Any]]:
+        now.time += validation
+        return [{"source": "a", "loss_causal": 10.0 - now.time, "loss_topk": 0.0}]
+
+    class Recorder:
+        def record(self, kind: str, values: dict[str, Any]) -> None:
+            now.told.append((kind, values["step"], values["evaluation_share"]))
+
+        def event(self, event: str, step: int, **values: Any) -> None:
+            now.told.append((event, step, values["share"]))
+
+        def say(self, text: str) -> None:
+            assert "evaluation.max_share" in text
+
+    plan = SimpleNamespace(steps=8, evaluate_every=1, suites_every=0)
+    hooks = EvaluationHooks(
+        plan=plan,  # type: ignore[arg-type]
+        max_share=cap,
+        validator=SimpleNamespace(run=measure),  # type: ignore[arg-type]
+        suites=None,
+        telemetry=Recorder(),  # type: ignore[arg-type]
+        beat=lambda doing: None,
+        clock=lambda: now.time,
+    )
+    for step in range(1, 9):
+        now.time += between
+        state = TrainState(step=step)
+        assert hooks.run(state) in (0.0, validation)
+    return hooks, now.told, state
+
+
+def test_the_cap_holds_except_at_the_end() -> None:
+    _, told, _ = hooks_with_costs(validation=1.0, between=1.0, cap=0.3)
+    # The first is not known beforehand; then 2 of 4 s, 2 of 5, 2 of 6 (0.33) would be too much, 2 of 7 is not.
+    assert [(kind, step) for kind, step, _ in told] == [
+        ("validation", 1),
+        ("evaluation_skipped", 2),
+        ("evaluation_skipped", 3),
+        ("evaluation_skipped", 4),
+        ("validation", 5),
+        ("evaluation_skipped", 6),
+        ("evaluation_skipped", 7),
+        ("validation", 8),
+    ]
+    assert [share for _, _, share in told[:5]] == pytest.approx([1 / 2, 2 / 4, 2 / 5, 2 / 6, 2 / 7])
+    _, told, state = hooks_with_costs(validation=1.0, between=1.0, cap=None)
+    assert [kind for kind, _, _ in told] == ["validation"] * 8
+    assert state.best_validation == (10.0 - 16.0, 8)
+
+
+def test_suites_that_cannot_run_are_refused_before_training(
+    tmp_path: Path, prose_data: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(data: Path, *names: str) -> None:
+        check_suites_of(build_recipe(recipe_values(data, tmp_path / "run", evaluation={"suites": {"names": [*names]}})))
+
+    check(prose_data, "perplexity")
+    with pytest.raises(RecipeError, match=r"test\.jsonl\.zst is missing"):
+        check(tiny_data, "perplexity")
+    with pytest.raises(UserError, match="did you mean 'wikitext'"):
+        check(prose_data, "wikitxt")
+    monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
+    with pytest.raises(RecipeError, match="hellaswag has no questions"):
+        check(prose_data, "hellaswag")
+    with pytest.raises(RecipeError, match=r"evaluation\.suites\.names"):
+        check(prose_data)

@@ -1,0 +1,198 @@
+"""What a run tells about itself: parts of a step, communication, profiles, mirrors, the progress line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mor_model.flops import flops_per_sequence
+from pretrain.communication import timed_collectives
+from pretrain.errors import LaunchError
+from pretrain.profiling import parse_steps
+from pretrain.recipe import build_recipe, load_recipe
+from pretrain.run_folder import RunFolder
+from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
+from tests.pretrain.support import LENGTH, Workers, metrics, recipe_values, write_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still until a test moves it."""
+    now = SimpleNamespace(time=0.0)
+    monkeypatch.setattr("pretrain.telemetry.time", SimpleNamespace(perf_counter=lambda: now.time))
+    return now
+
+
+def test_a_part_does_not_count_what_lies_in_parts_inside_it(clock: SimpleNamespace) -> None:
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        with watch.part("backward"):
+            clock.time += 3
+            with watch.part("communication"):
+                clock.time += 1
+                with watch.part("communication"):
+                    clock.time += 0.5
+            clock.time += 2
+    assert watch.take() == {"backward": 10, "communication": 3}
+    with watch.part("forward"):
+        clock.time += 1
+    assert watch.take() == {"backward": 0, "communication": 0, "forward": 1}
+    assert watch.total() == {"backward": 10, "communication": 3, "forward": 1}
+
+
+def test_collectives_and_waiting_for_them_are_communication(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Work:
+        def wait(self) -> str:
+            clock.time += 4
+            return "done"
+
+        def is_completed(self) -> bool:
+            return True
+
+    class Backend:
+        def all_reduce(self, tensor: int, async_op: bool = False) -> Work | None:
+            clock.time += 1
+            return Work() if async_op else None
+
+    from deepspeed.comm import comm
+
+    backend = Backend()
+    monkeypatch.setattr(comm, "cdb", backend)
+    watch = Stopwatch(CPU)
+    with timed_collectives(watch), watch.part("backward"):
+        clock.time += 10
+        assert comm.cdb.all_reduce(7) is None
+        work = comm.cdb.all_reduce(7, async_op=True)
+        clock.time += 20
+        assert work.is_completed() and work.wait() == "done"
+    assert watch.take() == {"backward": 30, "communication": 6}
+    assert not vars(backend), "DeepSpeed's functions are its own again"
+
+
+def test_memory_is_that_of_this_process() -> None:
+    block = bytearray(b"x" * (64 << 20))
+    now, peak = memory_bytes(CPU), peak_memory_bytes(CPU)
+    assert 0 < now <= peak
+    del block
+    assert memory_bytes(CPU) < now - (60 << 20) and peak_memory_bytes(CPU) >= now
+
+
+def test_steps_to_profile() -> None:
+    assert parse_steps("5-7") == (5, 7) and parse_steps("3") == (3, 3)
+    for wrong in ("", "0", "7-5", "a-b", "3-", "-3", "1.5"):
+        with pytest.raises(LaunchError, match="such as 5-7"):
+            parse_steps(wrong)
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, two_ranks: Workers) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("profiled")
+    values = recipe_values(tiny_data, folder / "run", logging={"every": 4, "tensorboard": True, "wandb": "offline"})
+    recipe = write_recipe(folder / "r.yaml", values)
+    code, printed = two_ranks.run("--config", str(recipe), "--profile", "3-5")
+    assert code == 0, printed
+    return folder / "run", printed
+
+
+def test_a_profile_says_where_the_time_went(profiled: tuple[Path, str]) -> None:
+    run, printed = profiled
+    folder = run / "profile" / "steps-3-5"
+    table = (folder / "table.txt").read_text(encoding="utf-8")
+    assert table.strip() in printed
+    for rank in range(2):
+        with gzip.open(folder / f"rank-{rank:05d}.trace.json.gz", "rt", encoding="utf-8") as stream:
+            events = json.load(stream)["traceEvents"]
+        names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        # Two micro-batches a step on each rank, three steps.
+        assert names.count("step/forward") == names.count("step/backward") == 6
+        assert names.count("step/optimizer") == 3 and names.count("step/communication") > 3
+    parts, operations = table.split("\n\n")[1:3]
+    shares = {line[:48].strip(): float(line.split()[-1].rstrip("%")) for line in parts.splitlines()[1:]}
+    assert {"data", "forward", "backward", "optimizer", "communication", "everything else"} == shares.keys()
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert "aten::mm" in operations and "MiB net" in operations
+
+
+def test_steps_that_are_not_ahead_are_not_profiled(profiled: tuple[Path, str], one_rank: Workers) -> None:
+    recipe = profiled[0] / "recipe.yaml"
+    code, printed = one_rank.run(
+        "--config", str(recipe), f"--run-dir={profiled[0].parent / 'again'}", "--profile=12-13"
+    )
+    assert code == 2 and "this start takes the steps 1 to 12" in printed
+    code, printed = one_rank.run("--config", str(recipe), "--profile", "x")
+    assert code == 2 and "--profile x" in printed
+
+
+def test_records_say_what_each_rank_and_each_source_did(profiled: tuple[Path, str]) -> None:
+    run = profiled[0]
+    records = metrics(run, "train")
+    assert [record["step"] for record in records] == [1, 4, 8, 12]
+    recipe = load_recipe(run / "recipe.yaml")
+    count = flops_per_sequence(recipe.network(), LENGTH, active=[32.0, 21.0, 10.0])
+    for record in records:
+        assert len(record["memory_bytes_per_rank"]) == 2
+        assert all(0 < n <= p for n, p in zip(record["memory_bytes_per_rank"], record["memory_peak_bytes_per_rank"]))
+        assert record["lr_groups"] == [record["lr"]] * 2
+        assert sum(record["depth_share"]) == pytest.approx(1.0)
+        assert record["depth_share"] == pytest.approx([11 / 32, 11 / 32, 10 / 32])
+        assert record["source_share"] == {"data": 1.0}
+        ratio = record["hardware_flops_per_second"] / record["flops_per_second"]
+        assert ratio == pytest.approx(count.hardware("recursion") / count.training) and ratio > 1.05
+        assert record["flops_per_second"] == pytest.approx(
+            record["tokens_per_second"] * count.training / LENGTH, rel=1e-6
+        )
+        assert record["mfu"] is None and record["hfu"] is None, "nobody promises a CPU's FLOPs"
+    started = metrics(run, "event")[0]
+    assert started["event"] == "started" and 0 < started["memory_bytes"] < records[-1]["memory_peak_bytes"]
+
+
+def test_mirrors_hold_the_records_under_one_identity(profiled: tuple[Path, str], tiny_data: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = profiled[0]
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    losses = [(event.step, event.value) for event in board.Scalars("train/lm_loss")]
+    assert losses == [(r["step"], pytest.approx(r["lm_loss"])) for r in metrics(run, "train")]
+    assert {"validation/a/loss_causal", "train/parts/data", "train/depth_share/1"} <= set(board.Tags()["scalars"])
+    identity = (run / "wandb_id").read_text(encoding="utf-8")
+    before = sorted((run / "wandb").glob(f"offline-run-*-{identity}"))
+    assert len(before) == 1 and (before[0] / f"run-{identity}.wandb").stat().st_size > 0
+    # A requeued job opens its mirrors again.
+    recipe = build_recipe(recipe_values(tiny_data, run, logging={"wandb": "offline"}))
+    again = Telemetry(RunFolder(run), recipe, 12, active=True)
+    again.close()
+    after = sorted((run / "wandb").glob("offline-run-*"))
+    assert after and all(folder.name.endswith(f"-{identity}") for folder in after)
+
+
+def test_progress_is_quiet_away_from_a_terminal(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = build_recipe(recipe_values(tiny_data, tmp_path / "run"))
+
+    def follow() -> str:
+        telemetry = Telemetry(RunFolder(tmp_path / "run"), recipe, 50, active=True)
+        for step in range(1, 51):
+            telemetry.progress(step, 2.0, 1000.0, 0.5)
+        telemetry.close()
+        return capsys.readouterr().err
+
+    lines = follow().splitlines()
+    assert len(lines) == 2, "the first, and the last; one every half minute between them"
+    assert lines[-1] == "tiny: step 50/50 · loss 2.0000 · 1,000 tokens/s · 0 s left"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    shown: Any = follow()
+    assert "50/50" in shown and "loss 2.0000" in shown
