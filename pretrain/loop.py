@@ -157,12 +157,14 @@ class Trainer:
             if self._is_recorded(state.step):
                 self._log(state, report, interval)
                 interval = Interval(time.perf_counter())
-            interval.since += self.evaluation.run(state)
+            with self.stopwatch.paused():
+                interval.since += self.evaluation.run(state)
             if self.store.writing and report.written:
                 self._finish_checkpoint(state)
             if self._checkpoint_due(state.step) or report.request:
                 began = time.perf_counter()
-                self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
+                with self.stopwatch.paused():
+                    self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
                 interval.since += time.perf_counter() - began
                 if report.request:
                     self.stop.acknowledge()

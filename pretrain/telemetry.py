@@ -36,6 +36,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._paused = False
         self.annotate = False
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
@@ -45,7 +46,7 @@ class Stopwatch:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time what runs inside as `name`."""
-        if self._cuda and torch.cuda.current_stream() != torch.cuda.default_stream():
+        if self._paused or (self._cuda and torch.cuda.current_stream() != torch.cuda.default_stream()):
             yield
             return
         outer = self._open[-1] if self._open else None
@@ -68,6 +69,15 @@ class Stopwatch:
                 self._events.append((name, outer, start, end))
             else:
                 self._add(name, outer, time.perf_counter() - began)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside belongs to no step."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def total(self) -> dict[str, float]:
         """Seconds per part since the beginning. The device must have finished the step."""

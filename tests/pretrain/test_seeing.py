@@ -45,6 +45,8 @@ def test_a_part_does_not_count_what_lies_in_parts_inside_it(clock: SimpleNamespa
     assert watch.take() == {"backward": 10, "communication": 3}
     with watch.part("forward"):
         clock.time += 1
+    with watch.paused(), watch.part("forward"):
+        clock.time += 8
     assert watch.take() == {"backward": 0, "communication": 0, "forward": 1}
     assert watch.total() == {"backward": 10, "communication": 3, "forward": 1}
 
