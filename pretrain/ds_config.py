@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 import ds_configs
 from pretrain.errors import RecipeError
+from pretrain.partitioning import complete
 from pretrain.recipe import Recipe
 
 _OPEN = None  # a section whose keys DeepSpeed does not name (free parameters)
@@ -183,6 +184,7 @@ def resolve_ds_config(recipe: Recipe, world_size: int, values: Mapping[str, Any]
     _check_stage(recipe, where, given)
     if recipe.optim.name == "muon":
         _admit_muon(recipe, where, given)
+    given["zero_optimization"] = complete(given.get("zero_optimization", {}), recipe.network())
     given.setdefault("steps_per_print", None)
     return given
 

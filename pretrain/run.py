@@ -5,24 +5,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
-from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
+from pretrain.branches import EXTENDABLE, Extension, branch_path, branch_recipe, extend, find_extension, seed_branch
 from pretrain.data import OpenedData, open_data
 from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError, RunError, UserError
+from pretrain.partitioning import STAGES, explain
 from pretrain.plan import Branch, Plan, make_plan
 from pretrain.provenance import describe_environment, flatten, identity
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
-from pretrain.sections import Budget
 from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
 from pretrain.toolchain import accelerator_present
 from pretrain.watchdog import Watchdog
@@ -47,7 +45,11 @@ _FREE = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed every check that needs no other rank."""
+    """A run that has passed every check that needs no other rank.
+
+    Attributes:
+        extension: where it goes on when its folder was begun with another budget or schedule.
+    """
 
     recipe: Recipe
     config: ModelConfig
@@ -55,10 +57,7 @@ class Prepared:
     ds_config: dict[str, Any]
     data: OpenedData
     folder: RunFolder
-
-    def branch_path(self, branch: Branch) -> Path:
-        """Run folder of a smaller budget."""
-        return self.folder.path / "branches" / branch.name
+    extension: Extension | None
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -89,10 +88,9 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     ds_config = resolve_ds_config(recipe, ranks.world_size)
     data = open_data(recipe, config, plan)
     folder = RunFolder(recipe.run_folder)
-    prepared = Prepared(recipe, config, plan, ds_config, data, folder)
-    _check_folder(prepared)
+    extension = _check_folder(folder, recipe, plan, data)
     check_suites_of(recipe)
-    return prepared
+    return Prepared(recipe, config, plan, ds_config, data, folder, extension)
 
 
 def _check_initial_weights(folder: str, config: ModelConfig) -> None:
@@ -106,52 +104,16 @@ def _check_initial_weights(folder: str, config: ModelConfig) -> None:
 
 def is_finished(prepared: Prepared) -> bool:
     """True when this very run and all its branches have already come to their ends."""
-    folders = [prepared.folder, *(RunFolder(prepared.branch_path(branch)) for branch in prepared.plan.branches)]
-    return all(folder.status().get("state") == "finished" for folder in folders)
+    branches = (RunFolder(branch_path(prepared.folder, branch)) for branch in prepared.plan.branches)
+    finished = all(folder.status().get("state") == "finished" for folder in (prepared.folder, *branches))
+    return finished and prepared.extension is None
 
 
 def prepare_branch(trunk: Prepared, branch: Branch, ranks: Ranks) -> Prepared:
-    """The run of one smaller budget: the trunk's recipe with that budget, in a folder inside the trunk's.
-
-    Its folder is given the trunk's checkpoint where it leaves, so that training it is going on from there.
-    """
-    recipe = trunk.recipe
-    shortened = recipe.model_copy(
-        update={
-            "name": f"{recipe.name}-{branch.name}",
-            "budget": Budget.model_validate({recipe.budget.unit: branch.amount}),
-            "schedule": recipe.schedule.model_copy(update={"warmup": trunk.plan.learning_rate.warmup}),
-            "run_dir": str(trunk.branch_path(branch)),
-        }
-    )
-    return prepare(shortened, ranks)
-
-
-def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:
-    """Give a branch the trunk's checkpoint after `start` steps and its records up to there; rank 0 only."""
-    name = checkpoint_name(start)
-    if list_checkpoints(branch.checkpoints):
-        return
-    damage = find_damage(trunk.checkpoints / name)
-    if damage is not None:
-        raise RunError(
-            f"{trunk.checkpoints / name}: the branch {branch.name} begins here, but {damage}; "
-            "restore it, or train that budget as a run of its own."
-        )
-    temporary = branch.checkpoints / f".{name}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    # Linked, not copied: the trunk's files are never written again.
-    shutil.copytree(trunk.checkpoints / name, temporary, copy_function=_link)
-    if not branch.metrics_file.exists():
-        shutil.copy2(trunk.metrics_file, branch.metrics_file)
-    temporary.rename(branch.checkpoints / name)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
+    """The run of one smaller budget: the trunk's recipe with that budget, in a folder inside the trunk's."""
+    warmup = trunk.plan.learning_rate.warmup
+    path = branch_path(trunk.folder, branch)
+    return prepare(branch_recipe(trunk.recipe, branch.amount, branch.name, warmup, path), ranks)
 
 
 def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None = None) -> int:
@@ -201,6 +163,8 @@ def _train_one(
     folder = prepared.folder
 
     def begin() -> bool:
+        if prepared.extension is not None:
+            print(extend(folder, prepared.extension), flush=True)
         if folder.status().get("state") == "finished":
             return False
         _write_folder(prepared, ranks, device)
@@ -258,7 +222,7 @@ def _train(
         engine,
         recipe.checkpoint,
         keep_every=plan.keep_every,
-        pinned=frozenset(branch.start for branch in plan.branches),
+        pinned=plan.trunk_checkpoints,
         describe=describe,
     )
     state = store.load(selected) if selected is not None else TrainState()
@@ -281,6 +245,8 @@ def _train(
             world_size=ranks.world_size,
             launcher=ranks.launcher,
             memory_bytes=memory_before,
+            zero_stage=f"{zero_stage(ds_config)}: {STAGES[zero_stage(ds_config)]}",
+            partitioning=explain(ds_config["zero_optimization"], config),
         )
         telemetry.say(_headline(prepared, ranks, state.step))
         folder.write_json(folder.status_file, {"state": "running", "step": state.step, "steps": plan.steps})
@@ -357,35 +323,39 @@ def _train(
         engine.destroy()
 
 
-def _check_folder(prepared: Prepared) -> None:
-    """Refuse to continue another run than the one that the folder holds."""
-    folder = prepared.folder
+def _check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedData) -> Extension | None:
+    """Refuse to continue another run than the one that the folder holds; where its budget has changed, see whether and
+    from where it can go on.
+    """
     if not folder.recipe_file.is_file():
         # A start that was killed at once leaves temporary files, whose names begin with a dot.
         entries = [entry.name for entry in folder.path.iterdir()] if folder.path.is_dir() else []
         if any(not name.startswith(".") and name not in (STOP_FILE, CHECKPOINT_FILE) for name in entries):
             raise RunError(f"{folder}: is not empty and holds no run; choose another run_dir or empty it.")
-        return
-    before = flatten(load_recipe(folder.recipe_file).model_dump(mode="json"))
-    now = flatten(prepared.recipe.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(_FREE):
+        return None
+    begun = load_recipe(folder.recipe_file)
+    before, now = flatten(begun.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not key.startswith(_FREE)]
+    for key in changed:
+        if not key.startswith(EXTENDABLE):
             raise RunError(
                 f"{folder}: holds a run with {key} = {before.get(key)!r}, but the recipe now says {now.get(key)!r}; "
                 "set run_dir to a new folder, change the recipe back, or remove the old run."
             )
     if folder.plan_file.is_file():
-        plan = folder.plan()
+        planned = folder.plan()
         for key, value, name in (
-            ("tokenizer_fingerprint", prepared.data.fingerprint, "the tokenizer"),
-            ("data_manifest", prepared.data.manifest, "the data"),
+            ("tokenizer_fingerprint", data.fingerprint, "the tokenizer"),
+            ("data_manifest", data.manifest, "the data"),
         ):
-            if plan.get(key) != value:
+            if planned.get(key) != value:
                 raise RunError(
-                    f"{folder}: {name} has changed since the run began (was {str(plan.get(key))[:12]}, is "
+                    f"{folder}: {name} has changed since the run began (was {str(planned.get(key))[:12]}, is "
                     f"{value[:12]}); "
                     "bring the data set back, or start a new run in another run_dir."
                 )
+    return find_extension(folder, begun, recipe, plan) if changed else None
 
 
 def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:
@@ -411,7 +381,8 @@ def _headline(prepared: Prepared, ranks: Ranks, step: int) -> str:
         f"{plan.training_flops:.3g} FLOPs; "
         f"{plan.parameters['total_stored'] / 1e6:.1f}M parameters; {ranks.world_size} "
         f"rank{'s' if ranks.world_size > 1 else ''}, "
-        f"ZeRO stage {zero_stage(prepared.ds_config)}, {prepared.recipe.precision}; {prepared.folder}"
+        f"ZeRO stage {zero_stage(prepared.ds_config)} ({STAGES[zero_stage(prepared.ds_config)]}), "
+        f"{prepared.recipe.precision}; {prepared.folder}"
     )
 
 

@@ -157,6 +157,11 @@ def test_records_say_what_each_rank_and_each_source_did(profiled: tuple[Path, st
         assert record["mfu"] is None and record["hfu"] is None, "nobody promises a CPU's FLOPs"
     started = metrics(run, "event")[0]
     assert started["event"] == "started" and 0 < started["memory_bytes"] < records[-1]["memory_peak_bytes"]
+    assert started["zero_stage"] == "3: weights, gradients and optimiser states are partitioned"
+    assert [line.split()[:2] for line in started["partitioning"]] == [
+        ["reduce_bucket_size", "5,000,000:"],
+        ["stage3_prefetch_bucket_size", "5,000,000:"],
+    ]
 
 
 def test_mirrors_hold_the_records_under_one_identity(profiled: tuple[Path, str], tiny_data: Path) -> None:
