@@ -19,7 +19,11 @@ Vectors = dict[int, Tensor]
 
 @dataclass
 class Result:
-    """Of a batch: loss (differentiable), weighted auxiliary losses, and per sequence what each position got."""
+    """Of a batch: loss (differentiable), weighted auxiliary losses, and per sequence what each position got.
+
+    `closest` is the smallest difference between two scores that decided which of two tokens top-k took; near zero,
+    rounding decides (equal tokens of one document have equal states).
+    """
 
     loss: Tensor
     aux: dict[str, Tensor]
@@ -28,6 +32,7 @@ class Result:
     depth: list[dict[int, int]]
     active: list[float]
     agreement: float | None
+    closest: float
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Sequence:
     depth: dict[int, int] = field(default_factory=dict)
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     agreed: list[bool] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
 
 
@@ -87,7 +93,9 @@ def forward(
     active += [0.0] * (config.recursions - steps_run)
     agreed = [value for sequence in sequences for value in sequence.agreed]
     agreement = sum(agreed) / len(agreed) if agreed else None
-    return Result(loss + sum(aux.values()), aux, logits, nll, [s.depth for s in sequences], active, agreement)
+    closest = min((margin for sequence in sequences for margin in sequence.margins), default=math.inf)
+    depths = [sequence.depth for sequence in sequences]
+    return Result(loss + sum(aux.values()), aux, logits, nll, depths, active, agreement, closest)
 
 
 class Network:
@@ -199,8 +207,10 @@ class Network:
                 selected = [t for t in competing if unconditional or deciding[t] >= 0]
             else:
                 room = max(1, int(self.capacities[r] * len(sequence.tokens))) if sequence.tokens else 0
-                ranked = sorted(competing, key=lambda t: -float(scores[t]))
+                ranked = sorted(competing, key=lambda t: -scores[t].item())
                 selected = sorted(ranked[:room])
+                if room < len(ranked):
+                    sequence.margins.append(scores[ranked[room - 1]].item() - scores[ranked[room]].item())
                 learned = self.expert_choice_losses(sequence, scores, deciding, selected, unconditional)
                 soft_depth = soft_depth + learned
             f = self.shared_block(r, sequence, {t: hidden[t] for t in selected}, memories)
@@ -222,12 +232,12 @@ class Network:
         terms = {"causal": router.causal_coefficient, "z_loss": router.z_loss, "entropy": router.entropy}
         sums = {name: torch.zeros((), dtype=torch.float64) for name in terms}
         for t in scores:
-            p = torch.sigmoid(deciding[t])
-            sums["causal"] = sums["causal"] - (p.log() if t in selected else (1 - p).log())
+            # log sigmoid(x) = -log(1 + exp(-x)), so that a score of 300 still has a finite one.
+            sums["causal"] = sums["causal"] + (1 + (-deciding[t] if t in selected else deciding[t]).exp()).log()
             sums["z_loss"] = sums["z_loss"] + scores[t] ** 2
-            q = torch.sigmoid(scores[t])
-            sums["entropy"] = sums["entropy"] + q * q.log() + (1 - q) * (1 - q).log()
-            soft = soft + (1.0 if unconditional else p)
+            for x in (scores[t], -scores[t]):
+                sums["entropy"] = sums["entropy"] - torch.sigmoid(x) * (1 + (-x).exp()).log()
+            soft = soft + (1.0 if unconditional else torch.sigmoid(deciding[t]))
             if not unconditional:
                 sequence.agreed.append(bool(deciding[t] >= 0) == (t in selected))
         for name, coefficient in terms.items():
