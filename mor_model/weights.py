@@ -84,7 +84,10 @@ def check_start(folder: str | Path, config: ModelConfig) -> None:
         ConfigError: naming the file that is missing or damaged, or the first thing that differs.
     """
     folder = Path(folder)
-    stored, wanted = _read_config(folder / CONFIG_FILE).to_dict(), config.to_dict()
+    # A head's width may be given or follow from the other sizes.
+    stored, wanted = (
+        {**one.to_dict(), "head_dim": one.head_width} for one in (_read_config(folder / CONFIG_FILE), config)
+    )
     for key in wanted:
         if key not in _FREE and stored[key] != wanted[key]:
             raise ConfigError(

@@ -131,9 +131,10 @@ def test_weights_of_another_network_are_no_start(saved, change, message):
         check_start(saved, replace(CONFIGS["expert"], **change))
 
 
-def test_a_longer_context_and_another_coefficient_may_start_from_weights(saved):
+def test_what_changes_no_weights_meaning_may_differ(saved):
     router = ExpertChoiceConfig(capacities=(1.0, 0.7, 0.4), z_loss=0.1)
     check_start(saved, replace(CONFIGS["expert"], context_length=CONFIGS["expert"].context_length * 2, router=router))
+    check_start(saved, replace(CONFIGS["expert"], head_dim=CONFIGS["expert"].head_width))
 
 
 def test_damaged_weights_are_no_start(saved):
