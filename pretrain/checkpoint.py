@@ -15,8 +15,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch.distributed as dist
 
 from data_prep.files import sha256_file, sync_folder, write_json, write_text
 from pretrain.agreement import on_first_rank
-from pretrain.environment import clean_environment
+from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
 from pretrain.sections import Checkpointing
 
@@ -84,22 +82,25 @@ class Selected:
     Attributes:
         folder: where its files are; origin: the checkpoint itself, where `folder` is made of it.
         state: the `TrainState` as plain values; universal: whether DeepSpeed must read it as a universal checkpoint.
-        warnings: what was passed over on the way to it.
+        weights_only: whether `folder` holds plain weights, for the network to be built with.
+        warnings: what was passed over on the way to it, and what of it is not carried.
     """
 
     folder: Path
     origin: Path
     state: dict[str, Any]
     universal: bool
+    weights_only: bool
     warnings: tuple[str, ...]
 
 
-def select_checkpoint(folder: Path, describe: dict[str, Any], *, convert: bool) -> Selected | None:
+def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpointing) -> Selected | None:
     """The newest sound checkpoint in RUN/checkpoints; None when there is none. Collective; rank 0 does the reading.
 
     Args:
         describe: what it must have been written with: world_size, zero_stage, precision, optimizer.
-        convert: where the world size alone differs, convert the checkpoint to a universal one beside it.
+        settings: whether it may be converted: to a universal one where the world size alone differs, to its weights
+            where the ZeRO stage does.
 
     Raises:
         RunError: on all ranks, when checkpoints are there but none is sound, or the newest is of another shape.
@@ -115,15 +116,20 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], *, convert: bool) 
                 continue
             manifest = read_manifest(folder / name)
             wrong = [key for key, now in describe.items() if manifest.get(key) != now]
-            if wrong == ["world_size"] and convert:
-                return Selected(_to_universal(folder / name), folder / name, manifest["state"], True, tuple(warnings))
+            origin, state = folder / name, manifest["state"]
+            if wrong == ["world_size"] and settings.universal:
+                return Selected(to_universal(origin), origin, state, True, False, tuple(warnings))
+            if "zero_stage" in wrong and set(wrong) <= {"zero_stage", "world_size"} and settings.weights_only:
+                weights = to_weights(origin, manifest["zero_stage"])
+                warnings.append(_not_carried(origin, manifest, describe))
+                return Selected(weights, origin, state, False, True, tuple(warnings))
             if wrong:
                 key, then = wrong[-1], manifest.get(wrong[-1])
                 raise RunError(
                     f"{folder / name}: written with {key} {then}, but this start has {describe[key]}; "
                     f"{_shape_advice(key, then)}"
                 )
-            return Selected(folder / name, folder / name, manifest["state"], False, tuple(warnings))
+            return Selected(origin, origin, state, False, False, tuple(warnings))
         if found:
             raise RunError(
                 f"{folder}: all {len(found)} checkpoints are damaged; restore one from a copy, "
@@ -212,10 +218,15 @@ class CheckpointStore:
 
     def newest(self) -> Selected | None:
         """The newest sound checkpoint of this very run."""
-        return select_checkpoint(self.folder, self._describe, convert=False)
+        as_they_are = self._settings.model_copy(update={"universal": False, "weights_only": False})
+        return select_checkpoint(self.folder, self._describe, as_they_are)
 
     def load(self, selected: Selected) -> TrainState:
-        """Load a selected checkpoint into the engine and return where the run stood."""
+        """Load a selected checkpoint into the engine and return where the run stood. Weights alone are loaded already:
+        the engine was built with them.
+        """
+        if selected.weights_only:
+            return TrainState.from_dict(selected.state)
         folder = selected.folder
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -274,7 +285,7 @@ class CheckpointStore:
                 doomed = self.folder / f".{checkpoint_name(step)}.removing"
                 os.rename(self.folder / checkpoint_name(step), doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-        for pattern in (".step-*.removing", ".step-*.universal", ".step-*.converting"):
+        for pattern in (".step-*.removing", ".step-*.universal", ".step-*.converting", ".step-*.weights"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -316,26 +327,22 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _to_universal(checkpoint: Path) -> Path:
-    """Convert a checkpoint with DeepSpeed's own tool, once; returns the folder, which is whole or absent."""
-    target = checkpoint.parent / f".{checkpoint.name}.universal"
-    if target.is_dir():
-        return target
-    temporary = checkpoint.parent / f".{checkpoint.name}.converting"
-    shutil.rmtree(temporary, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"{checkpoint}: could not be converted to a universal checkpoint: {reason}")
-    temporary.rename(target)
-    return target
-
-
 def _shape_advice(key: str, then: Any) -> str:
     if key == "world_size":
         return f"start it with {then} ranks, or set checkpoint.universal=true to convert it."
     if key == "zero_stage":
-        return f"use a DeepSpeed configuration of stage {then}; optimiser states cannot change their stage."
+        return (
+            f"use a DeepSpeed configuration of stage {then}, or set checkpoint.weights_only=true to go on with the "
+            "weights alone; optimiser states cannot change their stage."
+        )
     return f"set {key} back to {then}."
+
+
+def _not_carried(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> str:
+    half = now["precision"] in ("bf16", "fp16")
+    rounded = f" (rounded to {now['precision']})" if half else ""
+    return (
+        f"{checkpoint} was written at ZeRO stage {then['zero_stage']}, and this start is at stage {now['zero_stage']}: "
+        f"the weights{rounded}, the step, the position in the data and the routing state are carried over; the "
+        "optimiser's moments and the loss scale are not and begin anew, so the loss will differ for some steps."
+    )

@@ -60,13 +60,16 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if _cpu_computes_bf16() else "fp32"
 
 
-def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any]) -> tuple[Any, list[float]]:
+def build_engine(
+    recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any], weights: str | None
+) -> tuple[Any, list[float]]:
     """Network, optimiser and DeepSpeed around them, on every rank alike.
 
     Args:
         recipe: with its precision resolved.
         config: the network.
         ds_config: what `resolve_ds_config` returned.
+        weights: folder of weights to start from; None initialises new ones.
 
     Returns:
         deepspeed.DeepSpeedEngine, and the peak learning rate of each of its parameter groups. The groups themselves do
@@ -87,10 +90,13 @@ def build_engine(recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any])
     else:
         model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
         gathered = whole
-    if recipe.initial_weights is None:
+    if weights is None:
         model.initialize(recipe.seed, gathered)
     else:
-        start_from(model, recipe.initial_weights, gathered)
+        start_from(model, weights, gathered)
+    # A shared layer's weights are cast once and remembered under autocast, but cast each time when a selective
+    # checkpoint computes again, and torch demands the same operators both times.
+    torch.set_autocast_cache_enabled(recipe.checkpointing != "selective")
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     optimizer = build_optimizer(model, recipe.optim, offloaded=offloaded)
     peak_rates = [group["lr"] for group in optimizer.param_groups]

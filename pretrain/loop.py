@@ -63,6 +63,7 @@ class Interval:
 
     Attributes:
         flops: what the model needs; hardware_flops: also what activation checkpointing computes again.
+        paused: seconds of evaluation and checkpoints that were left out.
     """
 
     since: float
@@ -70,6 +71,12 @@ class Interval:
     tokens: int = 0
     flops: float = 0.0
     hardware_flops: float = 0.0
+    paused: float = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that no step took."""
+        self.since += seconds
+        self.paused += seconds
 
     def add(self, tokens: int, flops: float, hardware_flops: float) -> None:
         """Count one step."""
@@ -158,14 +165,14 @@ class Trainer:
                 self._log(state, report, interval)
                 interval = Interval(time.perf_counter())
             with self.stopwatch.paused():
-                interval.since += self.evaluation.run(state)
+                interval.pause(self.evaluation.run(state))
             if self.store.writing and report.written:
                 self._finish_checkpoint(state)
             if self._checkpoint_due(state.step) or report.request:
                 began = time.perf_counter()
                 with self.stopwatch.paused():
                     self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
-                interval.since += time.perf_counter() - began
+                interval.pause(time.perf_counter() - began)
                 if report.request:
                     self.stop.acknowledge()
             if report.request.stops and state.step < plan.steps:
@@ -383,6 +390,7 @@ class Trainer:
                 "flops_per_second": interval.flops / seconds,
                 "hardware_flops_per_second": interval.hardware_flops / seconds,
                 "step_seconds": seconds / steps,
+                "pause_seconds": interval.paused,
                 "parts": {name: part / steps for name, part in self.stopwatch.take().items()},
                 "memory_bytes_per_rank": report.memory,
                 "memory_peak_bytes": max(report.peaks),
@@ -406,8 +414,7 @@ class Trainer:
 
     def _checkpoint_due(self, step: int) -> bool:
         log_spaced = self.recipe.checkpoint.log_spaced and step & (step - 1) == 0
-        branches = any(branch.start == step for branch in self.plan.branches)
-        return self._due(step, self.plan.checkpoint_every) or log_spaced or branches
+        return self._due(step, self.plan.checkpoint_every) or log_spaced or step in self.plan.trunk_checkpoints
 
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
         if self.store.writing:

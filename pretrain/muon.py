@@ -133,6 +133,8 @@ class Muon(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
+            # Not used; AdamW asks for it in every state that it loads.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         momentum, gradient = state["momentum_buffer"], parameter.grad
         momentum.lerp_(gradient, 1.0 - group["momentum"])
         # Nesterov's look-ahead

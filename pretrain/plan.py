@@ -65,6 +65,14 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.batch.full * self.sequence_length
 
+    @property
+    def trunk_checkpoints(self) -> frozenset[int]:
+        """Steps whose checkpoints are always written and kept: where branches leave, and where the final fall of a
+        warm-up-stable-decay schedule begins, from where a larger budget could go on.
+        """
+        falls = {self.steps - self.learning_rate.decay} if self.learning_rate.decay else set()
+        return frozenset({branch.start for branch in self.branches} | falls)
+
     def is_decaying(self, step: int) -> bool:
         """True where update number `step` belongs to the final fall of a warm-up-stable-decay schedule."""
         return self.learning_rate.kind == "wsd" and step >= self.steps - self.learning_rate.decay

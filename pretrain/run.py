@@ -211,12 +211,13 @@ def _train(
     )
     first = ranks.rank == 0
     describe = {"world_size": ranks.world_size, **prepared.shape}
-    selected = select_checkpoint(folder.checkpoints, describe, convert=recipe.checkpoint.universal)
+    selected = select_checkpoint(folder.checkpoints, describe, recipe.checkpoint)
     ds_config = prepared.ds_config
     if selected is not None and selected.universal:
         ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
     memory_before = memory_bytes(device)
-    engine, peak_rates = build_engine(recipe, config, ds_config)
+    weights = str(selected.folder) if selected is not None and selected.weights_only else recipe.initial_weights
+    engine, peak_rates = build_engine(recipe, config, ds_config, weights)
     store = CheckpointStore(
         folder.checkpoints,
         engine,

@@ -265,6 +265,8 @@ class Checkpointing(Section):
             with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
         asynchronous: files are written by a thread while training goes on (costs one copy of the state in memory).
         universal: convert automatically when the world size has changed.
+        weights_only: when the ZeRO stage has changed, go on with the weights and the position in the data, and with
+            new optimiser states.
     """
 
     every: Length = 0.1
@@ -274,6 +276,7 @@ class Checkpointing(Section):
     log_spaced: bool = False
     asynchronous: bool = False
     universal: bool = False
+    weights_only: bool = False
 
 
 class Suites(Section):

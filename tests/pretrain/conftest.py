@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.support import Workers, make_dataset
+from tests.pretrain.support import Nursery, Workers, make_dataset
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +30,11 @@ def one_rank() -> Iterator[Workers]:
     workers = Workers(1)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Ranks that start at once, each a process of its own."""
+    forks = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield forks
+    forks.close()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.pretrain.support import Workers, losses, recipe_values, write_recipe
+from pretrain.branches import Extension, extend
+from pretrain.recipe import load_recipe
+from pretrain.run_folder import RunFolder
+from tests.pretrain.support import Workers, losses, metrics, recipe_values, write_recipe
+from tests.pretrain.test_resume import assert_same_run
 
 
 def test_a_branch_is_the_run_that_its_budget_alone_would_have_been(
@@ -35,3 +41,66 @@ def test_a_branch_is_the_run_that_its_budget_alone_would_have_been(
     code, printed = two_ranks.run("--config", str(write_recipe(tmp_path / "again.yaml", values)))
     assert code == 0 and "already finished" in printed
     assert (trunk / "branches" / "8" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_larger_budget_goes_on_from_where_the_decay_began(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers
+) -> None:
+    """12 steps, finished; then 20 with the old end as a branch: the run that 20 would have been from the start."""
+    shared = {"checkpoint": {"every": 5, "keep": 1}, "evaluation": {"every": 4, "sequences": 2}}
+    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 12}, **shared)
+    run = two_ranks.train(tmp_path, values)
+    first = tmp_path / "first"
+    shutil.copytree(run, first)
+    larger = {**values, "budget": {"steps": 20, "branches": [10, 12]}}
+    code, printed = two_ranks.run("--config", str(write_recipe(tmp_path / "larger.yaml", larger)))
+    assert code == 0 and "going on from step 8" in printed and "branches/12" in printed, printed
+    assert "resuming at step 8 of 20" in printed
+    whole = two_ranks.train(tmp_path, {**larger, "run_dir": str(tmp_path / "whole")})
+    assert_same_run(run, whole)
+    # Not on from step 6, where the branch of 10 leaves: 5 is the last checkpoint up to there.
+    assert_same_run(run / "branches" / "10", whole / "branches" / "10")
+    assert_same_run(run / "branches" / "12", first)
+    starts = [record["step"] for record in metrics(run / "branches" / "12", "event") if record["event"] == "started"]
+    assert starts == [0], "what was finished is not trained again"
+    again, printed = two_ranks.run("--config", str(tmp_path / "larger.yaml"))
+    assert again == 0 and "already finished" in printed
+
+
+def test_a_budget_that_changes_earlier_steps_is_refused(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 10}, checkpoint={"every": 3})
+    values["schedule"] = {"kind": "wsd", "warmup": 0.5, "decay": 2}
+    run = one_rank.train(tmp_path, values)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+
+    def refused(**changes: object) -> str:
+        code, printed = one_rank.run("--config", str(write_recipe(tmp_path / "r.yaml", {**values, **changes})))
+        assert code == 2 and printed.count("\n") == 1, printed
+        assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+        return printed
+
+    assert "from step 1 on" in (printed := refused(budget={"steps": 20})) and "schedule.warmup to 5" in printed
+    assert "from step 6 on" in refused(budget={"steps": 10}, schedule={"kind": "cosine", "warmup": 5})
+
+
+@pytest.mark.parametrize("killed_at", ["writing the branch", "removing"])
+def test_going_back_can_be_killed_and_repeated(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    run = one_rank.train(tmp_path, recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 5, "keep": 9}))
+    weights = load_file(run / "weights/model.safetensors")
+    folder = RunFolder(run)
+    extension = Extension(load_recipe(folder.recipe_file), 8)
+    name = "rename" if killed_at == "writing the branch" else "unlink"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        extend(folder, extension)
+    assert "branches/12" in extend(folder, extension)
+    assert sorted(entry.name for entry in folder.checkpoints.glob("step-*")) == ["step-00000005", "step-00000008"]
+    assert not folder.status_file.exists() and not folder.weights.exists()
+    kept = run / "branches" / "12"
+    assert json.loads((kept / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
+    assert all(
+        torch.equal(value, weights[name]) for name, value in load_file(kept / "weights/model.safetensors").items()
+    )
+    assert sorted(entry.name for entry in (kept / "checkpoints").glob("step-*")) == ["step-00000010", "step-00000012"]

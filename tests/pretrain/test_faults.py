@@ -17,6 +17,7 @@ from pretrain.agreement import find_disagreement
 from pretrain.checkpoint_files import CheckpointFiles
 from tests.pretrain.support import (
     Job,
+    Nursery,
     Workers,
     environment,
     losses,
@@ -114,9 +115,10 @@ def test_the_rank_that_differs_from_the_majority_is_named() -> None:
     assert missing is not None and "seed" in missing and "rank 1 has absent" in missing
 
 
-def run_with(fault: dict[str, Any], recipe: Path) -> tuple[list[int], str]:
+def run_with(nursery: Nursery, fault: dict[str, Any], recipe: Path) -> tuple[list[int], str]:
     """Train on two ranks of a machine where something breaks (see `tests.pretrain.faulty`)."""
-    job = Job(recipe, ranks=2, extra={"FAULT": json.dumps(fault)}, script=Path(__file__).parent / "faulty.py")
+    script = Path(__file__).parent / "faulty.py"
+    job = Job(recipe, ranks=2, extra={"FAULT": json.dumps(fault)}, script=script, nursery=nursery)
     codes, output, errors = job.wait()
     return codes, output + errors
 
@@ -126,11 +128,11 @@ def run_with(fault: dict[str, Any], recipe: Path) -> tuple[list[int], str]:
     ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero0", marks=pytest.mark.slow)],
 )
 def test_a_non_finite_step_is_left_out_on_all_ranks_alike(
-    tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: str
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery, stage: str
 ) -> None:
     """NaN in one rank's loss at step 5: no update there, then as if that step had had no update everywhere."""
     values = recipe_values(tiny_data, tmp_path / "run", deepspeed={"config": stage}, schedule={"kind": "constant"})
-    codes, printed = run_with({"rank": 1, "nan_samples": [33]}, write_recipe(tmp_path / "r.yaml", values))
+    codes, printed = run_with(nursery, {"rank": 1, "nan_samples": [33]}, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [0, 0], printed
     events = [e for e in metrics(tmp_path / "run", "event") if e["event"] == "non_finite"]
     assert [(e["step"], e["samples"], e["in_row"]) for e in events] == [(5, [32, 39], 1)]
@@ -145,21 +147,21 @@ def test_a_non_finite_step_is_left_out_on_all_ranks_alike(
     assert [found[n + 1] for n in range(5, 12)] == pytest.approx([skipped[n] for n in range(5, 12)], abs=1e-6)
 
 
-def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path: Path, tiny_data: Path) -> None:
+def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
     values = recipe_values(tiny_data, tmp_path / "run", faults={"max_non_finite": 3})
     fault = {"rank": 0, "nan_samples": list(range(16, 96))}
-    codes, printed = run_with(fault, write_recipe(tmp_path / "r.yaml", values))
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [2, 2] and "3 steps in a row" in printed and "samples 32 to 39" in printed
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert status["state"] == "failed"
 
 
 @pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
-def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path, action: str) -> None:
+def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path, nursery: Nursery, action: str) -> None:
     faults = {"spike": 2.0, "spike_window": 3, "on_spike": action}
     values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint={"every": 3, "keep": 9})
     fault = {"rank": 0, "spike_samples": list(range(56, 64))}
-    codes, printed = run_with(fault, write_recipe(tmp_path / "r.yaml", values))
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [0, 0], printed
     events = metrics(tmp_path / "run", "event")
     assert [e["step"] for e in events if e["event"] == "spike"] == [8]
@@ -172,10 +174,12 @@ def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path,
         assert samples == 12 * 8
 
 
-def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, tiny_data: Path, two_ranks: Workers) -> None:
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
+) -> None:
     values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9})
     fault = {"rank": 0, "full_step": "step-00000008"}
-    codes, printed = run_with(fault, write_recipe(tmp_path / "r.yaml", values))
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [0, 0] and "the disk is full" in printed, printed
     names = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["latest", "step-00000004", "step-00000012"]

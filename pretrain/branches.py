@@ -1,0 +1,176 @@
+"""Other budgets of one run: smaller ones that branch off its trunk, and another one that the trunk itself goes on to.
+
+Up to where its learning rate begins to fall, a run does not depend on how long it is. So what was trained up to there
+serves every budget: a branch begins with the trunk's checkpoint, and a run whose budget or schedule has changed goes on
+from the last checkpoint that both have in common. What the old budget had come to beyond it becomes a branch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
+from pretrain.errors import RunError
+from pretrain.plan import Branch, Plan, make_plan
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
+from pretrain.sections import Budget
+
+# Sections of a recipe that may change in the middle of a run.
+EXTENDABLE = ("budget.", "schedule.")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A run folder that was begun with another budget or schedule.
+
+    Attributes:
+        before: the recipe it was begun with; start: the checkpoint that both have in common, 0 for none.
+    """
+
+    before: Recipe
+    start: int
+
+
+def branch_recipe(recipe: Recipe, amount: float, name: str, warmup: int, path: Path) -> Recipe:
+    """A trunk's recipe with another budget, in a folder of its own; `warmup` is the trunk's, in steps."""
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{name}",
+            "budget": Budget.model_validate({recipe.budget.unit: amount}),
+            "schedule": recipe.schedule.model_copy(update={"warmup": warmup}),
+            "run_dir": str(path),
+        }
+    )
+
+
+def branch_path(folder: RunFolder, branch: Branch) -> Path:
+    """Run folder of another budget of the run in `folder`."""
+    return folder.path / "branches" / branch.name
+
+
+def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:
+    """Give a branch the trunk's last checkpoint within its first `start` steps, and the trunk's records; rank 0 only.
+
+    Raises:
+        RunError: when there is no sound one.
+    """
+    if list_checkpoints(branch.checkpoints):
+        return
+    found = sorted((step for step, _ in list_checkpoints(trunk.checkpoints) if step <= start), reverse=True)
+    sound = next((step for step in found if find_damage(trunk.checkpoints / checkpoint_name(step)) is None), None)
+    if sound is None:
+        raise RunError(
+            f"{trunk.checkpoints}: the branch {branch.name} leaves the trunk after {start} steps, and there is no "
+            "sound checkpoint up to there; restore one, or train that budget as a run of its own."
+        )
+    name = checkpoint_name(sound)
+    branch.checkpoints.mkdir(parents=True, exist_ok=True)
+    if not branch.metrics_file.exists():
+        shutil.copy2(trunk.metrics_file, branch.metrics_file)
+    _copy(trunk.checkpoints / name, branch.checkpoints / name)
+
+
+def find_extension(folder: RunFolder, before: Recipe, now: Recipe, plan: Plan) -> Extension:
+    """Where a run that was begun with the recipe `before` can go on with `now`, whose plan is `plan`.
+
+    Raises:
+        RunError: when the two differ from before the first checkpoint on.
+    """
+    alike = common_steps(before, now, plan)
+    steps = sorted(step for step, _ in list_checkpoints(folder.checkpoints))
+    start = max((step for step in steps if step <= alike), default=0)
+    if steps and not start:
+        raise RunError(
+            f"{folder}: was begun with {_describe(before)}, and with {_describe(now)} its steps are others from step "
+            f"{alike + 1} on, before the first checkpoint ({steps[0]}). Only what comes after a stable learning rate "
+            f"can change: keep schedule.kind wsd or constant and set schedule.warmup to "
+            f"{make_plan(before).learning_rate.warmup} (steps), or start a new run in another run_dir."
+        )
+    return Extension(before, start)
+
+
+def common_steps(before: Recipe, now: Recipe, plan: Plan) -> int:
+    """How many steps from the start two recipes do alike that differ in budget and schedule alone."""
+    old = make_plan(before)
+
+    def told(plan: Plan, step: int) -> tuple[object, ...]:
+        recursion = plan.recursion
+        return (
+            plan.learning_rate.factor(step),
+            plan.batch.at(step),
+            recursion.capacities_at(step),
+            recursion.depth_at(step),
+        )
+
+    limit = min(old.steps, plan.steps)
+    if any(source.final_weight is not None for source in now.data.sources):
+        limit = min(limit, old.steps - old.anneal, plan.steps - plan.anneal)
+    return next((step for step in range(limit) if told(old, step) != told(plan, step)), limit)
+
+
+def extend(folder: RunFolder, extension: Extension) -> str:
+    """Take a run back to where its old and its new budget part; rank 0 only.
+
+    What lies beyond is moved to RUN/branches/<old budget>, a run folder of its own that ends, or goes on, as the old
+    recipe says. Can be killed at any moment and called again.
+
+    Returns:
+        what was done, as a sentence.
+    """
+    before, start = extension.before, extension.start
+    plan = make_plan(before)
+    old = Branch(before.budget.amount, start, plan.steps)
+    branch = branch_path(folder, old)
+    later = [name for step, name in list_checkpoints(folder.checkpoints) if step > start]
+    finished = folder.status().get("state") == "finished"
+    said = f"The budget was {_describe(before)}; going on from step {start}."
+    if (later or finished) and not branch.exists():
+        temporary = branch.with_name(f".{branch.name}.moving")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for entry in folder.path.iterdir():
+            if entry.name.startswith(".") or entry.name in ("branches", "checkpoints", "stacks"):
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, temporary / entry.name, copy_function=_link)
+            else:
+                # Copied, because a run folder's files outside checkpoints/ are added to.
+                shutil.copy2(entry, temporary / entry.name)
+        target = RunFolder(temporary)
+        recipe = branch_recipe(before, old.amount, old.name, plan.learning_rate.warmup, branch)
+        target.write_text(target.recipe_file, recipe.to_yaml())
+        for name in later:
+            _copy(folder.checkpoints / name, target.checkpoints / name)
+        temporary.rename(branch)
+    if later or finished:
+        said += f" What it had come to is in {branch}."
+    folder.status_file.unlink(missing_ok=True)
+    for place in (*(folder.checkpoints / name for name in later), folder.weights, folder.evaluation):
+        if place.exists():
+            doomed = place.with_name(f".{place.name}.removing")
+            place.rename(doomed)
+            shutil.rmtree(doomed)
+    return said
+
+
+def _describe(recipe: Recipe) -> str:
+    return f"{recipe.budget.amount:g} {recipe.budget.unit} and the {recipe.schedule.kind} schedule"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Link a folder's files, which are never written again; `target` is whole or absent."""
+    temporary = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link)
+    temporary.rename(target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
