@@ -214,7 +214,8 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
-    names = next((row for row in _MPI_LAUNCHERS if row[1] in environ and row[2] in environ), None)
+    # One of the two is enough to say who started this process; the other one's absence is an error further down.
+    names = next((row for row in _MPI_LAUNCHERS if row[1] in environ or row[2] in environ), None)
     if names is None:
         return None
     launcher, rank_name, size_name, local_rank_name, local_size_name = names
