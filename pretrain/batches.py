@@ -192,7 +192,7 @@ def make_micro_batch(
     if padding is not None:
         filling = torch.zeros_like(tokens, dtype=torch.bool)
         filling[:, 1:] = (tokens[:, 1:] == padding) & (tokens[:, :-1] == padding)
-        labels[filling[:, 1:]] = IGNORED_LABEL
+        labels = labels.masked_fill(filling[:, 1:], IGNORED_LABEL)  # a copy: of one row, labels and inputs are views
         # What is left of a cut document may be its end alone: it looks like padding, but the next document follows it.
         valid = ~filling[:, :-1] | (labels != IGNORED_LABEL)
         valid = None if bool(valid.all()) else valid
