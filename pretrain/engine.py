@@ -76,12 +76,16 @@ def build_engine(
         not tell it any more once a checkpoint is loaded.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
     from mor_model import RecursiveTransformer
     from mor_model.initialization import whole
     from mor_model.weights import start_from
     from pretrain.ds_config import offload_device, zero_stage
 
+    if ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
+        # DeepSpeed makes this group once per process; a branch's engine comes after the trunk's.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     if zero_stage(ds_config) == 3:
         # Partitioned as it is built and filled one parameter at a time: no rank ever holds the whole network.
         with deepspeed.zero.Init(config_dict_or_path=ds_config):

@@ -86,6 +86,11 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
         _check_initial_weights(recipe.initial_weights, config)
     plan = make_plan(recipe)
     ds_config = resolve_ds_config(recipe, ranks.world_size)
+    quantized = [key for key, value in ds_config.get("zero_optimization", {}).items() if "quantized" in key and value]
+    if quantized and not accelerator_present():
+        raise RecipeError(
+            f"deepspeed.config: zero_optimization.{quantized[0]} wants a GPU, and this machine has none; use zero3."
+        )
     data = open_data(recipe, config, plan)
     folder = RunFolder(recipe.run_folder)
     extension = _check_folder(folder, recipe, plan, data)
