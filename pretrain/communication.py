@@ -30,8 +30,9 @@ _COLLECTIVES = (
 
 
 @contextmanager
-def timed_collectives(stopwatch: Stopwatch) -> Iterator[None]:
-    """Time every collective that DeepSpeed starts inside, as the part `communication` of `stopwatch`.
+def timed_collectives(stopwatch: Stopwatch, before_each: Callable[[], None]) -> Iterator[None]:
+    """Time every collective that DeepSpeed starts inside, as the part `communication` of `stopwatch`; call
+    `before_each` of them.
 
     On a CPU (gloo) this is the time in blocking calls, in starting the others, and in waiting for them. On CUDA it is
     what the stream that computes waits for: a collective that overlaps with computation on a stream of its own costs
@@ -43,7 +44,7 @@ def timed_collectives(stopwatch: Stopwatch) -> Iterator[None]:
     backend = comm.cdb
     wrapped = [name for name in _COLLECTIVES if hasattr(backend, name)]
     for name in wrapped:
-        setattr(backend, name, _timed(getattr(backend, name), stopwatch))
+        setattr(backend, name, _timed(getattr(backend, name), stopwatch, before_each))
     try:
         yield
     finally:
@@ -65,8 +66,9 @@ class _TimedWork:
         return getattr(self._work, name)
 
 
-def _timed(collective: Callable[..., Any], stopwatch: Stopwatch) -> Callable[..., Any]:
+def _timed(collective: Callable[..., Any], stopwatch: Stopwatch, before_each: Callable[[], None]) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
+        before_each()
         with stopwatch.part(PART):
             work = collective(*arguments, **options)
         return _TimedWork(work, stopwatch) if hasattr(work, "wait") else work

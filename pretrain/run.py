@@ -313,7 +313,7 @@ def _train(
         profiler=profiler,
     )
     try:
-        with timed_collectives(stopwatch):
+        with timed_collectives(stopwatch, watchdog.move):
             outcome = trainer.train(state)
         if outcome.state == "finished":
             export_weights(engine, config, folder.weights)

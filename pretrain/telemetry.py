@@ -6,6 +6,7 @@ unfinished line.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import secrets
@@ -145,15 +146,24 @@ class Telemetry:
         self._progress = _Progress(recipe.name, steps) if active else None
         if active:
             run.path.mkdir(parents=True, exist_ok=True)
-            self._stream = run.metrics_file.open("ab")
+            self._stream = run.metrics_file.open("ab", buffering=0)
+            self._unwritten = b""
+            self._failing = False
             self._open_mirrors(recipe)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """Append one record and show it in the mirrors."""
+        """Append one record and show it in the mirrors. On a failing or full disk it waits for the next one."""
         if not self._active:
             return
-        self._stream.write(orjson.dumps({"kind": kind, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-        self._stream.flush()
+        self._unwritten += orjson.dumps({"kind": kind, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self.say(f"{self._run.metrics_file}: {error}; records wait in memory until it can be written again.")
+            self._failing = True
         self._mirror(kind, values)
 
     def event(self, event: str, step: int, **values: Any) -> None:
@@ -175,12 +185,14 @@ class Telemetry:
         if self._active:
             self._stream.close()
             rewind_metrics(self._run, step)
-            self._stream = self._run.metrics_file.open("ab")
+            self._stream = self._run.metrics_file.open("ab", buffering=0)
 
     def sync(self) -> None:
         """Make everything recorded so far survive a power cut; called when a checkpoint is complete."""
         if self._active:
-            os.fsync(self._stream.fileno())
+            # A file system that fails here has its say when the next record is written.
+            with contextlib.suppress(OSError):
+                os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Finish the mirrors and the progress line."""

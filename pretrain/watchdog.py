@@ -98,6 +98,13 @@ class Watchdog:
         """This rank has moved on and now does `doing`, for which it may take `allow` seconds (default: the timeout)."""
         self._beat = (self._beat[0] + 1, doing, time.monotonic(), allow or self._timeout)
 
+    def move(self) -> None:
+        """This rank goes on with what it does: called before every collective, so that the rank which has not come to
+        the one where the others wait has moved least.
+        """
+        count, doing, _, allowed = self._beat
+        self._beat = (count + 1, doing, time.monotonic(), allowed)
+
     def _open_store(self) -> TCPStore:
         """A store of the watchdog's own: the process group's is busy exactly when the collectives hang."""
         import torch.distributed as dist

@@ -1,7 +1,8 @@
 """`pretrain/train.py` on a machine where something breaks; the variable FAULT says what, as JSON.
 
 rank: where; nan_samples, spike_samples: batches that hold one of them lose their loss, or have it three times as large;
-full_step: checkpoints whose path holds this text meet a full disk.
+stall_samples: batches that hold one of them never come; full_step: checkpoints whose path holds this text meet a full
+disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,18 @@ def forward_backward(
             factor = float("nan")
         elif set(batch.samples) & set(FAULT.get("spike_samples", ())):
             factor = 3.0
+        if set(batch.samples) & set(FAULT.get("stall_samples", ())):
+            wait_for_a_disk_that_is_gone()
     engine = self.engine
     self.engine = FaultyEngine(engine, factor) if factor != 1.0 else engine
     try:
         return sound_forward_backward(self, state, batch)
     finally:
         self.engine = engine
+
+
+def wait_for_a_disk_that_is_gone() -> None:
+    threading.Event().wait()
 
 
 def save_hashed(state: Any, path: Path) -> dict[str, Any]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pretrain import provenance
 from pretrain.agreement import find_disagreement
+from pretrain.checkpoint import find_damage
 from pretrain.checkpoint_files import CheckpointFiles
+from pretrain.environment import Ranks
+from pretrain.provenance import identity
+from pretrain.recipe import build_recipe
+from pretrain.run import Prepared, prepare
+from pretrain.run_folder import RunFolder
+from pretrain.signals import EXIT_STALLED
+from pretrain.telemetry import Telemetry
 from tests.pretrain.support import (
+    ROOT,
     Job,
     Nursery,
     Workers,
@@ -185,6 +198,108 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     assert names == ["latest", "step-00000004", "step-00000012"]
     whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
     assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of so many bytes; wants root."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(size: int) -> Path:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint_valid(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, small_disk: Callable[[int], Path]
+) -> None:
+    """A file system with room for one checkpoint and a half: the second never fits, and training goes on to its end."""
+    values = recipe_values(tiny_data, tmp_path / "whole", checkpoint={"every": 4, "keep": 9}, evaluation={"every": 0})
+    whole = two_ranks.train(tmp_path, values)
+    size = sum(file.stat().st_size for file in (whole / "checkpoints" / "step-00000004").iterdir())
+    others = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file() and "step-" not in str(file))
+    disk = small_disk(size * 3 // 2 + others + 200_000)
+    code, printed = two_ranks.run(
+        "--config", str(write_recipe(tmp_path / "r.yaml", {**values, "run_dir": str(disk / "run")}))
+    )
+    assert code == 0 and "No checkpoint at step 8" in printed and "the disk is full" in printed, printed
+    run = disk / "run"
+    assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["latest", "step-00000004"]
+    assert (run / "checkpoints" / "latest").read_text(encoding="utf-8") == "step-00000004\n"
+    assert find_damage(run / "checkpoints" / "step-00000004") is None
+    assert losses(run) == losses(whole)
+
+
+def test_records_wait_for_a_full_disk(tmp_path: Path, tiny_data: Path, small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(200_000)
+    recipe = build_recipe(recipe_values(tiny_data, disk / "run"))
+    telemetry = Telemetry(RunFolder(disk / "run"), recipe, 12, active=True)
+    ballast = (disk / "ballast").open("wb", buffering=0)
+    with pytest.raises(OSError, match="No space"):
+        while True:
+            ballast.write(bytes(4096))
+    for step in range(200):
+        telemetry.record("train", {"step": step, "text": "x" * 100})
+    (disk / "ballast").unlink()
+    ballast.close()
+    telemetry.record("train", {"step": 200})
+    telemetry.close()
+    assert [record["step"] for record in metrics(disk / "run", "train")] == list(range(201))
+
+
+def test_a_stalled_rank_is_named_and_the_job_ends(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
+    """Rank 1 never gets past its batch of step 6: both ranks end with the documented code and leave their stacks."""
+    values = recipe_values(tiny_data, tmp_path / "run", limits={"stall_seconds": 6.0})
+    fault = {"rank": 1, "stall_samples": [40]}
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [EXIT_STALLED, EXIT_STALLED], printed
+    (incident,) = [entry for entry in (tmp_path / "run" / "stacks").iterdir() if entry.is_dir()]
+    stacks = [(incident / f"rank-0000{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert "wait_for_a_disk_that_is_gone" in stacks[1] and "wait_for_a_disk_that_is_gone" not in stacks[0]
+    assert all("step 5" in stack for stack in stacks)
+    assert "rank 1" in (incident / "report.txt").read_text(encoding="utf-8")
+
+
+def test_ranks_compare_everything_that_decides_a_run(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thing after the other changed on one rank; `require_agreement` compares by these names."""
+    values = recipe_values(tiny_data, tmp_path / "run")
+    prepared = prepare(build_recipe(values), Ranks(0, 1))
+    usual = identity(prepared)
+
+    def differing(changed: Prepared) -> set[str]:
+        other = identity(changed)
+        message = find_disagreement([usual, other, usual])
+        assert message is not None and "rank 1 has" in message
+        return {name for name in usual if usual[name] != other[name]}
+
+    assert differing(prepare(build_recipe({**values, "optim": {"lr": 0.02}}), Ranks(0, 1))) == {"recipe"}
+    assert differing(prepare(build_recipe({**values, "seed": 8}), Ranks(0, 1))) == {"recipe", "seed"}
+    data = dataclasses.replace(prepared.data, manifest="0" * 64, fingerprint="1" * 64)
+    assert differing(dataclasses.replace(prepared, data=data)) == {"data", "tokenizer"}
+    stage = {**prepared.ds_config, "zero_optimization": {"stage": 2}}
+    assert differing(dataclasses.replace(prepared, ds_config=stage)) == {"DeepSpeed configuration"}
+    copy = tmp_path / "copy"
+    for package in ("pretrain", "mor_model", "data_prep"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(copy / "pretrain" / "provenance.py"))
+    assert identity(prepared) == usual, "where the code lies does not matter"
+    (copy / "mor_model" / "loss.py").open("a").write("# patched on one node\n")
+    assert differing(prepared) == {"code"}
+    monkeypatch.undo()
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.6" if name == "torch" else version(name))
+    assert differing(prepared) == {"version of torch"}
 
 
 def test_a_write_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
