@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pretrain.cluster.profiles import Profile
+
 app = typer.Typer(add_completion=False)
 _MARKS = {"ok": "[green]ok[/green]", "absent": "[yellow]--[/yellow]", "broken": "[red]XX[/red]"}
+# Of a larger cluster only the nodes that are not sound have a line: the page stays one page.
+_EACH_HAS_A_LINE = 16
+_MEASURED = {
+    "matmul_tflops": "matrix product, TFLOP/s:",
+    "reduce_gbytes": "all-reduce of all, GB/s:",
+    "pair_gbytes": "all-reduce with a neighbour, GB/s:",
+    "skew": "clock, s:",
+}
 
 
 @app.command()
@@ -19,8 +29,12 @@ def doctor(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Also examine a cluster's nodes, by a job of a few minutes.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes to examine with --cluster.")] = 2,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node to examine.")] = 0,
+    profile: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Cluster of ~/.config/mor/clusters.yaml (default: the file's)."),
+    ] = None,
+    nodes: Annotated[Optional[int], typer.Option(min=1, help="Nodes to examine (default: the profile's).")] = None,  # noqa: UP045
+    gpus_per_node: Annotated[Optional[int], typer.Option(min=0, help="GPUs of each node to examine.")] = None,  # noqa: UP045
     partition: Annotated[Optional[str], typer.Option(help="Their partition.")] = None,  # noqa: UP045
 ) -> None:
     """Look at this machine; exits with 1 when something is broken without which training fails."""
@@ -38,41 +52,59 @@ def doctor(
             console.print(f"    {'':<{width}}  -> {escape(finding.advice)}")
     sound = not any(finding.state == "broken" for finding in findings)
     if cluster:
-        options = [f"--nodes={nodes}", *([f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else [])]
-        options += [f"--partition={partition}"] if partition else []
-        sound = _examine_cluster(console, options, nodes) and sound
+        from pretrain.cluster.profiles import load_profile
+
+        chosen = load_profile(profile, nodes=nodes, gpus_per_node=gpus_per_node, partition=partition)
+        sound = _examine_cluster(console, chosen) and sound
     if not sound:
         raise typer.Exit(1)
 
 
-def _examine_cluster(console: Console, options: list[str], nodes: int) -> bool:
-    """Print one line for each node; whether all are fit to train together."""
+def _examine_cluster(console: Console, profile: Profile) -> bool:
+    """Print one page about the nodes of a job; whether all are fit to train together."""
     import shutil
     from pathlib import Path
 
     from rich.markup import escape
 
     from pretrain.cluster.health import examine_cluster, judge
+    from pretrain.cluster.submit import Shape, job_environment, slurm_options
     from pretrain.errors import LaunchError
 
     if not shutil.which("srun"):
         raise LaunchError("--cluster: there is no srun here; run this on a cluster's login node.")
+    # The examination takes minutes, whatever the profile's jobs take.
+    options = list(slurm_options(Shape.of(profile), profile.model_copy(update={"time": None}), tasks=False))
     folder = Path.cwd() / f".health-{time.time_ns()}"
+    console.print(f"\n{profile.nodes} nodes: srun {escape(' '.join(options))}")
     try:
-        reports, said = examine_cluster(folder, options, nodes)
+        reports, said = examine_cluster(folder, options, profile.nodes, job_environment(profile))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if len(reports) < nodes:
-        console.print(
-            f"{_MARKS['broken']}  {len(reports)} of {nodes} nodes wrote a report; srun said: {escape(said.strip())}"
-        )
     problems = judge(reports, list(reports))
-    for host, report in reports.items():
-        mark = _MARKS["broken" if host in problems else "ok"]
-        facts = [f"{report['cores']} cores", f"{report['gpus']} GPUs {', '.join(report['gpu_names'])}".strip()]
-        facts += [f"matrix product {report['matmul_tflops']:.3g} TFLOP/s"] if "matmul_tflops" in report else []
-        facts += [f"all-reduce {report['reduce_gbytes']:.3g} GB/s"] if "reduce_gbytes" in report else []
-        console.print(f"{mark}  {host}  {escape('; '.join(facts))}")
+    for host, report in sorted(reports.items()):
+        if host in problems or len(reports) <= _EACH_HAS_A_LINE:
+            console.print(f"{_MARKS['broken' if host in problems else 'ok']}  {host}  {escape(_facts(report))}")
         if host in problems:
             console.print(f"      -> {escape(problems[host])}")
-    return len(reports) == nodes and not problems
+    for key, name in _MEASURED.items():
+        found = [report[key] for report in reports.values() if key in report]
+        if found and len(reports) > 1:
+            console.print(f"    {name} from {min(found):.3g} to {max(found):.3g}")
+    if len(reports) < profile.nodes:
+        console.print(
+            f"{_MARKS['broken']}  {len(reports)} of {profile.nodes} nodes wrote a report into {folder.parent}; "
+            f"srun said: {escape(said.strip())}"
+        )
+    fit = len(reports) - len(problems)
+    console.print(f"{fit} of {profile.nodes} nodes are fit to train together.")
+    return fit == profile.nodes
+
+
+def _facts(report: dict[str, Any]) -> str:
+    """What was found of one node, for a person."""
+    facts = [f"{report['cores']} cores", f"{report['gpus']} GPUs {', '.join(report['gpu_names'])}".strip()]
+    if "gpu_free_share" in report:
+        facts.append(f"{report['gpu_free_share']:.0%} of their memory free")
+    facts += [f"{name} {report[key]:.3g}" for key, name in _MEASURED.items() if key in report]
+    return "; ".join([*facts, *([f"meets by {report['meeting']}"] if "meeting" in report else [])])

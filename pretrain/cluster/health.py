@@ -1,7 +1,8 @@
 """Are these nodes fit to train together? Each writes what it finds into a shared folder; the odd ones out are named.
 
 Per node: GPUs seen, their memory free, the speed of a matrix product, the clock against the file server's, and the
-speed of an all-reduce with the others. A node that writes nothing is gone, or does not see the shared file system.
+speed of all-reduces, with all nodes and with each neighbour alone. A node that writes nothing is gone, or does not see
+the shared file system.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import shutil
 import socket
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pretrain.cluster.job import Job
 
 _SLOWEST = 0.6  # of the median speed
+_LEAST_OF_PEAK = 0.5  # a sound GPU's matrix product reaches some 80 % of what its vendor promises
 _LEAST_FREE = 0.9  # of a GPU's memory
 _LARGEST_SKEW = 5.0  # seconds
 _MINUTES = 5
@@ -49,14 +52,16 @@ def check_nodes(job: Job) -> dict[str, str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def examine_cluster(folder: Path, options: list[str], nodes: int) -> tuple[dict[str, dict[str, Any]], str]:
+def examine_cluster(
+    folder: Path, options: list[str], nodes: int, environ: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], str]:
     """Run the examination as jobs of their own with these options of srun; reports by host, and what srun said."""
     folder.mkdir(parents=True)
     said = ""
     for kind in _KINDS:
         command = ["srun", "--ntasks-per-node=1", f"--time={_MINUTES}", "--kill-on-bad-exit=0", *options]
         command += [sys.executable, "-m", "pretrain.cluster.health", kind, str(folder)]
-        said = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+        said = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True).stderr
         reports = read_reports(folder)
         if len(reports) < nodes or judge(reports, list(reports)):
             break
@@ -77,7 +82,7 @@ def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str
     problems: dict[str, list[str]] = {host: [] for host in hosts}
     for host in hosts:
         if host not in reports:
-            problems[host].append("wrote no report: it does not answer, or does not see the shared folder")
+            problems[host].append(f"wrote no report: it does not answer, or does not see {Path.cwd()}")
     here = {host: report for host, report in reports.items() if host in problems}
     for key, name in (("gpus", "GPUs"), ("gpu_names", "kinds of GPU")):
         found = [json.dumps(report[key]) for report in here.values()]
@@ -85,16 +90,24 @@ def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str
         for host, report in here.items():
             if json.dumps(report[key]) != usual:
                 problems[host].append(f"{name}: {json.dumps(report[key])} where the others have {usual}")
-    for key, name, unit in (("matmul_tflops", "matrix product", "TFLOP/s"), ("reduce_gbytes", "all-reduce", "GB/s")):
+    # An all-reduce of all nodes is as slow for every one of them as the slowest makes it, so it tells nothing here.
+    for key, name, unit in (("matmul_tflops", "matrix product", "TFLOP/s"), ("pair_gbytes", "all-reduce", "GB/s")):
         speeds = {host: report[key] for host, report in here.items() if report.get(key)}
-        usual_speed = statistics.median(speeds.values()) if speeds else 0.0
+        usual_speed = statistics.median_high(speeds.values()) if speeds else 0.0
         for host, speed in speeds.items():
             if speed < _SLOWEST * usual_speed:
                 problems[host].append(f"{name} at {speed:.3g} {unit} where the others reach {usual_speed:.3g}")
-    middle = statistics.median([report["skew"] for report in here.values()]) if here else 0.0
+    skews = [report["skew"] for report in here.values()]
+    # The file server's own clock may be the one that is off, so most nodes decide; of two, the one nearer to it.
+    middle = min(statistics.median_low(skews), statistics.median_high(skews), key=abs) if skews else 0.0
     for host, report in here.items():
         if report.get("error"):
             problems[host].append(report["error"])
+        if report["gpus"] < report.get("gpus_given", 0):
+            problems[host].append(f"Slurm gave it {report['gpus_given']} GPUs and torch sees {report['gpus']}")
+        reached, promised = report.get("matmul_tflops", math.inf), report.get("peak_tflops", 0.0)
+        if reached < _LEAST_OF_PEAK * promised:
+            problems[host].append(f"matrix product at {reached:.3g} TFLOP/s where its GPU promises {promised:.3g}")
         if abs(report["skew"] - middle) > _LARGEST_SKEW:
             problems[host].append(f"its clock is {report['skew'] - middle:+.0f} s off")
         if report.get("gpu_free_share", 1.0) < _LEAST_FREE:
@@ -108,15 +121,69 @@ def examine(kind: str, folder: Path) -> None:
     """Look at this node `alone`, or at its all-reduce `together` with the others, and write FOLDER/<host>.json."""
     from pretrain.environment import prepare_environment
 
+    # Read before the environment is prepared, which settles on the CPU where a GPU has gone missing.
+    wants_gpus = os.environ.get("DS_ACCELERATOR") != "cpu"
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if wants_gpus else 0
     ranks = prepare_environment()
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    report = _alone(folder, host) if kind == "alone" else read_reports(folder)[host]
+    report = _alone(folder, host) | {"gpus_given": given} if kind == "alone" else read_reports(folder)[host]
     if kind == "together" and ranks.world_size > 1:
+        report["meeting"] = f"{ranks.launcher}, {ranks.master_address}:{ranks.master_port}"
         try:
-            report["reduce_gbytes"] = _all_reduce_gbytes(bool(report["gpus"]))
+            report |= all_reduce_speeds(ranks.rank, ranks.world_size, gpu=bool(report["gpus"]))
         except Exception as error:  # torch raises several kinds
             report["error"] = f"all-reduce: {_first_line(error)}"
     write_json(folder / f"{host}.json", report)
+
+
+def all_reduce_speeds(rank: int, nodes: int, *, gpu: bool, size: int = _REDUCED_BYTES) -> dict[str, float]:
+    """Bytes of a buffer over the time of its all-reduce, the best of three, in 1e9 bytes a second.
+
+    Args:
+        rank, nodes: this node's number and how many there are; the process group's variables are set.
+        gpu: whether the buffer lives on the first GPU (NCCL) or in memory (gloo).
+        size: of the buffer, in bytes.
+
+    Returns:
+        `reduce_gbytes` with all nodes, the same for all; `pair_gbytes`, the better of those with the nodes before and
+        after this one, which is low only where this node itself is slow (or both its neighbours are).
+    """
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=120))
+    try:
+        buffer = torch.ones(size // 4, device="cuda" if gpu else "cpu")
+
+        def speed(group: dist.ProcessGroup | None) -> float:
+            best = math.inf
+            for _ in range(4):  # the first one connects
+                dist.barrier(group)
+                start = time.perf_counter()
+                dist.all_reduce(buffer, group=group)
+                if gpu:
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - start)
+            return size / best / 1e9
+
+        everybody = speed(None)
+        pairs = []
+        for turn in pairings(nodes):
+            # Every node makes every group, in the same order.
+            groups = [(pair, dist.new_group(list(pair))) for pair in turn]
+            pairs += [speed(group) for pair, group in groups if rank in pair]
+            dist.barrier()
+        return {"reduce_gbytes": everybody, "pair_gbytes": max(pairs)}
+    finally:
+        dist.destroy_process_group()
+
+
+def pairings(nodes: int) -> list[list[tuple[int, int]]]:
+    """Neighbours of a ring of nodes, in turns of pairs that have no node in common."""
+    ring = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else 1)]
+    odd = ring[-1:] if nodes % 2 and nodes > 1 else []
+    paired = ring[: len(ring) - len(odd)]
+    return [turn for turn in (paired[0::2], paired[1::2], odd) if turn]
 
 
 def _alone(folder: Path, host: str) -> dict[str, Any]:
@@ -125,13 +192,15 @@ def _alone(folder: Path, host: str) -> dict[str, Any]:
     report: dict[str, Any] = {"host": host, "cores": os.cpu_count(), "skew": _clock_skew(folder, host)}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     report |= {"gpus": gpus, "gpu_names": sorted({torch.cuda.get_device_name(index) for index in range(gpus)})}
+    devices = [torch.device("cuda", index) for index in range(gpus)] or [torch.device("cpu")]
     try:
         if gpus:
             memory = [torch.cuda.mem_get_info(index) for index in range(gpus)]
             report["gpu_free_share"] = min(free / total for free, total in memory)
-        report["matmul_tflops"] = min(
-            _matmul_tflops(torch.device("cuda", index) if gpus else torch.device("cpu")) for index in range(gpus or 1)
-        )
+            from pretrain.engine import peak_flops
+
+            report["peak_tflops"] = (peak_flops(devices[0]) or 0.0) / 1e12
+        report["matmul_tflops"] = min(_matmul_tflops(device) for device in devices)
     except Exception as error:  # whatever fails on a node is its finding
         report["error"] = _first_line(error)
     return report
@@ -163,27 +232,6 @@ def _matmul_tflops(device: Any) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
-
-
-def _all_reduce_gbytes(gpu: bool) -> float:
-    """Bytes of the buffer over the time of its all-reduce, the best of three, in 1e9 bytes a second."""
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=120))
-    try:
-        buffer = torch.ones(_REDUCED_BYTES // 4, device="cuda" if gpu else "cpu")
-        best = float("inf")
-        for _ in range(4):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(buffer)
-            if gpu:
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return _REDUCED_BYTES / best / 1e9
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 Needs nothing beyond the standard library, so that it runs on a node whose real environment is inside a container. These
 variables change what it does; all are optional:
 
-    MOR_CONTAINER   image the ranks run in: *.sif with apptainer, *.sqsh or a registry name with enroot (pyxis)
+    MOR_CONTAINER   image the ranks run in: *.sif with apptainer, *.sqsh or a registry name with enroot (pyxis); it
+                    sees this project and the folder of the submission, and what APPTAINER_BIND or enroot's own
+                    configuration adds
     MOR_LAUNCHER    `srun` (default: Slurm starts every rank) or `deepspeed` (Slurm starts one launcher a node)
     MOR_HEALTH      `check` looks at every node before training, `exclude` also requeues without the bad ones
 """
@@ -17,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -49,6 +51,7 @@ class Job:
         self._child: subprocess.Popen[bytes] | None = None
         # What ends the child politely: ranks take USR1 as often as it comes, any other command a Ctrl-C.
         self._polite = signal.SIGUSR1
+        self._through_srun = False
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._pass_on)
 
@@ -110,30 +113,44 @@ class Job:
         time.sleep(120)
         return EXIT_AGAIN
 
-    def requeue(self) -> bool:
-        """Ask Slurm to start this job again; False where that is not allowed."""
-        done = subprocess.run(["scontrol", "requeue", self.identity], capture_output=True, text=True)
+    def requeue(self, without: Sequence[str] = ()) -> bool:
+        """Ask Slurm to start this job again, elsewhere than on the nodes `without`; False where that is not allowed."""
+        commands = [["scontrol", "requeue", self.identity]]
+        if without:
+            # Only a pending job's nodes can be chosen, so this comes second; nodes left out before stay out.
+            left_out = ",".join(sorted({*self._excluded(), *without}))
+            commands.append(["scontrol", "update", f"JobId={self.identity}", f"ExcNodeList={left_out}"])
+        # Requeueing ends every process of the job, the second command's too; it has a moment's grace.
+        script = " && ".join(["trap '' TERM", *map(shlex.join, commands)])
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
         if done.returncode:
-            say(f"scontrol requeue: {(done.stderr or done.stdout).strip()}")
+            say(f"scontrol: {(done.stderr or done.stdout).strip()}")
         return done.returncode == 0
+
+    def can_spare(self, hosts: Sequence[str]) -> bool:
+        """Whether the partition has nodes enough for this job without these and those left out already."""
+        partition = self.environ.get("SLURM_JOB_PARTITION", "")
+        command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
+        shown = subprocess.run(command, capture_output=True, text=True)
+        return len(set(shown.stdout.split()) - {*hosts, *self._excluded()}) >= len(self.hosts)
 
     def is_ending(self) -> bool:
         """Whether Slurm is already ending this job: cancelled, out of time, or requeued by Slurm itself."""
-        shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.identity], capture_output=True, text=True)
-        return shown.returncode == 0 and "JobState=RUNNING" not in shown.stdout.split()
-
-    def exclude(self, hosts: list[str]) -> bool:
-        """Keep these nodes out of this job's next start."""
-        done = subprocess.run(
-            ["scontrol", "update", f"JobId={self.identity}", f"ExcNodeList={','.join(hosts)}"],
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode == 0
+        shown = self._shown()
+        return bool(shown) and "JobState=RUNNING" not in shown
 
     def cancel_rest_of_array(self) -> None:
         """Cancel the elements that wait behind this one."""
         subprocess.run(["scancel", "--state=PENDING", str(self.array)], capture_output=True)
+
+    def _shown(self) -> list[str]:
+        """This job's record as Slurm shows it, in words NAME=VALUE; empty where Slurm does not answer."""
+        shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.identity], capture_output=True, text=True)
+        return shown.stdout.split() if shown.returncode == 0 else []
+
+    def _excluded(self) -> list[str]:
+        names = next((word.partition("=")[2] for word in self._shown() if word.startswith("ExcNodeList=")), "")
+        return expand_hostlist(names) if names not in ("", "(null)") else []
 
     def _tasks_per_node(self) -> int | None:
         if "SLURM_NTASKS_PER_NODE" in self.environ or "SLURM_NTASKS" in self.environ:
@@ -148,18 +165,26 @@ class Job:
         return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
     def _wait(self, command: list[str], polite: signal.Signals) -> int:
-        self._polite = polite
+        self._polite, self._through_srun = polite, command[0] == "srun"
         self._child = subprocess.Popen(command)
         try:
             if self.announced:
-                self._child.send_signal(polite)
+                self._end_politely()
             return self._child.wait()
         finally:
             self._child = None
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.announced = signal.Signals(number)
-        if self._child is not None:
+        self._end_politely()
+
+    def _end_politely(self) -> None:
+        if self._child is None:
+            return
+        if self._polite is signal.SIGINT and self._through_srun:
+            # srun keeps a Ctrl-C to itself; this reaches the step's processes, and not this script.
+            subprocess.run(["scancel", "--signal=INT", self.identity], capture_output=True)
+        else:
             self._child.send_signal(self._polite)
 
 
@@ -241,12 +266,17 @@ def _again(job: Job, run: Path, code: int) -> int:
 def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
     for host, reason in bad.items():
         say(f"node {host} is not sound: {reason}")
-    some = len(bad) < len(job.hosts)
-    if job.environ["MOR_HEALTH"] == "exclude" and some and job.exclude(list(bad)) and job.requeue():
-        say(f"requeued without {', '.join(bad)}.")
-        time.sleep(120)
-        return EXIT_AGAIN
-    return EXIT_FAILED
+    if job.environ["MOR_HEALTH"] != "exclude" or len(bad) == len(job.hosts):
+        return EXIT_FAILED
+    if not job.can_spare(list(bad)):
+        say(f"the partition has fewer than {len(job.hosts)} other nodes; not requeueing.")
+        return EXIT_FAILED
+    # Said first: with the requeue Slurm begins to end this script.
+    say(f"requeueing without {', '.join(bad)}.")
+    if not job.requeue(without=list(bad)):
+        return EXIT_FAILED
+    time.sleep(120)
+    return EXIT_AGAIN
 
 
 def _state(run: Path) -> str:

@@ -97,7 +97,7 @@ def plan_experiment(
         _check_recipe(run.recipe, profile.ranks, data=False)
     logs = f"{experiment.folder}/logs"
     name = experiment.name
-    whole_node = _sbatch_options(dataclasses.replace(_Shape.of(profile), nodes=1), profile, tasks=False)
+    whole_node = slurm_options(dataclasses.replace(Shape.of(profile), nodes=1), profile, tasks=False)
     steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
     wanted = suites or list(experiment.evaluation.suites)
     for number, (run, *branches) in enumerate(runs):
@@ -118,7 +118,7 @@ def plan_experiment(
             evaluation = _evaluation_step(where, str(member.trial.folder), step.name, logs, profile, wanted)
             steps.append(dataclasses.replace(evaluation, arguments=(*evaluation.arguments, *extra)))
     ends = tuple(("afterany", step.name) for step in steps if step.script == "eval")
-    small = _sbatch_options(_Shape(1, 0, 1), profile)
+    small = slurm_options(Shape(1, 0, 1), profile)
     report = Step(f"{name}-report", "compare", ("report", path, *overrides), small, f"{logs}/report-%j.out", after=ends)
     return [*steps, report]
 
@@ -133,7 +133,7 @@ def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[
         raise LaunchError("there is no sbatch here; log in to a cluster's login node, or use mor submit --local.")
     if not (_SCRIPTS / "train.sbatch").is_file():
         raise LaunchError(f"{_SCRIPTS} is missing; submit from a checkout of the project (pip install -e .).")
-    environ = _job_environment(profile)
+    environ = job_environment(profile)
     for step in steps:
         alone = dataclasses.replace(step, after=())
         test = ["sbatch", "--test-only", *alone.command({})[2:]]
@@ -171,13 +171,15 @@ def run_locally(steps: list[Step], profile: Profile, say: Callable[[str], None])
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
+    """Nodes of a job, and GPUs and tasks of each."""
+
     nodes: int
     gpus_per_node: int
     tasks_per_node: int
 
     @classmethod
-    def of(cls, profile: Profile) -> _Shape:
+    def of(cls, profile: Profile) -> Shape:
         return cls(profile.nodes, profile.gpus_per_node or 0, profile.tasks_per_node or profile.gpus_per_node or 1)
 
 
@@ -197,7 +199,7 @@ def _check_recipe(recipe: object, ranks: int, *, data: bool = True) -> None:
 
 
 def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: str, profile: Profile) -> Step:
-    options = list(_sbatch_options(_Shape.of(profile), profile))
+    options = list(slurm_options(Shape.of(profile), profile))
     if not profile.requeue:
         options += ["--no-requeue", f"--array=1-{profile.chain}%1"]
     return Step(name, "train", (recipe, *overrides), tuple(options), log, run=run)
@@ -205,13 +207,14 @@ def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: 
 
 def _evaluation_step(name: str, run: str, after: str, logs: str, profile: Profile, suites: list[str] | None) -> Step:
     arguments = (run, *(f"--suite={suite}" for suite in suites or _DEFAULT_SUITES))
-    options = _sbatch_options(_Shape(1, min(1, profile.gpus_per_node or 0), 1), profile)
+    options = slurm_options(Shape(1, min(1, profile.gpus_per_node or 0), 1), profile)
     # A chain's elements after the last one that trained are cancelled, which counts as neither success nor failure.
     condition = "afterok" if profile.requeue else "afterany"
     return Step(f"{name}-eval", "eval", arguments, options, f"{logs}/eval-%j.out", run=run, after=((condition, after),))
 
 
-def _sbatch_options(shape: _Shape, profile: Profile, *, tasks: bool = True) -> tuple[str, ...]:
+def slurm_options(shape: Shape, profile: Profile, *, tasks: bool = True) -> tuple[str, ...]:
+    """Options of sbatch and srun for a job of this shape on this cluster."""
     options = [f"--nodes={shape.nodes}"]
     options += [f"--ntasks-per-node={shape.tasks_per_node}"] if tasks else []
     options += [f"--gpus-per-node={shape.gpus_per_node}"] if shape.gpus_per_node else []
@@ -221,7 +224,7 @@ def _sbatch_options(shape: _Shape, profile: Profile, *, tasks: bool = True) -> t
     return (*options, *profile.options)
 
 
-def _job_environment(profile: Profile) -> dict[str, str]:
+def job_environment(profile: Profile) -> dict[str, str]:
     """Variables of `sbatch`, which Slurm hands to the jobs."""
     environ = {**clean_environment(), **profile.environment}
     # The accelerator that this machine lacks is there on the nodes.

@@ -25,7 +25,8 @@ def prep(job: Job, arguments: list[str]) -> int:
             _after(job, "afterok", "prep", ["merge", _value_of("--out", arguments)])
         return _alone(job, [*command, f"--task-index={index}", f"--task-count={count}", f"--workers={job.cores}"])
     if job.tasks > 1:
-        code = job.step([job.python, *_MOR, *command, "--mpi"], options=[f"--mpi={job.environ.get('MOR_MPI', 'pmix')}"])
+        ranks = job.inside([job.python, *_MOR, *command, "--mpi"])
+        code = job.step(ranks, options=[f"--mpi={job.environ.get('MOR_MPI', 'pmix')}"])
         return job.start_again(code, "to continue") if job.announced and not job.is_ending() else code
     return _alone(job, [*command, f"--workers={job.cores}"])
 

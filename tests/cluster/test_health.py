@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from pretrain.cluster.health import judge, read_reports
+from pretrain.cluster.health import judge, pairings, read_reports
 from pretrain.environment import clean_environment
 
 
 def report(**changes):
     sound = {"skew": 0.1, "gpus": 8, "gpu_names": ["H200"], "gpu_free_share": 0.99, "matmul_tflops": 700.0}
-    return {**sound, "reduce_gbytes": 40.0, "cores": 64, **changes}
+    return {**sound, "pair_gbytes": 40.0, "cores": 64, **changes}
 
 
 HOSTS = ["n1", "n2", "n3", "n4"]
@@ -30,7 +32,9 @@ def test_equal_nodes_are_sound():
         ({"gpu_names": ["A100", "H200"]}, "kinds of GPU"),
         ({"gpu_free_share": 0.5}, "50% of a GPU's memory"),
         ({"matmul_tflops": 300.0}, "matrix product at 300"),
-        ({"reduce_gbytes": 5.0}, "all-reduce at 5"),
+        ({"matmul_tflops": 480.0, "peak_tflops": 989.0}, "promises 989"),
+        ({"gpus": 8, "gpus_given": 9}, "Slurm gave it 9 GPUs and torch sees 8"),
+        ({"pair_gbytes": 5.0}, "all-reduce at 5"),
         ({"skew": 90.0}, "clock is +90 s off"),
         ({"error": "RuntimeError: NCCL"}, "NCCL"),
     ],
@@ -39,6 +43,70 @@ def test_the_odd_one_out_is_named(changes, words):
     problems = judge({**{host: report() for host in HOSTS}, "n3": report(**changes)}, HOSTS)
     assert list(problems) == ["n3"]
     assert words in problems["n3"]
+
+
+@pytest.mark.parametrize("changes", [{"matmul_tflops": 400.0}, {"pair_gbytes": 20.0}, {"skew": 90.0}, {"skew": -9.0}])
+def test_of_two_nodes_the_worse_is_named(changes):
+    assert list(judge({"n1": report(), "n2": report(**changes)}, HOSTS[:2])) == ["n2"]
+
+
+def test_nodes_that_are_all_slow_alike_are_named():
+    slow = {host: report(matmul_tflops=200.0, peak_tflops=989.0) for host in HOSTS}
+    assert list(judge(slow, HOSTS)) == HOSTS
+
+
+@pytest.mark.parametrize("nodes", range(2, 9))
+def test_every_node_is_paired_with_its_neighbours(nodes):
+    turns = pairings(nodes)
+    for turn in turns:
+        members = [node for pair in turn for node in pair]
+        assert len(members) == len(set(members)), "a node cannot do two all-reduces at once"
+    ring = {frozenset((node, (node + 1) % nodes)) for node in range(nodes)}
+    pairs = [frozenset(pair) for turn in turns for pair in turn]
+    assert set(pairs) == ring and len(pairs) == len(ring)
+
+
+SLOW_LINK = """
+import json, os, sys, time
+import torch.distributed as dist
+from pretrain.cluster.health import all_reduce_speeds
+rank, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+really = dist.all_reduce
+def slowly(*arguments, **named):
+    time.sleep(0.2)
+    return really(*arguments, **named)
+if rank == 1:
+    dist.all_reduce = slowly
+print(json.dumps(all_reduce_speeds(rank, nodes, gpu=False, size=2**16)))
+"""
+
+
+def test_a_slow_link_shows_only_at_its_own_node():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {**clean_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4"}
+    command = [sys.executable, "-c", SLOW_LINK]
+    nodes = [
+        subprocess.Popen(command, env={**meeting, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    speeds = [json.loads(node.communicate(timeout=200)[0].splitlines()[-1]) for node in nodes]
+    slowest = 2**16 / 0.2 / 1e9
+    assert [speed["pair_gbytes"] <= slowest for speed in speeds] == [False, True, False, False], speeds
+    # With all nodes together everybody waits for the slow one.
+    assert all(speed["reduce_gbytes"] <= slowest for speed in speeds), speeds
+    found = judge({host: report(**speed) for host, speed in zip(HOSTS, speeds)}, HOSTS)
+    assert "all-reduce at" in found["n2"]
+
+
+def test_the_gpus_that_slurm_gave_are_counted(tmp_path):
+    environ = {**clean_environment(), "SLURMD_NODENAME": "here", "SLURM_GPUS_ON_NODE": "99"}
+    environ.pop("DS_ACCELERATOR", None)
+    for accelerator, given in ({}, 99), ({"DS_ACCELERATOR": "cpu"}, 0):
+        command = [sys.executable, "-m", "pretrain.cluster.health", "alone", str(tmp_path)]
+        subprocess.run(command, env={**environ, **accelerator}, check=True)
+        assert read_reports(tmp_path)["here"]["gpus_given"] == given
 
 
 def test_a_node_that_says_nothing_is_named():

@@ -14,7 +14,7 @@ from pretrain.cluster.jobs import view_jobs
 from pretrain.cluster.profiles import Profile, load_profile
 from pretrain.cluster.records import Record, remember, remembered
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, reached_step
-from pretrain.cluster.submit import check_time, plan_recipe, submit, time_limit_seconds
+from pretrain.cluster.submit import check_time, job_environment, plan_recipe, submit, time_limit_seconds
 from pretrain.errors import LaunchError, RecipeError
 from tests.pretrain.support import make_dataset, recipe_values, tiny_model, write_recipe
 
@@ -96,6 +96,19 @@ def test_profiles_give_way_to_the_command_line(clusters):
     assert (profile.partition, profile.nodes, profile.account, profile.time) == ("gpu", 2, "nlp", "24:00:00")
     assert profile.environment == {"NCCL_DEBUG": "1"} and profile.ranks == 16
     assert load_profile("small").partition is None
+
+
+def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
+    monkeypatch.setenv("SBATCH_ACCOUNT", "of somebody's shell")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as it is set on a login node without GPUs
+    profile = Profile(
+        setup="module load cuda", container="mor.sif", launcher="deepspeed", health="exclude", environment={"NCCL": "1"}
+    )
+    environ = job_environment(profile)
+    wanted = {"MOR_SETUP": "module load cuda", "MOR_CONTAINER": "mor.sif", "MOR_LAUNCHER": "deepspeed"}
+    assert {**wanted, "MOR_HEALTH": "exclude", "NCCL": "1"}.items() <= environ.items()
+    assert not {"SBATCH_ACCOUNT", "DS_ACCELERATOR"} & set(environ)
+    assert "MOR_CONTAINER" not in job_environment(Profile())
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.show(job)["JobState"]
 
+    def interval(self, job: str) -> tuple[str, str]:
+        """When a job that has ended started and ended, to the second."""
+        record = self.show(job)
+        return record["StartTime"], record["EndTime"]
+
     def wait(self, job: str, *states: str, seconds: float = 240) -> str:
         """Wait until the job is in one of `states` (default: over) and return that state."""
         over = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY")
@@ -243,6 +248,11 @@ def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2)
 def _all_idle(cluster: Cluster) -> str | None:
     done = cluster.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T", check=False)
     return "idle" if done.stdout.split() == ["idle"] * cluster.nodes else None
+
+
+def most_at_once(intervals: list[tuple[str, str]]) -> int:
+    """How many of the intervals overlap at most; one that starts as another ends does not overlap it."""
+    return max(sum(start <= moment < end for start, end in intervals) for moment, _ in intervals)
 
 
 def alive(pid: int) -> bool:

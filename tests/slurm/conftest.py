@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from tests.conftest import skip_or_fail
 from tests.pretrain.support import losses, make_dataset
 from tests.slurm.cluster import Cluster, local_cluster, missing_programs
+from tests.slurm.corpus import prep_arguments, write_text_files
 from tests.slurm.training import Recipes, log, recipe_writer, submit
 
 
@@ -33,9 +36,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def recipes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Recipes:
-    """Writes recipes for this cluster; the data set is made once."""
-    return recipe_writer(cluster, make_dataset(tmp_path_factory.mktemp("data") / "set"))
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of all recipes."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="session")
+def recipes(cluster: Cluster, training_data: Path) -> Recipes:
+    """Writes recipes for this cluster."""
+    return recipe_writer(cluster, training_data)
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +54,22 @@ def undisturbed(cluster: Cluster, recipes: Recipes) -> dict[int, float]:
     job = submit(cluster, recipe)
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     return losses(run)
+
+
+@pytest.fixture(scope="session")
+def corpus(cluster) -> Path:
+    """Text files, and a tokenizer of their words."""
+    folder = write_text_files(cluster.folder / "work" / "text")
+    command = [sys.executable, "-m", "data_prep", "tokenizer", "train", str(folder / "*.jsonl")]
+    command += ["--out", str(folder / "words.model"), "--vocab-size", "300"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus) -> Path:
+    """The data set as one process without Slurm makes it."""
+    out = corpus.parent / "one-process"
+    command = [sys.executable, "-m", "data_prep", "tokenize", *prep_arguments(corpus, out)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out

@@ -92,8 +92,9 @@ def test_a_node_that_is_not_sound_is_named_and_nothing_starts_on_it(cluster, rec
     (broken / "sitecustomize.py").write_text(
         "import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n    os._exit(1)\n"
     )
-    job = submit(cluster, recipe, PYTHONPATH=str(broken), MOR_HEALTH="check")
+    job = submit(cluster, recipe, PYTHONPATH=str(broken), MOR_HEALTH="exclude")
     assert cluster.wait(job) == "FAILED", log(cluster, recipe)
+    assert "fewer than 2 other nodes" in log(cluster, recipe) and cluster.show(job)["Restarts"] == "0"
     assert "node node2 is not sound: wrote no report" in log(cluster, recipe)
     assert "node1 is not sound" not in log(cluster, recipe)
     assert not run.exists()

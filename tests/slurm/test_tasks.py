@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import skip_or_fail
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, most_at_once
+from tests.slurm.corpus import prep_arguments
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,60 +24,35 @@ def script(name: str) -> str:
 
 
 def submit(cluster: Cluster, *arguments: str, **environ: str) -> str:
-    return cluster.submit(*arguments, MOR_SETUP="true", OMP_NUM_THREADS="1", PATH=os.environ["PATH"], **environ)
+    standard = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    return cluster.submit(*arguments, **{**standard, **environ})
 
 
 def shards(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*-0*.*"))}
 
 
-def write_text_files(folder: Path) -> Path:
-    """Six files of made-up English."""
-    folder.mkdir()
-    words = re.findall(r"\w+", "the sea of stones was quiet and every boat had gone home before rain fell on the roofs")
-    generator = random.Random(5)
-    for number in range(6):
-        texts = (" ".join(generator.choices(words, k=generator.randint(20, 90))) for _ in range(120))
-        (folder / f"part{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def corpus(cluster) -> Path:
-    """Text files, and a tokenizer of their words."""
-    folder = write_text_files(cluster.folder / "work" / "text")
-    command = [sys.executable, "-m", "data_prep", "tokenizer", "train", str(folder / "*.jsonl")]
-    command += ["--out", str(folder / "words.model"), "--vocab-size", "300"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
-
-
-def prep_arguments(corpus: Path, out: Path) -> list[str]:
-    return [str(corpus / "*.jsonl"), "--out", str(out), "--tokenizer", str(corpus / "words.model"), "--test", "0.05"]
-
-
-@pytest.fixture(scope="module")
-def prepared(corpus) -> Path:
-    """The data set as one process without Slurm makes it."""
-    out = corpus.parent / "one-process"
-    command = [sys.executable, "-m", "data_prep", "tokenize", *prep_arguments(corpus, out)]
-    subprocess.run(command, check=True, capture_output=True)
-    return out
-
-
 def test_an_array_of_tasks_and_its_merge_make_what_one_process_makes(cluster, corpus, prepared):
-    out = cluster.folder / "work" / "array"
-    job = submit(cluster, "--array=0-3%2", "--output=prep-array-%a.out", script("prep"), *prep_arguments(corpus, out))
-    most = 0
+    out, gate = cluster.folder / "work" / "array", cluster.folder / "work" / "array-gate"
+    gate.mkdir()
+    # Every element waits at the gate, so that how many are there at once does not depend on how fast they are.
+    wait = f"touch {gate}/$SLURM_ARRAY_TASK_ID; until [ -e {gate}/open ]; do sleep 0.1; done"
+    arguments = [script("prep"), *prep_arguments(corpus, out)]
+    job = submit(cluster, "--array=0-3%2", "--output=prep-array-%a.out", *arguments, MOR_SETUP=wait)
 
-    def merged() -> str | None:
-        nonlocal most
-        running = cluster.run("squeue", "-h", "-r", "-t", "R", "-j", job, "-o", "%i", check=False).stdout.split()
-        most = max(most, len(running))
-        return "yes" if (out / "manifest.json").is_file() else None
+    def states() -> list[str]:
+        return sorted(cluster.run("squeue", "-h", "-r", "-j", job, "-o", "%T %r").stdout.splitlines())
 
-    cluster.until(merged, "the merged data set")
-    assert 1 <= most <= 2, "the array's limit was not kept"
+    limited = ["PENDING JobArrayTaskLimit"] * 2 + ["RUNNING None"] * 2
+    cluster.until(lambda: "yes" if states() == limited and len(list(gate.iterdir())) == 2 else None, "two at the gate")
+    (gate / "open").touch()
+    cluster.until(lambda: "yes" if (out / "manifest.json").is_file() else None, "the merged data set")
+    elements = [cluster.interval(f"{job}_{index}") for index in range(4)]
+    assert most_at_once(elements) == 2
+    logs = "".join(file.read_text() for file in (cluster.folder / "work").glob("prep-array-*.out"))
+    (merge,) = re.findall(r"job (\d+) does `merge", logs)
+    assert cluster.wait(merge) == "COMPLETED"
+    assert cluster.interval(merge)[0] >= max(end for _, end in elements)
     assert shards(out) == shards(prepared)
 
 
@@ -111,11 +84,12 @@ def test_mpi_ranks_make_what_one_process_makes(cluster, corpus, prepared):
 def test_an_experiment_as_an_array_of_arms(cluster, corpus, prepared):
     folder = cluster.folder / "work" / "runs" / "array-experiment"
     experiment = write_experiment(cluster.folder / "work" / "array-experiment.yaml", folder, prepared)
-    job = submit(cluster, "--array=0-1", "--output=compare-%a.out", script("compare"), str(experiment))
+    job = submit(cluster, "--array=0-1%1", "--output=compare-%a.out", script("compare"), str(experiment))
     cluster.until(lambda: "yes" if len(finished(folder)) == 2 else None, "two trained arms")
     cluster.until(lambda: "yes" if (folder / "report" / "report.csv").is_file() else None, "the report")
     cluster.until(lambda: "empty" if not cluster.run("squeue", "-h").stdout.strip() else None, "an empty queue")
     assert cluster.wait(f"{job}_0") == cluster.wait(f"{job}_1") == "COMPLETED", cluster.logs()
+    assert most_at_once([cluster.interval(f"{job}_{element}") for element in range(2)]) == 1
     table = (folder / "report" / "report.csv").read_text()
     assert "vanilla" in table and "mor" in table
 

@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.signals import EXIT_HELD, EXIT_USER
 from tests.pretrain.support import losses, metrics
+from tests.slurm.cluster import most_at_once
 from tests.slurm.training import STEPS, log, reached, restarted, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -67,15 +68,18 @@ def test_cancelling_is_not_undone_by_the_queue(cluster, recipes):
 
 @pytest.mark.slow
 def test_a_chain_replaces_requeueing(cluster, recipes, undisturbed):
-    recipe, run = recipes("chained")
-    job = submit(cluster, recipe, "--array=1-4%1", "--no-requeue")
+    recipe, run = recipes("chained", logging={"every": 1, "wandb": "offline"})
+    job = submit(cluster, recipe, "--array=1-10%1", "--no-requeue")
     cluster.until(lambda: reached(run, 2), "step 2")
     # For elements of arrays scancel's exit code is 229 although the signal arrives.
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1", check=False)
     assert cluster.wait(f"{job}_2") == "COMPLETED", log(cluster, recipe)
     assert cluster.wait(f"{job}_1") == "COMPLETED"
     assert not cluster.run("squeue", "-h", "-r").stdout.strip(), "nothing is left for the other elements to do"
+    assert most_at_once([cluster.interval(f"{job}_{element}") for element in (1, 2)]) == 1
     assert losses(run) == undisturbed
+    offline = [folder.name for folder in (run / "wandb").glob("offline-run-*")]
+    assert len(offline) == 2 and len({name.rsplit("-", 1)[1] for name in offline}) == 1, "two starts, one wandb run"
 
 
 @pytest.mark.slow
@@ -84,4 +88,5 @@ def test_the_deepspeed_launcher_trains_the_same(cluster, recipes, undisturbed):
     job = submit(cluster, recipe, MOR_LAUNCHER="deepspeed")
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert json.loads((run / "environment.json").read_text())["launcher"] == "deepspeed"
+    assert (run.parent / ".launched.hostfile").read_text() == "node1 slots=1\nnode2 slots=1\n"
     assert losses(run) == undisturbed

@@ -30,8 +30,9 @@ def recipe_writer(cluster: Cluster, data: Path) -> Recipes:
 def submit(cluster: Cluster, recipe: Path, *options: str, **environ: str) -> str:
     """`sbatch slurm/train.sbatch RECIPE` on two nodes; the job's number."""
     output = f"--output={recipe.stem}.out"
-    setup = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], **environ}
-    return cluster.submit(*TWO_NODES, output, *options, SCRIPT, str(recipe), **setup)
+    # The GPUs of the test cluster are none that torch could use.
+    setup = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": os.environ["PATH"]}
+    return cluster.submit(*TWO_NODES, output, *options, SCRIPT, str(recipe), **{**setup, **environ})
 
 
 def log(cluster: Cluster, recipe: Path) -> str:

@@ -1,0 +1,72 @@
+"""Programs that stand for what a test machine lacks: apptainer, Slurm's container plugin, environment modules, conda.
+
+Each writes down how it was called and then runs what it was given, so that the rest is the real thing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from tests.slurm.cluster import SEARCH_PATH
+
+APPTAINER = """\
+#!/usr/bin/env bash
+[ "$1" = exec ] || exit 64
+echo "$SLURM_PROCID $*" >>{record}
+while [ "${{1%.sif}}" = "$1" ]; do shift; done
+shift
+INSIDE=apptainer exec "$@"
+"""
+# srun as it is with the pyxis plugin, whose options the real one here does not know.
+PYXIS = """\
+#!/usr/bin/env bash
+echo "$*" >>{record}
+words=()
+for word in "$@"; do
+  case $word in
+    --container-*) export INSIDE=pyxis ;;
+    *) words+=("$word") ;;
+  esac
+done
+exec {srun} "${{words[@]}}"
+"""
+# Both read a variable that nobody has set, as the real ones do.
+MODULES = """\
+module() {{ [ "$LMOD_QUIET" != yes ]; echo "module $*" >>{record}; }}
+conda() {{
+  echo "conda $*" >>{record}
+  PS1="($2) $PS1"
+  export PATH={programs}:$PATH
+}}
+"""
+PYTHON = """\
+#!/usr/bin/env bash
+exec {python} "$@"
+"""
+
+
+def _program(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+def make_apptainer(folder: Path, record: Path) -> None:
+    """`apptainer` in `folder`; a line of its rank and arguments in `record` for each call."""
+    _program(folder / "apptainer", APPTAINER.format(record=record))
+
+
+def make_pyxis(folder: Path, record: Path) -> None:
+    """`srun` in `folder` that knows the options of pyxis; a line of its arguments in `record` for each call."""
+    srun = shutil.which("srun", path=SEARCH_PATH)
+    _program(folder / "srun", PYXIS.format(record=record, srun=srun))
+
+
+def make_modules(folder: Path, record: Path) -> Path:
+    """A shell file that defines `module` and `conda`; only `conda activate` makes `python` known."""
+    _program(folder / "programs" / "python", PYTHON.format(python=shlex.quote(sys.executable)))
+    return _program(folder / "modules.sh", MODULES.format(record=record, programs=folder / "programs"))

@@ -1,0 +1,101 @@
+"""The same scripts with modules, conda and containers, chosen by MOR_SETUP and MOR_CONTAINER."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.support import ROOT, losses
+from tests.slurm.corpus import prep_arguments
+from tests.slurm.stand_ins import make_apptainer, make_modules, make_pyxis
+from tests.slurm.test_tasks import script, shards
+from tests.slurm.training import log, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+# No `python` here: Debian has `python3` alone.
+BARE_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def lines(record: Path) -> list[str]:
+    return record.read_text(encoding="utf-8").splitlines()
+
+
+def test_modules_and_conda_bring_python_and_apptainer_runs_it(cluster, corpus, prepared, tmp_path):
+    modules, calls = tmp_path / "modules.txt", tmp_path / "apptainer.txt"
+    make_apptainer(tmp_path / "bin", calls)
+    setup = f". {make_modules(tmp_path, modules)}; module load cuda/12; conda activate mor"
+    out = cluster.folder / "work" / "in-container"
+    environ = {"MOR_SETUP": setup, "MOR_CONTAINER": "/images/mor.sif", "OMP_NUM_THREADS": "1"}
+    environ |= {"PATH": f"{tmp_path / 'bin'}:{BARE_PATH}", "INSIDE": "nothing"}
+    job = cluster.submit("--output=in-container.out", script("prep"), *prep_arguments(corpus, out), **environ)
+    assert cluster.wait(job) == "COMPLETED", cluster.logs()
+    assert lines(modules) == ["module load cuda/12", "conda activate mor"]
+    (call,) = lines(calls)
+    assert f"exec --nv --bind {ROOT},{cluster.folder / 'work'} /images/mor.sif python -u -m pretrain.cli.main" in call
+    assert shards(out) == shards(prepared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_every_rank_trains_in_apptainer(cluster, recipes, undisturbed, tmp_path, launcher):
+    calls = tmp_path / "apptainer.txt"
+    make_apptainer(tmp_path / "bin", calls)
+    recipe, run = recipes(f"apptainer-{launcher}")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = submit(cluster, recipe, PATH=path, MOR_CONTAINER="/images/mor.sif", MOR_LAUNCHER=launcher)
+    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert losses(run) == undisturbed
+    assert json.loads((run / "environment.json").read_text())["launcher"] == launcher
+    ranks = sorted(call.split()[0] for call in lines(calls) if "pretrain.cluster.rank" in call)
+    assert ranks == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_every_rank_trains_in_enroot(cluster, recipes, undisturbed, tmp_path):
+    calls = tmp_path / "srun.txt"
+    make_pyxis(tmp_path / "bin", calls)
+    recipe, run = recipes("enroot")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = submit(cluster, recipe, PATH=path, MOR_CONTAINER="/images/mor.sqsh")
+    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert losses(run) == undisturbed
+    work = cluster.folder / "work"
+    where, ranks = lines(calls)
+    assert "pretrain.cluster.locate" in where and "pretrain.cluster.rank" in ranks
+    for call in (where, ranks):
+        words = call.split()
+        assert {"--container-image=/images/mor.sqsh", f"--container-workdir={work}"} <= set(words)
+        (mounts,) = (word.partition("=")[2] for word in words if word.startswith("--container-mounts="))
+        assert set(mounts.split(",")) == {f"{ROOT}:{ROOT}", f"{work}:{work}"}
+
+
+@pytest.mark.slow
+def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_path):
+    calls = tmp_path / "srun.txt"
+    make_pyxis(tmp_path / "bin", calls)
+    hold, out = tmp_path / "hold", cluster.folder / "work" / "in-enroot"
+    hold.mkdir()
+    # Preparation waits at its first import until it is interrupted; the second start finds the gate open.
+    (hold / "sitecustomize.py").write_text(
+        "import os, pathlib, sys, time\n"
+        f"gate = pathlib.Path({str(tmp_path)!r})\n"
+        "if os.environ.get('INSIDE') == 'pyxis' and not (gate / 'open').exists():\n"
+        "    (gate / 'waits').touch()\n"
+        "    try:\n"
+        "        while True:\n"
+        "            time.sleep(0.1)\n"
+        "    except KeyboardInterrupt:\n"
+        "        (gate / 'open').touch()\n"
+        "        os._exit(130)\n"
+    )
+    environ = {"MOR_SETUP": "true", "MOR_CONTAINER": "/images/mor.sqsh", "OMP_NUM_THREADS": "1"}
+    environ |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(hold)}
+    job = cluster.submit("--output=in-enroot.out", script("prep"), *prep_arguments(corpus, out), **environ)
+    cluster.until(lambda: "yes" if (tmp_path / "waits").exists() else None, "preparation to wait")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job) == "COMPLETED", cluster.logs()
+    assert cluster.show(job)["Restarts"] == "1"
+    assert shards(out) == shards(prepared)
