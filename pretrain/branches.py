@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
+from pretrain.data import weight_phases
 from pretrain.errors import RunError
 from pretrain.plan import Branch, Plan, make_plan
 from pretrain.recipe import Recipe
@@ -107,8 +109,11 @@ def common_steps(before: Recipe, now: Recipe, plan: Plan) -> int:
         )
 
     limit = min(old.steps, plan.steps)
-    if any(source.final_weight is not None for source in now.data.sources):
-        limit = min(limit, old.steps - old.anneal, plan.steps - plan.anneal)
+    changes = zip_longest(weight_phases(before, old), weight_phases(now, plan))
+    differing = next((pair for pair in changes if pair[0] != pair[1]), None)
+    if differing is not None:
+        sample = min(phase.first_sample for phase in differing if phase is not None)
+        limit = next(step for step in range(limit, -1, -1) if plan.batch.before(step) <= sample)
     return next((step for step in range(limit) if told(old, step) != told(plan, step)), limit)
 
 

@@ -49,8 +49,7 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
         RecipeError: when the data does not go with the network: a larger vocabulary, too little text for a sequence.
     """
     length = recipe.batch.sequence_length
-    # The name decides the order of samples, so a single data set has one that does not change when its folder moves.
-    sources = recipe.data.sources or (Source(path=str(recipe.data.path), name="data"),)
+    sources = _sources(recipe)
     datasets = []
     for source in sources:
         dataset = open_dataset(source.path, "train", recipe.data.verify)
@@ -58,7 +57,7 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
         _check_fit(dataset, config, source.path, length)
         stream = dataset.packed(length) if recipe.data.packing == "best-fit" else dataset
         datasets.append(MixtureSource(source.label, stream))
-    mixture = Mixture(datasets, length, _phases(sources, plan), recipe.seed)
+    mixture = Mixture(datasets, length, weight_phases(recipe, plan), recipe.seed)
     digests = [
         f"{source.label} {source.subset} {part.dataset.manifest_digest}" for source, part in zip(sources, datasets)
     ]
@@ -73,14 +72,21 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
     )
 
 
-def _phases(sources: tuple[Source, ...], plan: Plan) -> list[Phase]:
-    """The weights at the start, and where they move, a new set at every sixteenth of the way."""
+def _sources(recipe: Recipe) -> tuple[Source, ...]:
+    # The name decides the order of samples, so a single data set has one that does not change when its folder moves.
+    return recipe.data.sources or (Source(path=str(recipe.data.path), name="data"),)
+
+
+def weight_phases(recipe: Recipe, plan: Plan) -> list[Phase]:
+    """The weights at the start, those of each stage, and where they anneal, a new set at every sixteenth of the way."""
+    sources = _sources(recipe)
 
     def weights(x: float) -> dict[str, float]:
         ends = {s.label: s.weight if s.final_weight is None else s.final_weight for s in sources}
         return {s.label: (1.0 - x) * s.weight + x * ends[s.label] for s in sources}
 
     phases = [Phase(0, weights(0.0))]
+    phases += [Phase(plan.batch.before(step), stage.weights) for step, stage in zip(plan.stages, recipe.data.stages)]
     if plan.anneal and any(source.final_weight is not None for source in sources):
         total = plan.batch.before(plan.steps)
         begin = plan.batch.before(plan.steps - plan.anneal)

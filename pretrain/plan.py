@@ -42,7 +42,7 @@ class Plan:
         flops_per_sequence: training FLOPs of one sequence at the configured capacities.
         training_flops, tokens: of the whole run, warm-ups included.
         checkpoint_every, keep_every, evaluate_every, suites_every: in steps; 0 is never.
-        anneal: steps at the end over which the mixture's weights move.
+        anneal: steps at the end over which the mixture's weights move; stages: steps at which they change.
     """
 
     steps: int
@@ -58,6 +58,7 @@ class Plan:
     evaluate_every: int
     suites_every: int
     anneal: int
+    stages: tuple[int, ...]
     branches: tuple[Branch, ...]
     parameters: dict[str, int]
 
@@ -128,6 +129,11 @@ def make_plan(recipe: Recipe) -> Plan:
         length = _solve(recipe, config, per_sequence, amount)[0]
         decay = _learning_rate(recipe, convert, length, smallest_steps).decay
         branches.append(Branch(amount, length - decay, length))
+        if convert(recipe.data.anneal, length) > decay or any(isinstance(s.start, float) for s in recipe.data.stages):
+            raise RecipeError(
+                f"budget.branches: {amount:g} would have other data before it leaves the trunk; make data.anneal as "
+                "short as the decay, and give the start of data.stages in steps, tokens or FLOPs."
+            )
     if branches and recipe.schedule.kind != "wsd":
         raise RecipeError(
             "budget.branches: only the wsd schedule can branch off a decay; set schedule.kind to wsd or drop the "
@@ -148,6 +154,7 @@ def make_plan(recipe: Recipe) -> Plan:
         evaluate_every=convert(recipe.evaluation.every, steps),
         suites_every=0 if suites is None else convert(suites.every, steps),
         anneal=min(steps, convert(recipe.data.anneal, steps)),
+        stages=_stages(recipe, convert, steps),
         branches=tuple(branches),
         parameters=dataclasses.asdict(count_parameters(config)),
     )
@@ -225,6 +232,16 @@ def _run_flops(
     for step in range(warm):
         total += batch.at(step) * training_flops_of_sequence(config, length, recursion.active_at(step))
     return total + (batch.before(steps) - batch.before(warm)) * per_sequence
+
+
+def _stages(recipe: Recipe, convert: _Converter, steps: int) -> tuple[int, ...]:
+    starts = [convert(stage.start, steps) for stage in recipe.data.stages]
+    if starts != sorted(set(starts)) or (starts and starts[0] < 1):
+        raise RecipeError(
+            f"data.stages: begin at steps {', '.join(map(str, starts))}; they must ascend, the first after step 0, for "
+            "which the sources' own weights stand."
+        )
+    return tuple(starts)
 
 
 def _learning_rate(recipe: Recipe, convert: _Converter, steps: int, smallest_steps: int) -> LearningRate:

@@ -102,6 +102,17 @@ class Source(Section):
         return self.name or self.subset or Path(self.path).name
 
 
+class Stage(Section):
+    """Weights of a mixture that hold from the step `start` on.
+
+    Attributes:
+        weights: relative shares by source (its `name`); a source that is not named gives nothing.
+    """
+
+    start: Length
+    weights: dict[str, Annotated[Number, Field(ge=0)]]
+
+
 class Data(Section):
     """What is trained on.
 
@@ -109,6 +120,8 @@ class Data(Section):
         path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the
             two.
         anneal: the last part of the run over which weights move to `final_weight`; 0 switches it off.
+        stages: weights that change at given steps, instead; before the first one `weight` holds. Both are kept by
+            sample number, so samples that are left out bring a change forward by as many.
         packing: `concat` cuts the stream of documents into sequences; `best-fit` reads those that
             `mor prep tokenize --packing best-fit` arranged, whose padding is neither predicted nor routed. Validation
             reads concatenated text either way, so that the two are compared on the same tokens.
@@ -119,6 +132,7 @@ class Data(Section):
     path: str | None = None
     sources: Annotated[tuple[Source, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
     anneal: Length = 0
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
     packing: Literal["concat", "best-fit"] = "concat"
     verify: Literal["structure", "checksums"] = "structure"
     skip_samples: Annotated[
@@ -132,6 +146,12 @@ class Data(Section):
     def _check(self) -> Data:
         if (self.path is None) == (not self.sources):
             raise ValueError("give exactly one of path (one data set folder) and sources (a mixture)")
+        if self.stages and (self.anneal or not self.sources):
+            raise ValueError("stages: need sources to weigh, and no anneal, which moves the same weights")
+        names = [source.label for source in self.sources]
+        for name in (name for stage in self.stages for name in stage.weights if name not in names):
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ValueError(f"stages: no source is called '{name}'; {_hint(near, names)}")
         previous = -1
         for first, last in self.skip_samples:
             if first <= previous or last < first:
@@ -376,14 +396,17 @@ def first_problem(error: ValidationError, root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], root)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}."
-        return f"unknown key '{where}'; {hint}"
+        return f"unknown key '{where}'; {_hint(near, known)}"
     if problem["type"] == "missing":
         return f"'{where}' is missing; every recipe must say it."
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
     return f"{where + ': ' if where else ''}{message[:1].lower() + message[1:]}{shown}."
+
+
+def _hint(near: list[str], known: list[str]) -> str:
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
 
 
 def _is_key(part: object) -> bool:

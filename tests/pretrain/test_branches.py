@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.branches import Extension, extend
-from pretrain.recipe import load_recipe
+from pretrain.branches import Extension, common_steps, extend
+from pretrain.data import OpenedData, open_data
+from pretrain.errors import RecipeError
+from pretrain.plan import make_plan
+from pretrain.recipe import build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from tests.pretrain.support import Workers, losses, metrics, recipe_values, write_recipe
 from tests.pretrain.test_resume import assert_same_run
@@ -104,3 +108,48 @@ def test_going_back_can_be_killed_and_repeated(
         torch.equal(value, weights[name]) for name, value in load_file(kept / "weights/model.safetensors").items()
     )
     assert sorted(entry.name for entry in (kept / "checkpoints").glob("step-*")) == ["step-00000010", "step-00000012"]
+
+
+def test_weights_change_at_the_step_that_the_recipe_names(tmp_path: Path, tiny_data: Path) -> None:
+    """Drawn from one source, then from both, then from the other; also while the batch is still growing."""
+
+    def opened(**changes: Any) -> OpenedData:
+        sources = [{"path": str(tiny_data), "name": "web"}, {"path": str(tiny_data), "name": "code", "weight": 0.0}]
+        values = recipe_values(tiny_data, tmp_path / "run", data={"sources": sources, **changes.pop("data")}, **changes)
+        recipe = build_recipe(values)
+        return open_data(recipe, recipe.network(), make_plan(recipe))
+
+    stages = [{"start": 3, "weights": {"web": 1.0, "code": 1.0}}, {"start": 0.5, "weights": {"code": 1.0}}]
+    source = opened(data={"stages": stages}).source
+    assert source.drawn(3 * 8) == {"web": 24, "code": 0}
+    assert source.drawn(6 * 8) == {"web": 36, "code": 12}
+    assert source.drawn(12 * 8) == {"web": 36, "code": 60}
+    growing = {"sequences": 8, "micro_batch": 2, "sequence_length": 32, "warmup_from": 2, "warmup": 4}
+    source = opened(data={"stages": stages[:1]}, batch=growing).source
+    assert source.drawn(2 + 2 + 4) == {"web": 8, "code": 0} and source.drawn(2 + 2 + 4 + 2)["code"] == 1
+    with pytest.raises(RecipeError, match="no source is called 'cod'; did you mean 'code'"):
+        opened(data={"stages": [{"start": 3, "weights": {"cod": 1.0}}]})
+    with pytest.raises(RecipeError, match="must ascend"):
+        opened(data={"stages": stages[::-1]})
+    with pytest.raises(RecipeError, match="start of data.stages in steps"):
+        opened(data={"stages": stages}, budget={"steps": 12, "branches": [10]})
+
+
+def test_what_two_budgets_have_in_common(tmp_path: Path) -> None:
+    """Up to the first step whose learning rate, batch or data differ."""
+    sources = [{"path": "a", "name": "a"}, {"path": "b", "name": "b", "final_weight": 3.0}]
+
+    def common(first: dict[str, Any], second: dict[str, Any]) -> int:
+        before, now = (build_recipe(recipe_values(tmp_path, tmp_path, **changes)) for changes in (first, second))
+        return common_steps(before, now, make_plan(now))
+
+    short, long = {"budget": {"steps": 12}}, {"budget": {"steps": 20}}
+    assert common(short, long) == common(long, short) == 8
+    assert common({**short, "schedule": {"kind": "constant"}}, {**long, "schedule": {"kind": "constant"}}) == 0
+    constant = {"schedule": {"kind": "constant", "warmup": 2}}
+    assert common({**short, **constant}, {**long, **constant}) == 12
+    assert common({**short, **constant}, long) == 12, "neither decays before the shorter one's end"
+    mixed = {**constant, "data": {"sources": sources, "anneal": 5}}
+    assert common({**short, **mixed}, {**long, **mixed}) == 7
+    late = {**constant, "data": {"sources": sources, "stages": [{"start": 0.5, "weights": {"a": 1.0}}]}}
+    assert common({**short, **late}, {**long, **late}) == 6
