@@ -131,7 +131,7 @@ def test_weights_change_at_the_step_that_the_recipe_names(tmp_path: Path, tiny_d
         opened(data={"stages": [{"start": 3, "weights": {"cod": 1.0}}]})
     with pytest.raises(RecipeError, match="must ascend"):
         opened(data={"stages": stages[::-1]})
-    with pytest.raises(RecipeError, match="start of data.stages in steps"):
+    with pytest.raises(RecipeError, match=r"start of data\.stages in steps"):
         opened(data={"stages": stages}, budget={"steps": 12, "branches": [10]})
 
 
@@ -144,8 +144,10 @@ def test_what_two_budgets_have_in_common(tmp_path: Path) -> None:
         return common_steps(before, now, make_plan(now))
 
     short, long = {"budget": {"steps": 12}}, {"budget": {"steps": 20}}
-    assert common(short, long) == common(long, short) == 8
-    assert common({**short, "schedule": {"kind": "constant"}}, {**long, "schedule": {"kind": "constant"}}) == 0
+    # The fall begins after step 8, with a ninth step that is still at the peak.
+    assert common(short, long) == common(long, short) == 9
+    share = {"schedule": {"kind": "constant", "warmup": 0.5}}
+    assert common({**short, **share}, {**long, **share}) == 0
     constant = {"schedule": {"kind": "constant", "warmup": 2}}
     assert common({**short, **constant}, {**long, **constant}) == 12
     assert common({**short, **constant}, long) == 12, "neither decays before the shorter one's end"
