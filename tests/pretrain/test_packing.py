@@ -50,7 +50,7 @@ def test_labels_and_validity_are_those_of_the_packing(packed_data: Path) -> None
 def test_two_ranks_train_like_one_plain_process(tmp_path: Path, packed_data: Path, two_ranks: Workers) -> None:
     """Micro-batches have different numbers of labels; every label weighs the same all the same."""
     values = packed_values(
-        packed_data, tmp_path / "run", batch={"sequences": 8, "micro_batch": 1, "sequence_length": 32}
+        packed_data, tmp_path / "run", batch={"sequences": 8, "micro_batch": 2, "sequence_length": 32}
     )
     compare(two_ranks.train(tmp_path, values), values)
 
