@@ -137,14 +137,14 @@ def extend(folder: RunFolder, extension: Extension) -> str:
         temporary = branch.with_name(f".{branch.name}.moving")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for entry in folder.path.iterdir():
-            if entry.name.startswith(".") or entry.name in ("branches", "checkpoints", "stacks"):
-                continue
-            if entry.is_dir():
-                shutil.copytree(entry, temporary / entry.name, copy_function=_link)
-            else:
-                # Copied, because a run folder's files outside checkpoints/ are added to.
-                shutil.copy2(entry, temporary / entry.name)
+        # The files are copied, because a run folder's are added to; wandb and TensorBoard go on with the trunk.
+        files = (folder.model_file, folder.environment_file, folder.plan_file, folder.metrics_file, folder.status_file)
+        for file in files:
+            if file.exists():
+                shutil.copy2(file, temporary)
+        for place in (folder.tokenizer, folder.weights, folder.evaluation):
+            if place.is_dir():
+                shutil.copytree(place, temporary / place.name, copy_function=_link)
         target = RunFolder(temporary)
         recipe = branch_recipe(before, old.amount, old.name, plan.learning_rate.warmup, branch)
         target.write_text(target.recipe_file, recipe.to_yaml())
@@ -154,12 +154,20 @@ def extend(folder: RunFolder, extension: Extension) -> str:
     if later or finished:
         said += f" What it had come to is in {branch}."
     folder.status_file.unlink(missing_ok=True)
-    for place in (*(folder.checkpoints / name for name in later), folder.weights, folder.evaluation):
-        if place.exists():
+    results = folder.evaluation.iterdir() if folder.evaluation.is_dir() else ()
+    outdated = [entry for entry in results if not (_is_step(entry.name) and int(entry.name[5:]) <= start)]
+    for place in (*(folder.checkpoints / name for name in later), folder.weights, *outdated):
+        if place.is_dir():
             doomed = place.with_name(f".{place.name}.removing")
             place.rename(doomed)
             shutil.rmtree(doomed)
+        else:
+            place.unlink(missing_ok=True)
     return said
+
+
+def _is_step(name: str) -> bool:
+    return name.startswith("step-") and name[5:].isdigit()
 
 
 def _describe(recipe: Recipe) -> str:
