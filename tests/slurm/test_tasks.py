@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import skip_or_fail
-from tests.slurm.cluster import Cluster, most_at_once
+from tests.slurm.cluster import JOB_PATH, Cluster, most_at_once
 from tests.slurm.corpus import prep_arguments
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -24,7 +23,7 @@ def script(name: str) -> str:
 
 
 def submit(cluster: Cluster, *arguments: str, **environ: str) -> str:
-    standard = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    standard = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": JOB_PATH}
     return cluster.submit(*arguments, **{**standard, **environ})
 
 
@@ -57,7 +56,6 @@ def test_an_array_of_tasks_and_its_merge_make_what_one_process_makes(cluster, co
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="over TCP, ranks of tokenize --mpi receive damaged messages or end in MPI_Init")
 def test_mpi_ranks_make_what_one_process_makes(cluster, corpus, prepared):
     probe = cluster.run("srun", "--mpi=pmix", "true", check=False)
     if probe.returncode:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.pretrain.support import ROOT, losses
+from tests.slurm.cluster import JOB_PATH
 from tests.slurm.corpus import prep_arguments
 from tests.slurm.stand_ins import make_apptainer, make_modules, make_pyxis
 from tests.slurm.test_tasks import script, shards
@@ -44,7 +44,7 @@ def test_every_rank_trains_in_apptainer(cluster, recipes, undisturbed, tmp_path,
     calls = tmp_path / "apptainer.txt"
     make_apptainer(tmp_path / "bin", calls)
     recipe, run = recipes(f"apptainer-{launcher}")
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    path = f"{tmp_path / 'bin'}:{JOB_PATH}"
     job = submit(cluster, recipe, PATH=path, MOR_CONTAINER="/images/mor.sif", MOR_LAUNCHER=launcher)
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert losses(run) == undisturbed
@@ -58,7 +58,7 @@ def test_every_rank_trains_in_enroot(cluster, recipes, undisturbed, tmp_path):
     calls = tmp_path / "srun.txt"
     make_pyxis(tmp_path / "bin", calls)
     recipe, run = recipes("enroot")
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    path = f"{tmp_path / 'bin'}:{JOB_PATH}"
     job = submit(cluster, recipe, PATH=path, MOR_CONTAINER="/images/mor.sqsh")
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert losses(run) == undisturbed
@@ -92,7 +92,7 @@ def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_pat
         "        os._exit(130)\n"
     )
     environ = {"MOR_SETUP": "true", "MOR_CONTAINER": "/images/mor.sqsh", "OMP_NUM_THREADS": "1"}
-    environ |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(hold)}
+    environ |= {"PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": str(hold)}
     job = cluster.submit("--output=in-enroot.out", script("prep"), *prep_arguments(corpus, out), **environ)
     cluster.until(lambda: "yes" if (tmp_path / "waits").exists() else None, "preparation to wait")
     cluster.run("scancel", "--batch", "--signal=USR1", job)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.pretrain.support import losses, recipe_values, tiny_model, write_recipe
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import JOB_PATH, Cluster
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch")
 STEPS = 24
@@ -31,7 +30,7 @@ def submit(cluster: Cluster, recipe: Path, *options: str, **environ: str) -> str
     """`sbatch slurm/train.sbatch RECIPE` on two nodes; the job's number."""
     output = f"--output={recipe.stem}.out"
     # The GPUs of the test cluster are none that torch could use.
-    setup = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": os.environ["PATH"]}
+    setup = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": JOB_PATH}
     return cluster.submit(*TWO_NODES, output, *options, SCRIPT, str(recipe), **{**setup, **environ})
 
 
