@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from data_prep.files import write_text
 from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
@@ -163,6 +164,8 @@ def extend(folder: RunFolder, extension: Extension) -> str:
             shutil.rmtree(doomed)
         else:
             place.unlink(missing_ok=True)
+    if start:
+        write_text(folder.checkpoints / "latest", checkpoint_name(start) + "\n")
     return said
 
 

@@ -101,6 +101,7 @@ def test_going_back_can_be_killed_and_repeated(
         extend(folder, extension)
     assert "branches/12" in extend(folder, extension)
     assert sorted(entry.name for entry in folder.checkpoints.glob("step-*")) == ["step-00000005", "step-00000008"]
+    assert (folder.checkpoints / "latest").read_text(encoding="utf-8") == "step-00000008\n"
     assert not folder.status_file.exists() and not folder.weights.exists()
     kept = run / "branches" / "12"
     assert json.loads((kept / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
