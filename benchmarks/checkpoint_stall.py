@@ -1,0 +1,78 @@
+"""How long training stands still for a checkpoint: written at once, and by a thread while training goes on.
+
+`stall` is the time between two steps that a checkpoint took; `slower steps` is what steps take longer while a thread
+writes; `cost` is both together, per checkpoint.
+
+    python -m benchmarks.checkpoint_stall --ranks 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.recording import machine, record, restart_with_steady_heap
+from benchmarks.training_runs import WIDTHS, median, network, recipe_of, records, train
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model = network(options.size, "vanilla", options.vocabulary, options.length)
+    values = recipe_of(
+        folder, model, steps=options.steps, sequences=2 * options.ranks, micro_batch=1, precision="bf16",
+        deepspeed={"config": "zero3"},
+    )  # fmt: skip
+    train(folder, values, options.ranks)
+    usual = median(records(values), "step_seconds", 2)
+    rows = []
+    for name, asynchronous in (("at once", False), ("by a thread", True)):
+        checkpoint = {"every": options.every, "keep": 1, "asynchronous": asynchronous}
+        train(folder, {**values, "checkpoint": checkpoint}, options.ranks)
+        found = records(values)
+        # What happened after the record of a checkpoint's step stands in the next one.
+        stalls = [row["pause_seconds"] for row in found if row["step"] % options.every == 1 and row["step"] > 1]
+        written = next((Path(values["run_dir"]) / "checkpoints").glob("step-*"))
+        slower = sum(row["step_seconds"] - usual for row in found[options.every :]) / len(stalls)
+        rows.append(
+            {
+                "written": name,
+                "mib": sum(file.stat().st_size for file in written.rglob("*") if file.is_file()) / 2**20,
+                "stall_seconds": statistics.median(stalls),
+                "slower_seconds": slower,
+                "cost_seconds": statistics.median(stalls) + slower,
+                "step_seconds": usual,
+            }
+        )
+    return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=sorted(WIDTHS), default="30m")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--every", type=int, default=6)
+    parser.add_argument("--name", default="checkpoint_stall-cpu")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-stall-") as folder:
+        result = measure(options, Path(folder))
+    lines = [
+        "| {written} | {mib:.0f} | {step_seconds:.2f} | {stall_seconds:.2f} | {slower_seconds:.2f} | "
+        "{cost_seconds:.2f} |".format(**row)
+        for row in result["rows"]
+    ]
+    table = (
+        f"{options.size}, bf16 with fp32 master weights, ZeRO stage 3, {options.ranks} ranks, a checkpoint every "
+        f"{options.every} steps; seconds per checkpoint.\n\n"
+        "| written | MiB | a step | stall | slower steps | cost |\n|---|---|---|---|---|---|\n" + "\n".join(lines)
+    )
+    record(options.name, result, table)
+
+
+if __name__ == "__main__":
+    restart_with_steady_heap()
+    main()

@@ -1,0 +1,144 @@
+"""How much memory a rank will need, from the recipe alone: nothing is built that takes any.
+
+What stays is arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 3, and what DeepSpeed copies in an update,
+as measured); what a forward and a backward pass hold at most is followed, storage by storage, through one micro-batch
+whose tensors have no memory behind them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mor_model import RecursiveTransformer
+from mor_model.config import ModelConfig
+from mor_model.flops import count_parameters
+from pretrain.ds_config import offload_device, zero_stage
+from pretrain.recipe import Recipe
+
+_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_autocast": 4}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
+_MASTER, _MOMENTS = 4, 8
+# What Python modules that are loaded while the engine is built take; they count on a CPU, whose memory they share.
+_LIBRARIES = 85 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on the device of one rank.
+
+    Attributes:
+        weights, gradients, optimizer: what stays from step to step; the optimiser has master weights and moments.
+        passes: most that a forward and a backward pass hold beside it: activations, gathered weights, buckets.
+        update: most that an optimiser step holds beside it.
+        libraries: code that is loaded after the start.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    passes: int
+    update: int
+    libraries: int
+
+    @property
+    def total(self) -> int:
+        """The peak: passes and update follow each other."""
+        return self.weights + self.gradients + self.optimizer + max(self.passes, self.update) + self.libraries
+
+
+def estimate_memory(
+    recipe: Recipe, config: ModelConfig, ds_config: Mapping[str, Any], world_size: int, *, on_cpu: bool
+) -> Memory:
+    """Bytes that training needs on the device of one of `world_size` ranks.
+
+    Args:
+        recipe: with its precision resolved.
+        ds_config: what `resolve_ds_config` returned.
+        on_cpu: the device is a CPU.
+    """
+    count = count_parameters(config).total_stored
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero_stage(ds_config)
+    width = _WIDTHS[recipe.precision]
+    share = -(-count // world_size)
+    accumulation = (ds_config.get("data_types") or {}).get("grad_accum_dtype")
+    gradient_width = 4 if accumulation == "fp32" else width
+    # Gradients of the partition are put together, and put into fp32 where they are not.
+    update = share * (gradient_width + (4 if gradient_width < 4 else 0))
+    gradients = gradient_width * (share if stage >= 2 else count)
+    weights = width * (share if stage == 3 else count)
+    optimizer = (_MASTER + _MOMENTS) * share
+    passes = peak_of_passes(recipe, config)
+    if stage:
+        passes += width * min(count, int(zero.get("reduce_bucket_size", 500_000_000)))
+    else:
+        optimizer, update = _MOMENTS * count, 0
+    if stage == 3:
+        passes += width * min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
+    if offload_device(ds_config, "offload_optimizer") != "none" and not on_cpu:
+        optimizer = gradients = update = 0
+    if offload_device(ds_config, "offload_param") != "none" and not on_cpu:
+        weights = 0
+    return Memory(weights, gradients, optimizer, passes, update, _LIBRARIES if on_cpu else 0)
+
+
+def peak_of_passes(recipe: Recipe, config: ModelConfig) -> int:
+    """Most bytes alive during forward and backward pass of one micro-batch, without weights and with gradients gone as
+    soon as they are complete.
+    """
+    batch, length = recipe.batch.micro_batch, recipe.batch.sequence_length
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(_DTYPES[recipe.precision])
+    try:
+        with FakeTensorMode():
+            model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            tokens = torch.zeros(batch, length, dtype=torch.long)
+            documents = torch.zeros_like(tokens) if config.document_masking else None
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16_autocast")
+            with _LiveBytes({p.untyped_storage()._cdata for p in model.parameters()}) as live, autocast:
+                loss = model(tokens, tokens, documents_BT=documents).loss
+                assert loss is not None
+                loss.backward()
+    finally:
+        torch.set_default_dtype(usual)
+    return live.peak
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators make inside the context: how many are alive now, and were at most."""
+
+    def __init__(self, apart: set[int]) -> None:
+        """`apart`: storages that are not counted."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = apart
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

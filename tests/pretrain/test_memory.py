@@ -1,0 +1,95 @@
+"""The memory that a dry run promises, against what real tensors and real runs take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mor_model import RecursiveTransformer
+from pretrain.ds_config import resolve_ds_config
+from pretrain.memory import estimate_memory, peak_of_passes
+from pretrain.recipe import build_recipe
+from tests.mor_model.live_memory import LiveBytes
+from tests.pretrain.support import LENGTH, Job, make_dataset, metrics, recipe_values, tiny_model, write_recipe
+
+# Memory that is freed goes back to the system at once, so that the resident size is what is alive.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "mor"])
+@pytest.mark.parametrize("checkpointing", ["none", "recursion", "layer"])
+def test_the_passes_are_followed_to_the_byte(variant: str, checkpointing: str) -> None:
+    values = recipe_values(Path("data"), Path("run"), model=tiny_model(variant), checkpointing=checkpointing)
+    recipe = build_recipe(values)
+    model = RecursiveTransformer(recipe.network(), recipe.checkpointing)
+    model.initialize(0)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    tokens = torch.zeros(recipe.batch.micro_batch, LENGTH, dtype=torch.long)
+    with LiveBytes() as live:
+        model(tokens, tokens).loss.backward()
+    assert peak_of_passes(recipe, recipe.network()) == pytest.approx(live.peak, rel=0.01)
+
+
+def test_partitioning_divides_what_stays() -> None:
+    def memory(stage: str, ranks: int, **changes: Any) -> Any:
+        recipe = build_recipe(recipe_values(Path("data"), Path("run"), deepspeed={"config": stage}, **changes))
+        return estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, ranks), ranks, on_cpu=False)
+
+    whole, quarter = memory("zero3", 1, precision="bf16"), memory("zero3", 4, precision="bf16")
+    count = whole.weights // 2
+    assert (whole.gradients, whole.optimizer, whole.update) == (4 * count, 12 * count, 4 * count)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(whole, name) == pytest.approx(4 * getattr(quarter, name), abs=50)
+    two = memory("zero2", 4, precision="bf16")
+    assert (two.weights, two.gradients) == (whole.weights, quarter.gradients)
+    one = memory("zero1", 4, precision="bf16")
+    assert (one.weights, one.gradients, one.optimizer) == (whole.weights, 2 * count, quarter.optimizer)
+    offloaded = memory("zero3_offload_all", 4, precision="bf16")
+    assert offloaded.weights == offloaded.gradients == offloaded.optimizer == 0 < offloaded.passes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "layers", "stage", "precision", "ranks"),
+    [
+        (512, 8, "zero3", "bf16", 1),
+        (512, 8, "zero1", "bf16", 2),
+        (512, 8, "zero0", "fp32", 1),
+        (768, 11, "zero3", "fp32", 2),
+    ],
+)
+def test_the_estimate_is_within_15_percent_of_a_run(
+    tmp_path: Path, width: int, layers: int, stage: str, precision: str, ranks: int
+) -> None:
+    """Peak resident memory of rank 0 over what it held before the network was built."""
+    model = tiny_model(
+        "mor" if width == 768 else "vanilla",
+        hidden_size=width,
+        num_heads=8,
+        num_kv_heads=8,
+        intermediate_size=8 * width // 3,
+        num_layers=layers,
+        vocab_size=8192,
+    )
+    values = recipe_values(
+        make_dataset(tmp_path / "data"),
+        tmp_path / "run",
+        model=model,
+        precision=precision,
+        deepspeed={"config": stage},
+        budget={"steps": 2},
+        schedule={"kind": "constant", "warmup": 0},
+        checkpoint={"every": 0},
+        evaluation={"every": 0, "sequences": 1},
+    )
+    codes, output, errors = Job(write_recipe(tmp_path / "r.yaml", values), ranks=ranks, extra=GIVE_BACK).wait(500)
+    assert codes == [0] * ranks, output + errors
+    before = metrics(tmp_path / "run", "event")[0]["memory_bytes"]
+    measured = metrics(tmp_path / "run", "train")[-1]["memory_peak_bytes_per_rank"][0] - before
+    recipe = build_recipe(values)
+    estimate = estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, ranks), ranks, on_cpu=True)
+    assert estimate.total == pytest.approx(measured, rel=0.15), f"{estimate.total / measured:.3f}"
