@@ -66,10 +66,7 @@ def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:
     found = sorted((step for step, _ in list_checkpoints(trunk.checkpoints) if step <= start), reverse=True)
     sound = next((step for step in found if find_damage(trunk.checkpoints / checkpoint_name(step)) is None), None)
     if sound is None:
-        raise RunError(
-            f"{trunk.checkpoints}: the branch {branch.name} leaves the trunk after {start} steps, and there is no "
-            "sound checkpoint up to there; restore one, or train that budget as a run of its own."
-        )
+        raise _no_beginning(trunk, branch.name, start)
     name = checkpoint_name(sound)
     branch.checkpoints.mkdir(parents=True, exist_ok=True)
     if not branch.metrics_file.exists():
@@ -81,7 +78,7 @@ def find_extension(folder: RunFolder, before: Recipe, now: Recipe, plan: Plan) -
     """Where a run that was begun with the recipe `before` can go on with `now`, whose plan is `plan`.
 
     Raises:
-        RunError: when the two differ from before the first checkpoint on.
+        RunError: when the two differ from before the first checkpoint on, or a new branch leaves before it.
     """
     alike = common_steps(before, now, plan)
     steps = sorted(step for step, _ in list_checkpoints(folder.checkpoints))
@@ -93,6 +90,9 @@ def find_extension(folder: RunFolder, before: Recipe, now: Recipe, plan: Plan) -
             f"can change: keep schedule.kind wsd or constant and set schedule.warmup to "
             f"{make_plan(before).learning_rate.warmup} (steps), or start a new run in another run_dir."
         )
+    for branch in plan.branches:
+        if branch.start < min(steps, default=0) and not branch_path(folder, branch).exists():
+            raise _no_beginning(folder, branch.name, branch.start)
     return Extension(before, start)
 
 
@@ -167,6 +167,13 @@ def extend(folder: RunFolder, extension: Extension) -> str:
     if start:
         write_text(folder.checkpoints / "latest", checkpoint_name(start) + "\n")
     return said
+
+
+def _no_beginning(trunk: RunFolder, name: str, start: int) -> RunError:
+    return RunError(
+        f"{trunk.checkpoints}: the branch {name} leaves the trunk after {start} steps, and there is no sound "
+        "checkpoint up to there; restore one, or train that budget as a run of its own."
+    )
 
 
 def _is_step(name: str) -> bool:

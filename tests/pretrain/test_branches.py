@@ -51,7 +51,7 @@ def test_a_larger_budget_goes_on_from_where_the_decay_began(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers
 ) -> None:
     """12 steps, finished; then 20 with the old end as a branch: the run that 20 would have been from the start."""
-    shared = {"checkpoint": {"every": 5, "keep": 1}, "evaluation": {"every": 4, "sequences": 2}}
+    shared = {"checkpoint": {"every": 5, "keep": 9}, "evaluation": {"every": 4, "sequences": 2}}
     values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 12}, **shared)
     run = two_ranks.train(tmp_path, values)
     first = tmp_path / "first"
@@ -84,7 +84,9 @@ def test_a_budget_that_changes_earlier_steps_is_refused(tmp_path: Path, tiny_dat
         return printed
 
     assert "from step 1 on" in (printed := refused(budget={"steps": 20})) and "schedule.warmup to 5" in printed
-    assert "from step 6 on" in refused(budget={"steps": 10}, schedule={"kind": "cosine", "warmup": 5})
+    assert "from step 7 on" in refused(budget={"steps": 10}, schedule={"kind": "cosine", "warmup": 5})
+    early = {"budget": {"steps": 10, "branches": [9]}, "schedule": {"kind": "wsd", "warmup": 5, "decay": 2}}
+    assert "the branch 9 leaves the trunk after 7 steps" in refused(**early), "8 is the first checkpoint kept"
 
 
 @pytest.mark.parametrize("killed_at", ["writing the branch", "removing"])
