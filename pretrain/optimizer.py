@@ -55,6 +55,18 @@ def build_optimizer(model: RecursiveTransformer, optim: Optim, *, offloaded: boo
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+        adam = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+        adam.register_step_pre_hook(_forget_powers)
+        return adam
     # Passing the op's own AdamW in the JSON would compile a kernel for over a minute; torch's needs no build.
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _forget_powers(adam: Any, *_: Any) -> None:
+    """DeepSpeed's kernel keeps beta to the power of the step, multiplied on from step to step, and computes it anew
+    after a resume, which rounds differently. A new kernel object for each step always computes it anew.
+    """
+    beta1, beta2 = adam.defaults["betas"]
+    settings = (adam.defaults["lr"], beta1, beta2, adam.defaults["eps"], adam.defaults["weight_decay"])
+    adam.ds_opt_adam.destroy_adam(adam.opt_id)
+    adam.ds_opt_adam.create_adam(adam.opt_id, *settings, adam.adam_w_mode, False)

@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pretrain.environment import Ranks
 from tests.data_prep.support import EOD, write_dataset
 
+# One process without a launcher.
+ALONE = Ranks(0, 1, 0, 1, 0, "127.0.0.1", 29500, "python")
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 64
 LENGTH = 32

@@ -20,7 +20,6 @@ from pretrain import provenance
 from pretrain.agreement import find_disagreement
 from pretrain.checkpoint import find_damage
 from pretrain.checkpoint_files import CheckpointFiles
-from pretrain.environment import Ranks
 from pretrain.provenance import identity
 from pretrain.recipe import build_recipe
 from pretrain.run import Prepared, prepare
@@ -28,6 +27,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.signals import EXIT_STALLED
 from pretrain.telemetry import Telemetry
 from tests.pretrain.support import (
+    ALONE,
     ROOT,
     Job,
     Nursery,
@@ -274,7 +274,7 @@ def test_ranks_compare_everything_that_decides_a_run(
 ) -> None:
     """One thing after the other changed on one rank; `require_agreement` compares by these names."""
     values = recipe_values(tiny_data, tmp_path / "run")
-    prepared = prepare(build_recipe(values), Ranks(0, 1))
+    prepared = prepare(build_recipe(values), ALONE)
     usual = identity(prepared)
 
     def differing(changed: Prepared) -> set[str]:
@@ -283,8 +283,8 @@ def test_ranks_compare_everything_that_decides_a_run(
         assert message is not None and "rank 1 has" in message
         return {name for name in usual if usual[name] != other[name]}
 
-    assert differing(prepare(build_recipe({**values, "optim": {"lr": 0.02}}), Ranks(0, 1))) == {"recipe"}
-    assert differing(prepare(build_recipe({**values, "seed": 8}), Ranks(0, 1))) == {"recipe", "seed"}
+    assert differing(prepare(build_recipe({**values, "optim": {"lr": 0.02}}), ALONE)) == {"recipe"}
+    assert differing(prepare(build_recipe({**values, "seed": 8}), ALONE)) == {"recipe", "seed"}
     data = dataclasses.replace(prepared.data, manifest="0" * 64, fingerprint="1" * 64)
     assert differing(dataclasses.replace(prepared, data=data)) == {"data", "tokenizer"}
     stage = {**prepared.ds_config, "zero_optimization": {"stage": 2}}
