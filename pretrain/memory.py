@@ -81,7 +81,7 @@ def estimate_memory(
         passes += width * min(count, int(zero.get("reduce_bucket_size", 500_000_000)))
     else:
         optimizer, update = _MOMENTS * count, 0
-    if stage == 3:
+    if stage == 3 and world_size > 1:
         passes += width * min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
     if offload_device(ds_config, "offload_optimizer") != "none" and not on_cpu:
         optimizer = gradients = update = 0
