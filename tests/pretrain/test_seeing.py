@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from pretrain.profiling import parse_steps
 from pretrain.recipe import build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
-from tests.pretrain.support import LENGTH, Workers, metrics, recipe_values, write_recipe
+from tests.conftest import skip_or_fail
+from tests.pretrain.support import LENGTH, Job, Workers, metrics, recipe_values, write_recipe
 
 CPU = torch.device("cpu")
 
@@ -134,6 +136,25 @@ def test_steps_that_are_not_ahead_are_not_profiled(profiled: tuple[Path, str], o
     assert code == 2 and "this start takes the steps 1 to 12" in printed
     code, printed = one_rank.run("--config", str(recipe), "--profile", "x")
     assert code == 2 and "--profile x" in printed
+
+
+@pytest.mark.gpu
+def test_a_gpus_profile_has_its_kernels_and_its_memory(tmp_path: Path, tiny_data: Path) -> None:
+    if not torch.cuda.is_available():
+        skip_or_fail("no CUDA device is here")
+    values = recipe_values(tiny_data, tmp_path / "run", precision="bf16")
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    cuda = {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}
+    codes, output, errors = Job(recipe, "--profile", "5-6", extra=cuda).wait()
+    assert codes == [0], output + errors
+    folder = tmp_path / "run" / "profile" / "steps-5-6"
+    assert "operation (device, its own time)" in (folder / "table.txt").read_text(encoding="utf-8")
+    snapshot = pickle.loads((folder / "rank-00000.memory.pickle").read_bytes())
+    assert snapshot["segments"] and any(snapshot["device_traces"])
+    for record in metrics(tmp_path / "run", "train"):
+        assert sum(record["parts"].values()) <= record["step_seconds"] * 1.05
+        if record["mfu"] is not None:
+            assert 0 < record["mfu"] < record["hfu"] < 1
 
 
 def test_records_say_what_each_rank_and_each_source_did(profiled: tuple[Path, str]) -> None:
