@@ -17,7 +17,7 @@ import torch
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError
 from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
-from pretrain.plan import Plan
+from pretrain.plan import Plan, is_due
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.sections import Suites
@@ -114,15 +114,12 @@ class EvaluationHooks:
         The best validation loss so far is kept in `state`.
         """
         began = self._clock()
-        if self._due(state.step, self._plan.evaluate_every):
+        if is_due(state.step, self._plan.evaluate_every, self._plan.steps):
             self._measure("validation", state, lambda: self._validate(state))
-        if self._suites is not None and self._due(state.step, self._plan.suites_every):
+        if self._suites is not None and is_due(state.step, self._plan.suites_every, self._plan.steps):
             suites = self._suites
             self._measure("suites", state, lambda: suites.run(state, self._beat))
         return self._clock() - began
-
-    def _due(self, step: int, every: int) -> bool:
-        return step == self._plan.steps or (every > 0 and step % every == 0)
 
     def _measure(self, name: str, state: TrainState, action: Callable[[], Records]) -> None:
         # What a run ends with is what it is for, whatever it costs.

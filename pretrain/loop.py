@@ -23,7 +23,7 @@ from pretrain.engine import seed_step
 from pretrain.environment import Ranks
 from pretrain.errors import RunError
 from pretrain.hooks import EvaluationHooks
-from pretrain.plan import Plan
+from pretrain.plan import Plan, is_due
 from pretrain.profiling import StepProfiler
 from pretrain.recipe import Recipe
 from pretrain.signals import Request, StopRequest
@@ -406,15 +406,16 @@ class Trainer:
         )
         self.telemetry.progress(state.step, report.scalars["lm_loss"], interval.tokens / seconds, seconds / steps)
 
-    def _due(self, step: int, every: int) -> bool:
-        return step == self.plan.steps or (every > 0 and step % every == 0)
-
     def _is_recorded(self, step: int) -> bool:
         return step % self.recipe.logging.every == 0 or step in (1, self.plan.steps)
 
     def _checkpoint_due(self, step: int) -> bool:
         log_spaced = self.recipe.checkpoint.log_spaced and step & (step - 1) == 0
-        return self._due(step, self.plan.checkpoint_every) or log_spaced or step in self.plan.trunk_checkpoints
+        return (
+            is_due(step, self.plan.checkpoint_every, self.plan.steps)
+            or log_spaced
+            or step in self.plan.trunk_checkpoints
+        )
 
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
         if self.store.writing:

@@ -98,6 +98,11 @@ class Plan:
         }
 
 
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether what happens every so many steps (0: never), and at the end of a run of `steps`, happens after `step`."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
 def training_flops_of_sequence(config: ModelConfig, length: int, shares: tuple[float, ...] | None = None) -> float:
     """Training FLOPs of one sequence of `length` tokens; `shares` of them take each recursion step, rounded as by
     top-k.
