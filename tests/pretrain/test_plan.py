@@ -44,6 +44,10 @@ def test_lengths_become_steps() -> None:
     assert (plan.learning_rate.warmup, plan.checkpoint_every, plan.evaluate_every) == (10, 25, 7)
     assert plan.keep_every == 10
     assert plan_of("checkpoint.every=0").checkpoint_every == 0
+    for every, steps in (("7", 7), ("0.25", 25), ("{tokens: 2560}", 10), ("{flops: 5.6e8}", 10)):
+        plan = plan_of("budget.steps=100", f"evaluation.suites={{names: [own], every: {every}}}")
+        assert plan.suites_every == steps
+    assert plan_of().suites_every == 0
 
 
 def test_warmups_are_paid_from_the_budget() -> None:

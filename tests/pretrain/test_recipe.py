@@ -33,6 +33,8 @@ def values(tmp_path: Path) -> dict[str, Any]:
         ("sed=1", "seed"),
         ("schedule.warmup={token: 5}", "tokens"),
         ("data={sources: [{path: a, wight: 2}]}", "weight"),
+        ("evaluation.suites={name: [own]}", "names"),
+        ("evaluation.maxshare=0.1", "max_share"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_nearest_one(values: dict[str, Any], override: str, near: str) -> None:
@@ -61,6 +63,9 @@ def test_a_misspelt_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
         ("batch.sequence_length=64", "context_length"),
         ("data={path: b, sources: [{path: a}]}", "exactly one"),
         ("data.skip_samples=[[5, 3]]", "skip_samples"),
+        ("data.packing=best_fit", "data.packing"),
+        ("evaluation.max_share=1", "evaluation.max_share"),
+        ("evaluation.suites={names: [own], limit: 0}", "evaluation.suites.limit"),
         ("budget.branches=[20]", "branches"),
         ("model.num_layers=6", "nearest valid depths"),
         ("model.variant=mor", "variant"),
