@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 # Daemons live outside an ordinary user's PATH on Debian.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
@@ -137,11 +139,16 @@ class Cluster:
         files = [*sorted((self.folder / "log").glob("*.log")), *sorted((self.folder / "work").rglob("*.out"))]
         return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
-    def kill_node(self, node: str) -> None:
-        """Kill a node's daemon as a power cut would (its jobs' processes live on)."""
+    def kill_node(self, node: str, *, processes: bool) -> None:
+        """Kill a node's daemon, and as a power cut would also all `processes` it has started."""
         daemon = self.daemons[node]
         daemon.kill()
         daemon.wait()
+        mine = {"SLURM_CONF": self.environ["SLURM_CONF"], "SLURMD_NODENAME": node}
+        for process in psutil.process_iter() if processes else ():
+            with contextlib.suppress(psutil.Error):
+                if mine.items() <= process.environ().items():
+                    process.kill()
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon (again)."""

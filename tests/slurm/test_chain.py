@@ -48,8 +48,8 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_submitted(cluster
     for options, reason in (
         (["--partition=nowhere"], "partition"),
         (["--constraint=fast"], "feature"),
-        (["--nodes=4", "--gpus-per-node=1"], "node configuration is not available"),
-        (["--account=nobodys", "--qos=nowhere", "--partition=gpu", "--time=yesterday"], "time limit"),
+        (["base.batch.micro_batch=2", "--nodes=4", "--gpus-per-node=1"], "node configuration is not available"),
+        (["--time=yesterday"], "time limit"),
         (["--gpus-per-node=7"], "micro_batch"),
     ):
         done = mor(cluster, "submit", str(file), *options)
@@ -116,7 +116,7 @@ def test_a_failing_arm_ends_its_own_evaluation_and_not_the_report(cluster):
         "tiny-report": "COMPLETED",
     }, cluster.logs()
     report = (folder / "report" / "report.md").read_text()
-    assert "mor" in report and "not finished" in report, report
+    assert "runs/half/mor: training was stopped at step 1 of 12" in report, report
 
 
 @pytest.mark.slow

@@ -32,13 +32,14 @@ def test_a_node_that_is_set_down(cluster, recipes, undisturbed):
     assert losses(run) == undisturbed
 
 
-def test_a_node_whose_daemon_dies(cluster, recipes, undisturbed):
-    recipe, run = recipes("lost", checkpoint=OFTEN, budget={"steps": 24})
+@pytest.mark.parametrize("processes", [False, True], ids=["its daemon alone", "with all its processes"])
+def test_a_node_that_dies(cluster, recipes, undisturbed, processes):
+    recipe, run = recipes(f"lost-{processes}", checkpoint=OFTEN)
     job = submit(cluster, recipe)
-    cluster.until(lambda: reached(run, 2), "step 2")
-    cluster.kill_node("node2")
+    cluster.until(lambda: reached(run, 6), "step 6")
+    cluster.kill_node("node2", processes=processes)
     try:
-        # Slurm notices after SlurmdTimeout; the ranks live on, so the run may even finish before that.
+        # Slurm notices after SlurmdTimeout. Ranks whose daemon alone died live on, and may even finish before that.
         cluster.until(
             lambda: "yes" if "down" in cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout else None, "the loss", 120
         )
@@ -46,6 +47,7 @@ def test_a_node_whose_daemon_dies(cluster, recipes, undisturbed):
         cluster.start_node("node2")
     both_nodes_back(cluster)
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert restarted(cluster, job) or not processes
     assert losses(run) == undisturbed
 
 
