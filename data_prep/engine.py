@@ -126,9 +126,8 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     report: dict[str, Any] = {"name": REFERENCE, "refused": {}}
     report["versions"] = {_LIBRARIES[tokenizer.kind]: importlib.metadata.version(_LIBRARIES[tokenizer.kind])}
     chosen = reference
-    candidates = [] if tokenizer.kind == "tiktoken" else [FASTOKENS_DIGITS, FASTOKENS]
     expected: tuple[np.ndarray, np.ndarray] | None = None
-    for name in candidates:
+    for name in _accelerators(tokenizer):
         try:
             candidate = Engine(tokenizer, name)
         except _Unsuitable as why:
@@ -146,6 +145,20 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
         report["refused"][name] = f"{count_differences(found, expected)} of {len(texts)} texts gave other ids"
     chosen.fallbacks = 0
     return chosen, report
+
+
+def first_choice(tokenizer: Tokenizer) -> Engine:
+    """The engine `choose_engine` tries first, unchecked: for a process that loads it while another one checks."""
+    for name in _accelerators(tokenizer):
+        try:
+            return Engine(tokenizer, name)
+        except _Unsuitable:
+            continue
+    return Engine(tokenizer)
+
+
+def _accelerators(tokenizer: Tokenizer) -> list[str]:
+    return [] if tokenizer.kind == "tiktoken" else [FASTOKENS_DIGITS, FASTOKENS]
 
 
 def count_differences(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from data_prep.mpi import Ranks
 from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
 from data_prep.plan import WORK, Plan, Settings, differences, read_plan, write_plan
 from data_prep.schedule import Key, Schedule, Share
-from data_prep.sources import find_sources, plan_groups, with_standard_input
+from data_prep.sources import Group, find_sources, plan_groups, with_standard_input
 from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from data_prep.workers import Pool, quiet_libraries
 
@@ -74,9 +74,9 @@ def tokenize(job: Job, listener: Listener, *, workers: int = 1, share: Share | N
         listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
         return done
     with only_writer(job.out, "" if share is None else f"-{share.index}"):
-        plan, engine = prepare(job, listener)
-        schedule = begin(job.out, plan, share or Share(), listener)
-        Pool(job.out, plan, schedule, workers, listener.progress, engine).run()
+        with Pool(job.out, job.tokenizer, job.eod_token, workers, listener.progress) as pool:
+            plan, engine = prepare(job, listener, pool.start)
+            pool.run(plan, begin(job.out, plan, share or Share(), listener), engine)
         if share is not None:
             return None
         return complete(job.out, plan, job.max_rejects, job.max_broken, workers)
@@ -181,8 +181,12 @@ def finished(job: Job) -> Manifest | None:
     return manifest
 
 
-def prepare(job: Job, listener: Listener) -> tuple[Plan, Engine]:
+def prepare(
+    job: Job, listener: Listener, on_groups: Callable[[tuple[Group, ...]], None] = lambda groups: None
+) -> tuple[Plan, Engine]:
     """Find the sources, choose the engine, copy the tokenizer and write the plan; or take up the plan that is there.
+
+    on_groups: called as soon as it is known what there is to read.
 
     Raises:
         DataError: a plan of other settings is there.
@@ -195,6 +199,7 @@ def prepare(job: Job, listener: Listener) -> tuple[Plan, Engine]:
     loaded = load_tokenizer(job.tokenizer, job.eod_token)
     work.mkdir(parents=True, exist_ok=True)
     groups = tuple(plan_groups(with_standard_input(sources, work), settings.options, settings.piece_bytes))
+    on_groups(groups)
     texts = sample_documents(groups, settings.options, work)
     engine, report = choose_engine(loaded, texts)
     for name, why in report["refused"].items():

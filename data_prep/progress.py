@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from data_prep.piece import Progress as Step
 from data_prep.plan import Plan
 from data_prep.schedule import Key, Schedule
-from data_prep.sources.streams import compression
+from data_prep.sources import expected_bytes
 
-_EXPANSION = 3.0  # text expected of a compressed byte until a file has shown its own
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Display:
     """Bytes, documents, tokens a second, the time left, and what each worker is at."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
         self._bar: Progress | None = None
         self._plan: Plan | None = None
         self._schedule: Schedule | None = None
@@ -30,7 +28,10 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print one line for a person."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        if self._bar is None:
+            print(message, file=sys.stderr)
+        else:
+            self._bar.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, plan: Plan, schedule: Schedule) -> None:
         """Show the bar (at a terminal only)."""
@@ -40,16 +41,19 @@ class Display:
             self.say(f"continuing: {own} finished piece(s) found.")
         if not sys.stderr.isatty():
             return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._bar = Progress(
             TextColumn("{task.fields[what]}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=Console(stderr=True),
             transient=True,
         )
         done = sum(s.text_bytes for r in schedule.receipts.values() for shards in r.shards.values() for s in shards)
-        total = sum(g.bytes * (_EXPANSION if g.files and compression(g.files[0]) else 1) for g in plan.groups)
+        total = sum(map(expected_bytes, plan.groups))
         self._task = self._bar.add_task("", total=max(total, done, 1), completed=done, what="starting")
         self._bar.start()
 
@@ -78,6 +82,7 @@ class Display:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     def summary(self) -> str:
         """What was done by this process, in one line."""

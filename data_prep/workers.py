@@ -11,11 +11,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine import Engine
+from data_prep.engine import Engine, first_choice
 from data_prep.errors import DataError
 from data_prep.piece import PieceWorker, Progress, orphaned, read_receipt, receipt_path
 from data_prep.plan import Plan
 from data_prep.schedule import Key, Schedule
+from data_prep.sources import Group, pieces_expected
+from data_prep.tokenizers import load_tokenizer
 
 _TRIES = 3  # a piece that takes its worker down this often stops the run
 
@@ -26,51 +28,66 @@ class _Worker:
     process: Any
     pipe: Connection
     piece: Key | None = None
+    knows_plan: bool = False
 
 
 @dataclass
 class Pool:
     """Runs a schedule on `count` processes; a single one is this process itself.
 
-    on_progress: called with (worker number, piece, Progress); on_piece: called when a piece is finished.
+    Processes can be started ahead of the plan: they load what they will need while this one makes it. As a context
+    manager it ends them.
+
+    tokenizer, eod_token: as for `load_tokenizer`. on_progress: called with (worker number, piece, Progress).
     """
 
     folder: Path
-    plan: Plan
-    schedule: Schedule
+    tokenizer: str
+    eod_token: str
     count: int
     on_progress: Callable[[int, Key, Progress], None]
-    engine: Engine | None = None  # for work in this process
+    plan: Plan = field(init=False)
+    schedule: Schedule = field(init=False)
     _workers: list[_Worker] = field(default_factory=list)
     _losses: dict[Key, int] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Do all pieces.
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def start(self, groups: tuple[Group, ...]) -> None:
+        """Start as many processes as there can be pieces for."""
+        if self.count > 1:
+            for number in range(min(self.count, sum(pieces_expected(group) for group in groups))):
+                self._start(number)
+
+    def run(self, plan: Plan, schedule: Schedule, engine: Engine | None = None) -> None:
+        """Do all pieces. `engine`: for work in this process.
 
         Raises:
             DataError: as a worker raised it, or a piece killed its worker three times.
             OSError: a worker could not write.
         """
+        self.plan, self.schedule = plan, schedule
         if self.count == 1:
-            self._run_here()
+            self._run_here(engine)
             return
-        try:
-            while not self.schedule.complete:
-                self._assign()
-                busy = [worker for worker in self._workers if worker.piece is not None]
-                if not busy:
-                    break
-                for pipe in wait([worker.pipe for worker in busy], timeout=1.0):
-                    self._hear(next(worker for worker in busy if worker.pipe is pipe))
-        finally:
-            self._stop()
+        while not self.schedule.complete:
+            self._assign()
+            busy = [worker for worker in self._workers if worker.piece is not None]
+            if not busy:
+                break
+            for pipe in wait([worker.pipe for worker in busy], timeout=1.0):
+                self._hear(next(worker for worker in busy if worker.pipe is pipe))
 
-    def _run_here(self) -> None:
+    def _run_here(self, engine: Engine | None) -> None:
         """One worker needs no process of its own."""
         worker: PieceWorker | None = None
         try:
             while (key := self.schedule.take(0)) is not None:
-                worker = worker or PieceWorker(self.folder, self.plan, self.engine)
+                worker = worker or PieceWorker(self.folder, self.plan, engine)
                 for progress in worker.work(*key):
                     self.on_progress(0, key, progress)
                 self.schedule.add(read_receipt(receipt_path(self.folder, *key)))
@@ -88,6 +105,9 @@ class Pool:
             worker = idle.pop(0) if idle else self._start(number)
             worker.piece = key
             try:
+                if not worker.knows_plan:
+                    worker.pipe.send(self.plan)
+                    worker.knows_plan = True
                 worker.pipe.send(key)
             except OSError:
                 self._lose(worker)
@@ -100,7 +120,9 @@ class Pool:
         # Spawned, not forked: a copy of the parent would hold its locks and threads in an unknown state.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_main, args=(str(self.folder), self.plan, theirs, os.getpid()))
+        process = context.Process(
+            target=_main, args=(str(self.folder), self.tokenizer, self.eod_token, theirs, os.getpid())
+        )
         process.start()
         theirs.close()
         worker = _Worker(number, process, ours)
@@ -158,11 +180,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _main(folder: str, plan: Plan, pipe: Connection, parent: int) -> None:
+def _main(folder: str, tokenizer: str, eod_token: str, pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     quiet_libraries()
     try:
-        worker = PieceWorker(Path(folder), plan)
+        try:
+            engine = first_choice(load_tokenizer(tokenizer, eod_token))
+        except DataError:
+            engine = None  # the parent meets the same, and says so
+        plan: Plan = pipe.recv()
+        if engine is not None and (engine.name, engine.tokenizer.fingerprint) != (
+            plan.engine["name"],
+            plan.tokenizer.fingerprint,
+        ):
+            engine = None
+        worker = PieceWorker(Path(folder), plan, engine)
         while True:
             key = pipe.recv()
             for progress in worker.work(*key):
@@ -170,7 +202,7 @@ def _main(folder: str, plan: Plan, pipe: Connection, parent: int) -> None:
                 if orphaned(parent):
                     return
             pipe.send("done")
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has finished, or is gone
     except (DataError, OSError) as error:
         pipe.send(error if isinstance(error, DataError) else OSError(error.errno, str(error)))

@@ -1,7 +1,15 @@
 """Corpora as streams of documents."""
 
 from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
-from data_prep.sources.plan import SourceFiles, find_sources, plan_groups, reader_for, with_standard_input
+from data_prep.sources.plan import (
+    SourceFiles,
+    expected_bytes,
+    find_sources,
+    pieces_expected,
+    plan_groups,
+    reader_for,
+    with_standard_input,
+)
 
 __all__ = [
     "Document",
@@ -12,7 +20,9 @@ __all__ = [
     "Reject",
     "SourceError",
     "SourceFiles",
+    "expected_bytes",
     "find_sources",
+    "pieces_expected",
     "plan_groups",
     "reader_for",
     "with_standard_input",

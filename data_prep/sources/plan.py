@@ -138,6 +138,16 @@ def plan_groups(sources: Sequence[SourceFiles], options: ReadOptions, piece_byte
     return groups
 
 
+def expected_bytes(group: Group) -> int:
+    """Bytes of text a group may hold, by the size of its files; 0 where nothing tells."""
+    return group.bytes * (_EXPANSION if group.files and compression(group.files[0]) else 1)
+
+
+def pieces_expected(group: Group) -> int:
+    """Pieces a group may have, at least one."""
+    return group.pieces or max(1, -(-expected_bytes(group) // group.piece_bytes))
+
+
 def reader_for(group: Group, options: ReadOptions, scratch: Path) -> PieceReader:
     """The reader that yields the documents of `group`.
 

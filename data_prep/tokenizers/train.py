@@ -12,13 +12,11 @@ import xxhash
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.plan import Settings
-from data_prep.sources import Document, LargeDocument, SourceError, plan_groups, reader_for
-from data_prep.sources.streams import compression
+from data_prep.sources import Document, LargeDocument, SourceError, expected_bytes, plan_groups, reader_for
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 END_OF_DOCUMENT = "<|endoftext|>"
-_EXPANSION = 3  # text expected of a byte of a compressed file
 _SENTENCE = 4000  # bytes; sentencepiece leaves out what is longer than its limit, so lines are cut below it
 _THREADS = 4  # written into the model file, so it must not depend on the machine
 
@@ -57,7 +55,7 @@ def train_tokenizer(
 def training_texts(settings: Settings, max_bytes: int, scratch: Path, counts: dict[str, int]) -> Iterator[str]:
     """Texts of the training split, a sample of about `max_bytes` of them; `counts` is kept up to date."""
     groups = plan_groups(settings.sources, settings.options)
-    expected = sum(g.bytes * (_EXPANSION if g.files and compression(g.files[0]) else 1) for g in groups)
+    expected = sum(map(expected_bytes, groups))
     held_out = settings.validation + settings.test
     # A hash of its own: the splits' hash would tie the sample to the splits.
     keep = min(1.0, max_bytes / expected) if max_bytes and expected else 1.0
