@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mor_model import RecursiveTransformer
-from mor_model.config import ModelConfig
+from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.flops import count_parameters
 from pretrain.ds_config import offload_device, zero_stage
 from pretrain.recipe import Recipe
@@ -93,7 +93,12 @@ def estimate_memory(
 def peak_of_passes(recipe: Recipe, config: ModelConfig) -> int:
     """Most bytes alive during forward and backward pass of one micro-batch, without weights and with gradients gone as
     soon as they are complete.
+
+    How many tokens token-choice takes on is decided by data, of which there is none: it is followed as if a step took
+    the share of the sequence that a plan assumes.
     """
+    if isinstance(config.router, TokenChoiceConfig):
+        config = replace(config, router=ExpertChoiceConfig(capacities=config.capacities))
     batch, length = recipe.batch.micro_batch, recipe.batch.sequence_length
     usual = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[recipe.precision])

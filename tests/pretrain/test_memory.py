@@ -34,6 +34,20 @@ def test_the_passes_are_followed_to_the_byte(variant: str, checkpointing: str) -
     assert peak_of_passes(recipe, recipe.network()) == pytest.approx(live.peak, rel=0.01)
 
 
+@pytest.mark.parametrize("precision", ["bf16_autocast", "bf16", "fp16"])
+def test_every_router_and_precision_is_followed(precision: str) -> None:
+    def peak(**model: Any) -> int:
+        values = recipe_values(Path("data"), Path("run"), model=tiny_model(**model), precision=precision)
+        recipe = build_recipe({**values, "checkpointing": "none"})
+        return peak_of_passes(recipe, recipe.network())
+
+    chosen, planned = peak(router={"kind": "token_choice"}), peak()
+    # Both let a third of the tokens go at every step.
+    assert chosen == pytest.approx(planned, rel=0.02)
+    masked = peak(document_masking=True, kv_sharing="shared")
+    assert 0.5 * planned < masked < 1.5 * planned
+
+
 def test_partitioning_divides_what_stays() -> None:
     def memory(stage: str, ranks: int, **changes: Any) -> Any:
         recipe = build_recipe(recipe_values(Path("data"), Path("run"), deepspeed={"config": stage}, **changes))
