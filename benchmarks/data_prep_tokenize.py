@@ -4,14 +4,16 @@
         --megatron ../Megatron-LM --python-path ../site-with-datatrove
 
 Every contender is a process of its own, pinned to as many processors as it has workers, start-up included; the best of
-`--rounds` counts, contenders taking turns. Processor seconds are those of the process and its children: they bear other
-work on the machine better than the clock does. Memory is the largest resident set among its processes. Peers:
+`--rounds` counts (`--peer-rounds` for the peers, who take minutes), contenders taking turns. Processor seconds are
+those of the process and its children: they bear other work on the machine better than the clock does. Memory is the
+largest resident set among its processes. Peers:
 
 - Megatron-LM's `tools/preprocess_data.py` (a checkout given by `--megatron`; reads plain JSON lines, so it is spared
   the decompression); its `.bin` must be byte for byte the one written here;
 - `datasets.map` over the tokenizers library in batches, with the arrow file it writes;
 - datatrove's `DocumentTokenizer`, reading one file per worker;
-- the engines alone, on texts already in memory: the reference library's `encode_batch_fast`, and the encoder used here.
+- the engines alone, on texts already in memory: the reference library's `encode_batch_fast`, and the encoder used here;
+  the work here without start-up is to be held against the latter.
 
 Peers that are not there are left out and named.
 """
@@ -76,6 +78,23 @@ engine = Engine(tokenizer) if sys.argv[3] == "reference" else choose_engine(toke
 began, spent = time.perf_counter(), time.process_time()
 for at in range(0, len(texts), 64):
     engine.encode(texts[at : at + 64])
+print(time.perf_counter() - began, time.process_time() - spent)
+"""
+
+PIPELINE = """
+import sys, time
+from pathlib import Path
+from data_prep.pipeline import Job, Share, begin, prepare
+from data_prep.plan import Settings
+from data_prep.progress import Display
+from data_prep.workers import Pool
+source, tokenizer, out = sys.argv[1:]
+display = Display()
+job = Job((source,), Path(out) / "data", tokenizer, Settings((), validation=0, test=0))
+plan, engine = prepare(job, display)
+schedule = begin(job.out, plan, Share(), display)
+began, spent = time.perf_counter(), time.process_time()
+Pool(job.out, tokenizer, "", 1, display.progress).run(plan, schedule, engine)
 print(time.perf_counter() - began, time.process_time() - spent)
 """
 
@@ -151,6 +170,9 @@ def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dic
     if workers == 1:
         for name in ("reference", "accelerated"):
             found[f"engine alone, {name}"] = [python, "-c", ENGINE, str(folder / "corpus.jsonl"), tokenizer, name]
+        found["here, without start-up"] = [
+            python, "-c", PIPELINE, str(folder / "corpus.jsonl.zst"), tokenizer, "{out}"
+        ]  # fmt: skip
     if arguments.megatron:
         found["Megatron preprocess_data.py"] = [
             python, "-W", "ignore", str(arguments.megatron / "tools" / "preprocess_data.py"),
@@ -178,7 +200,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     parser.add_argument("--megabytes", type=float, default=60)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-rounds", type=int, default=2)
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM")
     parser.add_argument("--python-path", default="", help="where datatrove and what Megatron needs are installed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -205,12 +228,14 @@ def main() -> None:
             best: dict[str, dict[str, Any]] = {}
             for turn in range(arguments.rounds):
                 for contender, command in contenders(arguments, folder, workers).items():
+                    if turn >= arguments.peer_rounds and not contender.startswith("here"):
+                        continue
                     out = folder / f"out-{turn}"
                     shutil.rmtree(out, ignore_errors=True)
                     out.mkdir()
                     command = [part.replace("{out}", str(out)) for part in command]
                     found = measure(command, set(processors[:workers]), environment)
-                    if contender.startswith("engine"):
+                    if contender.startswith("engine") or contender.endswith("start-up"):
                         found["seconds"], found["processor_seconds"] = map(float, found["printed"].split()[-2:])
                     if contender == "here":
                         manifest = read_manifest(out / "data")
@@ -237,11 +262,17 @@ def main() -> None:
         row["here_is_faster_by"] = round(row["seconds"] / own[row["workers"]]["seconds"], 2)
         row["here_spends_less_by"] = round(row["processor_seconds"] / own[row["workers"]]["processor_seconds"], 2)
     name = f"data_prep_tokenize-{arguments.tokenizer.parent.name}"
+    alone = {row["contender"]: row for row in rows if row["workers"] == 1}
+    share = None
+    if "here, without start-up" in alone:
+        raw, work = alone["engine alone, accelerated"], alone["here, without start-up"]
+        share = round(raw["processor_seconds"] / work["processor_seconds"], 3)
     result = {
         "corpus": {"file": arguments.source.name, "documents": documents, "text_mb": round(size / 1e6, 1)},
         "tokenizer": arguments.tokenizer.parent.name,
         "engine": engine,
         "same_bytes_as_megatron": len(set(digests.values())) == 1 if len(digests) == 2 else None,
+        "share_of_engine": share,
         "rows": rows,
         "absent": [n for n, there in _peers(arguments).items() if not there],
         "machine": _machine(load, arguments),
@@ -290,7 +321,8 @@ def _markdown(name: str, result: dict[str, Any]) -> str:
         "",
         f"{corpus['text_mb']} MB of text, {corpus['documents']:,} documents of {corpus['file']}, to shards; "
         f"start-up included. Encoder here: {result['engine'].get('name')}. "
-        f"Same bytes as Megatron's .bin: {result['same_bytes_as_megatron']}.",
+        f"Same bytes as Megatron's .bin: {result['same_bytes_as_megatron']}. Without start-up, the work here reaches "
+        f"{result['share_of_engine']} of the engine's speed on texts in memory (processor seconds).",
         "",
         "| contender | workers | seconds | MB/s | faster here by | processor seconds | ratio | peak MB (one process) |",
         "|---|---|---|---|---|---|---|---|",
