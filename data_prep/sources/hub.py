@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, field_path, look_up
+from data_prep.sources.text import PAGE
 
 PRESETS = {
     "pile": "hub:monology/pile-uncopyrighted",
@@ -33,13 +34,41 @@ def hub_groups(name: str, address: str, first: int, piece_bytes: int) -> list[Gr
 
 
 class HubReader(PieceReader):
-    """Streams one file of a hub data set; a broken connection is taken up where it broke."""
+    """Streams one file of a hub data set; a broken connection is taken up where it broke.
+
+    The rows of WikiText are lines; they are put together to articles as in its raw files.
+    """
 
     def items(self, piece: int) -> Iterator[Item]:
         extra, options = self.group.extra, self.options
         self.file = f"hub:{extra['repository']}:{extra['config']}:{extra['split']}#{extra['file']}"
         text_path, subset_path = field_path(options.text_field), field_path(options.subset_field)
         language_path = field_path(options.language_field)
+        if options.format == "wikitext" or str(extra["repository"]).endswith("/wikitext"):
+            yield from self._articles(text_path)
+        else:
+            for row in self._rows():
+                text, subset, language = (look_up(row, path) for path in (text_path, subset_path, language_path))
+                yield accept(text, subset, language, self.lines, options)
+        self.end_seen = True
+
+    def _articles(self, text_path: tuple[str, ...]) -> Iterator[Item]:
+        article: list[str] = []
+        first = 1
+        for row in self._rows():
+            line = look_up(row, text_path)
+            if not isinstance(line, str):
+                yield accept(line, None, None, self.lines, self.options)
+                continue
+            if PAGE.match(line.encode("utf-8", "surrogatepass")) and any(map(str.strip, article)):
+                yield accept("".join(article), None, None, first, self.options)
+                article, first = [], self.lines
+            article.append(line or " \n")  # the raw file's empty lines hold a space
+        if any(map(str.strip, article)):
+            yield accept("".join(article), None, None, first, self.options)
+
+    def _rows(self) -> Iterator[Any]:
+        extra = self.group.extra
         failures = 0
         while True:
             try:
@@ -48,14 +77,8 @@ class HubReader(PieceReader):
                 for row in stream.skip(self.lines) if self.lines else stream:
                     self.lines += 1
                     failures = 0
-                    yield accept(
-                        look_up(row, text_path),
-                        look_up(row, subset_path),
-                        look_up(row, language_path),
-                        self.lines,
-                        options,
-                    )
-                break
+                    yield row
+                return
             except (OSError, RuntimeError, ValueError, DataError) as error:
                 failures += 1
                 if failures == _ATTEMPTS:
@@ -63,7 +86,6 @@ class HubReader(PieceReader):
                         "unreadable_file", f"{self.file}: failed {failures} times after row {self.lines}: {error}"
                     ) from None
                 time.sleep(2.0 ** (failures - 1))
-        self.end_seen = True
 
 
 def _load(repository: str, config: str, split: str) -> Any:

@@ -24,7 +24,7 @@ from data_prep.sources.base import (
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.streams import ByteStream
 
-_PAGE = re.compile(rb"^ = [^=](?:.*[^=])? = \s*$")  # WikiText: a heading of the first level begins a page
+PAGE = re.compile(rb"^ = [^=](?:.*[^=])? = \s*$")  # WikiText: a heading of the first level begins a page
 
 
 class TextReader(PieceReader):
@@ -99,7 +99,7 @@ class WikitextReader(PieceReader):
                     line.path.unlink()
                     yield Reject("too_long", self.lines, f"a line of {line.bytes} bytes in a WikiText file")
                     continue
-                if _PAGE.match(line) and any(before.strip() for before in page):
+                if PAGE.match(line) and any(before.strip() for before in page):
                     yield text_item(b"\n".join(page) + b"\n", first, self.options)
                     page, first = [], self.lines
                 page.append(line)

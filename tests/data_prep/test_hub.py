@@ -12,8 +12,9 @@ from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.sources import Document, Group, ReadOptions, SourceError, find_sources, hub
 from tests.data_prep.hub_server import Hub, serve
+from tests.data_prep.test_sources import WIKI
 from tests.data_prep.test_tokenize import encoder, written
-from tests.data_prep.writing import command, compressed, documents, jsonl
+from tests.data_prep.writing import command, compressed, documents, jsonl, run
 
 TEXTS = documents(120)
 
@@ -55,6 +56,27 @@ def test_a_stream_that_breaks_gives_every_document_once(tmp_path, byte_bpe, sour
     manifest = read_manifest(out)
     assert [entry["name"] for entry in manifest.sources] == [name]
     assert len(manifest.splits["train"].shards) == len([f for f in files() if not f.endswith(".md")])
+
+
+def wikitext_files():
+    """As on the hub: a row is a line of the raw file, and an empty line is an empty string."""
+    lines = [line if line.strip() else "" for line in WIKI.splitlines(keepends=True)]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), buffer)
+    readme = "---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files: wikitext-103-raw-v1/*.parquet\n---\n"
+    return {"README.md": readme.encode(), "wikitext-103-raw-v1/train-00000-of-00001.parquet": buffer.getvalue()}
+
+
+def test_the_lines_of_wikitext_become_its_articles(tmp_path, byte_bpe):
+    with serve(Hub("Salesforce/wikitext", wikitext_files())) as address:
+        command(
+            "tokenize", "wikitext-103", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--validation", 0,
+            "--test", 0, environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    (tmp_path / "wiki.raw").write_text(WIKI)
+    run([tmp_path / "wiki.raw"], tmp_path / "raw", byte_bpe, validation=0, test=0)
+    assert len(written(tmp_path / "out", "train")) == 2
+    assert written(tmp_path / "out", "train") == written(tmp_path / "raw", "train")
 
 
 def test_an_unknown_data_set_is_named(tmp_path, byte_bpe):
