@@ -136,7 +136,8 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
     recipe, folder, first = prepared.recipe, prepared.folder, ranks.rank == 0
     hours = recipe.limits.wall_clock_hours
     with StopRequest(folder.path, watch_files=first, wall_clock=None if hours is None else hours * 3600) as stop:
-        device = start_process_group(ranks, recipe.limits.stall_seconds)
+        # Later than the watchdog, which names the rank that the collective waits for.
+        device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + 60)
         try:
             require_agreement(identity(prepared))
             with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:

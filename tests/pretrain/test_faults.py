@@ -258,7 +258,7 @@ def test_records_wait_for_a_full_disk(tmp_path: Path, tiny_data: Path, small_dis
 
 def test_a_stalled_rank_is_named_and_the_job_ends(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
     """Rank 1 never gets past its batch of step 6: both ranks end with the documented code and leave their stacks."""
-    values = recipe_values(tiny_data, tmp_path / "run", limits={"stall_seconds": 6.0})
+    values = recipe_values(tiny_data, tmp_path / "run", limits={"stall_seconds": 8.0})
     fault = {"rank": 1, "stall_samples": [40]}
     codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [EXIT_STALLED, EXIT_STALLED], printed
