@@ -19,8 +19,8 @@ import zstandard
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.manifest import SPLITS, Manifest, Shard, Split, write_manifest
+from data_prep.packing import concat_summary, write_packing
 from data_prep.packing import summary as packing_summary
-from data_prep.packing import write_packing
 from data_prep.piece import Receipt, read_receipt, rejects_path
 from data_prep.plan import WORK, Plan
 from data_prep.schedule import Schedule, Share
@@ -201,6 +201,8 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
         manifest = _shuffled(folder, manifest, plan.settings.shuffle_seed)
     if plan.settings.packing == "best-fit":
         manifest = _packed(folder, manifest, plan.settings.sequence_length, workers)
+    elif plan.settings.sequence_length:
+        manifest = _concatenated(folder, manifest, plan.settings.sequence_length)
     write_manifest(folder, manifest)
     remove_leftovers(folder, manifest)
     shutil.rmtree(folder / WORK)
@@ -239,6 +241,13 @@ def _packed(folder: Path, manifest: Manifest, length: int, workers: int) -> Mani
             parts = [write_packing(prefix, length) for prefix in prefixes]
         packings[name] = packing_summary(parts)
     return replace(manifest, statistics={**manifest.statistics, "packing": packings})
+
+
+def _concatenated(folder: Path, manifest: Manifest, length: int) -> Manifest:
+    cuts: dict[str, Any] = {"length": length}
+    for name, split in manifest.splits.items():
+        cuts[name] = concat_summary([folder / shard.name for shard in split.shards], length)
+    return replace(manifest, statistics={**manifest.statistics, "packing": cuts})
 
 
 def merged_schedule(folder: Path, plan: Plan) -> Schedule:

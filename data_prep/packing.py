@@ -15,6 +15,7 @@ A sequence has room for length + 1 tokens: `length` inputs and their labels.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,32 @@ def write_packing(prefix: str | os.PathLike[str], length: int) -> dict[str, int]
         "tokens": int(lengths.sum()),
         "documents": int(lengths.size),
         "cut_documents": int((lengths > packing.capacity).sum()),
+    }
+
+
+def concat_summary(prefixes: Sequence[str | os.PathLike[str]], length: int) -> dict[str, Any]:
+    """What `summary` says of best-fit, for the documents of these shards joined and cut every `length` tokens.
+
+    Nothing is padded; `tokens` counts all, and `places` those that are in a sequence. A document is cut when its tokens
+    lie in more than one sequence.
+    """
+    tokens = documents = cut = 0
+    for prefix in prefixes:
+        shard = Shard(prefix)
+        ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])[shard.document_index] + tokens
+        starts, ends = ends[:-1], ends[1:]
+        cut += int((starts // length != np.maximum(ends - 1, starts) // length).sum())
+        documents += starts.size
+        tokens = int(ends[-1]) if ends.size else tokens
+    sequences = max(0, tokens - 1) // length
+    return {
+        "sequences": sequences,
+        "places": sequences * length,
+        "tokens": tokens,
+        "documents": documents,
+        "cut_documents": cut,
+        "padding": 0.0,
+        "truncation": round(cut / max(1, documents), 6),
     }
 
 

@@ -45,7 +45,9 @@ def tokenize(
     packing: Annotated[str, typer.Option(help="concat, or best-fit: also write which documents share a sequence.")] = (
         "concat"
     ),
-    sequence_length: Annotated[int, typer.Option(min=0, help="Length best-fit packs for.")] = 0,
+    sequence_length: Annotated[
+        int, typer.Option(min=0, help="Length best-fit packs for; with concat, report the cuts at it.")
+    ] = 0,
     piece_bytes: Annotated[int, typer.Option(min=0, help="Text of a shard (0: by the size of the corpus).")] = 0,
     eod: Annotated[str, typer.Option(help="END_OF_DOCUMENT token, where the tokenizer does not say.")] = "",
     max_rejects: o.MaxRejects = 0.01,
@@ -136,8 +138,8 @@ def describe(out: Path) -> None:
     packing = manifest.statistics.get("packing", {}).get("train")
     if packing:
         print(
-            f"best-fit packing: {packing['sequences']:,} training sequences, {packing['padding']:.2%} padding, "
-            f"{packing['truncation']:.2%} of the documents cut"
+            f"{manifest.settings['packing']} packing: {packing['sequences']:,} training sequences, "
+            f"{packing['padding']:.2%} padding, {packing['truncation']:.2%} of the documents cut"
         )
     if manifest.rejects:
         listed = ", ".join(f"{count} {reason}" for reason, count in manifest.rejects.items())

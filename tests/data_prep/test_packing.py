@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import packing as packing_module
+from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.packing import best_fit, read_packing, sidecar, write_packing
 from data_prep.shards import ShardWriter
+from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import documents, run, write_jsonl
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=60)
@@ -112,6 +114,24 @@ def test_tokenize_packs_and_reports(tmp_path, byte_bpe):
     assert report["train"]["sequences"] == sum(lengths)
     assert report["train"]["padding"] == pytest.approx(1 - train.tokens / (sum(lengths) * 65), abs=1e-6)
     assert 0 < report["train"]["truncation"] < 1
+
+
+def test_concat_reports_the_documents_it_cuts(tmp_path, byte_bpe):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    more = {"sequence_length": 64, "piece_bytes": 9000, "validation": 0, "test": 0}
+    run([source], tmp_path / "out", byte_bpe, packing="concat", **more)
+    manifest = read_manifest(tmp_path / "out")
+    sequence_of: list[list[int]] = []  # for every document, the sequences its tokens are in
+    place = 0
+    for shard in manifest.splits["train"].shards:
+        for document in read_index_independently(tmp_path / "out" / shard.name):
+            sequence_of.append([(place + n) // 64 for n in range(len(document))])
+            place += len(document)
+    report = manifest.statistics["packing"]["train"]
+    assert report["tokens"] == place and report["documents"] == 300 and report["padding"] == 0
+    assert report["sequences"] == open_dataset(tmp_path / "out").num_sequences(64)
+    assert report["cut_documents"] == sum(len(set(numbers)) > 1 for numbers in sequence_of)
+    assert 0 < report["truncation"] < 1
 
 
 def test_best_fit_needs_a_length(tmp_path, byte_bpe):
