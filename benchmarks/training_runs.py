@@ -16,6 +16,10 @@ from tests.pretrain.support import Job, metrics
 WIDTHS = {"tiny": (64, 4, 2), "6m": (256, 8, 4), "30m": (512, 8, 8), "85m": (768, 12, 12)}
 
 
+# Memory that is freed goes back to the system at once.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def random_data(folder: Path, vocabulary: int, tokens: int) -> Path:
     """A data set of documents of 500 random tokens."""
     ids = np.random.default_rng(0).integers(1, vocabulary, (max(2, tokens // 500), 499))
@@ -66,12 +70,12 @@ def recipe_of(
     return {**values, **changes}
 
 
-def train(folder: Path, values: dict[str, Any], ranks: int, *arguments: str) -> str:
-    """Train a recipe on so many ranks of this machine; what was printed."""
+def train(folder: Path, values: dict[str, Any], ranks: int, *arguments: str, **variables: str) -> str:
+    """Train a recipe on so many ranks of this machine, with environment variables of their own; what was printed."""
     shutil.rmtree(values["run_dir"], ignore_errors=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    codes, output, errors = Job(file, *arguments, ranks=ranks).wait(timeout=1800)
+    codes, output, errors = Job(file, *arguments, ranks=ranks, extra=variables).wait(timeout=1800)
     if any(codes):
         raise RuntimeError(f"exit codes {codes}\n{output}\n{errors}")
     return output

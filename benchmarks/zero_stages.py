@@ -1,7 +1,8 @@
 """ZeRO stages side by side: time and memory of a step on the ranks of this machine.
 
 On a CPU all ranks share its cores, so seconds say what partitioning costs, not what several devices gain. The memory is
-the peak of a rank over what the process held before the network was built; beside it what `--dry-run` estimates.
+the peak of a rank over what the process held before the network was built, in a run of its own whose allocator gives
+freed memory back at once, so that the resident size is what is alive; beside it what `--dry-run` estimates.
 
     python -m benchmarks.zero_stages --ranks 2
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recording import machine, record
-from benchmarks.training_runs import WIDTHS, median, network, recipe_of, records, train
+from benchmarks.training_runs import GIVE_BACK, WIDTHS, median, network, recipe_of, records, train
 
 PARTS = ("forward", "backward", "optimizer", "communication", "data")
 
@@ -48,10 +49,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     continue
                 values["deepspeed"] = {"config": stage}
                 estimate = estimated_mib(folder, values, options.ranks)
+                train(folder, {**values, "budget": {"steps": 2}}, options.ranks, **GIVE_BACK)
+                before = records(values, "event")[0]["memory_bytes"]
+                peak = (records(values)[-1]["memory_peak_bytes_per_rank"][0] - before) / 2**20
                 train(folder, values, options.ranks)
                 found = records(values)
-                before = records(values, "event")[0]["memory_bytes"]
-                peak = (found[-1]["memory_peak_bytes_per_rank"][0] - before) / 2**20
                 rows.append(
                     {
                         "model": variant,
