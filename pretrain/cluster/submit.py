@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -19,6 +20,9 @@ from pretrain.cluster.records import Record, remember
 from pretrain.environment import clean_environment
 from pretrain.errors import LaunchError, RecipeError
 from pretrain.toolchain import prepare_toolchain
+
+if TYPE_CHECKING:
+    from pretrain.recipe import Recipe
 
 _SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 # Announcements of the scripts' --signal lines; a job must be able to last longer.
@@ -65,12 +69,14 @@ def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[
 
     Raises:
         RecipeError, DataError: when the recipe cannot run on so many ranks, or its shards are missing or damaged.
+        UserError: for a suite that does not exist, or that reads text which the data set does not have.
     """
     from pretrain.recipe import load_recipe
 
     prepare_toolchain()
     recipe = load_recipe(path, overrides)
     _check_recipe(recipe, profile.ranks)
+    _check_held_out(recipe, suites or _DEFAULT_SUITES)
     logs = f"{recipe.run_folder}.logs"
     train = _training_step(recipe.name, path, overrides, recipe.run_folder, f"{logs}/train-%j.out", profile)
     return [train, _evaluation_step(recipe.name, recipe.run_folder, train.name, logs, profile, suites)]
@@ -88,6 +94,7 @@ def plan_experiment(
     from pretrain.comparison.experiment import load_experiment
     from pretrain.comparison.plan import jobs
     from pretrain.comparison.plan import plan_experiment as plan
+    from pretrain.evaluation.suites import check_suites
 
     prepare_toolchain()
     experiment = load_experiment(path, overrides)
@@ -99,7 +106,7 @@ def plan_experiment(
     name = experiment.name
     whole_node = slurm_options(dataclasses.replace(Shape.of(profile), nodes=1), profile, tasks=False)
     steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
-    wanted = suites or list(experiment.evaluation.suites)
+    wanted = check_suites(suites or experiment.evaluation.suites)
     for number, (run, *branches) in enumerate(runs):
         folder = str(run.trial.folder)
         label = f"{name}-{run.trial.folder.name}"
@@ -183,19 +190,32 @@ class Shape:
         return cls(profile.nodes, profile.gpus_per_node or 0, profile.tasks_per_node or profile.gpus_per_node or 1)
 
 
-def _check_recipe(recipe: object, ranks: int, *, data: bool = True) -> None:
+def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     """Everything about a recipe that can be known without its nodes."""
     from pretrain.data import open_data
     from pretrain.ds_config import resolve_ds_config
     from pretrain.plan import make_plan
-    from pretrain.recipe import Recipe
 
-    assert isinstance(recipe, Recipe)
     known = recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": "bf16"})
     plan = make_plan(known)
     resolve_ds_config(known, ranks)
     if data:
         open_data(known, known.network(), plan)
+
+
+def _check_held_out(recipe: Recipe, suites: Sequence[str]) -> None:
+    """Find out now, and not after days of training, that there is nothing to evaluate on."""
+    from pretrain.evaluation.held_out import TEST_FILE
+    from pretrain.evaluation.suites import HELD_OUT_SUITES, check_suites
+
+    reading = [suite for suite in check_suites(suites) if suite in HELD_OUT_SUITES]
+    folders = [recipe.data.path] if recipe.data.path else [source.path for source in recipe.data.sources]
+    for folder in folders:
+        if reading and not (Path(folder) / TEST_FILE).is_file():
+            raise RecipeError(
+                f"{Path(folder) / TEST_FILE}: missing, and {', '.join(reading)} are evaluated on it after training; "
+                "prepare the data set with a test split, or name other suites with --suite."
+            )
 
 
 def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: str, profile: Profile) -> Step:

@@ -15,13 +15,18 @@ from pretrain.cluster.profiles import Profile, load_profile
 from pretrain.cluster.records import Record, remember, remembered
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, reached_step
 from pretrain.cluster.submit import check_time, job_environment, plan_recipe, submit, time_limit_seconds
-from pretrain.errors import LaunchError, RecipeError
+from pretrain.environment import clean_environment
+from pretrain.errors import LaunchError, RecipeError, UserError
+from pretrain.evaluation.held_out import TEST_FILE
 from tests.pretrain.support import make_dataset, recipe_values, tiny_model, write_recipe
+from tests.slurm.corpus import prep_arguments, write_text_files
 
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     data = make_dataset(tmp_path / "data")
+    (data / TEST_FILE).parent.mkdir()
+    (data / TEST_FILE).touch()
     values = recipe_values(data, tmp_path / "run", model=tiny_model("vanilla"))
     return write_recipe(tmp_path / "tiny.yaml", values)
 
@@ -55,6 +60,12 @@ def test_where_requeueing_is_forbidden_training_is_a_chain(recipe):
 def test_what_cannot_run_is_refused(recipe):
     with pytest.raises(RecipeError, match=r"batch\.sequences: 8 is not micro_batch \(2\) x 8 ranks"):
         plan_recipe(str(recipe), [], Profile(nodes=4, gpus_per_node=2), None)
+    with pytest.raises(UserError, match="did you mean 'perplexity'"):
+        plan_recipe(str(recipe), [], Profile(), ["perplexty"])
+    (recipe.parent / "data" / TEST_FILE).unlink()
+    plan_recipe(str(recipe), [], Profile(), ["blimp"])
+    with pytest.raises(RecipeError, match="missing, and perplexity, own, routing are evaluated"):
+        plan_recipe(str(recipe), [], Profile(), None)
     shard = next(recipe.parent.glob("data/train-*.bin"))
     shard.unlink()
     with pytest.raises(DataError, match=shard.name):
@@ -168,9 +179,19 @@ def test_jobs_are_followed_through_their_run_folders(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_same_chain_without_slurm(recipe, tmp_path):
+def test_the_same_chain_without_slurm(tmp_path):
+    text = write_text_files(tmp_path / "text")
+    prep = [sys.executable, "-m", "data_prep"]
+    words = ["--out", str(text / "words.model"), "--vocab-size", "300"]
+    subprocess.run([*prep, "tokenizer", "train", str(text / "*.jsonl"), *words], check=True, capture_output=True)
+    data = tmp_path / "data"
+    subprocess.run([*prep, "tokenize", *prep_arguments(text, data)], check=True, capture_output=True)
+    values = recipe_values(data, tmp_path / "run", model=tiny_model("vanilla", vocab_size=300))
+    recipe = write_recipe(tmp_path / "tiny.yaml", values)
     command = [sys.executable, "-m", "pretrain.cli.main", "submit", str(recipe), "--local", "--tasks-per-node", "2"]
-    done = subprocess.run([*command, "--suite", "routing"], capture_output=True, text=True, cwd=tmp_path)
+    environ = {**clean_environment(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--suite", "routing"], env=environ, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
     assert (tmp_path / "run" / "evaluation" / "routing.json").is_file()
