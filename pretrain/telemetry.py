@@ -81,14 +81,16 @@ class Stopwatch:
             self._paused = False
 
     def total(self) -> dict[str, float]:
-        """Seconds per part since the beginning. The device must have finished the step."""
+        """Seconds per part since the beginning; waits for the device to finish what was timed."""
+        if self._events:
+            self._events[-1][-1].synchronize()
         for name, outer, start, end in self._events:
             self._add(name, outer, start.elapsed_time(end) / 1e3)
         self._events = []
         return dict(self._seconds)
 
     def take(self) -> dict[str, float]:
-        """Seconds per part since the last call. The device must have finished the step."""
+        """Seconds per part since the last call; waits as `total` does."""
         before, self._taken = self._taken, self.total()
         return {name: seconds - before.get(name, 0.0) for name, seconds in self._taken.items()}
 
