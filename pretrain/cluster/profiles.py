@@ -1,18 +1,4 @@
-"""Clusters a person submits to, described once in `~/.config/mor/clusters.yaml`:
-
-    default: juno
-    clusters:
-      juno:
-        partition: gpu
-        account: nlp
-        nodes: 4
-        gpus_per_node: 8
-        time: 24:00:00
-        setup: module load cuda/12.4 && source ~/mor/.venv/bin/activate
-        environment: {NCCL_SOCKET_IFNAME: ib0, NCCL_IB_HCA: mlx5}
-        requeue: true          # false where requeueing is forbidden: training becomes a chain of array elements
-        health: exclude
-        options: [--mail-type=END]
+"""Clusters a person submits to, described once in `~/.config/mor/clusters.yaml`; `slurm/clusters.yaml` is one to copy.
 
 What the command line says goes before what a profile says.
 """
@@ -27,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pretrain.errors import LaunchError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "slurm" / "clusters.yaml"
 
 
 class Profile(BaseModel):
@@ -115,7 +103,7 @@ def load_profile(name: str | None, **changes: Any) -> Profile:
                 raise LaunchError(f"{file}: no cluster '{chosen}'; it describes {', '.join(content.clusters)}.")
             values = content.clusters[chosen].model_dump(exclude_unset=True)
     elif name is not None:
-        raise LaunchError(f"--cluster {name}: there is no {file} that could describe it; `mor submit --help` says how.")
+        raise LaunchError(f"cluster '{name}': there is no {file} that could describe it; copy {EXAMPLE} there.")
     values |= {key: value for key, value in changes.items() if value is not None}
     try:
         return Profile.model_validate(values)

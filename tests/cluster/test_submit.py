@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.errors import DataError
 from pretrain.cluster.jobs import view_jobs
-from pretrain.cluster.profiles import Profile, load_profile
+from pretrain.cluster.profiles import EXAMPLE, Profile, load_profile
 from pretrain.cluster.records import Record, remember, remembered
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, reached_step
 from pretrain.cluster.submit import check_time, job_environment, plan_recipe, submit, time_limit_seconds
@@ -135,6 +135,13 @@ def test_profiles_that_cannot_be_used(clusters, content, name, message):
     clusters.write_text(content)
     with pytest.raises(LaunchError, match=message):
         load_profile(name)
+
+
+def test_the_example_can_be_used(monkeypatch):
+    monkeypatch.setenv("MOR_CLUSTERS", str(EXAMPLE))
+    assert load_profile(None).ranks == 32 and load_profile(None).time == "24:00:00"
+    shown = load_profile("juno").model_fields_set | load_profile("containers").model_fields_set
+    assert shown == set(Profile.model_fields) - {"tasks_per_node"}, "the example shows every key"
 
 
 def test_a_profile_without_a_file_is_named(clusters):
