@@ -1,7 +1,7 @@
 """How long training stands still for a checkpoint: written at once, and by a thread while training goes on.
 
-`stall` is the time between two steps that a checkpoint took; `slower steps` is what steps take longer while a thread
-writes; `cost` is both together, per checkpoint.
+`stall` is the time between two steps that a checkpoint took; `slower steps` is what the two steps after it took longer
+than the others of the same run, while a thread wrote; `cost` is both together, per checkpoint.
 
     python -m benchmarks.checkpoint_stall --ranks 2
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recording import machine, record, restart_with_steady_heap
-from benchmarks.training_runs import WIDTHS, median, network, recipe_of, records, train
+from benchmarks.training_runs import WIDTHS, network, recipe_of, records, train
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -24,8 +24,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         folder, model, steps=options.steps, sequences=2 * options.ranks, micro_batch=1, precision="bf16",
         deepspeed={"config": "zero3"},
     )  # fmt: skip
-    train(folder, values, options.ranks)
-    usual = median(records(values), "step_seconds", 2)
     rows = []
     for name, asynchronous in (("at once", False), ("by a thread", True)):
         checkpoint = {"every": options.every, "keep": 1, "asynchronous": asynchronous}
@@ -34,7 +32,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         # What happened after the record of a checkpoint's step stands in the next one.
         stalls = [row["pause_seconds"] for row in found if row["step"] % options.every == 1 and row["step"] > 1]
         written = next((Path(values["run_dir"]) / "checkpoints").glob("step-*"))
-        slower = sum(row["step_seconds"] - usual for row in found[options.every :]) / len(stalls)
+        after, others = [], []
+        for row in found[options.every :]:
+            (after if row["step"] % options.every in (1, 2) else others).append(row["step_seconds"])
+        slower = 2 * (statistics.median(after) - statistics.median(others))
         rows.append(
             {
                 "written": name,
@@ -42,7 +43,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "stall_seconds": statistics.median(stalls),
                 "slower_seconds": slower,
                 "cost_seconds": statistics.median(stalls) + slower,
-                "step_seconds": usual,
+                "step_seconds": statistics.median(others),
             }
         )
     return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in result["rows"]
     ]
     table = (
-        f"{options.size}, bf16 with fp32 master weights, ZeRO stage 3, {options.ranks} ranks, a checkpoint every "
+        f"{options.size}, bf16 with fp32 master weights, ZeRO stage 3, {options.ranks} rank(s), a checkpoint every "
         f"{options.every} steps; seconds per checkpoint.\n\n"
         "| written | MiB | a step | stall | slower steps | cost |\n|---|---|---|---|---|---|\n" + "\n".join(lines)
     )

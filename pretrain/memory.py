@@ -27,7 +27,7 @@ _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_autocast": 4}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
 _MASTER, _MOMENTS = 4, 8
 # What Python modules that are loaded while the engine is built take; they count on a CPU, whose memory they share.
-_LIBRARIES = 85 << 20
+_LIBRARIES = 120 << 20
 
 
 @dataclass(frozen=True)
