@@ -11,6 +11,8 @@ from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
+_LENGTH = 2048
+
 
 def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: bool = False) -> str:
     """Document `number` of a split: where it lies, its source and its text.
@@ -33,18 +35,28 @@ def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: 
 def show_sequence(folder: str | os.PathLike[str], split: str, number: int, length: int, ids: bool = False) -> str:
     """Sequence `number` as training reads it, one paragraph per document in it.
 
+    length: 0 for the one the data set was packed for, or 2048. A data set that is packed best-fit is shown packed at
+    its own length, and joined at any other.
+
     Raises:
         DataError: there is no such split or sequence.
     """
     data = open_dataset(folder, split)
-    count = data.num_sequences(length)
+    settings = read_manifest(folder).settings
+    own = int(settings.get("sequence_length", 0))
+    length = length or own or _LENGTH
+    packed = data.packed(length) if settings.get("packing") == "best-fit" and length == own else None
+    count = (packed or data).num_sequences(length)
     if number >= count:
         raise DataError(f"{folder} has {count:,} sequences of {length} in {split}; there is no number {number}.")
-    tokens = data.sequence(number, length)
+    tokens = (packed or data).sequence(number, length)
+    what = "tokens and the next one"
+    if packed is not None:
+        padding = packed.is_padding(tokens)
+        what += f", packed best-fit with {int(padding.sum())} of padding"
+        tokens = tokens[~padding]
     documents = data.document_ids(tokens)
-    head = (
-        f"sequence {number} of {count:,} in {split}: {length} tokens and the next one, {documents[-1] + 1} document(s)"
-    )
+    head = f"sequence {number} of {count:,} in {split}: {length} {what}, {documents[-1] + 1} document(s)"
     return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
 
 

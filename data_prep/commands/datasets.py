@@ -49,7 +49,9 @@ def inspect(
     out: Folder,
     document: Annotated[int | None, typer.Option(min=0, help="Number of a document.", show_default=False)] = None,
     sequence: Annotated[int | None, typer.Option(min=0, help="Number of a sequence.", show_default=False)] = None,
-    length: Annotated[int, typer.Option(min=1, help="Length of sequences.")] = 2048,
+    length: Annotated[
+        int, typer.Option(min=0, help="Length of sequences (0: the one the data set was packed for, or 2048).")
+    ] = 0,
     split: SplitName = "train",
     ids: Annotated[bool, typer.Option("--ids", help="Print ids too.")] = False,
 ) -> None:

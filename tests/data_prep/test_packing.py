@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from data_prep import packing as packing_module
 from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
+from data_prep.inspection import show_sequence
 from data_prep.manifest import read_manifest
 from data_prep.packing import best_fit, read_packing, sidecar, write_packing
 from data_prep.shards import ShardWriter
 from tests.data_prep.support import read_index_independently
+from tests.data_prep.test_tokenize import encoder
 from tests.data_prep.writing import documents, run, write_jsonl
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=60)
@@ -132,6 +134,23 @@ def test_concat_reports_the_documents_it_cuts(tmp_path, byte_bpe):
     assert report["sequences"] == open_dataset(tmp_path / "out").num_sequences(64)
     assert report["cut_documents"] == sum(len(set(numbers)) > 1 for numbers in sequence_of)
     assert 0 < report["truncation"] < 1
+
+
+def test_a_packed_sequence_is_shown_as_training_reads_it(tmp_path, byte_bpe):
+    texts = documents(60, lines=2)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    more = {"sequence_length": 200, "validation": 0, "test": 0}
+    run([source], tmp_path / "out", byte_bpe, packing="best-fit", **more)
+    data = open_dataset(tmp_path / "out").packed(200)
+    whole = 0
+    for number in range(data.num_sequences(200)):
+        head, *shown = show_sequence(tmp_path / "out", "train", number, 0).split("\n--- ")
+        parts = [text.partition("\n")[2] for text in shown]
+        padding = int(data.is_padding(data.sequence(number, 200)).sum())
+        assert f"200 tokens and the next one, packed best-fit with {padding} of padding, {len(parts)} doc" in head
+        whole += sum(part in texts for part in parts)
+    assert whole == sum(len(encoder(byte_bpe)(text)) <= 201 for text in texts)
+    assert "packed" not in show_sequence(tmp_path / "out", "train", 0, 100)
 
 
 def test_best_fit_needs_a_length(tmp_path, byte_bpe):
