@@ -43,6 +43,10 @@ _FREE = (
 )
 
 
+# Operators may have to be compiled and a checkpoint read before the first step.
+_START_SECONDS = 1800.0
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A run that has passed every check that needs no other rank.
@@ -137,7 +141,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
     hours = recipe.limits.wall_clock_hours
     with StopRequest(folder.path, watch_files=first, wall_clock=None if hours is None else hours * 3600) as stop:
         # Later than the watchdog, which names the rank that the collective waits for.
-        device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + 60)
+        device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _START_SECONDS)
         try:
             require_agreement(identity(prepared))
             with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:
@@ -216,6 +220,7 @@ def _train(
         prepared.folder,
     )
     first = ranks.rank == 0
+    watchdog.beat("start", allow=max(_START_SECONDS, recipe.limits.stall_seconds))
     describe = {"world_size": ranks.world_size, **prepared.shape}
     selected = select_checkpoint(folder.checkpoints, describe, recipe.checkpoint)
     ds_config = prepared.ds_config
