@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep_tokenize import take_documents
+from data_prep_tokenize import shown_command, take_documents
 
 from data_prep.files import write_json, write_text
 from data_prep.manifest import read_manifest
@@ -123,7 +123,7 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("tokenizers", "fastokens", "mpi4py", "numpy")},
         "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shown_command(),
     }
     write_json(arguments.out / "data_prep_scaling.json", result)
     write_text(arguments.out / "data_prep_scaling.md", table(result))

@@ -187,6 +187,12 @@ def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dic
     return found
 
 
+def shown_command() -> str:
+    """The command line, with no more of absolute paths than their last two names."""
+    shown = ("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in sys.argv)
+    return shlex.join(["python", *shown])
+
+
 def bin_digest(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
@@ -276,7 +282,7 @@ def main() -> None:
         "rows": rows,
         "absent": [n for n, there in _peers(arguments).items() if not there],
         "machine": _machine(load, arguments),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shown_command(),
     }
     write_json(arguments.out / f"{name}.json", result)
     write_text(arguments.out / f"{name}.md", _markdown(name, result))
