@@ -9,14 +9,20 @@ import torch
 import torch.distributed as dist
 
 from mor_model.config import ModelConfig
+from pretrain.agreement import on_first_rank
+from pretrain.errors import RunError
 
 
 def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
     """Write model.safetensors and model.json in fp32 (master weights where there are any). Collective.
 
     One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone.
+
+    Raises:
+        RunError: on all ranks, when rank 0 cannot write.
     """
     from deepspeed.utils import safe_get_full_fp32_param
+    from safetensors import SafetensorError
 
     from mor_model.weights import save_weights
 
@@ -27,7 +33,18 @@ def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
         if first:
             assert whole is not None
             state[name] = whole.detach().to("cpu", torch.float32, copy=True)
-    if first:
-        state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()}
-        save_weights(folder, state, config)
-    dist.barrier()
+    state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()}
+
+    def write() -> None:
+        try:
+            save_weights(folder, state, config)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise RunError(str(error)) from None
+
+    try:
+        on_first_rank(write)
+    except RunError as error:
+        raise RunError(
+            f"{folder}: the final weights could not be written ({error}); make room and start the run again, which "
+            "goes on from its last checkpoint."
+        ) from None
