@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 .PHONY: help quickstart test test-slow test-gpu lint types check install install-dev clean
 
 help:
-	@echo "make quickstart            text -> shards -> three models at one FLOPs budget -> report (a laptop, about 12 minutes)"
+	@echo "make quickstart            text -> shards -> three models at one FLOPs budget -> report (a laptop, about 10 minutes)"
 	@echo "     CORPUS=... TOKENIZER=...   your text (path, glob or hub:NAME) and tokenizer (.model or tokenizer.json)"
 	@echo "make test                  install and run the tests       make test-slow   the long ones"
 	@echo "make test-gpu              tests that need a CUDA device"

@@ -140,7 +140,7 @@ def _subtitle(results: Results) -> str:
     cost = equal_cost(arms)
     mean = f" ({numbers.power_of_ten(sum(flops) / len(flops))} each)" if flops and "FLOPs" in cost else ""
     seeds = max(len(arm.runs) for arm in arms)
-    return f"{len(arms)} arms {cost}{mean} · {seeds} seed{'s' if seeds > 1 else ''} per arm"
+    return f"{len(arms)} arm{'s' if len(arms) > 1 else ''} {cost}{mean} · {seeds} seed{'s' if seeds > 1 else ''} per arm"
 
 
 def _present(blocks: Sequence[Block | None]) -> list[Block]:
