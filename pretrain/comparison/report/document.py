@@ -140,7 +140,11 @@ def _subtitle(results: Results) -> str:
     cost = equal_cost(arms)
     mean = f" ({numbers.power_of_ten(sum(flops) / len(flops))} each)" if flops and "FLOPs" in cost else ""
     seeds = max(len(arm.runs) for arm in arms)
-    return f"{len(arms)} arm{'s' if len(arms) > 1 else ''} {cost}{mean} · {seeds} seed{'s' if seeds > 1 else ''} per arm"
+    return f"{_counted(len(arms), 'arm')} {cost}{mean} · {_counted(seeds, 'seed')} per arm"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' if count > 1 else ''}"
 
 
 def _present(blocks: Sequence[Block | None]) -> list[Block]:
