@@ -22,25 +22,30 @@ class Share:
     _starts: list[float] = field(default_factory=list)
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Lay all groups along a line by their size; a task owns one stretch of it."""
+        """Lay all groups along a line by their size; a task has one stretch of it."""
         at = 0.0
         self._starts = [at := at + max(group.bytes, 1) for group in groups]
         self._starts.insert(0, 0.0)
 
     def owner(self, key: Key) -> int:
-        """The task that a piece belongs to.
-
-        Pieces of a file fall evenly over the stretches that the file lies on, by multiples of the golden ratio.
+        """The task that a piece belongs to: pieces of a file fall evenly on its tasks, by multiples of the golden
+        ratio.
         """
         group, piece = key
-        low, high = self._starts[group], self._starts[group + 1]
-        place = low + (high - low) * ((piece * _GOLDEN) % 1.0)
-        return min(self.count - 1, int(place / self._starts[-1] * self.count))
+        tasks = self.tasks_on(group)
+        return tasks[int((piece * _GOLDEN) % 1.0 * len(tasks))]
 
-    def tasks_on(self, group: int) -> int:
-        """How many tasks share a group."""
+    def tasks_on(self, group: int) -> range:
+        """The tasks that share a group: those with more than half of their stretch on it; for a group shorter than a
+        stretch the one in whose stretch its middle lies.
+
+        They share it evenly. A task with a sliver of a file would have to look for its first piece far behind the end.
+        """
         low, high = (self._starts[group + n] / self._starts[-1] * self.count for n in (0, 1))
-        return int(high) - int(low) + 1
+        if high - low < 1:
+            middle = min(int((low + high) / 2), self.count - 1)
+            return range(middle, middle + 1)
+        return range(int(low + 0.5), min(int(high + 0.5), self.count))
 
     def mine(self, key: Key) -> bool:
         """Whether this task does the piece."""
@@ -113,23 +118,20 @@ class Schedule:
         return fresh[0] if fresh else max(waiting, key=lambda k: self.groups[k[0]].bytes)
 
     def _peek(self, group: int) -> Key | None:
+        """The first piece of a group that this share has still to begin; of a file of unknown length there always is
+        one.
+        """
+        if self.share.index not in self.share.tasks_on(group):
+            return None
         end = self._ends[group]
         piece = self._next[group]
         leading = True  # nothing this share still has to do lies in front of `piece`
-        strangers = 0
         while end is None or piece < end:
             key = (group, piece)
-            if not self.share.mine(key):
-                # Multiples of the golden ratio leave no gap of more than three times the mean one.
-                strangers += 1
-                if end is None and strangers > 3 * self.share.tasks_on(group) + 3:
-                    return None
-            elif key in self.receipts:
-                strangers = 0
-            elif key in self.running:
-                leading, strangers = False, 0
-            else:
-                return key
+            if self.share.mine(key) and key not in self.receipts:
+                if key not in self.running:
+                    return key
+                leading = False
             piece += 1
             if leading:
                 self._next[group] = piece

@@ -180,7 +180,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, tiny_d
 def test_the_stop_file_holds_a_run_and_the_checkpoint_file_does_not(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers
 ) -> None:
-    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 0})
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 0, "keep": 3})
     recipe = write_recipe(tmp_path / "r.yaml", values)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").touch()
