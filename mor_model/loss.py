@@ -31,7 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(labels_N.shape, dtype=exact, device=hidden_ND.device)
         if with_gradient:
             hidden_gradient = torch.empty_like(hidden_ND)
-            weight_gradient = torch.zeros(weight_VD.shape, dtype=exact, device=hidden_ND.device)
+            weight_gradient: Tensor | None = None
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_ND.shape[0], chunk):
                 part = slice(start, start + chunk)
@@ -46,8 +46,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     gradient.scatter_add_(-1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
                     gradient = gradient.mul_(counted[:, None]).to(compute)
                     hidden_gradient[part] = (gradient @ weight).to(hidden_ND.dtype)
-                    weight_gradient += (gradient.mT @ hidden).to(exact)
+                    share = gradient.mT @ hidden
+                    # A large vocabulary's gradient is passed over as seldom as can be: it is most of what moves here.
+                    weight_gradient = share.to(exact) if weight_gradient is None else weight_gradient.add_(share)
         if with_gradient:
+            if weight_gradient is None:
+                weight_gradient = torch.zeros(weight_VD.shape, dtype=exact, device=hidden_ND.device)
             ctx.save_for_backward(hidden_gradient, weight_gradient)
             ctx.weight_dtype = weight_VD.dtype
         return losses_N.sum(), losses_N
