@@ -31,6 +31,7 @@ signal.signal(signal.SIGINT, lambda *_: asked.append(time.time()))
 (here / f"ready-{os.environ['RANK']}").touch()
 while not asked:
     time.sleep(0.02)
+(here / f"asked-{os.environ['RANK']}").touch()
 time.sleep(0.5)
 alive = helper.poll() is None
 helper.kill()
@@ -90,7 +91,7 @@ def test_a_second_signal_ends_everything_at_once(tmp_path):
     parent = start_parent(tmp_path, command)
     wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
     os.kill(parent.pid, signal.SIGINT)
-    time.sleep(1.5)
+    wait_for(lambda: all((tmp_path / f"asked-{rank}").exists() for rank in (0, 1)))
     os.kill(parent.pid, signal.SIGINT)
     output, _ = parent.communicate(timeout=30)
     assert output.strip() == "interrupted"

@@ -147,19 +147,24 @@ class Fork:
         return output, errors
 
 
+def start_module(name: str) -> subprocess.Popen[str]:
+    """A process that is told what to do, and answers, by lines through its pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", name],
+        env=environment(),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 class Nursery:
     """A process that has imported everything and forks ranks (see `tests.pretrain.nursery`)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.pretrain.nursery"],
-            env=environment(),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = start_module("tests.pretrain.nursery")
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request, one answer."""
@@ -268,17 +273,7 @@ class Workers:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.pretrain.worker"],
-                env=environment(),
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for _ in range(ranks)
-        ]
+        self._processes = [start_module("tests.pretrain.worker") for _ in range(ranks)]
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Call `pretrain.train.main` on every rank; the largest exit code, and what all printed."""
