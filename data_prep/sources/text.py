@@ -38,23 +38,38 @@ class TextReader(PieceReader):
         if not self.options.separator:
             yield from self._one_each()
             return
-        size = self.group.piece_bytes
-        whole = len(self.group.files) > 1 or self.group.pieces == 1
-        separator = self.options.separator.encode()
+        if len(self.group.files) == 1:
+            size, path = self.group.piece_bytes, self.group.files[0]
+            self.file, self.lines = path, 0
+            if self._lines is None:
+                self._lines = LineReader(path, self.scratch, self.options.separator.encode())
+            start, end = (0, None) if self.group.pieces == 1 else (piece * size, (piece + 1) * size)
+            yield from self._separated(self._lines, start, end)
+            self.end_seen = self._lines.at_end
+            return
         for path in self.group.files:
             self.file, self.lines = path, 0
-            if self._lines is None or whole:
-                self._lines = LineReader(path, self.scratch, separator)
-            start, end = (0, None) if whole else (piece * size, (piece + 1) * size)
-            for line in self._lines.lines(start, end):
-                self.lines += 1
-                if isinstance(line, LongLine):
-                    yield large_text(line.path, self.lines, self.options, temporary=True)
-                elif not line.strip():
-                    yield Filtered("blank_line")
-                else:
-                    yield text_item(line, self.lines, self.options)
-            self.end_seen = whole or self._lines.at_end
+            try:
+                reader = LineReader(path, self.scratch, self.options.separator.encode())
+                yield from self._separated(reader, 0, None)
+                reader.stream.close()
+            except SourceError as error:  # the other files are whole
+                yield Reject(error.reason, self.lines, str(error))
+        self.end_seen = True
+
+    def _separated(self, reader: LineReader, start: int, end: int | None) -> Iterator[Item]:
+        for line in reader.lines(start, end):
+            self.lines += 1
+            if isinstance(line, LongLine):
+                yield large_text(line.path, self.lines, self.options, temporary=True)
+            elif not line.strip():
+                yield Filtered("blank_line")
+            else:
+                yield text_item(line, self.lines, self.options)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.stream.close()
 
     def _one_each(self) -> Iterator[Item]:
         for path in self.group.files:
@@ -91,21 +106,29 @@ class WikitextReader(PieceReader):
     def items(self, piece: int) -> Iterator[Item]:
         for path in self.group.files:
             self.file, self.lines = path, 0
-            page: list[bytes] = []
-            first = 1
-            for line in LineReader(path, self.scratch).lines(0, None):
-                self.lines += 1
-                if isinstance(line, LongLine):
-                    line.path.unlink()
-                    yield Reject("too_long", self.lines, f"a line of {line.bytes} bytes in a WikiText file")
-                    continue
-                if PAGE.match(line) and any(before.strip() for before in page):
-                    yield text_item(b"\n".join(page) + b"\n", first, self.options)
-                    page, first = [], self.lines
-                page.append(line)
-            if any(line.strip() for line in page):
-                yield text_item(b"\n".join(page) + b"\n", first, self.options)
+            try:
+                reader = LineReader(path, self.scratch)
+                yield from self._pages(reader)
+                reader.stream.close()
+            except SourceError as error:  # other files of the group are whole
+                yield Reject(error.reason, self.lines, str(error))
         self.end_seen = True
+
+    def _pages(self, reader: LineReader) -> Iterator[Item]:
+        page: list[bytes] = []
+        first = 1
+        for line in reader.lines(0, None):
+            self.lines += 1
+            if isinstance(line, LongLine):
+                line.path.unlink()
+                yield Reject("too_long", self.lines, f"a line of {line.bytes} bytes in a WikiText file")
+                continue
+            if PAGE.match(line) and any(before.strip() for before in page):
+                yield text_item(b"\n".join(page) + b"\n", first, self.options)
+                page, first = [], self.lines
+            page.append(line)
+        if any(line.strip() for line in page):
+            yield text_item(b"\n".join(page) + b"\n", first, self.options)
 
 
 def text_item(data: bytes, line: int, options: ReadOptions) -> Item:

@@ -169,6 +169,34 @@ def test_text_is_split_on_a_separator(tmp_path, separator, piece_bytes, suffix):
     assert all(item == Filtered("blank_line") for item in found if not isinstance(item, Document))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("{}.jsonl.gz", ReadOptions(), lambda n: jsonl(documents(200, n)).decode()),
+        ("{}.txt.gz", ReadOptions(separator="\n\n"), lambda n: "\n\n".join(f"{n} {m} text" for m in range(500))),
+        ("{}.txt.gz", ReadOptions(), lambda n: f"file {n}"),
+        ("{}.raw.gz", ReadOptions(), lambda n: "".join(f" = Page {n} {m} = \n \n text \n" for m in range(500))),
+    ],
+)
+def test_one_broken_file_of_many_costs_no_other(tmp_path, name, options, wanted):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(4):
+        data = compressed(wanted(number).encode(), ".gz")
+        (folder / name.format(number)).write_bytes(data[: len(data) // 2] if number == 1 else data)
+    found = items(folder, tmp_path, options)
+    (reject,) = (item for item in found if isinstance(item, Reject))
+    assert reject.reason == "broken_compression" and name.format(1) in reject.detail
+    broken_from = found.index(reject)
+    for number in (0, 2, 3):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        alone = tmp_path / "alone" / name.format(number)
+        alone.write_bytes(compressed(wanted(number).encode(), ".gz"))
+        part = texts(items(alone, tmp_path, options))
+        place = texts(found[:broken_from]) if number == 0 else texts(found[broken_from:])
+        assert part and [text for text in place if text in set(part)] == part
+
+
 def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "LARGE", 1000)
     wanted = "\n".join(documents(50))
