@@ -34,7 +34,7 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1  # an error with a traceback
 EXIT_USER = 2  # a message for a person; starting again without a change ends the same way
 EXIT_NO_PROGRESS = 73  # restarted several times without one new checkpoint
-EXIT_STALLED = 74  # the watchdog ended a run that had stopped moving; its last checkpoint is valid
+EXIT_STALLED = 74  # the watchdog ended a run: a rank had stopped moving or was gone; its last checkpoint is valid
 EXIT_AGAIN = 75  # stopped early with a checkpoint (signal, time limit): start the same command again
 EXIT_HELD = 76  # stopped by hand (RUN/stop) with a checkpoint: nothing should start it again by itself
 

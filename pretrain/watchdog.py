@@ -3,7 +3,7 @@
 Each rank's thread keeps a line about itself (how often it has moved, what it is doing) on a small key-value store
 that rank 0 serves beside the collectives. The first rank that has not moved for too long raises the alarm there;
 every rank that can still run writes its stacks, and all end. The rank that has moved least is the one the others wait
-for.
+for. A rank whose process is gone (`pretrain.lifelines`) ends the others within a minute.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from data_prep.files import write_text
 from pretrain.environment import Ranks
 from pretrain.errors import LaunchError
+from pretrain.lifelines import Lifelines
 from pretrain.signals import EXIT_STALLED
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 
 _ALARM = "alarm"
 _STORE_TIMEOUT = datetime.timedelta(seconds=20)
+# Where collectives notice a dead rank themselves, they say more about it.
+_GONE_SECONDS = 15.0
 _Answer = TypeVar("_Answer")
 
 
 class Watchdog:
-    """Ends the process with EXIT_STALLED when this or another rank does not move for `timeout` seconds.
+    """Ends the process with EXIT_STALLED when this or another rank does not move for `timeout` seconds, or is gone.
 
     Use as a context manager after the process group exists (all ranks together), and call `beat` wherever the loop
     moves on. Stacks go to `folder`/<UTC time>/rank-00000.txt, with report.txt beside them.
@@ -48,7 +51,7 @@ class Watchdog:
         on_stall: called on the rank that raises the alarm, in the watchdog's thread, with the report.
 
     Raises:
-        LaunchError: for a timeout that is not positive.
+        LaunchError: for a timeout that is not positive, or a folder that cannot be written to.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Watchdog:
         self._store_is_gone = False
         self._on_stall = on_stall
         self._store: TCPStore | None = None
+        self._lifelines: Lifelines | None = None
         self._last_words: IO[str] | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -76,8 +80,14 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._ranks.world_size > 1:
             self._store = self._open_store()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._last_words = (self._folder / f"no-interpreter-{self._ranks.rank:05d}.txt").open("w", encoding="utf-8")
+            self._lifelines = Lifelines(self._ranks)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._last_words = (self._folder / f"no-interpreter-{self._ranks.rank:05d}.txt").open("w", encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(
+                f"{self._folder}: cannot be written to ({error.strerror}); choose another run_dir, or mend this one."
+            ) from None
         self.beat("start")
         self._thread.start()
         return self
@@ -87,6 +97,8 @@ class Watchdog:
     ) -> None:
         self._done.set()
         self._thread.join(timeout=self._interval + self._patience)
+        if self._lifelines is not None:
+            self._lifelines.close(goodbye=kind is None)
         faulthandler.cancel_dump_traceback_later()
         if self._last_words:
             self._last_words.close()
@@ -127,8 +139,10 @@ class Watchdog:
             faulthandler.dump_traceback_later(latest, exit=True, file=self._last_words or sys.stderr)
             quiet = time.monotonic() - since
             alarm = self._exchange(count, doing)
-            if alarm is None and quiet > allowed:
-                alarm = self._raise_alarm(quiet)
+            lost = {} if self._lifelines is None else self._lifelines.lost()
+            gone = [rank for rank, seconds in lost.items() if seconds > _GONE_SECONDS]
+            if alarm is None and (gone or quiet > allowed):
+                alarm = self._raise_alarm(quiet, gone)
             if alarm is not None and not self._done.is_set():
                 self._end(alarm)
 
@@ -165,9 +179,9 @@ class Watchdog:
         alarm = self._ask(exchange)
         return json.loads(alarm) if alarm else None
 
-    def _raise_alarm(self, quiet: float) -> dict[str, Any]:
+    def _raise_alarm(self, quiet: float, gone: list[int]) -> dict[str, Any]:
         name = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        alarm = {"folder": name, "rank": self._ranks.rank, "quiet": quiet}
+        alarm = {"folder": name, "rank": self._ranks.rank, "quiet": quiet, "gone": gone}
         first = self._ask(lambda store: store.compare_set(_ALARM, "", json.dumps(alarm)))
         return json.loads(first) if first else alarm
 
@@ -199,9 +213,13 @@ class Watchdog:
         os._exit(EXIT_STALLED)
 
     def _report(self, alarm: dict[str, Any], folder: Path) -> str:
-        lines = [f"The run has stopped moving: rank {alarm['rank']} noticed after {alarm['quiet']:.0f} s.\n"]
         board, silent = self._read_board()
-        if board:
+        if alarm["gone"]:
+            lines = ["The processes of these ranks are gone, and without them the others cannot go on:\n"]
+            silent = alarm["gone"]
+        else:
+            lines = [f"The run has stopped moving: rank {alarm['rank']} noticed after {alarm['quiet']:.0f} s.\n"]
+        if board and not alarm["gone"]:
             least = min(line["beats"] for line in board.values())
             behind = [rank for rank, line in board.items() if line["beats"] == least]
             if len(behind) < len(board):

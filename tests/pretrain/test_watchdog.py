@@ -1,4 +1,4 @@
-"""A stalled, a frozen and a locked-up rank, in real processes."""
+"""A stalled, a frozen, a locked-up and a dead rank, in real processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ RANK_PROGRAM = """
 import ctypes, os, signal, sys, time
 import torch
 import torch.distributed as dist
+from pretrain import watchdog as module
 from pretrain.environment import prepare_environment
 from pretrain.watchdog import Watchdog
 
@@ -28,6 +29,12 @@ def frozen():
 def holding_the_interpreter():
     ctypes.PyDLL(None).sleep(600)
 
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leaving_with_an_error():
+    raise KeyError("on one rank alone")
+
 folder, how, culprit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 ranks = prepare_environment()
 if ranks.world_size > 1:
@@ -37,6 +44,10 @@ with Watchdog(folder, ranks, timeout=2.0, on_stall=lambda report: print("STALL",
         watchdog.beat(f"step {step}: data")
         if step == 4 and ranks.rank == culprit and how in globals():
             globals()[how]()
+        if step == 4 and how in ("killed", "leaving_with_an_error"):
+            module._GONE_SECONDS = 1.0
+            watchdog.beat("a collective that notices nothing", allow=600)
+            time.sleep(600)
         time.sleep(0.5)
         watchdog.beat(f"step {step}: forward")
         if ranks.world_size > 1:
@@ -127,6 +138,25 @@ def test_a_frozen_process_is_named_and_the_others_end(tmp_path, culprit):
     assert other.returncode == EXIT_STALLED, errors
     assert f"rank {culprit}" in errors
     assert "does not answer" in errors or "no longer answers" in errors
+
+
+@pytest.mark.parametrize(
+    ("how", "culprit"),
+    [
+        ("killed", 1),
+        pytest.param("killed", 0, marks=pytest.mark.slow),
+        pytest.param("leaving_with_an_error", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_gone_ends_the_others_whatever_they_wait_for(tmp_path, how, culprit):
+    """Long before the 600 seconds that they may take, and within collectives that would wait for ever."""
+    results = finish(start(tmp_path, how, culprit, 3), seconds=60)
+    others = [result for rank, result in enumerate(results) if rank != culprit]
+    assert [code for code, _, _ in others] == [EXIT_STALLED] * 2, results
+    report = next(errors for _, _, errors in others if "are gone" in errors)
+    assert f"rank {culprit} " in report and "rank 2" not in report
+    stack = next((tmp_path / "stacks").glob("*/rank-00002.txt")).read_text()
+    assert "a collective that notices nothing" in stack
 
 
 def test_one_process_alone(tmp_path):
