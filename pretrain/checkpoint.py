@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ class CheckpointStore:
         folder: RUN/checkpoints; engine: DeepSpeed's; settings: the recipe's; keep_every: in steps, 0 for never.
         pinned: steps whose checkpoints always stay (where branches leave the trunk).
         describe: what a checkpoint must match to be resumed: world_size, zero_stage, precision, optimizer.
+
+    Attributes:
+        seconds: what the last checkpoint took, from its begin to its end.
     """
 
     def __init__(
@@ -170,6 +174,8 @@ class CheckpointStore:
         self._rank = dist.get_rank()
         self._files = CheckpointFiles(asynchronous=settings.asynchronous)
         self._open: dict[str, Any] | None = None
+        self._began = 0.0
+        self.seconds = 0.0
         engine.checkpoint_engine = self._files
         # DeepSpeed copies scripts beside the checkpoints; on a full disk that would raise on rank 0 alone.
         engine._copy_recovery_script = lambda save_path: None
@@ -188,9 +194,12 @@ class CheckpointStore:
         """Write the files of a checkpoint under a temporary name, or start to, when asynchronous."""
         name = checkpoint_name(state.step)
         temporary = f".{name}.writing"
+        self._began = time.perf_counter()
         self._files.start()
         if self._rank == 0:
-            shutil.rmtree(self.folder / temporary, ignore_errors=True)
+            # What a killed start has left behind would fill the disk.
+            for unfinished in self.folder.glob(".step-*.writing"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         self._engine.save_checkpoint(str(self.folder), tag=temporary, save_latest=False)
         self._open = {"name": name, "temporary": temporary, "state": state.to_dict()}
 
@@ -214,6 +223,7 @@ class CheckpointStore:
             if problem[0] is not None:
                 shutil.rmtree(self.folder / opened["temporary"], ignore_errors=True)
         dist.broadcast_object_list(problem, src=0)
+        self.seconds = time.perf_counter() - self._began
         return problem[0]
 
     def newest(self) -> Selected | None:
@@ -272,15 +282,17 @@ class CheckpointStore:
 
     def _rotate(self, state: dict[str, Any]) -> None:
         steps = sorted(step for step, _ in list_checkpoints(self.folder))
-        keep = set(steps[-self._settings.keep :]) | self._pinned
+        # What lies beyond was found damaged when this start went back past it; it must not count as one of the newest.
+        sound = [step for step in steps if step <= state["step"]]
+        keep = set(sound[-self._settings.keep :]) | self._pinned
         if self._keep_every:
-            keep |= {step for step in steps if step % self._keep_every == 0}
+            keep |= {step for step in sound if step % self._keep_every == 0}
         if self._settings.log_spaced:
-            keep |= {step for step in steps if step & (step - 1) == 0}
+            keep |= {step for step in sound if step & (step - 1) == 0}
         if self._settings.keep_best and state["best_validation"] is not None:
             keep.add(state["best_validation"][1])
         for step in steps:
-            if step not in keep:
+            if step not in keep or step > state["step"]:
                 # Renamed first, so that a kill in between leaves no half checkpoint under a sound name.
                 doomed = self.folder / f".{checkpoint_name(step)}.removing"
                 os.rename(self.folder / checkpoint_name(step), doomed)
@@ -311,19 +323,22 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every file present, of its size, with its checksum."""
+    """What is wrong with a checkpoint's files, or None: each is there, can be read and has its checksum."""
     try:
         files = read_manifest(checkpoint)["files"]
     except RunError as error:
         return str(error)
     for name, facts in files.items():
         file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        if sha256_file(file) != facts["sha256"]:
-            return f"{name} does not match its checksum"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+            if sha256_file(file) != facts["sha256"]:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 

@@ -7,6 +7,7 @@ RUN/evaluation/step-00000100/<suite>.json, their headline figures in metrics.jso
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ class EvaluationHooks:
         records = self._validator.run()
         if records:
             mean = sum(record["loss_causal"] for record in records) / len(records)
-            if state.best_validation is None or mean < state.best_validation[0]:
+            if mean < (math.inf if state.best_validation is None else state.best_validation[0]):
                 state.best_validation = (mean, state.step)
         return [("validation", record) for record in records]
 

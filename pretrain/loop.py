@@ -86,48 +86,42 @@ class Interval:
         self.hardware_flops += hardware_flops
 
 
+@dataclass(kw_only=True)
 class Trainer:
-    """Everything a step touches, and the loop over the steps."""
+    """Everything a step touches, and the loop over the steps.
 
-    def __init__(
-        self,
-        *,
-        recipe: Recipe,
-        config: ModelConfig,
-        plan: Plan,
-        ranks: Ranks,
-        device: torch.device,
-        engine: Any,
-        peak_rates: list[float],
-        reader: BatchReader,
-        source: SampleSource,
-        evaluation: EvaluationHooks,
-        store: CheckpointStore,
-        telemetry: Telemetry,
-        stop: StopRequest,
-        watchdog: Watchdog,
-        peak_flops: float | None,
-        stopwatch: Stopwatch,
-        profiler: StepProfiler | None,
-    ) -> None:
-        """`peak_flops` is one rank's, None where unknown."""
-        self.recipe, self.config, self.plan, self.ranks, self.device = recipe, config, plan, ranks, device
-        self.engine, self.reader, self.source, self.evaluation = engine, reader, source, evaluation
-        self.store, self.telemetry, self.stop, self.watchdog, self.peak_flops = (
-            store,
-            telemetry,
-            stop,
-            watchdog,
-            peak_flops,
-        )
-        self.stopwatch, self.profiler = stopwatch, profiler
-        self.peak_rates = peak_rates
+    Attributes:
+        peak_rates: learning rate of each parameter group at its peak.
+        peak_flops: what one rank's device promises per second; None where that is unknown.
+        grad_norm: of the last step, before clipping.
+        returns: the checkpoint that the run last went back to for a loss spike, and how often in a row.
+    """
+
+    recipe: Recipe
+    config: ModelConfig
+    plan: Plan
+    ranks: Ranks
+    device: torch.device
+    engine: Any
+    peak_rates: list[float]
+    reader: BatchReader
+    source: SampleSource
+    evaluation: EvaluationHooks
+    store: CheckpointStore
+    telemetry: Telemetry
+    stop: StopRequest
+    watchdog: Watchdog
+    peak_flops: float | None
+    stopwatch: Stopwatch
+    profiler: StepProfiler | None
+    grad_norm: float = 0.0
+    returns: tuple[int, int] = (0, 0)
 
     def train(self, state: TrainState) -> Outcome:
         """Train from `state` to the end of the plan, changing `state` in place.
 
         Raises:
-            RunError: after too many non-finite steps in a row.
+            RunError: when too many updates in a row are left out, or loss spikes lead back to the same checkpoint.
         """
         plan, telemetry = self.plan, self.telemetry
         interval = Interval(time.perf_counter())
@@ -168,7 +162,7 @@ class Trainer:
                 interval.pause(self.evaluation.run(state))
             if self.store.writing and report.written:
                 self._finish_checkpoint(state)
-            if self._checkpoint_due(state.step) or report.request:
+            if self._checkpoint_due(state) or report.request:
                 began = time.perf_counter()
                 with self.stopwatch.paused():
                     self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
@@ -267,32 +261,31 @@ class Trainer:
         """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its
         checkpoint.
         """
-        names = sorted(sums)
         world = self.ranks.world_size
-        memory = torch.zeros(2 * world, dtype=torch.float64, device=self.device)
+        flags = torch.zeros(3 * world + len(Request), dtype=torch.float64, device=self.device)
+        memory, peaks, written, requests = flags.split([world, world, world, len(Request)])
         if recorded:
             memory[self.ranks.rank] = memory_bytes(self.device)
-            memory[world + self.ranks.rank] = peak_memory_bytes(self.device)
-        requests = torch.zeros(len(Request), dtype=torch.float64, device=self.device)
+            peaks[self.ranks.rank] = peak_memory_bytes(self.device)
+        written[self.ranks.rank] = float(self.store.written)
         requests[int(self.stop.poll())] = 1
-        written = memory.new_tensor([float(self.store.written)])
-        vector = torch.cat([*(sums[name].reshape(-1) for name in names), memory, requests, written])
+        names = sorted(sums)
+        vector = torch.cat([*(sums[name].reshape(-1) for name in names), flags])
         with self.stopwatch.part("communication"):
             dist.all_reduce(vector)
-            flat = vector.tolist()
-        scalars: dict[str, float] = {}
-        vectors: dict[str, list[float]] = {}
-        place = 0
-        for name in names:
-            part = [value / world for value in flat[place : place + sums[name].numel()]]
-            place += len(part)
-            if sums[name].dim():
-                vectors[name] = part
-            else:
-                scalars[name] = part[0]
-        asked = [request for request in Request if flat[place + 2 * world + request]]
-        sizes = [int(size) for size in flat[place : place + 2 * world]]
-        return StepReport(scalars, vectors, sizes[:world], sizes[world:], max(asked), flat[-1] == world)
+            numbers = iter(vector.tolist())
+        means = {name: [next(numbers) / world for _ in range(sums[name].numel())] for name in names}
+        all_memory, all_peaks = ([int(next(numbers)) for _ in range(world)] for _ in range(2))
+        all_written = [bool(next(numbers)) for _ in range(world)]
+        asked = [request for request in Request if next(numbers)]
+        return StepReport(
+            scalars={name: values[0] for name, values in means.items() if not sums[name].dim()},
+            vectors={name: values for name, values in means.items() if sums[name].dim()},
+            memory=all_memory,
+            peaks=all_peaks,
+            request=max(asked),
+            written=all(all_written),
+        )
 
     def _count_flops(self, report: StepReport, sequences: int) -> tuple[float, float]:
         """Training FLOPs of the step, and with what activation checkpointing computes again.
@@ -320,6 +313,13 @@ class Trainer:
             return False
         spiked = state.step
         back = self.store.load(selected)
+        self.returns = (back.step, self.returns[1] + 1 if self.returns[0] == back.step else 1)
+        if self.returns[1] > self.recipe.faults.max_non_finite:
+            raise RunError(
+                f"The run has gone back to step {back.step} {self.returns[1] - 1} times and met a loss spike on other "
+                f"samples each time, the last at step {spiked} with loss {loss:.3f}. Lower optim.lr, or raise "
+                "faults.spike if that loss is no fault, and start again."
+            )
         # What led to the spike is left out the second time, so the run meets other data.
         gap = (back.position, batch.next_position - 1)
         for name, value in vars(back).items():
@@ -335,31 +335,33 @@ class Trainer:
     def _judge(
         self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool, spike: float | None
     ) -> None:
-        """Count non-finite steps and give up after too many in a row."""
+        """Count updates left out in a row, for a loss or gradient that is not finite or for a spike, and give up after
+        too many.
+        """
         loss = report.scalars["loss"]
         finite = loss - loss == 0.0
+        samples = [batch.samples[0], batch.samples[-1]]
         if applied and finite:
             state.non_finite_in_row = 0
             window = self.recipe.faults.spike_window if self.recipe.faults.spike is not None else 0
             state.recent_losses = (*state.recent_losses, report.scalars["lm_loss"])[-window:] if window else ()
             return
-        if spike is not None:
-            return
-        if finite and self.recipe.precision == "fp16":
+        if spike is None and finite and self.recipe.precision == "fp16":
             # The loss scale was too high and is halved: how fp16 works, not a fault.
             self.telemetry.event("loss_scale_lowered", state.step)
             return
         state.non_finite_in_row += 1
-        samples = [batch.samples[0], batch.samples[-1]]
-        self.telemetry.event("non_finite", state.step, samples=samples, in_row=state.non_finite_in_row)
-        self.telemetry.say(
-            f"Step {state.step}: loss or gradient is not finite; its update is left out (samples {samples})."
-        )
+        if spike is None:
+            self.telemetry.event("non_finite", state.step, samples=samples, in_row=state.non_finite_in_row)
+            self.telemetry.say(
+                f"Step {state.step}: loss or gradient is not finite; its update is left out (samples {samples})."
+            )
         if state.non_finite_in_row >= self.recipe.faults.max_non_finite:
+            fault = "had a non-finite loss or gradient" if spike is None else "were left out, the last for a loss spike"
+            advice = "" if spike is None else "raise faults.spike if that loss is no fault, "
             raise RunError(
-                f"{state.non_finite_in_row} steps in a row had a non-finite loss or gradient, the last at step "
-                f"{state.step} "
-                f"(samples {samples[0]} to {samples[1]}). Lower optim.lr, or leave the samples out with "
+                f"{state.non_finite_in_row} steps in a row {fault}, the last at step {state.step} (samples "
+                f"{samples[0]} to {samples[1]}). Lower optim.lr, {advice}or leave the samples out with "
                 "data.skip_samples, and start again."
             )
 
@@ -409,11 +411,13 @@ class Trainer:
     def _is_recorded(self, step: int) -> bool:
         return step % self.recipe.logging.every == 0 or step in (1, self.plan.steps)
 
-    def _checkpoint_due(self, step: int) -> bool:
-        log_spaced = self.recipe.checkpoint.log_spaced and step & (step - 1) == 0
+    def _checkpoint_due(self, state: TrainState) -> bool:
+        step, settings = state.step, self.recipe.checkpoint
+        best = state.best_validation is not None and state.best_validation[1] == step
         return (
             is_due(step, self.plan.checkpoint_every, self.plan.steps)
-            or log_spaced
+            or (settings.log_spaced and step & (step - 1) == 0)
+            or (settings.keep_best and best)
             or step in self.plan.trunk_checkpoints
         )
 
@@ -427,6 +431,8 @@ class Trainer:
 
     def _finish_checkpoint(self, state: TrainState) -> None:
         problem = self.store.finish()
+        # A time limit must leave room for the slowest one so far, on a file system that may be slower then.
+        self.stop.reserve = max(self.stop.reserve, 2 * self.store.seconds)
         self.telemetry.sync()
         if problem is not None:
             self.telemetry.event("checkpoint_failed", state.step, problem=problem)

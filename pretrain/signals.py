@@ -71,8 +71,8 @@ class StopRequest:
         run_folder: folder watched for the files `stop` and `checkpoint`.
         watch_files: whether this rank looks at those files; on a shared file system only rank 0 should.
         wall_clock: seconds from now until the run should have stopped; None for no limit.
-        reserve: seconds before a time limit at which to stop. May be changed at any time, as checkpoints turn out
-            slower.
+        reserve: seconds before a time limit at which to stop; may be raised as checkpoints turn out slower. As much
+            again as has lain between two polls at most (steps, evaluations) is added.
         debounce: see above, in seconds.
         environ: where SLURM_JOB_END_TIME (seconds since 1970) is read.
 
@@ -98,6 +98,8 @@ class StopRequest:
         self._deadline = None if wall_clock is None else time.monotonic() + wall_clock
         self._job_end = _job_end(environ)
         self._debounce = debounce
+        self._polled: float | None = None
+        self._longest = 0.0
         self._signalled: str | None = None
         self._previous: dict[int, Any] = {}
         self._previous_wakeup = -1
@@ -130,10 +132,15 @@ class StopRequest:
         """The strongest request so far, on this rank alone; `reason` then says why. Costs two stat calls at most."""
         found = [(Request.STOP, self._signalled)] if self._signalled else []
         now = time.monotonic()
-        if self._deadline is not None and now >= self._deadline - self.reserve:
-            found.append((Request.STOP, "the wall-clock limit is near"))
-        if self._job_end is not None and time.time() >= self._job_end - self.reserve:
-            found.append((Request.STOP, "the Slurm job's end is near"))
+        self._longest = max(self._longest, 0.0 if self._polled is None else now - self._polled)
+        self._polled = now
+        needed = self.reserve + self._longest
+        for limit, end, clock in (
+            ("the wall-clock limit", self._deadline, now),
+            ("the Slurm job's end", self._job_end, time.time()),
+        ):
+            if end is not None and clock >= end - needed:
+                found.append((Request.STOP, f"{limit} is near, and stopping may take {needed:.0f} s"))
         if self._folder is not None:
             if (self._folder / STOP_FILE).exists():
                 found.append((Request.HOLD, f"{self._folder / STOP_FILE} was made"))

@@ -156,10 +156,15 @@ def torture(
     return done
 
 
+def finished_checkpoints(run: Path) -> list[int]:
+    """Steps of the checkpoints that a run has."""
+    found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else ()
+    return sorted(int(folder.name.removeprefix("step-")) for folder in found)
+
+
 def progress(run: Path) -> int:
     """Last finished checkpoint."""
-    found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else ()
-    return max((int(folder.name.removeprefix("step-")) for folder in found), default=0)
+    return max(finished_checkpoints(run), default=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
@@ -219,6 +224,47 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     (tmp_path / "gone" / "status.json").write_text('{"state": "running"}', encoding="utf-8")
     code, printed = two_ranks.run("--config", str(file))
     assert code == 2 and "damaged" in printed and "Traceback" not in printed
+
+
+def test_what_a_start_went_back_past_neither_counts_nor_stays(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers
+) -> None:
+    """The one checkpoint to keep is the newest sound one, not the damaged one with the highest number."""
+    values = recipe_values(tiny_data, tmp_path / "whole", checkpoint={"every": 4, "keep": 9})
+    whole = two_ranks.train(tmp_path, values)
+    again = {**values, "run_dir": str(tmp_path / "again")}
+    file = stop_after(two_ranks, again, tmp_path, 8)
+    folder = tmp_path / "again" / "checkpoints"
+    next((folder / "step-00000008").glob("*optim_states.pt")).unlink()
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000003.writing")
+    (tmp_path / "again" / "stop").touch()
+    code, printed = two_ranks.run("--config", str(file), "checkpoint.keep=1")
+    assert code == 76 and "stopped after 5 of 12" in printed, printed
+    assert sorted(entry.name for entry in folder.iterdir()) == ["latest", "step-00000005"]
+    assert (folder / "latest").read_text(encoding="utf-8") == "step-00000005\n"
+    code, printed = two_ranks.run("--config", str(file))
+    assert code == 0 and "resuming at step 5" in printed, printed
+    assert_same_run(tmp_path / "again", whole)
+
+
+def test_the_best_checkpoint_is_written_and_stays(tmp_path: Path, tiny_data: Path, two_ranks: Workers) -> None:
+    """Also where no checkpoint would be due; and it is the best of all starts."""
+    checkpoint = {"every": 0, "keep": 1, "keep_best": True}
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint=checkpoint, evaluation={"every": 5, "sequences": 2})
+    run = two_ranks.train(tmp_path, {**values, "checkpoint": {**checkpoint, "keep": 9}})
+    causal: dict[int, float] = {}
+    for record in metrics(run, "validation"):
+        causal[record["step"]] = causal.get(record["step"], 0.0) + record["loss_causal"]
+    assert causal[12] < causal[10] < causal[5], "it learns"
+    assert finished_checkpoints(run) == [5, 8, 10, 12], "8 is where the learning rate begins to fall"
+    file = stop_after(two_ranks, values, tmp_path, 5)
+    manifest = run / "checkpoints" / "step-00000005" / "checkpoint.json"
+    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    facts["state"]["best_validation"] = [0.0, 5]
+    manifest.write_text(json.dumps(facts), encoding="utf-8")
+    code, printed = two_ranks.run("--config", str(file))
+    assert code == 0 and "resuming at step 5" in printed, printed
+    assert finished_checkpoints(run) == [5, 8, 12], "nothing after it was better"
 
 
 def test_another_shape_is_refused_and_another_world_size_converted(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +71,21 @@ def test_limits_in_time(monkeypatch):
     late.reserve = 4000
     assert late.poll() is Request.STOP
     assert "Slurm" in late.reason
+
+
+def test_a_limit_leaves_room_for_the_longest_step_and_for_a_checkpoint(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("pretrain.signals.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    stop = StopRequest(wall_clock=1000, reserve=100, environ={})
+
+    def poll(after: float) -> Request:
+        clock.now += after
+        return stop.poll()
+
+    # 100 s to the first poll are a start and no step; then an evaluation made one step of 300 s.
+    assert [poll(100), poll(10), poll(300), poll(10)] == [Request.NONE] * 4
+    assert poll(179) is Request.NONE and poll(1) is Request.STOP and clock.now == 1000 - 100 - 300
+    assert stop.reason == "the wall-clock limit is near, and stopping may take 400 s"
 
 
 @pytest.mark.parametrize(
