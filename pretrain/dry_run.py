@@ -11,8 +11,10 @@ from pretrain.ds_config import zero_stage
 from pretrain.engine import peak_flops
 from pretrain.environment import Ranks
 from pretrain.memory import estimate_memory
+from pretrain.memory import format_bytes as size
 from pretrain.partitioning import STAGES, explain
 from pretrain.run import Prepared
+from pretrain.stage import trains_on_cpu
 from pretrain.telemetry import format_seconds
 
 # What training reaches of the promised FLOPs on a device, for an estimate of time before anything is measured.
@@ -23,8 +25,7 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
     """Everything a person would want to know before starting, as lines of text."""
     plan, recipe, data = prepared.plan, prepared.recipe, prepared.data
     per_token = plan.flops_per_sequence / plan.sequence_length
-    on_cpu = not torch.cuda.is_available()
-    memory = estimate_memory(recipe, prepared.config, prepared.ds_config, ranks.world_size, on_cpu=on_cpu)
+    memory = estimate_memory(recipe, prepared.config, prepared.ds_config, ranks.world_size, on_cpu=trains_on_cpu())
     rate = estimate_flops_per_second(prepared)
     seconds = plan.training_flops / (rate * ranks.world_size)
     stage = zero_stage(prepared.ds_config)
@@ -46,11 +47,13 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         f"  checkpoints      every {plan.checkpoint_every or plan.steps} steps in {prepared.folder.checkpoints}",
         f"  ranks            {ranks.world_size}, {_batch(prepared, ranks)}",
         f"  precision        {recipe.precision}, checkpointing {recipe.checkpointing}",
-        f"  ZeRO stage       {stage}: {STAGES[stage]}",
+        f"  ZeRO stage       {stage}: {STAGES[stage]} ({prepared.stage.reason})",
+        *(f"                   {line}" for line in prepared.stage.considered),
+        *([f"                   {prepared.stage.warning}"] if prepared.stage.warning else []),
         *(f"                   {line}" for line in explain(prepared.ds_config["zero_optimization"], prepared.config)),
-        f"  memory           about {_size(memory.total)} a rank: weights {_size(memory.weights)}, gradients "
-        f"{_size(memory.gradients)}, optimiser {_size(memory.optimizer)}, and at most {_size(memory.passes)} in the "
-        f"passes of a micro-batch or {_size(memory.update)} in an update",
+        f"  memory           about {size(memory.total)} a rank: weights {size(memory.weights)}, gradients "
+        f"{size(memory.gradients)}, optimiser {size(memory.optimizer)}, and at most {size(memory.passes)} in the "
+        f"passes of a micro-batch or {size(memory.update)} in an update",
         f"  time             about {format_seconds(seconds)} at {rate:.3g} FLOP/s a rank",
     ]
     lines += [f"  branch           {b.name}: leaves at step {b.start}, ends at {b.steps}" for b in plan.branches]
@@ -86,7 +89,3 @@ def _batch(prepared: Prepared, ranks: Ranks) -> str:
     batch = prepared.recipe.batch
     accumulation = batch.sequences // (batch.micro_batch * ranks.world_size)
     return f"{batch.sequences} sequences a step = {batch.micro_batch} x {accumulation} x {ranks.world_size}"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

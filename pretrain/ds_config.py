@@ -21,6 +21,8 @@ from pretrain.errors import RecipeError
 from pretrain.partitioning import complete
 from pretrain.recipe import Recipe
 
+# Stands for the name of a shipped configuration that `pretrain.stage` chooses.
+AUTO = "auto"
 _OPEN = None  # a section whose keys DeepSpeed does not name (free parameters)
 
 # Sections that DeepSpeed reads as plain dictionaries (its runtime/constants.py and the constants beside each section).
@@ -98,7 +100,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
     """
     path = Path(name)
     if path.suffix != ".json" and not path.exists():
-        names = ds_configs.names()
+        names = [AUTO, *ds_configs.names()]
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = (

@@ -21,11 +21,14 @@ from mor_model import RecursiveTransformer
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.flops import count_parameters
 from pretrain.ds_config import offload_device, zero_stage
+from pretrain.muon import is_hidden_matrix, iterated_in, orthogonal_update, stacked_rows
 from pretrain.recipe import Recipe
 
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_autocast": 4}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
 _MASTER, _MOMENTS = 4, 8
+# Muon does without the one and needs the other.
+_SECOND_MOMENT, _WANTED = 4, 4
 # What Python modules that are loaded while the engine is built take; they count on a CPU, whose memory they share.
 _LIBRARIES = 120 << 20
 
@@ -55,7 +58,13 @@ class Memory:
 
 
 def estimate_memory(
-    recipe: Recipe, config: ModelConfig, ds_config: Mapping[str, Any], world_size: int, *, on_cpu: bool
+    recipe: Recipe,
+    config: ModelConfig,
+    ds_config: Mapping[str, Any],
+    world_size: int,
+    *,
+    on_cpu: bool,
+    passes: int | None = None,
 ) -> Memory:
     """Bytes that training needs on the device of one of `world_size` ranks.
 
@@ -63,6 +72,7 @@ def estimate_memory(
         recipe: with its precision resolved.
         ds_config: what `resolve_ds_config` returned.
         on_cpu: the device is a CPU.
+        passes: what `peak_of_passes` found, None follows them now (seconds).
     """
     count = count_parameters(config).total_stored
     zero = ds_config.get("zero_optimization", {})
@@ -72,15 +82,24 @@ def estimate_memory(
     accumulation = (ds_config.get("data_types") or {}).get("grad_accum_dtype")
     gradient_width = 4 if accumulation == "fp32" else width
     # Gradients of the partition are put together, and put into fp32 where they are not.
-    update = share * (gradient_width + (4 if gradient_width < 4 else 0))
+    upcast = gradient_width + (4 if gradient_width < 4 else 0)
+    update = share * upcast
     gradients = gradient_width * (share if stage >= 2 else count)
     weights = width * (share if stage == 3 else count)
     optimizer = (_MASTER + _MOMENTS) * share
-    passes = peak_of_passes(recipe, config)
+    passes = peak_of_passes(recipe, config) if passes is None else passes
     if stage:
         passes += width * min(count, int(zero.get("reduce_bucket_size", 500_000_000)))
     else:
         optimizer, update = _MOMENTS * count, 0
+    if recipe.optim.name == "muon":
+        hidden, orthogonal = _followed_muon(config, on_cpu)
+        part = -(-hidden // world_size) if stage else hidden
+        optimizer -= _SECOND_MOMENT * part
+        update = orthogonal
+        if stage:
+            # Its group is updated by itself, with another copy of what it wants to go.
+            update = max((upcast + _WANTED) * part + orthogonal, upcast * (share - part))
     if stage == 3 and world_size > 1:
         passes += width * min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
     if offload_device(ds_config, "offload_optimizer") != "none" and not on_cpu:
@@ -88,6 +107,20 @@ def estimate_memory(
     if offload_device(ds_config, "offload_param") != "none" and not on_cpu:
         weights = 0
     return Memory(weights, gradients, optimizer, passes, update, _LIBRARIES if on_cpu else 0)
+
+
+def _followed_muon(config: ModelConfig, on_cpu: bool) -> tuple[int, int]:
+    """Elements of all matrices that Muon updates, and most bytes alive while it makes one of them orthogonal."""
+    with torch.device("meta"):
+        named = list(RecursiveTransformer(config).named_parameters())
+    hidden = [(p.shape, stacked_rows(n, p.shape, config)) for n, p in named if is_hidden_matrix(n, p.shape)]
+    peak = 0
+    with FakeTensorMode():
+        for shape, rows in set(hidden):
+            with _LiveBytes(set()) as live:
+                orthogonal_update(torch.zeros(shape, dtype=iterated_in(on_cpu=on_cpu)), rows)
+            peak = max(peak, live.peak)
+    return sum(shape.numel() for shape, _ in hidden), peak
 
 
 def peak_of_passes(recipe: Recipe, config: ModelConfig) -> int:
@@ -117,6 +150,11 @@ def peak_of_passes(recipe: Recipe, config: ModelConfig) -> int:
     finally:
         torch.set_default_dtype(usual)
     return live.peak
+
+
+def format_bytes(size: int) -> str:
+    """A size for a person."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

@@ -56,6 +56,17 @@ def stacked_rows(name: str, shape: torch.Size, config: ModelConfig) -> tuple[int
     return (shape[0],)
 
 
+def iterated_in(*, on_cpu: bool) -> torch.dtype:
+    """Precision of the iterations: bf16 on a GPU, as is usual; fp32 on a CPU, which has no faster way."""
+    return torch.float32 if on_cpu else torch.bfloat16
+
+
+def orthogonal_update(matrix_MN: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
+    """Each of the linear maps stacked in a matrix made orthogonal, in the size of AdamW's updates, [M, N]."""
+    maps = matrix_MN.split(rows)
+    return torch.cat([orthogonalize(map_) * (0.2 * math.sqrt(max(map_.shape))) for map_ in maps])
+
+
 @dataclass(frozen=True)
 class Piece:
     """What this rank keeps of one matrix in a flat tensor.
@@ -77,8 +88,7 @@ class Muon(torch.optim.AdamW):
     """Muon in the groups that have a `momentum`, fused AdamW in the others.
 
     A linear map's update is 0.2 * sqrt(max(rows, columns)) times the orthogonal matrix, which gives it the size of
-    AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2); learning rate and weight decay then serve both. The
-    iterations run in bf16 on a GPU, as is usual, and in fp32 on a CPU, which has no faster way.
+    AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2); learning rate and weight decay then serve both.
 
     Args:
         groups: parameter groups; `momentum` marks Muon's.
@@ -150,7 +160,7 @@ class Muon(torch.optim.AdamW):
     def _orthogonal_update(self, wanted: torch.Tensor, piece: Piece) -> torch.Tensor | None:
         """This rank's piece of the update, None where it keeps nothing of the matrix."""
         kept = slice(piece.start, piece.start + piece.count)
-        kind = torch.bfloat16 if wanted.is_cuda else torch.float32
+        kind = iterated_in(on_cpu=not wanted.is_cuda)
         whole = torch.zeros(piece.shape[0] * piece.shape[1], dtype=kind, device=wanted.device)
         whole[kept] = wanted.to(kind)
         if self._partitioned:
@@ -158,9 +168,7 @@ class Muon(torch.optim.AdamW):
             dist.all_reduce(whole)
         if not piece.count:
             return None
-        maps = whole.view(piece.shape).split(piece.rows)
-        scaled = [orthogonalize(map_) * (0.2 * math.sqrt(max(map_.shape))) for map_ in maps]
-        return torch.cat(scaled).view(-1)[kept].to(wanted.dtype)
+        return orthogonal_update(whole.view(piece.shape), piece.rows).view(-1)[kept].to(wanted.dtype)
 
     def _piece(self, parameter: torch.Tensor, start: int, offset: int, count: int) -> Piece:
         shape = getattr(parameter, "ds_shape", parameter.shape)

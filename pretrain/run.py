@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mor_model.config import ModelConfig
@@ -22,6 +22,7 @@ from pretrain.provenance import describe_environment, flatten, identity
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
+from pretrain.stage import StageChoice, agree_on_stage, choose_stage, with_stage
 from pretrain.toolchain import accelerator_present
 from pretrain.watchdog import Watchdog
 
@@ -52,12 +53,14 @@ class Prepared:
     """A run that has passed every check that needs no other rank.
 
     Attributes:
+        recipe: with precision and DeepSpeed configuration resolved (not `auto`).
         extension: where it goes on when its folder was begun with another budget or schedule.
     """
 
     recipe: Recipe
     config: ModelConfig
     plan: Plan
+    stage: StageChoice
     ds_config: dict[str, Any]
     data: OpenedData
     folder: RunFolder
@@ -89,6 +92,8 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     if recipe.initial_weights is not None:
         _check_initial_weights(recipe.initial_weights, config)
     plan = make_plan(recipe)
+    stage = choose_stage(recipe, config, ranks)
+    recipe = with_stage(recipe, stage.config)
     ds_config = resolve_ds_config(recipe, ranks.world_size)
     quantized = [key for key, value in ds_config.get("zero_optimization", {}).items() if "quantized" in key and value]
     if quantized and not accelerator_present():
@@ -99,7 +104,7 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     folder = RunFolder(recipe.run_folder)
     extension = _check_folder(folder, recipe, plan, data)
     check_suites_of(recipe)
-    return Prepared(recipe, config, plan, ds_config, data, folder, extension)
+    return Prepared(recipe, config, plan, stage, ds_config, data, folder, extension)
 
 
 def _check_initial_weights(folder: str, config: ModelConfig) -> None:
@@ -143,6 +148,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
         # Later than the watchdog, which names the rank that the collective waits for.
         device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _START_SECONDS)
         try:
+            prepared = _agree_on_stage(prepared, ranks)
             require_agreement(identity(prepared))
             with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:
                 code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
@@ -155,6 +161,14 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
         finally:
             if torch.distributed.is_initialized():
                 deepspeed.comm.destroy_process_group()
+
+
+def _agree_on_stage(prepared: Prepared, ranks: Ranks) -> Prepared:
+    stage = agree_on_stage(prepared.stage)
+    if stage.config == prepared.stage.config:
+        return prepared
+    recipe = with_stage(prepared.recipe, stage.config)
+    return replace(prepared, recipe=recipe, stage=stage, ds_config=resolve_ds_config(recipe, ranks.world_size))
 
 
 def _train_one(
@@ -247,7 +261,8 @@ def _train(
     if first:
         rewind_metrics(folder, state.step)
     telemetry = Telemetry(folder, recipe, plan.steps, active=first)
-    for warning in selected.warnings if selected is not None else ():
+    warnings = [*([prepared.stage.warning] if prepared.stage.warning else []), *(selected.warnings if selected else ())]
+    for warning in warnings:
         telemetry.say(warning)
         telemetry.event("warning", state.step, text=warning)
     if first:
@@ -258,6 +273,8 @@ def _train(
             launcher=ranks.launcher,
             memory_bytes=memory_before,
             zero_stage=f"{zero_stage(ds_config)}: {STAGES[zero_stage(ds_config)]}",
+            zero_stage_reason=prepared.stage.reason,
+            zero_stages_considered=list(prepared.stage.considered),
             partitioning=explain(ds_config["zero_optimization"], config),
         )
         telemetry.say(_headline(prepared, ranks, state.step))
@@ -393,7 +410,8 @@ def _headline(prepared: Prepared, ranks: Ranks, step: int) -> str:
         f"{plan.training_flops:.3g} FLOPs; "
         f"{plan.parameters['total_stored'] / 1e6:.1f}M parameters; {ranks.world_size} "
         f"rank{'s' if ranks.world_size > 1 else ''}, "
-        f"ZeRO stage {zero_stage(prepared.ds_config)} ({STAGES[zero_stage(prepared.ds_config)]}), "
+        f"ZeRO stage {zero_stage(prepared.ds_config)} ({STAGES[zero_stage(prepared.ds_config)]}; "
+        f"{prepared.stage.reason}), "
         f"{prepared.recipe.precision}; {prepared.folder}"
     )
 

@@ -271,7 +271,12 @@ class Batch(Section):
 
 
 class Deepspeed(Section):
-    """Which DeepSpeed JSON: the name of one in ds_configs/ (`zero3`), or a path."""
+    """Which DeepSpeed JSON.
+
+    Attributes:
+        config: the name of one in ds_configs/ (`zero3`), a path, or `auto`: the lowest ZeRO stage whose estimated
+            memory fits a rank, see `pretrain.stage`.
+    """
 
     config: str = "zero3"
 

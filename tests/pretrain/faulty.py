@@ -2,7 +2,7 @@
 
 rank: where; nan_samples, spike_samples: batches that hold one of them lose their loss, or have it three times as large;
 stall_samples: batches that hold one of them never come; full_step: checkpoints whose path holds this text meet a full
-disk.
+disk; stage: what `deepspeed.config: auto` comes to there.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ import json
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain import checkpoint_files, loop, train
+from mor_model.config import ModelConfig
+from pretrain import checkpoint_files, loop, run, train
 from pretrain.batches import StepBatch
 from pretrain.checkpoint import TrainState
+from pretrain.environment import Ranks
+from pretrain.recipe import Recipe
+from pretrain.stage import StageChoice
 
 FAULT = json.loads(os.environ["FAULT"])
 
@@ -68,7 +73,13 @@ def save_hashed(state: Any, path: Path) -> dict[str, Any]:
     return sound_save_hashed(state, path)
 
 
+def choose_stage(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> StageChoice:
+    choice = sound_choose_stage(recipe, config, ranks)
+    return replace(choice, config=FAULT["stage"]) if "stage" in FAULT and ranks.rank == FAULT["rank"] else choice
+
+
 if __name__ == "__main__":
     sound_forward_backward, loop.Trainer._forward_backward = loop.Trainer._forward_backward, forward_backward  # type: ignore[method-assign]
     sound_save_hashed, checkpoint_files._save_hashed = checkpoint_files._save_hashed, save_hashed
+    sound_choose_stage, run.choose_stage = run.choose_stage, choose_stage
     sys.exit(train.main())

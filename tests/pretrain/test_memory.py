@@ -12,9 +12,14 @@ from benchmarks.training_runs import GIVE_BACK
 from mor_model import RecursiveTransformer
 from pretrain.ds_config import resolve_ds_config
 from pretrain.memory import estimate_memory, peak_of_passes
-from pretrain.recipe import build_recipe
+from pretrain.optimizer import build_optimizer
+from pretrain.recipe import Recipe, build_recipe
 from tests.mor_model.live_memory import LiveBytes
 from tests.pretrain.support import LENGTH, Job, make_dataset, metrics, recipe_values, tiny_model, write_recipe
+
+
+def network_size(recipe: Recipe) -> int:
+    return sum(parameter.numel() for parameter in RecursiveTransformer(recipe.network()).parameters())
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "mor"])
@@ -64,18 +69,61 @@ def test_partitioning_divides_what_stays() -> None:
     assert offloaded.weights == offloaded.gradients == offloaded.optimizer == 0 < offloaded.passes
 
 
+@pytest.mark.parametrize("variant", ["vanilla", "mor"])
+def test_muons_states_and_working_memory_are_those_of_the_optimiser(variant: str) -> None:
+    """Stage 0, where an update allocates nothing but Muon's own: a real step, storage by storage."""
+    optim = {"name": "muon", "lr": 0.01}
+    stage = {"config": "zero0"}
+    recipe = build_recipe(
+        recipe_values(Path("data"), Path("run"), model=tiny_model(variant), optim=optim, deepspeed=stage)
+    )
+    model = RecursiveTransformer(recipe.network(), recipe.checkpointing)
+    model.initialize(0)
+    optimizer = build_optimizer(model, recipe.optim, offloaded=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    estimate = estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, 2), 2, on_cpu=True)
+    assert estimate.optimizer == sum(value.nbytes for value in states)
+    with LiveBytes() as live:
+        optimizer.step()
+    assert estimate.update == pytest.approx(live.peak, rel=0.25)
+
+
+def test_partitioned_muon_keeps_one_moment_of_its_matrices() -> None:
+    """A fourth of master copies, momentum and, of what is not Muon's, a second moment; an update copies gradients to
+    fp32 and adds another copy of Muon's.
+    """
+    values = recipe_values(Path("data"), Path("run"), precision="bf16", deepspeed={"config": "zero3"})
+    adamw, muon = (build_recipe({**values, "optim": {"name": name}}) for name in ("adamw", "muon"))
+    network = adamw.network()
+    named = RecursiveTransformer(network).named_parameters()
+    hidden = sum(p.numel() for n, p in named if ".attention." in n or ".feed_forward." in n)
+    plain, other = (
+        estimate_memory(recipe, network, resolve_ds_config(recipe, 4), 4, on_cpu=False) for recipe in (adamw, muon)
+    )
+    assert 0 < hidden < network_size(adamw)
+    assert plain.optimizer - other.optimizer == 4 * hidden // 4
+    assert other.update > plain.update - 4 * (network_size(adamw) - hidden) // 4
+    assert (other.weights, other.gradients, other.passes) == (plain.weights, plain.gradients, plain.passes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("width", "layers", "stage", "precision", "ranks"),
+    ("width", "layers", "stage", "precision", "ranks", "optimizer"),
     [
-        (512, 8, "zero3", "bf16", 1),
-        (512, 8, "zero1", "bf16", 2),
-        (512, 8, "zero0", "fp32", 1),
-        (768, 11, "zero3", "fp32", 2),
+        (512, 8, "zero3", "bf16", 1, "adamw"),
+        (512, 8, "zero1", "bf16", 2, "adamw"),
+        (512, 8, "zero0", "fp32", 1, "adamw"),
+        (768, 11, "zero3", "fp32", 2, "adamw"),
+        (512, 8, "zero0", "fp32", 1, "muon"),
+        (512, 8, "zero1", "bf16", 2, "muon"),
+        (512, 8, "zero3", "fp32", 2, "muon"),
     ],
 )
 def test_the_estimate_is_within_15_percent_of_a_run(
-    tmp_path: Path, width: int, layers: int, stage: str, precision: str, ranks: int
+    tmp_path: Path, width: int, layers: int, stage: str, precision: str, ranks: int, optimizer: str
 ) -> None:
     """Peak resident memory of rank 0 over what it held before the network was built, where freed memory is given back
     at once, so that what is resident is what is alive.
@@ -95,6 +143,7 @@ def test_the_estimate_is_within_15_percent_of_a_run(
         model=model,
         precision=precision,
         deepspeed={"config": stage},
+        optim={"name": optimizer},
         budget={"steps": 2},
         schedule={"kind": "constant", "warmup": 0},
         checkpoint={"every": 0},
