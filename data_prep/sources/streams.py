@@ -41,7 +41,7 @@ class ByteStream:
         self._kind = compression(path)
         self._failure: SourceError | None = None
         self._pending = b""
-        self._input = b""
+        self._input = memoryview(b"")
         self._frame: Any = None  # decompressor of the frame under way
         self._frames = 0
         self._step = _STEP.get(self._kind, 0)
@@ -100,14 +100,14 @@ class ByteStream:
         total = 0
         while total < size and self._failure is None:
             if not self._input:
-                self._input = self._raw(1 << 16)
+                self._input = memoryview(self._raw(1 << 16))
                 if not self._input:
                     if self._failure is None and (self._frame is not None or not self._frames):
                         self._fail("the file ends inside a frame" if self._frame else "the file is empty", total)
                     break
             if self._frame is None:
                 if self._frames and self._kind in (".gz", ".xz"):  # both allow zeros behind their last frame
-                    self._input = self._input.lstrip(b"\x00")
+                    self._input = memoryview(bytes(self._input).lstrip(b"\x00"))
                     if not self._input:
                         continue
                 self._frame = _decompressor(self._kind)
@@ -120,7 +120,7 @@ class ByteStream:
                 break
             self._step = 64 if len(part) > _BURST else _STEP[self._kind]
             if self._frame.eof:
-                self._input = self._frame.unused_data + self._input
+                self._input = memoryview(self._frame.unused_data + self._input)
                 self._frame = None
             if part:
                 parts.append(part)
@@ -140,7 +140,9 @@ class ByteStream:
 
 def _decompressor(kind: str) -> Any:
     if kind == ".zst":  # files written with `zstd --long=31` need the large window
-        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+        # Room for what a step of ordinary text becomes: the library's default is eight times that, and costs as much as
+        # the decompression itself to get and give back.
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(write_size=1 << 14)
     if kind == ".gz":
         return zlib.decompressobj(wbits=31)
     if kind == ".xz":
