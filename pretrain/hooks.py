@@ -35,7 +35,7 @@ class SuiteRunner:
     Args:
         engine: DeepSpeed's; suites: which, and how many questions of each.
         folder: where results go; tokenizer: its folder; texts: held-out documents, for the suites that read them.
-        device: where the network computes.
+        telemetry: told when results cannot be written; device: where the network computes.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class SuiteRunner:
         suites: Suites,
         *,
         folder: RunFolder,
+        telemetry: Telemetry,
         tokenizer: Path,
         texts: Sequence[Path],
         device: torch.device,
@@ -53,6 +54,7 @@ class SuiteRunner:
         from pretrain.evaluation.held_out import read_documents
 
         self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
+        self._telemetry = telemetry
         self._tokenizer = load_tokenizer(tokenizer)
         self._settings = Settings(limit=suites.limit, text_bytes=suites.text_bytes)
         self._documents = read_documents(texts, most_text(self._settings))[0] if texts else []
@@ -76,9 +78,15 @@ class SuiteRunner:
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
         if rank_and_world()[0] == 0:
             folder = self._folder.evaluation / f"step-{state.step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for suite, result in results.items():
-                self._folder.write_json(folder / f"{suite}.json", {**result, **place})
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for suite, result in results.items():
+                    self._folder.write_json(folder / f"{suite}.json", {**result, **place})
+            except OSError as error:
+                self._telemetry.event("results_not_written", state.step, problem=str(error))
+                self._telemetry.say(
+                    f"{folder}: not written ({error}). Training goes on; metrics.jsonl has the figures."
+                )
         return [("evaluation", _headline(suite, result)) for suite, result in results.items()]
 
 

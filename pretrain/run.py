@@ -44,6 +44,9 @@ _FREE = (
 )
 
 
+# What may lie in a run folder whose recipe is not written yet.
+_BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")
+
 # Operators may have to be compiled and a checkpoint read before the first step.
 _START_SECONDS = 1800.0
 
@@ -191,9 +194,14 @@ def _train_one(
             print(extend(folder, prepared.extension), flush=True)
         if folder.status().get("state") == "finished":
             return False
-        _write_folder(prepared, ranks, device)
-        if trunk is not None:
-            seed_branch(trunk.folder, folder, start)
+        try:
+            _write_folder(prepared, ranks, device)
+            if trunk is not None:
+                seed_branch(trunk.folder, folder, start)
+        except OSError as error:
+            raise RunError(
+                f"{folder}: the run cannot be begun there ({error}); make room, or choose another run_dir."
+            ) from None
         return True
 
     if not on_first_rank(begin):
@@ -304,6 +312,7 @@ def _train(
             engine,
             recipe.evaluation.suites,
             folder=folder,
+            telemetry=telemetry,
             tokenizer=data.tokenizer,
             texts=held_out_texts(recipe),
             device=device,
@@ -359,7 +368,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedDat
     if not folder.recipe_file.is_file():
         # A start that was killed at once leaves temporary files, whose names begin with a dot.
         entries = [entry.name for entry in folder.path.iterdir()] if folder.path.is_dir() else []
-        if any(not name.startswith(".") and name not in (STOP_FILE, CHECKPOINT_FILE) for name in entries):
+        if any(not name.startswith(".") and name not in _BEFORE_THE_RECIPE for name in entries):
             raise RunError(f"{folder}: is not empty and holds no run; choose another run_dir or empty it.")
         return None
     begun = load_recipe(folder.recipe_file)

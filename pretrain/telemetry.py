@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import orjson
 import torch
 
 from data_prep.files import atomic_write
+from pretrain.mirrors import Mirrors
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 
@@ -143,15 +143,13 @@ class Telemetry:
         self._active = active
         self._run = run
         self._steps = steps
-        self._wandb: Any = None
-        self._tensorboard: Any = None
         self._progress = _Progress(recipe.name, steps) if active else None
         if active:
             run.path.mkdir(parents=True, exist_ok=True)
             self._stream = run.metrics_file.open("ab", buffering=0)
             self._unwritten = b""
             self._failing = False
-            self._open_mirrors(recipe)
+            self._mirrors = Mirrors(run.path, recipe, self.say)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Append one record and show it in the mirrors. On a failing or full disk it waits for the next one."""
@@ -166,7 +164,7 @@ class Telemetry:
             if not self._failing:
                 self.say(f"{self._run.metrics_file}: {error}; records wait in memory until it can be written again.")
             self._failing = True
-        self._mirror(kind, values)
+        self._mirrors.show(kind, values)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Append an event: something that happened once and is worth finding again."""
@@ -204,41 +202,7 @@ class Telemetry:
         self._stream.close()
         if self._progress is not None:
             self._progress.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-    def _open_mirrors(self, recipe: Recipe) -> None:
-        if recipe.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self._run.path / "tensorboard"))
-        if recipe.logging.wandb != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=recipe.logging.wandb_project,
-                name=recipe.name,
-                id=_wandb_id(self._run.path / "wandb_id"),
-                dir=str(self._run.path),
-                config=recipe.model_dump(mode="json"),
-                mode=recipe.logging.wandb,
-                resume="allow",
-                settings=wandb.Settings(silent=True),
-            )
-
-    def _mirror(self, kind: str, values: dict[str, Any]) -> None:
-        if self._wandb is None and self._tensorboard is None:
-            return
-        name = values.get({"validation": "source", "evaluation": "suite"}.get(kind, ""))
-        prefix = f"{kind}/{name}" if name else kind
-        flat = {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
-        if self._wandb is not None:
-            self._wandb.log(flat, step=values["step"])
-        if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, values["step"])
+        self._mirrors.close()
 
 
 def rewind_metrics(run: RunFolder, step: int) -> None:
@@ -268,28 +232,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, (int, float)):
-            yield prefix + name, value
-        elif isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
-            yield from ((f"{prefix}{name}/{index + 1}", item) for index, item in enumerate(value))
-
-
-def _wandb_id(file: Path) -> str:
-    """The id this run has in wandb, the same after every restart."""
-    if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
-    new = secrets.token_hex(4)
-    with atomic_write(file, "w") as stream:
-        stream.write(new)
-    return new
 
 
 class _Progress:

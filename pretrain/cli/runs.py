@@ -45,6 +45,16 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
 def describe(run: RunFolder, name: str) -> list[str]:
     """One row: name, state, progress, last training loss, last causal validation loss, tokens/s, time left."""
+    from pretrain.errors import RunError
+
+    try:
+        return [name, *_facts(run)]
+    except RunError as error:
+        # One damaged folder must not hide the others.
+        return [name, f"damaged: {error}", *["-"] * 5]
+
+
+def _facts(run: RunFolder) -> list[str]:
     from pretrain.telemetry import format_seconds
 
     status = run.status()
@@ -61,13 +71,16 @@ def describe(run: RunFolder, name: str) -> list[str]:
             state = f"silent for {format_seconds(silent)}"
     step = int(train.get("step", status.get("step", 0)))
     left = (steps - step) * float(train.get("step_seconds", 0.0))
-    validation = last.get("validation")
     return [
-        name,
         state,
         f"{step}/{steps}" if steps else "-",
-        f"{train['lm_loss']:.4f}" if train else "-",
-        f"{validation['loss_causal']:.4f}" if validation else "-",
+        _loss(train, "lm_loss"),
+        _loss(last.get("validation", {}), "loss_causal"),
         f"{train['tokens_per_second']:,.0f}" if train else "-",
         format_seconds(left) if state == "running" and train else "-",
     ]
+
+
+def _loss(record: dict[str, Any], key: str) -> str:
+    # JSON has no number for a loss that is not finite; records hold null there.
+    return "-" if key not in record else "not finite" if record[key] is None else f"{record[key]:.4f}"

@@ -187,6 +187,23 @@ def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path,
         assert samples == 12 * 8
 
 
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_spikes_without_end_stop_the_run(tmp_path: Path, tiny_data: Path, nursery: Nursery, action: str) -> None:
+    """A loss that stays high is no spike: neither does a run leave out every update, nor go back for ever."""
+    faults = {"spike": 2.0, "spike_window": 3, "on_spike": action, "max_non_finite": 2}
+    values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint={"every": 3, "keep": 9})
+    fault = {"rank": 0, "spike_samples": list(range(56, 500))}
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [2, 2] and "raise faults.spike" in printed, printed
+    found = [(e["event"], e["step"]) for e in metrics(tmp_path / "run", "event") if e["event"] != "started"]
+    if action == "skip":
+        assert found == [("spike", 8), ("spike", 9)] and "2 steps in a row were left out" in printed
+    else:
+        assert found == [("spike", 8), ("rollback", 6), ("spike", 7), ("rollback", 6), ("spike", 7)]
+        assert "gone back to step 6 2 times" in printed
+    assert json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))["state"] == "failed"
+
+
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import yaml
@@ -42,6 +43,19 @@ def test_runs_are_listed_with_state_progress_and_losses(tmp_path: Path) -> None:
     assert printed.exit_code == 0 and "group/two" in printed.output and "finished" in printed.output
     empty = CliRunner().invoke(app, [str(tmp_path / "not-a-run")])
     assert "holds no run folders" in empty.output
+
+
+def test_a_damaged_run_and_a_loss_that_is_not_finite_leave_the_table_whole(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", "running")
+    make_run(tmp_path / "torn", "running").status_file.write_text("{", encoding="utf-8")
+    recipe = build_recipe(recipe_values(Path("data"), tmp_path / "nan"))
+    diverged = Telemetry(make_run(tmp_path / "nan", "failed"), recipe, 12, active=True)
+    diverged.record("train", {"step": 4, "lm_loss": math.nan, "tokens_per_second": 1.0, "step_seconds": 1.0})
+    diverged.record("validation", {"step": 4, "loss_causal": math.inf})
+    diverged.close()
+    rows = {row[0]: row[1:] for row in (describe(run, run.name) for run in find_runs(tmp_path))}
+    assert rows["nan"] == ["failed", "4/12", "not finite", "not finite", "1", "-"]
+    assert rows["one"][0] == "running" and "torn/status.json: cannot be read" in rows["torn"][0]
 
 
 def test_times_are_told_in_units_a_person_reads() -> None:

@@ -205,6 +205,37 @@ def test_mirrors_hold_the_records_under_one_identity(profiled: tuple[Path, str],
     assert after and all(folder.name.endswith(f"-{identity}") for folder in after)
 
 
+def test_a_mirror_that_fails_is_left_behind(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb's server cannot be reached at the start, TensorBoard's disk is full after two records."""
+    import torch.utils.tensorboard
+    import wandb
+
+    shown: list[int] = []
+
+    def refuse(**settings: Any) -> None:
+        raise wandb.errors.CommError("no route to api.wandb.ai")
+
+    class FullDisk(torch.utils.tensorboard.SummaryWriter):
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if step > 2:
+                raise OSError(28, "No space left on device")
+            shown.append(step)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", FullDisk)
+    logging = {"wandb": "online", "tensorboard": True}
+    recipe = build_recipe(recipe_values(tiny_data, tmp_path / "run", logging=logging))
+    telemetry = Telemetry(RunFolder(tmp_path / "run"), recipe, 50, active=True)
+    for step in range(1, 5):
+        telemetry.record("train", {"step": step, "loss": 1.0})
+    telemetry.close()
+    assert shown == [1, 2] and [record["step"] for record in metrics(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    told = capsys.readouterr().err
+    assert told.count("wandb fails (no route") == told.count("TensorBoard fails ([Errno 28] No space") == 1
+
+
 def test_progress_is_quiet_away_from_a_terminal(
     tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
