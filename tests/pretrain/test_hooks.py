@@ -8,14 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.tokenizers import load_tokenizer
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.evaluate import evaluate_run
-from pretrain.hooks import EvaluationHooks, check_suites_of
+from pretrain.hooks import EvaluationHooks, SuiteRunner, check_suites_of
 from pretrain.recipe import build_recipe
 from pretrain.run_folder import RunFolder
+from pretrain.sections import Suites
 from tests.data_prep.writing import run as tokenize
 from tests.data_prep.writing import write_jsonl
 from tests.evaluation.runs import train_tokenizer
@@ -85,6 +87,28 @@ def test_benchmarks_run_in_the_loop(tmp_path: Path, prose_data: Path, two_ranks:
             final[suite]["tasks"][suite]["metrics"], rel=1e-4
         )
     assert {"word_perplexity", "bits_per_byte", "token_perplexity"} <= records["wikitext"]["metrics"].keys()
+
+
+def test_results_that_cannot_be_written_do_not_end_the_run(
+    tmp_path: Path, prose_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    telemetry = SimpleNamespace(say=told.append, event=lambda event, step, **values: told.append(event))
+    runner = SuiteRunner(
+        SimpleNamespace(module=None),
+        Suites(names=("own",)),
+        folder=RunFolder(tmp_path),
+        telemetry=telemetry,  # type: ignore[arg-type]
+        tokenizer=prose_data / "tokenizer",
+        texts=[],
+        device=torch.device("cpu"),
+    )
+    result = {"tasks": {}, "primary": None, "skipped": [], "seconds": 1.0}
+    monkeypatch.setattr("pretrain.evaluation.evaluate.evaluate_model", lambda *_, **__: {"own": result})
+    (tmp_path / "evaluation").write_text("no folder can be made here", encoding="utf-8")
+    ((kind, record),) = runner.run(TrainState(step=4), lambda doing: None)
+    assert (kind, record["suite"]) == ("evaluation", "own")
+    assert told[0] == "results_not_written" and "step-00000004: not written" in told[1]
 
 
 def hooks_with_costs(validation: float, between: float, cap: float | None) -> tuple[EvaluationHooks, list[Any], Any]:
