@@ -88,10 +88,12 @@ def source_digest() -> str:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dictionary with dotted keys."""
+    """Nested sections, and those in lists by their place, as one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            flat |= flatten({str(place): item for place, item in enumerate(value)}, f"{prefix}{key}.")
+        elif isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

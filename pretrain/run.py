@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,9 @@ _FREE = (
     "batch.micro_batch",
 )
 
+
+# Data is told by its contents, wherever it lies.
+_MOVED_SOURCE = re.compile(r"data\.sources\.\d+\.path")
 
 # What may lie in a run folder whose recipe is not written yet.
 _BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")
@@ -374,7 +378,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedDat
     begun = load_recipe(folder.recipe_file)
     before, now = flatten(begun.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    changed = [key for key in changed if not key.startswith(_FREE)]
+    changed = [key for key in changed if not key.startswith(_FREE) and not _MOVED_SOURCE.fullmatch(key)]
     for key in changed:
         if not key.startswith(EXTENDABLE):
             raise RunError(

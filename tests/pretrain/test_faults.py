@@ -100,6 +100,31 @@ def test_changed_data_or_tokenizer_stops_a_run_from_going_on(tmp_path: Path, one
     assert code == 2 and "the data has changed" in printed
 
 
+def test_a_mixture_may_move_and_a_changed_part_is_named(tmp_path: Path, one_rank: Workers) -> None:
+    make_dataset(tmp_path / "web")
+    make_dataset(tmp_path / "code", seed=5)
+    sources = [{"path": str(tmp_path / name), "name": name, "weight": 1.0} for name in ("web", "code")]
+    values = recipe_values(tmp_path, tmp_path / "run", data={"sources": sources})
+    (tmp_path / "run").mkdir()
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+
+    def one_step() -> tuple[int, str]:
+        (tmp_path / "run" / "stop").touch()
+        return one_rank.run("--config", str(write_recipe(recipe, values)))
+
+    assert one_step()[0] == 76
+    (tmp_path / "code").rename(tmp_path / "moved")
+    sources[1]["path"] = str(tmp_path / "moved")
+    code, printed = one_step()
+    assert code == 76 and "resuming at step 1" in printed, printed
+    sources[1]["weight"] = 2.0
+    code, printed = one_step()
+    assert code == 2 and "data.sources.1.weight = 1.0, but the recipe now says 2.0" in printed, printed
+    sources[1] |= {"weight": 1.0, "path": str(tmp_path / "web")}
+    code, printed = one_step()
+    assert code == 2 and "the data has changed" in printed, printed
+
+
 def test_the_command_prints_the_message_alone(tmp_path: Path, tiny_data: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
     command = [str(Path(sys.executable).parent / "mor"), "train", str(recipe), "optim.lrr=1e-3"]
