@@ -1,20 +1,26 @@
-"""What the training loop costs beside the model's step: its time a step over that of the same step in plain PyTorch.
+"""What the training loop costs beside the model's step: its time a step over that of the same step in plain PyTorch,
+and over that of a bare DeepSpeed engine at the same ZeRO stage.
 
 The bare step is forward and backward passes of the micro-batches, gradient clipping and fused AdamW, on batches that
-lie ready, in this process; the loop reads data, runs under DeepSpeed, adds up statistics over ranks, counts FLOPs and
+lie ready, in this process. The bare engine is `engine(...)`, `engine.backward`, `engine.step` on the same batches and
+nothing else, in a process of its own: what it takes beyond the bare step is DeepSpeed's (at ZeRO-3 hooks around every
+module). The loop reads data, adds up statistics over ranks, times its parts and every collective, counts FLOPs and
 writes a record every step, in a process of its own. They run in turns. Whatever else a machine does only ever adds to a
 step, so the fastest steps of all turns are compared; the medians stand beside them. 1.00 is a loop that costs nothing;
-the target is 1.05 on a CPU. What ZeRO-3 adds to ZeRO-0 is DeepSpeed's hooks around every module.
+the target is 1.05 on a CPU.
 
-    python -m benchmarks.loop_overhead                             # a CPU, one thread: OMP_NUM_THREADS=1
+    python -m benchmarks.loop_overhead                             # a CPU, one thread
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +30,62 @@ from benchmarks.recording import machine, record, restart_with_steady_heap
 from benchmarks.training_runs import WIDTHS, network, recipe_of, records, train
 from data_prep.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
-from pretrain.recipe import build_recipe
+from pretrain.ds_config import resolve_ds_config
+from pretrain.engine import build_engine, start_process_group
+from pretrain.environment import prepare_environment
+from pretrain.recipe import Recipe, build_recipe
+
+
+def batch_of(recipe: Recipe) -> tuple[torch.Tensor, ...]:
+    """Micro-batches of token ids, [micro-batch, T + 1] each."""
+    data = open_dataset(str(recipe.data.path))
+    rows = torch.from_numpy(data.batch(range(recipe.batch.sequences), recipe.batch.sequence_length).astype("int64"))
+    return rows.split(recipe.batch.micro_batch)
+
+
+def timed(steps: int | None, warmup: int, step: Callable[[], None]) -> list[float]:
+    """Seconds of each of so many steps after the first `warmup`."""
+    assert steps is not None
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return seconds[warmup:]
 
 
 def bare_seconds(values: dict[str, Any], warmup: int) -> list[float]:
-    """Seconds of the bare steps after the first `warmup` of the recipe's network on its batches."""
+    """Seconds of the bare steps of the recipe's network."""
     recipe = build_recipe(values)
     model = RecursiveTransformer(recipe.network(), recipe.checkpointing)
     model.initialize(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optim.lr, fused=True)
-    length, micro = recipe.batch.sequence_length, recipe.batch.micro_batch
-    data = open_dataset(str(recipe.data.path))
-    rows = torch.from_numpy(data.batch(range(recipe.batch.sequences), length).astype("int64"))
-    seconds = []
-    assert recipe.budget.steps is not None
-    for _ in range(recipe.budget.steps):
-        began = time.perf_counter()
-        for tokens in rows.split(micro):
-            (model(tokens[:, :-1], tokens[:, 1:]).loss * micro / len(rows)).backward()
+    batch = batch_of(recipe)
+
+    def step() -> None:
+        for tokens in batch:
+            (model(tokens[:, :-1], tokens[:, 1:]).loss / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
-    return seconds[warmup:]
+
+    return timed(recipe.budget.steps, warmup, step)
+
+
+def engine_seconds(values: dict[str, Any], warmup: int) -> list[float]:
+    """Seconds of the steps of a bare DeepSpeed engine; for a process of its own."""
+    ranks = prepare_environment()
+    recipe = build_recipe(values)
+    start_process_group(ranks, 600.0)
+    engine, _ = build_engine(recipe, recipe.network(), resolve_ds_config(recipe, 1), None)
+    batch = batch_of(recipe)
+
+    def step() -> None:
+        for tokens in batch:
+            engine.backward(engine(tokens[:, :-1], tokens[:, 1:]).loss)
+            engine.step()
+
+    return timed(recipe.budget.steps, warmup, step)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -56,29 +95,39 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         values = recipe_of(
             folder / variant, model, steps=options.steps, sequences=options.sequences, micro_batch=options.micro_batch
         )
-        turns: dict[str, list[float]] = {"bare": [], **{stage: [] for stage in options.stages}}
+        names = ["bare", *(f"{kind} {stage}" for stage in options.stages for kind in ("engine", "loop"))]
+        turns: dict[str, list[float]] = {name: [] for name in names}
         parts: dict[str, dict[str, float]] = {}
         for turn in range(options.rounds):
-            for name in list(turns) if turn % 2 else list(turns)[::-1]:
-                if name == "bare":
+            for name in names if turn % 2 else names[::-1]:
+                kind, _, stage = name.partition(" ")
+                staged = {**values, "deepspeed": {"config": stage}}
+                if kind == "bare":
                     turns[name] += bare_seconds(values, options.warmup)
-                    continue
-                train(folder / variant, {**values, "deepspeed": {"config": name}}, 1)
-                found = records(values)[options.warmup :]
-                turns[name] += [row["step_seconds"] for row in found]
-                parts[name] = min(found, key=lambda row: row["step_seconds"])["parts"]
+                elif kind == "engine":
+                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                        turns[name] += process.submit(engine_seconds, staged, options.warmup).result()
+                else:
+                    train(folder / variant, staged, 1)
+                    found = records(values)[options.warmup :]
+                    turns[name] += [row["step_seconds"] for row in found]
+                    parts[stage] = min(found, key=lambda row: row["step_seconds"])["parts"]
         for stage in options.stages:
+            steps = {"bare": turns["bare"], "engine": turns[f"engine {stage}"], "loop": turns[f"loop {stage}"]}
+            fastest = {kind: min(seconds) for kind, seconds in steps.items()}
+            median = {kind: statistics.median(seconds) for kind, seconds in steps.items()}
             rows.append(
                 {
                     "model": variant,
                     "stage": stage,
-                    "bare_seconds": min(turns["bare"]),
-                    "loop_seconds": min(turns[stage]),
-                    "ratio": min(turns[stage]) / min(turns["bare"]),
-                    "median_ratio": statistics.median(turns[stage]) / statistics.median(turns["bare"]),
-                    "data_share": parts[stage]["data"] / min(turns[stage]),
+                    **{f"{kind}_seconds": seconds for kind, seconds in fastest.items()},
+                    "ratio": fastest["loop"] / fastest["bare"],
+                    "engine_ratio": fastest["loop"] / fastest["engine"],
+                    "median_ratio": median["loop"] / median["bare"],
+                    "median_engine_ratio": median["loop"] / median["engine"],
+                    "data_share": parts[stage]["data"] / fastest["loop"],
                     "parts": parts[stage],
-                    "steps": {"bare": turns["bare"], "loop": turns[stage]},
+                    "steps": steps,
                 }
             )
     return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
@@ -103,11 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
     table = (
         f"{options.size}, fp32, {options.sequences} x {options.length} tokens a step in micro-batches of "
         f"{options.micro_batch}, one rank; the fastest of {options.rounds} turns of {options.steps} steps.\n\n"
-        "| model | ZeRO | bare step, s | loop, s | loop / bare | of medians | data share |\n"
-        "|---|---|---|---|---|---|---|\n"
+        "| model | ZeRO | bare step, s | bare engine, s | loop, s | loop / bare | of medians | loop / engine "
+        "| of medians | data share |\n"
+        + "|---" * 10
+        + "|\n"
         + "\n".join(
-            "| {model} | {stage} | {bare_seconds:.3f} | {loop_seconds:.3f} | {ratio:.3f} | {median_ratio:.3f} | "
-            "{data_share:.2%} |".format(**row)
+            "| {model} | {stage} | {bare_seconds:.3f} | {engine_seconds:.3f} | {loop_seconds:.3f} | {ratio:.3f} | "
+            "{median_ratio:.3f} | {engine_ratio:.3f} | {median_engine_ratio:.3f} | {data_share:.2%} |".format(**row)
             for row in result["rows"]
         )
     )
@@ -115,5 +166,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    restart_with_steady_heap()
+    # As the ranks that the loop runs in.
+    restart_with_steady_heap(OMP_NUM_THREADS="1")
     main()

@@ -23,10 +23,13 @@ STEADY_HEAP = {
 }
 
 
-def restart_with_steady_heap() -> None:
-    """Run the program anew with the allocator set as above, unless it is; glibc reads these at the start only."""
-    if any(os.environ.get(name) != value for name, value in STEADY_HEAP.items()):
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **STEADY_HEAP})
+def restart_with_steady_heap(**variables: str) -> None:
+    """Run the program anew with the allocator set as above, and with more variables, unless it is; glibc reads these at
+    the start only.
+    """
+    wanted = {**STEADY_HEAP, **variables}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 
 
 def machine(device: str) -> dict[str, Any]:

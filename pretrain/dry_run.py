@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -17,8 +20,11 @@ from pretrain.run import Prepared
 from pretrain.stage import trains_on_cpu
 from pretrain.telemetry import format_seconds
 
-# What training reaches of the promised FLOPs on a device, for an estimate of time before anything is measured.
-_USUAL_UTILISATION = 0.4
+# What training reaches of a GPU's promised FLOPs, and of a matrix product's on a CPU.
+_USUAL_ON_GPU, _USUAL_ON_CPU = 0.4, 0.75
+_MEASURING_SECONDS = 0.3
+# Records that tell how fast a run is.
+_RECENT = 20
 
 
 def describe(prepared: Prepared, ranks: Ranks) -> str:
@@ -26,8 +32,9 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
     plan, recipe, data = prepared.plan, prepared.recipe, prepared.data
     per_token = plan.flops_per_sequence / plan.sequence_length
     memory = estimate_memory(recipe, prepared.config, prepared.ds_config, ranks.world_size, on_cpu=trains_on_cpu())
-    rate = estimate_flops_per_second(prepared)
-    seconds = plan.training_flops / (rate * ranks.world_size)
+    speed = estimate_speed(prepared)
+    done = prepared.folder.status().get("step", 0)
+    seconds = plan.training_flops * (1 - done / plan.steps) / (speed.flops_per_second * ranks.world_size)
     stage = zero_stage(prepared.ds_config)
     seen = data.source.epochs(plan.batch.before(plan.steps))
     epochs = ", ".join(f"{name} {often:.2f} epochs" for name, often in seen.items())
@@ -54,28 +61,55 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         f"  memory           about {size(memory.total)} a rank: weights {size(memory.weights)}, gradients "
         f"{size(memory.gradients)}, optimiser {size(memory.optimizer)}, and at most {size(memory.passes)} in the "
         f"passes of a micro-batch or {size(memory.update)} in an update",
-        f"  time             about {format_seconds(seconds)} at {rate:.3g} FLOP/s a rank",
+        f"  time             about {format_seconds(seconds)}{' more' if done else ''} at "
+        f"{speed.flops_per_second:.3g} FLOP/s a rank, {speed.basis}; evaluation and checkpoints not counted",
     ]
     lines += [f"  branch           {b.name}: leaves at step {b.start}, ends at {b.steps}" for b in plan.branches]
     return "\n".join([*lines, "", "DeepSpeed configuration:", json.dumps(prepared.ds_config, indent=2)])
 
 
-def estimate_flops_per_second(prepared: Prepared) -> float:
-    """FLOP/s of one rank: a usual share of the device's promise, or of what a matrix product reaches on a CPU now."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@dataclass(frozen=True)
+class Speed:
+    """What one rank is thought to compute, and what that rests upon."""
+
+    flops_per_second: float
+    basis: str
+
+
+def estimate_speed(prepared: Prepared) -> Speed:
+    """What the run itself has reached, where it has begun; else a usual share of what the device's vendor promises; on
+    a CPU, of what this process reaches in a matrix product as large as the network's, alone on the machine.
+    """
+    folder = prepared.folder
+    reached = (
+        [record["flops_per_second"] for record in folder.metrics("train")] if folder.metrics_file.is_file() else []
+    )
+    if reached:
+        world_size = folder.environment()["world_size"]
+        return Speed(statistics.median(reached[-_RECENT:]) / world_size, f"as it reached so far on {world_size}")
+    device = torch.device("cpu" if trains_on_cpu() else "cuda")
     peak = peak_flops(device)
     if peak is not None:
-        return _USUAL_UTILISATION * peak
-    width = prepared.config.hidden_size
+        return Speed(_USUAL_ON_GPU * peak, f"{_USUAL_ON_GPU:.0%} of what its vendor promises")
+    rate = _USUAL_ON_CPU * _matrix_product_flops_per_second(prepared, device)
+    return Speed(rate, f"{_USUAL_ON_CPU:.0%} of what a matrix product reaches here")
+
+
+def _matrix_product_flops_per_second(prepared: Prepared, device: torch.device) -> float:
+    """Of the first product of a feed-forward layer, on the tokens of a micro-batch, at most 2048."""
+    batch, config = prepared.recipe.batch, prepared.config
+    tokens = min(2048, batch.micro_batch * batch.sequence_length)
     kind = torch.float32 if prepared.recipe.precision == "fp32" else torch.bfloat16
-    left = torch.ones(2048, width, dtype=kind, device=device)
-    right = torch.ones(width, 4 * width, dtype=kind, device=device)
+    left = torch.ones(tokens, config.hidden_size, dtype=kind, device=device)
+    right = torch.ones(config.hidden_size, 2 * config.intermediate_size, dtype=kind, device=device)
+    flops = 2 * tokens * right.numel()
     left @ right
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.3 or done < 3:
-        left @ right
-        done += 1
-    return _USUAL_UTILISATION * done * 2 * 2048 * width * 4 * width / (time.perf_counter() - began)
+    fastest, began = math.inf, time.perf_counter()
+    while time.perf_counter() - began < _MEASURING_SECONDS or fastest == math.inf:
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        fastest = min(fastest, time.perf_counter() - start)
+    return flops / fastest
 
 
 def _suites(prepared: Prepared) -> list[str]:

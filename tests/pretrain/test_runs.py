@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.testing import CliRunner
 
 from pretrain.cli.runs import app, describe, find_runs
+from pretrain.dry_run import describe as describe_plan
+from pretrain.dry_run import estimate_speed
 from pretrain.recipe import build_recipe
+from pretrain.run import prepare
 from pretrain.run_folder import RunFolder
 from pretrain.telemetry import Telemetry, format_seconds, rewind_metrics
-from tests.pretrain.support import Workers, recipe_values, write_recipe
+from tests.pretrain.support import ALONE, Workers, recipe_values, write_recipe
 
 
 def make_run(folder: Path, state: str) -> RunFolder:
@@ -90,3 +95,30 @@ def test_a_dry_run_checks_everything_and_trains_nothing(tmp_path: Path, tiny_dat
     assert not (tmp_path / "run").exists()
     code, printed = one_rank.run("--config", str(recipe), "--dry-run", "data.path=/nowhere")
     assert code == 2 and "/nowhere" in printed
+
+
+def test_the_time_that_is_left_follows_from_what_the_run_has_reached(tmp_path: Path, tiny_data: Path) -> None:
+    prepared = prepare(build_recipe(recipe_values(tiny_data, tmp_path / "run")), ALONE)
+    run, flops = prepared.folder, prepared.plan.training_flops
+    assert "of what a matrix product reaches here" in describe_plan(prepared, ALONE)
+    run.path.mkdir()
+    records = [
+        {"kind": "train", "step": step, "flops_per_second": rate * flops} for step, rate in enumerate((9, 2, 4, 4))
+    ]
+    run.write_text(run.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
+    run.write_json(run.environment_file, {"world_size": 2})
+    run.write_json(run.status_file, {"state": "stopped", "step": 3, "steps": 12})
+    # Two ranks did the whole run's work four times a second, one does so twice; three quarters of it are left.
+    assert estimate_speed(prepared).flops_per_second == pytest.approx(2 * flops)
+    run.write_text(run.metrics_file, json.dumps({**records[0], "flops_per_second": flops / 1000}) + "\n")
+    told = format_seconds(0.75 * 2000)
+    assert f"time             about {told} more" in describe_plan(prepared, ALONE)
+
+
+def test_a_gpu_is_thought_to_reach_a_share_of_its_promise(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(build_recipe(recipe_values(tiny_data, tmp_path / "run")), ALONE)
+    monkeypatch.setattr("pretrain.dry_run.trains_on_cpu", lambda: False)
+    monkeypatch.setattr("pretrain.dry_run.peak_flops", lambda device: 1e15 if device.type == "cuda" else None)
+    assert estimate_speed(prepared).flops_per_second == pytest.approx(0.4e15)
