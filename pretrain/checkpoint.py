@@ -118,6 +118,9 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
             manifest = read_manifest(folder / name)
             wrong = [key for key, now in describe.items() if manifest.get(key) != now]
             origin, state = folder / name, manifest["state"]
+            if wrong == ["world_size"] and settings.universal and not describe["zero_stage"]:
+                # One file holds everything, and every rank reads it.
+                return Selected(origin, origin, state, False, False, tuple(warnings))
             if wrong == ["world_size"] and settings.universal:
                 return Selected(to_universal(origin), origin, state, True, False, tuple(warnings))
             if "zero_stage" in wrong and set(wrong) <= {"zero_stage", "world_size"} and settings.weights_only:

@@ -286,6 +286,24 @@ def test_another_shape_is_refused_and_another_world_size_converted(
         torch.testing.assert_close(tensor, final_weights(whole)[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("stage", ["zero0", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2"))])
+def test_more_ranks_go_on_with_what_fewer_have_begun_and_again(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, one_rank: Workers, stage: str
+) -> None:
+    """From one rank to two for a step, and on from the checkpoint that those have written."""
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9}, deepspeed={"config": stage})
+    whole = one_rank.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
+    file = stop_after(one_rank, values, tmp_path, 8)
+    (tmp_path / "run" / "stop").touch()
+    code, printed = two_ranks.run("--config", str(file), "checkpoint.universal=true")
+    assert code == 76 and "resuming at step 8" in printed, printed
+    code, printed = two_ranks.run("--config", str(file))
+    assert code == 0 and "resuming at step 9" in printed, printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-5)
+    for name, tensor in final_weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, final_weights(whole)[name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [("zero3", "zero2"), *(pytest.param(*p, marks=pytest.mark.slow) for p in STAGE_CHANGES)]
 )
