@@ -1,7 +1,8 @@
 """How long training stands still for a checkpoint: written at once, and by a thread while training goes on.
 
-`stall` is the time between two steps that a checkpoint took; `slower steps` is what the two steps after it took longer
-than the others of the same run, while a thread wrote; `cost` is both together, per checkpoint.
+`stall` is the time between two steps that a checkpoint took; `slower steps` is what the steps of the half interval
+after it took longer than those of the other half of the same run, while a thread wrote; `cost` is both together, per
+checkpoint. Medians over the checkpoints.
 
     python -m benchmarks.checkpoint_stall --ranks 2
 """
@@ -32,10 +33,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         # What happened after the record of a checkpoint's step stands in the next one.
         stalls = [row["pause_seconds"] for row in found if row["step"] % options.every == 1 and row["step"] > 1]
         written = next((Path(values["run_dir"]) / "checkpoints").glob("step-*"))
-        after, others = [], []
+        # By the number of steps since the last checkpoint; before the first one the process is still warming up.
+        since: dict[int, list[float]] = {}
         for row in found[options.every :]:
-            (after if row["step"] % options.every in (1, 2) else others).append(row["step_seconds"])
-        slower = 2 * (statistics.median(after) - statistics.median(others))
+            since.setdefault((row["step"] - 1) % options.every, []).append(row["step_seconds"])
+        typical = [statistics.median(seconds) for _, seconds in sorted(since.items())]
+        half = options.every // 2
+        usual = statistics.median(typical[half:])
+        slower = sum(seconds - usual for seconds in typical[:half])
         rows.append(
             {
                 "written": name,
@@ -43,7 +48,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "stall_seconds": statistics.median(stalls),
                 "slower_seconds": slower,
                 "cost_seconds": statistics.median(stalls) + slower,
-                "step_seconds": statistics.median(others),
+                "step_seconds": usual,
+                "step_seconds_since": typical,
             }
         )
     return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
