@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recording import machine, record, restart_with_steady_heap
-from benchmarks.training_runs import WIDTHS, network, recipe_of, records, train
+from benchmarks.recording import restart_with_steady_heap
+from benchmarks.training_runs import network, parser, recipe_of, records, run, train
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     model = network(options.size, "vanilla", options.vocabulary, options.length)
     values = recipe_of(
         folder, model, steps=options.steps, sequences=2 * options.ranks, micro_batch=1, precision="bf16",
@@ -52,32 +51,21 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "step_seconds_since": typical,
             }
         )
-    return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=sorted(WIDTHS), default="30m")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--every", type=int, default=6)
-    parser.add_argument("--name", default="checkpoint_stall-cpu")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="checkpoint-stall-") as folder:
-        result = measure(options, Path(folder))
-    lines = [
-        "| {written} | {mib:.0f} | {step_seconds:.2f} | {stall_seconds:.2f} | {slower_seconds:.2f} | "
-        "{cost_seconds:.2f} |".format(**row)
-        for row in result["rows"]
-    ]
-    table = (
-        f"{options.size}, bf16 with fp32 master weights, ZeRO stage 3, {options.ranks} rank(s), a checkpoint every "
-        f"{options.every} steps; seconds per checkpoint.\n\n"
-        "| written | MiB | a step | stall | slower steps | cost |\n|---|---|---|---|---|---|\n" + "\n".join(lines)
+    known = parser(__doc__, "checkpoint_stall-cpu", size="30m", length=128, steps=25)
+    known.add_argument("--ranks", type=int, default=1)
+    known.add_argument("--every", type=int, default=6)
+    run(
+        measure,
+        known.parse_args(arguments),
+        "{size}, bf16 with fp32 master weights, ZeRO stage 3, {ranks} rank(s), a checkpoint every "
+        "{every} steps; seconds per checkpoint.",
+        "written | MiB | a step | stall | slower steps | cost",
+        "{written} | {mib:.0f} | {step_seconds:.2f} | {stall_seconds:.2f} | {slower_seconds:.2f} | {cost_seconds:.2f}",
     )
-    record(options.name, result, table)
 
 
 if __name__ == "__main__":

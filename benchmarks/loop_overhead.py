@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,8 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.recording import machine, record, restart_with_steady_heap
-from benchmarks.training_runs import WIDTHS, network, recipe_of, records, train
+from benchmarks.recording import restart_with_steady_heap
+from benchmarks.training_runs import network, parser, recipe_of, records, run, train
 from data_prep.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
 from pretrain.ds_config import resolve_ds_config
@@ -88,7 +87,7 @@ def engine_seconds(values: dict[str, Any], warmup: int) -> list[float]:
     return timed(recipe.budget.steps, warmup, step)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for variant in options.variants:
         model = network(options.size, variant, options.vocabulary, options.length)
@@ -130,39 +129,27 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     "steps": steps,
                 }
             )
-    return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=sorted(WIDTHS), default="6m")
-    parser.add_argument("--variants", nargs="+", default=["vanilla", "mor"])
-    parser.add_argument("--stages", nargs="+", default=["zero0", "zero1", "zero3"])
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="loop_overhead-cpu")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="loop-overhead-") as folder:
-        result = measure(options, Path(folder))
-    table = (
-        f"{options.size}, fp32, {options.sequences} x {options.length} tokens a step in micro-batches of "
-        f"{options.micro_batch}, one rank; the fastest of {options.rounds} turns of {options.steps} steps.\n\n"
-        "| model | ZeRO | bare step, s | bare engine, s | loop, s | loop / bare | of medians | loop / engine "
-        "| of medians | data share |\n"
-        + "|---" * 10
-        + "|\n"
-        + "\n".join(
-            "| {model} | {stage} | {bare_seconds:.3f} | {engine_seconds:.3f} | {loop_seconds:.3f} | {ratio:.3f} | "
-            "{median_ratio:.3f} | {engine_ratio:.3f} | {median_engine_ratio:.3f} | {data_share:.2%} |".format(**row)
-            for row in result["rows"]
-        )
+    known = parser(__doc__, "loop_overhead-cpu", size="6m", length=256, steps=12)
+    known.add_argument("--variants", nargs="+", default=["vanilla", "mor"])
+    known.add_argument("--stages", nargs="+", default=["zero0", "zero1", "zero3"])
+    known.add_argument("--sequences", type=int, default=8)
+    known.add_argument("--micro-batch", type=int, default=4)
+    known.add_argument("--warmup", type=int, default=2)
+    known.add_argument("--rounds", type=int, default=3)
+    run(
+        measure,
+        known.parse_args(arguments),
+        "{size}, fp32, {sequences} x {length} tokens a step in micro-batches of "
+        "{micro_batch}, one rank; the fastest of {rounds} turns of {steps} steps.",
+        "model | ZeRO | bare step, s | bare engine, s | loop, s | loop / bare | of medians | loop / engine "
+        "| of medians | data share",
+        "{model} | {stage} | {bare_seconds:.3f} | {engine_seconds:.3f} | {loop_seconds:.3f} | {ratio:.3f} | "
+        "{median_ratio:.3f} | {engine_ratio:.3f} | {median_engine_ratio:.3f} | {data_share:.2%}",
     )
-    record(options.name, result, table)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def machine(device: str) -> dict[str, Any]:
         "commit": git.stdout.strip() + (" with local changes" if changed.stdout.strip() else ""),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def table(titles: str, cells: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A markdown table: titles, and a format of one row's values, both parted by ` | `."""
+    parting = " | ".join("---" for _ in titles.split(" | "))
+    return "\n".join(f"| {line} |" for line in (titles, parting, *(cells.format(**row) for row in rows)))
 
 
 def record(name: str, result: dict[str, Any], table: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from benchmarks.recording import machine, record, table
 from tests.data_prep.support import EOD, write_dataset
 from tests.pretrain.support import Job, metrics
 
@@ -18,6 +22,33 @@ WIDTHS = {"tiny": (64, 4, 2), "6m": (256, 8, 4), "30m": (512, 8, 8), "85m": (768
 
 # Memory that is freed goes back to the system at once.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def parser(description: str | None, name: str, *, size: str, length: int, steps: int) -> argparse.ArgumentParser:
+    """Options that all benchmarks of training have; the first line of the description is shown."""
+    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    options.add_argument("--size", choices=sorted(WIDTHS), default=size)
+    options.add_argument("--length", type=int, default=length)
+    options.add_argument("--vocabulary", type=int, default=4096)
+    options.add_argument("--steps", type=int, default=steps)
+    options.add_argument("--name", default=name)
+    return options
+
+
+def run(
+    measure: Callable[[argparse.Namespace, Path], list[dict[str, Any]]],
+    options: argparse.Namespace,
+    caption: str,
+    titles: str,
+    cells: str,
+) -> None:
+    """Record the rows that `measure` finds with an empty folder to work in: a table under a caption, a format of the
+    options.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{options.name}-") as folder:
+        rows = measure(options, Path(folder))
+    result = {"rows": rows, "options": vars(options), "machine": machine("cpu")}
+    record(options.name, result, f"{caption.format(**vars(options))}\n\n{table(titles, cells, rows)}")
 
 
 def random_data(folder: Path, vocabulary: int, tokens: int) -> Path:

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recording import machine, record
-from benchmarks.training_runs import GIVE_BACK, WIDTHS, median, network, recipe_of, records, train
+from benchmarks.training_runs import GIVE_BACK, median, network, parser, recipe_of, records, run, train
 
 PARTS = ("forward", "backward", "optimizer", "communication", "data")
 
@@ -30,7 +28,7 @@ def estimated_mib(folder: Path, values: dict[str, Any], ranks: int) -> float:
     return float(found[1]) * {"MiB": 1, "GiB": 1024}[found[2]]
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for variant in options.variants:
         for precision in options.precisions:
@@ -67,38 +65,28 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                         "estimate_ratio": estimate / peak,
                     }
                 )
-    return {"rows": rows, "options": vars(options), "machine": machine("cpu")}
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=sorted(WIDTHS), default="30m")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--stages", nargs="+", default=["zero0", "zero1", "zero2", "zero3"])
-    parser.add_argument("--variants", nargs="+", default=["vanilla"])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--checkpointing", default="none")
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--name", default="zero_stages-cpu")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="zero-stages-") as folder:
-        result = measure(options, Path(folder))
-    lines = [
-        "| {model} | {precision} | {stage} | {tokens_per_second:.0f} | {step_seconds:.2f} | {forward:.2f} | "
+    known = parser(__doc__, "zero_stages-cpu", size="30m", length=128, steps=4)
+    known.add_argument("--ranks", type=int, default=2)
+    known.add_argument("--stages", nargs="+", default=["zero0", "zero1", "zero2", "zero3"])
+    known.add_argument("--variants", nargs="+", default=["vanilla"])
+    known.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    known.add_argument("--checkpointing", default="none")
+    known.add_argument("--micro-batch", type=int, default=2)
+    run(
+        measure,
+        known.parse_args(arguments),
+        "{size}, {ranks} ranks, {micro_batch} x {length} tokens a micro-batch, "
+        "checkpointing {checkpointing}; seconds and MiB of a rank.",
+        "model | precision | ZeRO | tokens/s | step | forward | backward | optimiser | communication | peak | estimate "
+        "| estimate / peak",
+        "{model} | {precision} | {stage} | {tokens_per_second:.0f} | {step_seconds:.2f} | {forward:.2f} | "
         "{backward:.2f} | {optimizer:.2f} | {communication:.2f} | {peak_mib:.0f} | {estimate_mib:.0f} | "
-        "{estimate_ratio:.2f} |".format(**row)
-        for row in result["rows"]
-    ]
-    table = (
-        f"{options.size}, {options.ranks} ranks, {options.micro_batch} x {options.length} tokens a micro-batch, "
-        f"checkpointing {options.checkpointing}; seconds and MiB of a rank.\n\n"
-        "| model | precision | ZeRO | tokens/s | step | forward | backward | optimiser | communication | peak "
-        "| estimate | estimate / peak |\n" + "|---" * 12 + "|\n" + "\n".join(lines)
+        "{estimate_ratio:.2f}",
     )
-    record(options.name, result, table)
 
 
 if __name__ == "__main__":
