@@ -57,25 +57,27 @@ def missing_shards(folder: Path, receipts: list[Receipt]) -> list[str]:
     ]
 
 
-def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int) -> str:
-    """Why the rejects are too many, or an empty string."""
+def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, listing: Path) -> str:
+    """Why the rejects, of which `listing` is the list, are too many, or an empty string."""
     rejects = Counter[str]()
     for receipt in receipts:
         rejects.update(receipt.rejects)
     broken = sum(rejects[kind] for kind in BROKEN)
     documents = sum(shard.documents for r in receipts for shards in r.shards.values() for shard in shards)
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
+    where = f"They are listed in {listing}, the first is"
     if broken > max_broken:
         return (
-            f"{broken} file(s) could not be read to the end ({listed}). Repair them and run the same command again, "
-            f"or accept the loss with --max-broken-files {broken}."
+            f"{broken} file(s) could not be read to the end ({listed}). Repair what is broken and run the same command "
+            f"again, or accept the loss with --max-broken-files {broken}. {where} {_first_reject(listing, True)}."
         )
     others = rejects.total() - broken
     allowed = max_rejects if max_rejects >= 1 else max_rejects * (documents + others)
     if others > allowed:
         return (
             f"{others} of {documents + others} documents were rejected ({listed}), more than --max-rejects "
-            f"{max_rejects:g} allows. Look at them, then repair the source or raise the limit; nothing is done twice."
+            f"{max_rejects:g} allows. Look at them, then repair the source, name other fields (--text-field) or raise "
+            f"the limit; nothing is done twice. {where} {_first_reject(listing, False)}."
         )
     return ""
 
@@ -98,6 +100,17 @@ def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> int:
     if not written:
         target.unlink()
     return written
+
+
+def _first_reject(path: Path, broken: bool) -> str:
+    """The first broken file, or the first other reject: where it is and what is wrong with it."""
+    with path.open("rb") as stream:
+        for line in stream:
+            value = orjson.loads(line)
+            if (value["reason"] in BROKEN) == broken:
+                place, detail = f"{value['file']}:{value['line']}: ", value["detail"]
+                return detail if detail.startswith(value["file"]) else place + detail
+    return ""
 
 
 def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
@@ -187,14 +200,15 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
             f"{folder}: {gone[0]} is missing though it was finished; remove {folder / WORK} to begin again."
         )
     rejected = join_rejects(folder, receipts, folder / REJECTS)
-    problem = check_rejects(receipts, max_rejects, max_broken)
+    problem = check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
     if problem:
-        raise DataError(f"{problem} They are listed in {folder / REJECTS}.")
+        raise DataError(problem)
     manifest = build_manifest(plan, receipts)
     if not any(split.documents for split in manifest.splits.values()):
         raise DataError(
-            f"the sources held no document that could be used ({rejected} rejected, "
-            f"{sum(manifest.statistics['filtered'].values())} filtered); nothing was written."
+            f"{', '.join(source.name for source in plan.settings.sources)} held no document that could be used "
+            f"({rejected} rejected, {sum(manifest.statistics['filtered'].values())} left out by filters); nothing was "
+            "written. Look at the files, the names of the fields and the filters."
         )
     join_held_out(folder, receipts)
     if plan.settings.shuffle_seed is not None:

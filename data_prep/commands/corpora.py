@@ -38,7 +38,7 @@ def import_(
     """Make a data set of token files of another stack."""
     from data_prep.imports import import_files
 
-    with _shown() as show:
+    with _shown(out) as show:
         report = import_files(kind, files, out, tokenizer, eod=eod, dtype=dtype, progress=show)
     for name, split in report.manifest.splits.items():
         print(f"{out}: {name}: {split.documents:,} documents, {split.tokens:,} tokens in {len(split.shards)} shard(s)")
@@ -55,7 +55,7 @@ def export(
     """Write a data set under Megatron's names, for GPT-NeoX or Megatron-LM."""
     from data_prep.exports import export_megatron
 
-    with _shown() as show:
+    with _shown(out) as show:
         report = export_megatron(path, out, show)
     for split, prefix in report.prefixes.items():
         summary = report.summaries[split]
@@ -82,7 +82,7 @@ def dedup(
     from data_prep.dedup import deduplicate
 
     options = _options(text_field, format, separator, subset_field, subset)
-    with _shown() as show:
+    with _shown(out) as show:
         report = deduplicate(sources, out, options, threshold=near, workers=workers or o.processors(), progress=show)
     print(
         f"{out}: {report.kept:,} of {report.documents:,} documents kept; {report.exact_copies:,} exact and "
@@ -111,7 +111,7 @@ def decontaminate(
     from data_prep.decontaminate import decontaminate as run
 
     options = _options(text_field, format, separator, subset_field, subset)
-    with _shown() as show:
+    with _shown(out) as show:
         report = run(
             sources, against, out, options, n=n, matches=matches, workers=workers or o.processors(), progress=show
         )
@@ -146,9 +146,9 @@ def _finish(rejects: dict[str, int], documents: int, out: Path) -> None:
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[str, int], None]]:
-    """What is under way, on standard error while the block runs, where that is a terminal."""
+def _shown(out: Path) -> Iterator[Callable[[str, int], None]]:
+    """What is under way, on standard error while the block writes `out`, where that is a terminal."""
     from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
+    with Console(stderr=True).status("") as status, o.writing(out):
         yield lambda what, count: status.update(f"{what}: {count:,}")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.commands import options as o
 from data_prep.errors import DataError
 
 app = typer.Typer()
@@ -40,7 +41,8 @@ def stats(
     manifest = read_manifest(out)
     print(report(manifest))
     if picture is not None:
-        draw_lengths(manifest, picture)
+        with o.writing(picture):
+            draw_lengths(manifest, picture)
         print(f"document lengths are drawn in {picture}")
 
 

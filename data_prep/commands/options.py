@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from data_prep.errors import DataError
 
 if TYPE_CHECKING:
     from data_prep.plan import Settings
@@ -73,6 +79,18 @@ def reading_settings(
         format=format,
     )
     return Settings(sources=(), options=options, validation=validation, test=test, split_seed=split_seed)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the system refuses while the block writes `out`, such as a full disk, becomes a sentence for a person."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(
+            f"writing {error.filename or out} failed: {reason}. Set that right and run the same command again."
+        ) from None
 
 
 def processors() -> int:

@@ -91,7 +91,7 @@ def tokenize(
     )
     job = Job(tuple(sources), out, tokenizer, settings, eod, max_rejects, max_broken)
     display = Display()
-    with _reported(display):
+    with _reported(display, out):
         if mpi:
             manifest = tokenize_mpi(job, display)
             if manifest is None:
@@ -119,7 +119,7 @@ def merge(
     from data_prep.pipeline import merge_tasks
     from data_prep.progress import Display
 
-    with _reported(Display()):
+    with _reported(Display(), out):
         merge_tasks(out, max_rejects, max_broken, workers or o.processors())
     describe(out)
 
@@ -157,15 +157,13 @@ def describe(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reported(display: object) -> Iterator[None]:
-    """Ctrl-C and a full disk end the command with one sentence."""
+def _reported(display: object, out: Path) -> Iterator[None]:
+    """Ctrl-C and a full disk end the command with one sentence; what is finished by then stays."""
     try:
-        yield
+        with o.writing(out):
+            yield
     except KeyboardInterrupt:
         print("stopped; the same command continues where this one was.", file=sys.stderr)
         raise typer.Exit(130) from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"writing failed: {reason}. Finished pieces are kept; the same command continues.") from None
     finally:
         getattr(display, "close", lambda: None)()

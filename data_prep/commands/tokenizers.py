@@ -58,7 +58,7 @@ def train(
         maximum_bytes=maximum_bytes,
         maximum_document_bytes=maximum_document_bytes,
     )
-    with tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
+    with o.writing(out), tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
         found, _ = find_sources(sources, settings.options)
         found = with_standard_input(found, Path(scratch))
         trained, counts = train_tokenizer(

@@ -14,6 +14,8 @@ from data_prep.errors import DataError
 # A line or file above this many bytes is not held in memory: its text goes through a file of its own.
 LARGE = 8 << 20
 
+FORMATS = ("jsonl", "parquet", "text", "wikitext")
+
 
 class SourceError(DataError):
     """A source cannot be read any further; `reason` is the word under which it is counted."""
@@ -91,6 +93,8 @@ class ReadOptions:
             raise DataError(f"the maximum length {self.maximum_bytes} is below the minimum {self.minimum_bytes}.")
         if not self.text_field:
             raise DataError("--text-field must name a field.")
+        if self.format and self.format not in FORMATS:
+            raise DataError(f"--format is one of {', '.join(FORMATS)}, not {self.format!r}.")
 
 
 @dataclass(frozen=True)

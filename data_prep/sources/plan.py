@@ -6,9 +6,10 @@ The plan depends on the names and sizes of the files alone, never on how many wo
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,9 +231,9 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
         kind_of(address, options)
         return [address], []
     if path.is_dir():
-        candidates = sorted(str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        candidates = sorted(_files_below(path))
     elif glob.has_magic(address):
-        candidates = sorted(p for p in glob.glob(address, recursive=True) if Path(p).is_file())
+        candidates = sorted(filter(_is_file, glob.glob(address, recursive=True)))
     else:
         raise DataError(
             f"there is no file, folder or source {address!r}. Named sources are {EMBEDDED}, {', '.join(PRESETS)} "
@@ -248,6 +249,29 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
     if not found:
         raise DataError(f"{address} holds no file of a known kind ({', '.join(_SUFFIXES)}, also compressed).")
     return found, ignored
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Files in `folder` and the folders in it, links followed; hidden ones are left out."""
+    for name, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(name)
+        folders[:] = [
+            child
+            for child in folders
+            if not child.startswith(".") and not _holds(os.path.realpath(os.path.join(name, child)), here)
+        ]
+        paths = (os.path.join(name, file) for file in files if not file.startswith("."))
+        yield from filter(_is_file, paths)
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Whether `inner` is `outer` or lies in it: a link to such a folder leads in a circle."""
+    return os.path.commonpath([outer, inner]) == outer
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is a file; a link to nothing counts, so that it is an error and not a gap."""
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def _split_name(specification: str) -> tuple[str, str]:

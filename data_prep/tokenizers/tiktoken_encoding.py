@@ -29,7 +29,10 @@ class TiktokenTokenizer(Tokenizer):
         try:
             self._encoding = tiktoken.get_encoding(name)
         except Exception as error:  # unknown names and every network error
-            raise DataError(f"tiktoken encoding {name!r} cannot be loaded: {error}") from None
+            raise DataError(
+                f"tiktoken encoding {name!r} cannot be loaded: {error}. tiktoken downloads an encoding when it is "
+                "first used; without a network, let TIKTOKEN_CACHE_DIR name a folder that holds it."
+            ) from None
         self.path = Path(PREFIX + name)
         digest = hashlib.sha256(self._encoding._pat_str.encode())
         for token, rank in sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]):

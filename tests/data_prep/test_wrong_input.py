@@ -1,0 +1,125 @@
+"""What the commands say when something is wrong: which thing, what was expected, what to do; and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+
+import pytest
+
+from data_prep.errors import DataError
+from data_prep.sources import ReadOptions, find_sources, plan_groups
+from tests.data_prep.writing import command, digest, documents, jsonl, run, write_jsonl
+
+WHOLE = ("--validation", 0, "--test", 0)
+
+
+def refused(*arguments, **more):
+    """The one sentence on the error stream."""
+    done = command(*arguments, check=False, **more)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_disk_that_takes_no_more(tmp_path, byte_bpe):
+    """The kernel refuses to let any file grow past a limit, as it refuses on a full disk."""
+    source = write_jsonl(tmp_path / "a.jsonl", documents(3000))
+    out = tmp_path / "out"
+    arguments = ("tokenize", source, "--out", out, "--tokenizer", byte_bpe, *WHOLE, "--workers")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    for workers in (1, 2):
+        said = refused(*arguments, workers, preexec_fn=limit)
+        assert f"writing {out} failed: File too large" in said and "run the same command again" in said
+        left = [path.name for path in out.rglob("*") if path.suffix in (".bin", ".idx", ".tmp")]
+        assert left == [] and not (out / "manifest.json").exists()
+    command(*arguments, 1)
+    run([source], tmp_path / "undisturbed", byte_bpe, validation=0, test=0)
+    assert digest(out) == digest(tmp_path / "undisturbed")
+
+
+def test_a_file_that_cannot_be_read(tmp_path, byte_bpe):
+    """A process's memory is a regular file whose beginning no one may read, not even root."""
+    folder = tmp_path / "corpus"
+    for number in (0, 2):
+        write_jsonl(folder / f"{number}.jsonl", documents(5, number))
+    (folder / "1.jsonl").symlink_to("/proc/self/mem")
+    arguments = ("tokenize", folder, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *WHOLE)
+    said = refused(*arguments)
+    assert "1 file(s) could not be read to the end (1 unreadable_file)" in said
+    assert f"{folder / '1.jsonl'}: reading failed after 0 bytes" in said and "--max-broken-files 1" in said
+    (line,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    assert (line["file"], line["reason"]) == (str(folder / "1.jsonl"), "unreadable_file")
+    accepted = command(*arguments, "--max-broken-files", 1)
+    assert "train: 10 documents" in accepted.stdout and "rejected: 1 unreadable_file" in accepted.stderr
+
+
+def test_another_field_than_the_text(tmp_path, byte_bpe):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(jsonl(documents(5)).replace(b'"text"', b'"content"'))
+    arguments = ("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *WHOLE)
+    said = refused(*arguments)
+    assert "5 of 5 documents were rejected (5 missing_field)" in said
+    assert f"{source}:1: no field 'text'" in said and "--text-field" in said
+    named = command(*arguments[:3], tmp_path / "other", *arguments[4:], "--text-field", "content")
+    assert "train: 5 documents" in named.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--format", "csv"), "--format is one of jsonl, parquet, text, wikitext, not 'csv'"),
+        (("--validation", 0.6, "--test", 0.5), "leave something to train on"),
+        (("--packing", "tight"), "packing must be concat or best-fit, found 'tight'"),
+        (("--packing", "best-fit"), "best-fit packing needs --sequence-length"),
+        (("--task-index", 4, "--task-count", 4), "--task-index 4 must be below --task-count 4"),
+        (("--mpi", "--workers", 2), "leave out --workers and --task-count"),
+        (("--subset", "ArXiv"), "add --subset-field"),
+        (("--language", "en"), "needs both --language and --language-field"),
+        (("--minimum-bytes", 9, "--maximum-bytes", 3), "maximum length 3 is below the minimum 9"),
+    ],
+)
+def test_options_that_cannot_be_right(tmp_path, byte_bpe, arguments, sentence):
+    source = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    said = refused("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *arguments)
+    assert sentence in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_no_picture(tmp_path, byte_bpe):
+    run([write_jsonl(tmp_path / "a.jsonl", documents(9))], tmp_path / "out", byte_bpe)
+    for name in ("lengths", "lengths.xyz"):
+        said = refused("stats", tmp_path / "out", "--picture", tmp_path / name)
+        assert f"{tmp_path / name}: the name of a picture ends in .png, .svg or .pdf" in said
+
+
+@pytest.mark.parametrize("arguments", [("dedup",), ("decontaminate", "--against", "{source}")])
+def test_a_folder_that_cannot_be_made(tmp_path, arguments):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one two three four five six seven eight nine ten eleven twelve last"])
+    out = tmp_path / "a.jsonl" / "out"
+    name, *more = (argument.format(source=source) for argument in arguments)
+    assert f"writing {out} failed: Not a directory" in refused(name, source, "--out", out, *more)
+
+
+def test_links_in_a_folder_are_followed(tmp_path):
+    write_jsonl(tmp_path / "elsewhere" / "b.jsonl", ["x"])
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / "corpus" / ".cache" / "hidden.jsonl", ["x"])
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "circle").symlink_to(tmp_path / "corpus")
+    ((source,), ignored) = find_sources([str(tmp_path / "corpus")], ReadOptions())
+    assert [os.path.relpath(path, tmp_path / "corpus") for path in source.files] == ["a.jsonl", "linked/b.jsonl"]
+    assert ignored == []
+
+
+@pytest.mark.parametrize("address", ["{}", "{}/*.jsonl"])
+def test_a_link_to_nothing_is_an_error_and_not_a_gap(tmp_path, address):
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", ["x"])
+    (tmp_path / "corpus" / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    found, _ = find_sources([address.format(tmp_path / "corpus")], ReadOptions())
+    with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
+        plan_groups(found, ReadOptions())
