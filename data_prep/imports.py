@@ -132,9 +132,21 @@ def _manifest(
         ],
         settings={"imported": kind, "files": [f"{split}={path.name}" for split, path in placed]},
         rejects={"empty_document": empty} if empty else {},
+        statistics={"lengths_log2": _lengths(folder, shards)},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         version=importlib.metadata.version("mor-pretrain"),
     )
+
+
+def _lengths(folder: Path, shards: Sequence[ShardEntry]) -> dict[str, list[int]]:
+    """Documents of each source by power of two of their tokens."""
+    counts: dict[str, np.ndarray] = {}
+    for entry in shards:
+        lengths = Shard(folder / entry.name).lengths
+        found = counts.setdefault(entry.source, np.zeros(32, np.int64))
+        for start in range(0, lengths.size, _PIECE):
+            found += np.bincount(np.log2(lengths[start : start + _PIECE]).astype(np.int64), minlength=32)
+    return {source: np.trim_zeros(found, "b").tolist() for source, found in counts.items()}
 
 
 def _split_and_path(file: str) -> tuple[str, Path]:

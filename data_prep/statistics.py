@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.manifest import Manifest
 
@@ -55,23 +57,32 @@ def _lines(manifest: Manifest) -> Iterator[str]:
 
 
 def draw_lengths(manifest: Manifest, path: str | os.PathLike[str]) -> None:
-    """Draw the distribution of document lengths, one line per source, into a picture (its ending says which kind)."""
+    """Draw the distribution of document lengths, one line per source, into a picture (its ending says which kind).
+
+    Raises:
+        DataError: the ending is of no kind of picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    kind = Path(path).suffix[1:]
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise DataError(f"{path}: the name of a picture ends in .png, .svg or .pdf, not in {Path(path).suffix!r}.")
     for source, counts in manifest.statistics.get("lengths_log2", {}).items():
-        total = max(1, sum(counts))
-        axes.step([1 << n for n in range(len(counts))], [c / total for c in counts], where="post", label=source)
+        first = next((n for n, count in enumerate(counts) if count), 0)
+        shares = [count / max(1, sum(counts)) for count in counts[first:]]
+        axes.stairs(shares, [1 << n for n in range(first, len(counts) + 1)], label=source)
     axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens per document")
     axes.set_ylabel("share of documents")
     axes.legend()
     figure.tight_layout()
     with atomic_write(path) as stream:
-        figure.savefig(stream, format=str(path).rpartition(".")[2], dpi=150)
+        figure.savefig(stream, format=kind, dpi=150)
     pyplot.close(figure)
 
 

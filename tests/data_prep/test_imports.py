@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,9 @@ def test_nanogpt_files_by_split(tmp_path: Path, tokenizer: Path) -> None:
     assert read_back(tmp_path / "out", "validation") == [document for document in DOCUMENTS[:9] if len(document) > 1]
     assert [entry["name"] for entry in report.manifest.sources] == ["train", "val"]
     assert report.manifest.settings["files"] == ["train=train.bin", "validation=val.bin"]
+    counts = Counter(len(document).bit_length() - 1 for document in FILLED)
+    lengths = report.manifest.statistics["lengths_log2"]["train"]
+    assert lengths == [counts[power] for power in range(max(counts) + 1)]
 
 
 @pytest.mark.parametrize(("dtype", "named"), [("<u2", ""), ("<u2", "uint16"), ("<u4", "uint32")])

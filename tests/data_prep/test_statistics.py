@@ -1,0 +1,71 @@
+"""What `stats` says and draws, against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+
+from matplotlib import pyplot
+
+from data_prep.manifest import read_manifest
+from data_prep.sources import ReadOptions
+from data_prep.statistics import draw_lengths, report
+from tests.data_prep.support import read_index_independently
+from tests.data_prep.writing import compressed, documents, run
+
+
+def made(tmp_path, byte_bpe):
+    texts = documents(60, lines=30)
+    rows = [json.dumps({"text": text, "set": ["A", "B"][n % 3 == 0]}) for n, text in enumerate(texts)]
+    (tmp_path / "a.jsonl.zst").write_bytes(compressed("\n".join([*rows, "broken"]).encode(), ".zst"))
+    options = ReadOptions(subset_field="set", maximum_bytes=900)
+    manifest = run([tmp_path / "a.jsonl.zst"], tmp_path / "out", byte_bpe, options=options, max_rejects=9)
+    kept = {
+        name: [
+            len(document)
+            for split in manifest.splits.values()
+            for shard in split.shards
+            if shard.source == name
+            for document in read_index_independently(tmp_path / "out" / shard.name)
+        ]
+        for name in "AB"
+    }
+    assert kept["A"] and kept["B"] and sum(map(len, kept.values())) < 60
+    return kept
+
+
+def test_the_report_counts_what_is_there(tmp_path, byte_bpe):
+    kept = made(tmp_path, byte_bpe)
+    said = report(read_manifest(tmp_path / "out"))
+    total = sum(map(sum, kept.values()))
+    for name, lengths in kept.items():
+        row = re.search(rf"^{name} +(\d+) +([\d,]+) +([\d.]+)% +([\d,]+) ", said, re.M)
+        assert row is not None
+        assert (int(row[1]), int(row[2].replace(",", ""))) == (len(lengths), sum(lengths))
+        assert abs(float(row[3]) - 100 * sum(lengths) / total) < 0.01
+    counts = Counter(length.bit_length() - 1 for lengths in kept.values() for length in lengths)
+    drawn = re.findall(r"^ +([\d,]+) to +[\d,]+ +(\d+)  ", said, re.M)
+    assert {int(low.replace(",", "")): int(count) for low, count in drawn if int(count)} == {
+        1 << power: count for power, count in counts.items()
+    }
+    assert f"filtered: {60 - sum(map(len, kept.values()))} length" in said and "rejected: 1 invalid_json" in said
+    assert re.search(r"fertility on the sample: \d\.\d+ tokens per word", said)
+
+
+def test_the_picture_shows_every_length_of_every_source(tmp_path, byte_bpe, monkeypatch):
+    kept = made(tmp_path, byte_bpe)
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    draw_lengths(read_manifest(tmp_path / "out"), tmp_path / "lengths.svg")
+    monkeypatch.undo()
+    (figure,) = figures
+    (axes,) = figure.axes
+    steps = {patch.get_label(): patch.get_data() for patch in axes.patches}
+    pyplot.close(figure)
+    for name, lengths in kept.items():
+        values, edges, _ = steps[name]
+        shares = [sum(low <= length < high for length in lengths) / len(lengths) for low, high in pairwise(edges)]
+        assert abs(sum(values) - 1) < 1e-9 and max(abs(values - shares)) < 1e-9
+    assert b"<svg" in (tmp_path / "lengths.svg").read_bytes()
