@@ -9,10 +9,76 @@ from typing import TYPE_CHECKING
 from data_prep.piece import Progress as Step
 from data_prep.plan import Plan
 from data_prep.schedule import Key, Schedule
-from data_prep.sources import expected_bytes
+from data_prep.sources import SourceError
+from data_prep.sources.streams import ByteStream, compression
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+_LOOK = 8 << 20  # bytes read of a compressed file to see how far it expands
+
+
+class Estimate:
+    """Which share of the work is done, in bytes of decompressed input: the one measure that is known beforehand.
+
+    Finished pieces count as what was planned for them. Of pieces under way only the text is known; it stands for as
+    much input as the text of the finished ones did.
+    """
+
+    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+        self._schedule, self._max_tokens = schedule, plan.settings.max_tokens
+        ratios: dict[str, float] = {}
+        self._sizes: list[float] = []
+        for group in plan.groups:
+            if group.source not in ratios and group.files:
+                ratios[group.source] = expansion(group.files[0])
+            # The size of a hub data set is not known: its files count as one piece each.
+            self._sizes.append(group.bytes * ratios.get(group.source, 1.0) or group.piece_bytes)
+        self._total = max(1.0, sum(self._sizes) / schedule.share.count)
+        self._read = self._text = self._tokens = 0.0
+        self._counted = -1
+        self._count()
+        self._before = self._text
+
+    def share(self, text_bytes: int) -> float:
+        """Between 0 and 1. text_bytes: text encoded since this object was made."""
+        if len(self._schedule.receipts) != self._counted:
+            self._count()
+        under_way = max(0.0, text_bytes - (self._text - self._before))
+        done = (self._read + under_way * (self._read / self._text if self._text else 1.0)) / self._total
+        if self._max_tokens:
+            done = max(done, self._tokens / self._max_tokens)
+        return min(1.0, done)
+
+    def _count(self) -> None:
+        """Add up what the finished pieces are."""
+        self._read = self._text = self._tokens = 0.0
+        own = [receipt for key, receipt in self._schedule.receipts.items() if self._schedule.share.mine(key)]
+        for receipt in own:
+            group, size = self._schedule.groups[receipt.group], self._sizes[receipt.group]
+            if group.pieces is not None:
+                self._read += size / max(1, group.pieces)
+            else:
+                rest = max(0.0, size - receipt.piece * group.piece_bytes)
+                self._read += rest if receipt.last else min(rest, group.piece_bytes)
+            self._tokens += receipt.train_tokens
+            self._text += sum(shard.text_bytes for shards in receipt.shards.values() for shard in shards)
+        self._counted = len(self._schedule.receipts)
+
+
+def expansion(path: str) -> float:
+    """Decompressed bytes for a byte of the file, by its first megabytes; 1 where it is not compressed or unreadable."""
+    if not compression(path):
+        return 1.0
+    try:
+        stream = ByteStream(path)
+        while stream.offset < _LOOK and stream.read():
+            pass
+        ratio = stream.offset / max(1, stream.consumed)
+        stream.close()
+    except SourceError:
+        return 1.0
+    return ratio
 
 
 class Display:
@@ -52,9 +118,9 @@ class Display:
             console=Console(stderr=True),
             transient=True,
         )
-        done = sum(s.text_bytes for r in schedule.receipts.values() for shards in r.shards.values() for s in shards)
-        total = sum(map(expected_bytes, plan.groups))
-        self._task = self._bar.add_task("", total=max(total, done, 1), completed=done, what="starting")
+        self._estimate = Estimate(plan, schedule)
+        self._task = self._bar.add_task("", total=1.0, what="starting")
+        self._bar.update(self._task, completed=self._estimate.share(0))
         self._bar.start()
 
     def progress(self, worker: int, key: Key, step: Step) -> None:
@@ -71,7 +137,7 @@ class Display:
             f"{self._bytes / 1e6:,.0f} MB  {self._documents:,} documents  {self._tokens / seconds:,.0f} tokens/s  "
             + " ".join(text for _, text in sorted(self._workers.items())[:8])
         )
-        self._bar.update(self._task, advance=step.text_bytes, what=what)
+        self._bar.update(self._task, completed=self._estimate.share(self._bytes), what=what)
 
     @property
     def worked(self) -> bool:
