@@ -1,8 +1,9 @@
 """`pretrain/train.py` on a machine where something breaks; the variable FAULT says what, as JSON.
 
 rank: where; nan_samples, spike_samples: batches that hold one of them lose their loss, or have it three times as large;
-stall_samples: batches that hold one of them never come; full_step: checkpoints whose path holds this text meet a full
-disk; stage: what `deepspeed.config: auto` comes to there.
+stall_samples: batches that hold one of them never come; kill_samples: the process dies in their second micro-batch;
+full_step: checkpoints whose path holds this text meet a full disk; slow_step: those are not written before the run has
+recorded the step `until`; stage: what `deepspeed.config: auto` comes to there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +28,25 @@ from pretrain.checkpoint import TrainState
 from pretrain.environment import Ranks
 from pretrain.recipe import Recipe
 from pretrain.stage import StageChoice
+from tests.pretrain.support import losses
 
 FAULT = json.loads(os.environ["FAULT"])
 
 
 class FaultyEngine:
-    """An engine whose losses are multiplied by a factor."""
+    """An engine whose losses are multiplied by a factor, and which ends the process in its second forward pass."""
 
-    def __init__(self, engine: Any, factor: float) -> None:
-        self._engine, self._factor = engine, factor
+    def __init__(self, engine: Any, factor: float, dies: bool) -> None:
+        self._engine, self._factor, self._dies = engine, factor, dies
+        self._calls = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self._calls += 1
+        if self._dies and self._calls == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         output = self._engine(*arguments, **keywords)
         return output._replace(loss=output.loss * self._factor, lm_loss=output.lm_loss * self._factor)
 
@@ -46,7 +54,7 @@ class FaultyEngine:
 def forward_backward(
     self: loop.Trainer, state: TrainState, batch: StepBatch
 ) -> tuple[dict[str, torch.Tensor], float | None]:
-    factor = 1.0
+    factor, dies = 1.0, False
     if self.ranks.rank == FAULT["rank"]:
         if set(batch.samples) & set(FAULT.get("nan_samples", ())):
             factor = float("nan")
@@ -54,8 +62,9 @@ def forward_backward(
             factor = 3.0
         if set(batch.samples) & set(FAULT.get("stall_samples", ())):
             wait_for_a_disk_that_is_gone()
+        dies = bool(set(batch.samples) & set(FAULT.get("kill_samples", ())))
     engine = self.engine
-    self.engine = FaultyEngine(engine, factor) if factor != 1.0 else engine
+    self.engine = FaultyEngine(engine, factor, dies) if factor != 1.0 or dies else engine
     try:
         return sound_forward_backward(self, state, batch)
     finally:
@@ -70,6 +79,9 @@ def save_hashed(state: Any, path: Path) -> dict[str, Any]:
     if FAULT.get("full_step", "none") in str(path):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "no space left")
+    if FAULT.get("slow_step", "none") in str(path):
+        while max(losses(path.parents[2]), default=0) < FAULT["until"]:
+            time.sleep(0.01)
     return sound_save_hashed(state, path)
 
 

@@ -33,16 +33,22 @@ def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
     )
-    length, size, steps = recipe.batch.sequence_length, recipe.batch.sequences, recipe.budget.steps
+    length, steps = recipe.batch.sequence_length, recipe.budget.steps
     assert recipe.data.path is not None and steps is not None
     warmup, decay = recipe.schedule.warmup, recipe.schedule.decay
     assert isinstance(warmup, int) and isinstance(decay, int)
     dataset = open_dataset(recipe.data.path)
     packed = dataset.packed(length) if recipe.data.packing == "best-fit" else None
     data = Mixture([MixtureSource("data", packed or dataset)], length, [Phase(0, {"data": 1.0})], recipe.seed)
-    losses, norms = [], []
+    losses, norms, position = [], [], 0
     for step in range(steps):
-        tokens = torch.from_numpy(data.batch(step * size, size).astype("int64"))
+        size = recipe.batch.sequences
+        if recipe.batch.warmup_from is not None:
+            growing = recipe.batch.warmup
+            assert isinstance(growing, int) and size == 4 * recipe.batch.warmup_from
+            size = size // 4 if step < growing / 2 else size // 2 if step < growing else size
+        tokens = torch.from_numpy(data.batch(position, size).astype("int64"))
+        position += size
         depth = None
         if recipe.depth_warmup is not None:
             growing = recipe.depth_warmup.length

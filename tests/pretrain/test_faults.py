@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,14 +163,28 @@ def run_with(nursery: Nursery, fault: dict[str, Any], recipe: Path) -> tuple[lis
 
 
 @pytest.mark.parametrize(
-    "stage",
-    ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero0", marks=pytest.mark.slow)],
+    ("stage", "precision"),
+    [
+        ("zero3", "fp32"),
+        *(
+            pytest.param(*combination, marks=pytest.mark.slow)
+            for combination in (
+                ("zero1", "fp32"),
+                ("zero0", "fp32"),
+                ("zero0", "bf16_autocast"),
+                ("zero1", "bf16"),
+                ("zero2", "bf16"),
+                ("zero3", "bf16"),
+            )
+        ),
+    ],
 )
 def test_a_non_finite_step_is_left_out_on_all_ranks_alike(
-    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery, stage: str
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery, stage: str, precision: str
 ) -> None:
     """NaN in one rank's loss at step 5: no update there, then as if that step had had no update everywhere."""
-    values = recipe_values(tiny_data, tmp_path / "run", deepspeed={"config": stage}, schedule={"kind": "constant"})
+    how = {"deepspeed": {"config": stage}, "precision": precision, "schedule": {"kind": "constant"}}
+    values = recipe_values(tiny_data, tmp_path / "run", **how)
     codes, printed = run_with(nursery, {"rank": 1, "nan_samples": [33]}, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [0, 0], printed
     events = [e for e in metrics(tmp_path / "run", "event") if e["event"] == "non_finite"]
@@ -377,6 +392,38 @@ def test_asynchronous_writing_keeps_the_values_of_its_moment(tmp_path: Path) -> 
     files.close()
     assert error is None
     assert files.load(str(tmp_path / "a.pt"))["nested"][0]["tensor"].sum() == 1000
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
+) -> None:
+    """A disk that takes the checkpoint of step 4 only after step 6 is recorded: whoever waited for it would wait for
+    ever.
+    """
+    checkpoint = {"every": 4, "keep": 9, "asynchronous": True}
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint=checkpoint, limits={"stall_seconds": 60.0})
+    fault = {"rank": 0, "slow_step": "step-00000004", "until": 6}
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [0, 0], printed
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(entry.name for entry in checkpoints.glob("step-*")) == [f"step-{n:08d}" for n in (4, 8, 12)]
+    assert all(find_damage(folder) is None for folder in checkpoints.glob("step-*"))
+    whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.parametrize("ends", ["limit of the recipe", "end of the Slurm job"])
+def test_a_limit_in_time_ends_a_run_with_a_checkpoint(
+    tmp_path: Path, tiny_data: Path, nursery: Nursery, ends: str
+) -> None:
+    """Where less than two minutes are left, one step is done."""
+    limit = {"wall_clock_hours": 0.02} if ends == "limit of the recipe" else {}
+    extra = {} if limit else {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
+    values = recipe_values(tiny_data, tmp_path / "run", limits=limit, checkpoint={"every": 0})
+    job = Job(write_recipe(tmp_path / "r.yaml", values), extra=extra, nursery=nursery)
+    codes, output, errors = job.wait()
+    assert codes == [75] and "stopped after 1 of 12" in errors and "is near" in errors, output + errors
+    assert find_damage(tmp_path / "run" / "checkpoints" / "step-00000001") is None
 
 
 def test_every_other_network_starts_too(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:

@@ -96,6 +96,23 @@ def test_resuming_gives_the_undisturbed_run(
         assert_same_run(tmp_path / f"again{step}", whole)
 
 
+def test_killed_between_two_micro_batches_and_again_in_the_decay(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
+) -> None:
+    """Rank 1 dies with half of a step's gradients, of step 6 and, when that is made good, of step 10."""
+    values = recipe_values(tiny_data, tmp_path / "whole", checkpoint={"every": 4, "keep": 9})
+    whole = two_ranks.train(tmp_path, values)
+    recipe = write_recipe(tmp_path / "r.yaml", {**values, "run_dir": str(tmp_path / "run")})
+    for sample, left in ((40, 4), (72, 8)):
+        fault = {"FAULT": json.dumps({"rank": 1, "kill_samples": [sample]})}
+        job = Job(recipe, ranks=2, extra=fault, script=Path(__file__).parent / "faulty.py", nursery=nursery)
+        codes, _, _ = job.wait(timeout=60)
+        assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), codes
+        assert progress(tmp_path / "run") == left
+    train(recipe, ranks=2, nursery=nursery)
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_killed_at_random_times_a_run_ends_as_the_undisturbed_one(tmp_path: Path, nursery: Nursery) -> None:
     assert torture(tmp_path, nursery, steps=60, kills=5, seed=0) == 5
 

@@ -110,6 +110,19 @@ def test_depth_grows_on_all_ranks_alike(
     assert all(share > 0 for share in active[6])
 
 
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+def test_a_growing_batch_is_averaged_over_what_it_has(
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: int
+) -> None:
+    """Three updates each of 1 and 2 micro-batches a rank, then of 4: every gradient is the mean of its own batch."""
+    batch = {"sequences": 16, "micro_batch": 2, "sequence_length": LENGTH, "warmup_from": 4, "warmup": 6}
+    values = recipe_values(tiny_data, tmp_path / "run", batch=batch, deepspeed=with_stage(tmp_path, stage))
+    run = two_ranks.train(tmp_path, values)
+    compare(run, values)
+    sizes = [4, 4, 4, 8, 8, 8, 16]
+    assert [record["tokens"] for record in metrics(run, "train")][:7] == [sum(sizes[:n]) * LENGTH for n in range(1, 8)]
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_training_starts_from_given_weights(tmp_path: Path, tiny_data: Path, two_ranks: Workers, stage: int) -> None:
     """Weights drawn with the recipe's seed and given as a folder train like those the run draws itself."""
