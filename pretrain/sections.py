@@ -286,8 +286,8 @@ class Checkpointing(Section):
 
     Attributes:
         every: distance between checkpoints; 0 writes the last one only.
-        keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: so does the one
-            with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
+        keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: also write and keep
+            the one with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
         asynchronous: files are written by a thread while training goes on (costs one copy of the state in memory).
         universal: convert automatically when the world size has changed.
         weights_only: when the ZeRO stage has changed, go on with the weights and the position in the data, and with
@@ -369,7 +369,8 @@ class Faults(Section):
     """What to do when training goes wrong.
 
     Attributes:
-        max_non_finite: so many non-finite steps in a row stop the run.
+        max_non_finite: so many steps in a row whose update was left out, for a non-finite loss or gradient or for a
+            spike, stop the run; so do as many ways back to one checkpoint.
         spike: a step whose language-model loss exceeds the mean of the last `spike_window` steps by so many nats is a
             spike; None: off.
         on_spike: `skip` leaves the step's update out; `rollback` returns to the last checkpoint and leaves the samples
