@@ -79,11 +79,12 @@ class HubReader(PieceReader):
                     failures = 0
                     yield row
                 return
-            except (OSError, RuntimeError, ValueError, DataError) as error:
+            except Exception as error:  # the network's, the hub client's and every decompressor's own errors
                 failures += 1
                 if failures == _ATTEMPTS:
                     raise SourceError(
-                        "unreadable_file", f"{self.file}: failed {failures} times after row {self.lines}: {error}"
+                        "unreadable_file",
+                        f"{self.file}: failed {failures} times after row {self.lines}: {type(error).__name__}: {error}",
                     ) from None
                 time.sleep(2.0 ** (failures - 1))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import zlib
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
@@ -58,6 +61,26 @@ def test_a_stream_that_breaks_gives_every_document_once(tmp_path, byte_bpe, sour
     assert len(manifest.splits["train"].shards) == len([f for f in files() if not f.endswith(".md")])
 
 
+def test_a_subset_of_the_pile(tmp_path, byte_bpe):
+    rows = [
+        json.dumps({"text": text, "meta": {"pile_set_name": ["ArXiv", "Books3"][number % 2]}})
+        for number, text in enumerate(TEXTS)
+    ]
+    parts = {"train/00": rows[:70], "train/01": rows[70:], "val": rows, "test": rows}
+    server = Hub(
+        "monology/pile-uncopyrighted",
+        {f"{name}.jsonl.zst": compressed("\n".join(lines).encode(), ".zst") for name, lines in parts.items()},
+    )
+    with serve(server) as address:
+        command(
+            "tokenize", "pile", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--validation", 0, "--test", 0,
+            "--subset-field", "meta.pile_set_name", "--subset", "Books3",
+            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in TEXTS[1::2]]
+    assert [entry["name"] for entry in read_manifest(tmp_path / "out").sources] == ["Books3"]
+
+
 def wikitext_files():
     """As on the hub: a row is a line of the raw file, and an empty line is an empty string."""
     lines = [line if line.strip() else "" for line in WIKI.splitlines(keepends=True)]
@@ -91,27 +114,27 @@ def test_an_unknown_data_set_is_named(tmp_path, byte_bpe):
 class Broken:
     """What `datasets` gives: rows that can be skipped; an error in front of row number `fail_at`."""
 
-    def __init__(self, rows, fail_at):
-        self.rows, self.fail_at = rows, fail_at
+    def __init__(self, rows, fail_at, error):
+        self.rows, self.fail_at, self.error = rows, fail_at, error
 
     def shard(self, num_shards, index):
         return self
 
     def skip(self, count):
-        return Broken(self.rows[count:], self.fail_at)
+        return Broken(self.rows[count:], self.fail_at, self.error)
 
     def __iter__(self):
         for number, row in enumerate(self.rows):
             if number == self.fail_at:
-                raise ConnectionError("reset by peer")
+                raise self.error
             yield row
 
 
-def read(monkeypatch, tmp_path, failures):
+def read(monkeypatch, tmp_path, failures, error):
     rows = [{"text": text} for text in TEXTS[:20]]
     streams = iter(failures)
 
-    monkeypatch.setattr(hub, "_load", lambda *_: Broken(rows, next(streams, None)))
+    monkeypatch.setattr(hub, "_load", lambda *_: Broken(rows, next(streams, None), error))
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     extra = {"repository": "a/b", "config": "", "split": "train", "files": 1, "file": 0}
     reader = hub.HubReader(Group(0, "b", "hub", (), 0, 1, 1, extra), ReadOptions(), tmp_path)
@@ -119,12 +142,13 @@ def read(monkeypatch, tmp_path, failures):
 
 
 def test_the_reader_goes_on_behind_the_last_row(monkeypatch, tmp_path):
-    assert read(monkeypatch, tmp_path, [5, 3, 0, 0, 7]) == TEXTS[:20]
+    assert read(monkeypatch, tmp_path, [5, 3, 0, 0, 7], ConnectionError("reset")) == TEXTS[:20]
 
 
-def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, tmp_path):
-    with pytest.raises(SourceError, match="failed 5 times after row 4: reset by peer") as caught:
-        read(monkeypatch, tmp_path, [4, 0, 0, 0, 0, 0])
+@pytest.mark.parametrize("error", [ConnectionError("reset"), zlib.error("reset"), zstandard.ZstdError("reset")])
+def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, tmp_path, error):
+    with pytest.raises(SourceError, match=r"failed 5 times after row 4: \w+: reset") as caught:
+        read(monkeypatch, tmp_path, [4, 0, 0, 0, 0, 0], error)
     assert caught.value.reason == "unreadable_file"
 
 
