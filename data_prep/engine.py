@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import orjson
+import tokenizers
 
 from data_prep.nasty import nasty_texts
 from data_prep.tokenizers.base import Tokenizer
@@ -30,8 +32,12 @@ FASTOKENS_DIGITS = "fastokens+digits"
 _LIBRARIES = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken"}
 _REFERENCE_BATCH = 1 << 19  # characters the reference encodes at once; it holds ~200 bytes for every token
 
-# GPT-2's word pattern with each digit a word of its own; white space in front of a digit counts as at the end.
-_DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# GPT-2's word pattern with each digit a word of its own; white space in front of a digit counts as at the end. DIGITS
+# stands for what the reference takes for a digit: its Unicode may be older than that of \p{N}.
+_DIGITS_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|[DIGITS]| ?(?:(?![DIGITS])\p{N})+| ?[^\s\p{L}\p{N}DIGITS]+"
+    r"|\s+(?![^\sDIGITS])|\s+"
+)
 # Unicode versions disagree whether U+180E is white space, so texts with it are left to the reference.
 _DISPUTED = "\u180e"
 
@@ -216,8 +222,24 @@ def _fold_digits(pre_tokenizer: dict[str, Any]) -> dict[str, Any] | None:
     digits, byte_level = steps
     if not digits["individual_digits"] or byte_level["add_prefix_space"] or not byte_level.get("use_regex", True):
         return None
-    split = {"type": "Split", "pattern": {"Regex": _DIGITS_PATTERN}, "behavior": "Isolated", "invert": False}
+    pattern = _DIGITS_PATTERN.replace("DIGITS", _reference_digits())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+
+
+def _reference_digits() -> str:
+    """What the reference's pre-tokenizer takes for a digit, as ranges of a character class."""
+    # Numbers, and what this Python's Unicode does not know yet; planes above the second hold no numbers.
+    candidates = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nd", "Nl", "No", "Cn")]
+    separate = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    pieces = separate.pre_tokenize_str("".join(f"{c}aa" for c in candidates))
+    ranges: list[list[int]] = []
+    for code in (ord(piece) for piece, _ in pieces if len(piece) == 1):
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
 
 
 def _join(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ _SPACES = (
     " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u2003\u2009\u200a\u200b"
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
-_DIGITS = "0129٣९៥²³¹½Ⅷ㊂⓪𝟘𑁯一〇〤"
+_DIGITS = "0129٣९៥²³¹½Ⅷ㊂⓪𝟘𑁯一〇〤\U00011de0\U00016ff4"  # the last two: Unicode 17
 _LETTERS = "aZßéǅʰªµπяעعहกあ漢한𐐷𝒜ﬁĳ"
 _MARKS = "\u0301\u0308\u093f\u0e34\u20dd\u200d\ufe0f\U000e0100"
 _SIGNS = "!'\"-_.,…—‘’“”«»€₿©№☺👍🏽🇩🇪👨‍👩‍👧\x00\x01\x7f\x80\x9f\u00ad\u200e\u202e\ue000\ufffd\uffff\U0010ffff"

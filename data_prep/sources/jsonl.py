@@ -46,7 +46,6 @@ class JsonlReader(PieceReader):
         self.end_seen = self._lines.at_end
 
     def _whole_files(self) -> Iterator[Item]:
-        done = 0
         for path in self.group.files:
             self.file, self.lines = path, 0
             try:
@@ -55,8 +54,6 @@ class JsonlReader(PieceReader):
                 yield from self._records(reader, 0, None)
             except SourceError as error:
                 yield Reject(error.reason, self.lines, str(error))
-            done += reader.stream.consumed
-            self.position = done
             reader.stream.close()
         self.end_seen = True
 
