@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoint_stall, loop_overhead, recording, zero_stages
+from benchmarks import checkpoint_stall, loop_overhead, recording, utilisation, zero_stages
 
 pytestmark = pytest.mark.slow
 TINY = ("--size", "tiny", "--length", "32", "--vocabulary", "128")
@@ -32,7 +32,9 @@ def test_loop_overhead(results: Path) -> None:
     for row in found:
         assert row["ratio"] == pytest.approx(row["loop_seconds"] / row["bare_seconds"])
         assert row["loop_seconds"] >= sum(row["parts"].values()) * 0.99 and 0 <= row["data_share"] < 1
-        assert row["loop_seconds"] <= min(row["steps"]["loop"]) and len(row["steps"]["bare"]) == 2
+        assert row["engine_ratio"] == pytest.approx(row["loop_seconds"] / row["engine_seconds"])
+        for kind, seconds in row["steps"].items():
+            assert row[f"{kind}_seconds"] == min(seconds) and len(seconds) == 2
 
 
 def test_zero_stages(results: Path) -> None:
@@ -48,4 +50,26 @@ def test_checkpoint_stall(results: Path) -> None:
     checkpoint_stall.main([*TINY, "--steps", "10", "--every", "4", "--name", "c"])
     found = rows(results, "c")
     assert [row["written"] for row in found] == ["at once", "by a thread"]
-    assert all(row["stall_seconds"] > 0 and row["mib"] > 0.5 for row in found)
+    for row in found:
+        assert row["stall_seconds"] > 0 and row["mib"] > 0.5 and len(row["step_seconds_since"]) == 4
+        assert row["cost_seconds"] == pytest.approx(row["stall_seconds"] + row["slower_seconds"])
+
+
+def test_utilisation(results: Path) -> None:
+    small = ["--presets", "tiny", "--length", "32", "--vocabulary", "128", "--largest", "3", "--not-compiled"]
+    utilisation.main(["--device", "cpu", *small, "--policies", "none", "recursion", "--name", "d"])
+    found = rows(results, "d")
+    assert {(row["variant"], row["policy"]) for row in found} == {
+        (variant, policy) for variant in ("vanilla", "mor") for policy in ("none", "recursion")
+    }
+    assert all(1 <= row["micro_batch"] <= 3 and row["mfu"] is None for row in found)
+    best = json.loads((results / "d.json").read_text(encoding="utf-8"))["best"]
+    for row in best:
+        own = [other for other in found if other["variant"] == row["variant"]]
+        assert row["tokens_per_second"] == max(other["tokens_per_second"] for other in own)
+        assert row["loop_tokens_per_second"] > 0 and row["recipe"]["batch"]["micro_batch"] == row["micro_batch"]
+
+
+def test_micro_batches_that_are_tried() -> None:
+    assert list(utilisation.sizes(20)) == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert list(utilisation.sizes(3)) == [1, 2, 3]
