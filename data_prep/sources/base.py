@@ -124,7 +124,6 @@ class PieceReader(ABC):
     def __init__(self, group: Group, options: ReadOptions, scratch: Path) -> None:
         self.group, self.options, self.scratch = group, options, scratch
         self.end_seen = False  # set by items() when the group ends in this piece
-        self.position = 0  # bytes of the group's files read so far, for the progress display
         self.lines = 0  # lines (rows, files) met in this piece
         self.file = ""  # file under way
 

@@ -17,6 +17,5 @@ class EmbeddedReader(PieceReader):
 
         for number, (name, text) in enumerate(iter_documents(), start=1):
             self.file, self.lines = name, number
-            self.position += len(text)
             yield accept(text, None, None, number, self.options)
         self.end_seen = True

@@ -81,7 +81,6 @@ class TextReader(PieceReader):
                     yield text_item(data, 1, self.options)
                 else:
                     yield self._spooled(stream, data)
-                self.position += stream.consumed
                 stream.close()
             except SourceError as error:
                 yield Reject(error.reason, 1, str(error))
