@@ -22,8 +22,9 @@ from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 
 _CANDIDATES = ("zero0", "zero1", "zero2", "zero3")
-# The estimate holds to 15 %; a GPU's context and collectives' buffers take some of its memory too.
-_USABLE = 0.8
+# The estimate holds to 15 %. A GPU's context and the buffers of collectives take memory too; on a CPU the allocator
+# keeps what is freed, and a process grows to as much as 1.4 times what is alive.
+_USABLE_ON_GPU, _USABLE_ON_CPU = 0.8, 0.65
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def choose_stage(
         return StageChoice(name, False, "as the recipe says")
     on_cpu = trains_on_cpu() if on_cpu is None else on_cpu
     memory = device_memory(ranks, on_cpu) if memory is None else memory
-    limit = int(_USABLE * memory)
+    usable = _USABLE_ON_CPU if on_cpu else _USABLE_ON_GPU
+    limit = int(usable * memory)
     passes = peak_of_passes(recipe, config)
 
     def needed(ds_config: Mapping[str, Any]) -> int:
@@ -99,11 +101,11 @@ def choose_stage(
         raise RecipeError(
             # What is wrong with every stage is not the stage.
             refused
-            or f"deepspeed.config: auto: no ZeRO stage fits into {format_bytes(limit)}, {_USABLE:.0%} of a rank's "
+            or f"deepspeed.config: auto: no ZeRO stage fits into {format_bytes(limit)}, {usable:.0%} of a rank's "
             f"memory ({'; '.join(lines)}). Lower batch.micro_batch, set checkpointing to recursion, use more ranks, or "
             "name zero3_offload_optimizer; naming zero3 tries it all the same."
         )
-    reason = f"auto: the lowest stage that fits into {format_bytes(limit)}, {_USABLE:.0%} of a rank's memory"
+    reason = f"auto: the lowest stage that fits into {format_bytes(limit)}, {usable:.0%} of a rank's memory"
     return StageChoice(chosen, True, reason, tuple(lines))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.errors import RecipeError
 from pretrain.recipe import build_recipe, load_recipe
-from pretrain.stage import _USABLE, StageChoice, _group_limits, choose_stage, device_memory
+from pretrain.stage import _USABLE_ON_GPU, StageChoice, _group_limits, choose_stage, device_memory
 from tests.pretrain.support import (
     ALONE,
     ROOT,
@@ -38,7 +38,7 @@ def chosen(memory: float, folder: Path = Path("nowhere"), ranks: Any = FOUR, **c
     """The choice for a GPU whose usable part is `memory`."""
     values = recipe_values(Path("data"), folder, **{"deepspeed": {"config": "auto"}, "model": WIDE, **changes})
     recipe = build_recipe(values)
-    return choose_stage(recipe, recipe.network(), ranks, memory=int(memory / _USABLE), on_cpu=False)
+    return choose_stage(recipe, recipe.network(), ranks, memory=int(memory / _USABLE_ON_GPU), on_cpu=False)
 
 
 def test_the_lowest_stage_that_fits_is_chosen() -> None:
