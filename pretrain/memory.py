@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,6 +57,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + max(self.passes, self.update) + self.libraries
 
 
+class Passes(NamedTuple):
+    """Most bytes alive during forward and backward pass of one micro-batch, without weights.
+
+    Attributes:
+        peak: with gradients gone as soon as they are complete; peak_with_gradients: with gradients that stay.
+    """
+
+    peak: int
+    peak_with_gradients: int
+
+
 def estimate_memory(
     recipe: Recipe,
     config: ModelConfig,
@@ -64,7 +75,7 @@ def estimate_memory(
     world_size: int,
     *,
     on_cpu: bool,
-    passes: int | None = None,
+    passes: Passes | None = None,
 ) -> Memory:
     """Bytes that training needs on the device of one of `world_size` ranks.
 
@@ -87,9 +98,13 @@ def estimate_memory(
     gradients = gradient_width * (share if stage >= 2 else count)
     weights = width * (share if stage == 3 else count)
     optimizer = (_MASTER + _MOMENTS) * share
-    passes = peak_of_passes(recipe, config) if passes is None else passes
+    followed = peak_of_passes(recipe, config) if passes is None else passes
+    in_passes = followed.peak
+    if stage < 2 and recipe.batch.sequences == recipe.batch.micro_batch * world_size:
+        # With one micro-batch a step gradients come as activations go.
+        in_passes = followed.peak_with_gradients - gradients
     if stage:
-        passes += width * min(count, int(zero.get("reduce_bucket_size", 500_000_000)))
+        in_passes += width * min(count, int(zero.get("reduce_bucket_size", 500_000_000)))
     else:
         optimizer, update = _MOMENTS * count, 0
     if recipe.optim.name == "muon":
@@ -101,12 +116,12 @@ def estimate_memory(
             # Its group is updated by itself, with another copy of what it wants to go.
             update = max((upcast + _WANTED) * part + orthogonal, upcast * (share - part))
     if stage == 3 and world_size > 1:
-        passes += width * min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
+        in_passes += width * min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
     if offload_device(ds_config, "offload_optimizer") != "none" and not on_cpu:
         optimizer = gradients = update = 0
     if offload_device(ds_config, "offload_param") != "none" and not on_cpu:
         weights = 0
-    return Memory(weights, gradients, optimizer, passes, update, _LIBRARIES if on_cpu else 0)
+    return Memory(weights, gradients, optimizer, in_passes, update, _LIBRARIES if on_cpu else 0)
 
 
 def _followed_muon(config: ModelConfig, on_cpu: bool) -> tuple[int, int]:
@@ -123,9 +138,8 @@ def _followed_muon(config: ModelConfig, on_cpu: bool) -> tuple[int, int]:
     return sum(shape.numel() for shape, _ in hidden), peak
 
 
-def peak_of_passes(recipe: Recipe, config: ModelConfig) -> int:
-    """Most bytes alive during forward and backward pass of one micro-batch, without weights and with gradients gone as
-    soon as they are complete.
+def peak_of_passes(recipe: Recipe, config: ModelConfig) -> Passes:
+    """Follow forward and backward pass of one micro-batch.
 
     How many tokens token-choice takes on is decided by data, of which there is none: it is followed as if a step took
     the share of the sequence that a plan assumes.
@@ -138,18 +152,19 @@ def peak_of_passes(recipe: Recipe, config: ModelConfig) -> int:
     try:
         with FakeTensorMode():
             model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+            live = _LiveBytes({p.untyped_storage()._cdata for p in model.parameters()})
             for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                parameter.register_post_accumulate_grad_hook(live.drop_gradient)
             tokens = torch.zeros(batch, length, dtype=torch.long)
             documents = torch.zeros_like(tokens) if config.document_masking else None
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16_autocast")
-            with _LiveBytes({p.untyped_storage()._cdata for p in model.parameters()}) as live, autocast:
+            with live, autocast:
                 loss = model(tokens, tokens, documents_BT=documents).loss
                 assert loss is not None
                 loss.backward()
     finally:
         torch.set_default_dtype(usual)
-    return live.peak
+    return Passes(live.peak, live.peak_with_dropped)
 
 
 def format_bytes(size: int) -> str:
@@ -157,17 +172,15 @@ def format_bytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators make inside the context: how many are alive now, and were at most."""
+    """Bytes of the storages that operators make inside the context: how many are alive now, and were at most, also if
+    gradients that were dropped had stayed.
+    """
 
     def __init__(self, apart: set[int]) -> None:
         """`apart`: storages that are not counted."""
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.dropped = self.peak_with_dropped = 0
         self._known = apart
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,8 +192,15 @@ class _LiveBytes(TorchDispatchMode):
                     self._known.add(storage._cdata)
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)
+                    self.peak_with_dropped = max(self.peak_with_dropped, self.now + self.dropped)
                     weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
         return out
+
+    def drop_gradient(self, parameter: torch.Tensor) -> None:
+        """Let go of a gradient and remember its size; a hook for when it is complete."""
+        assert parameter.grad is not None
+        self.dropped += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -36,7 +36,9 @@ PARAMETERS = 2 * (4 * 1024**2 + 3 * 1024 * 4096 + 2 * 1024) + 64 * 1024 + 1024
 
 def chosen(memory: float, folder: Path = Path("nowhere"), ranks: Any = FOUR, **changes: Any) -> StageChoice:
     """The choice for a GPU whose usable part is `memory`."""
-    values = recipe_values(Path("data"), folder, **{"deepspeed": {"config": "auto"}, "model": WIDE, **changes})
+    batch = {"sequences": 16, "micro_batch": 2, "sequence_length": 32}
+    usual = {"deepspeed": {"config": "auto"}, "model": WIDE, "batch": batch}
+    values = recipe_values(Path("data"), folder, **{**usual, **changes})
     recipe = build_recipe(values)
     return choose_stage(recipe, recipe.network(), ranks, memory=int(memory / _USABLE_ON_GPU), on_cpu=False)
 
@@ -82,7 +84,7 @@ def test_precision_decides_before_memory(micro_batch: int, config: str) -> None:
 
 
 def test_what_is_wrong_at_every_stage_is_told_as_it_is() -> None:
-    with pytest.raises(RecipeError, match=r"batch\.sequences: 8 is not micro_batch"):
+    with pytest.raises(RecipeError, match=r"batch\.sequences: 16 is not micro_batch"):
         chosen(1e15, ranks=replace(ALONE, world_size=3))
 
 
