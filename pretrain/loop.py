@@ -46,7 +46,8 @@ class StepReport:
     Attributes:
         scalars, vectors: means over all micro-batches by name (`active_R`: share of tokens per recursion step).
         memory, peaks: bytes in use on every rank, and the most so far; 0 on steps that are not recorded.
-        request: the strongest of any rank; written: every rank's checkpoint files are.
+        request: the strongest of any rank, and `asked` the first rank that had it; written: every rank's checkpoint
+            files are.
     """
 
     scalars: dict[str, float]
@@ -54,6 +55,7 @@ class StepReport:
     memory: list[int]
     peaks: list[int]
     request: Request
+    asked: int
     written: bool
 
 
@@ -95,6 +97,7 @@ class Trainer:
         peak_flops: what one rank's device promises per second; None where that is unknown.
         grad_norm: of the last step, before clipping.
         returns: the checkpoint that the run last went back to for a loss spike, and how often in a row.
+        failed: step of the first checkpoint that could not be written since the last one that was.
     """
 
     recipe: Recipe
@@ -116,6 +119,7 @@ class Trainer:
     profiler: StepProfiler | None
     grad_norm: float = 0.0
     returns: tuple[int, int] = (0, 0)
+    failed: int | None = None
 
     def train(self, state: TrainState) -> Outcome:
         """Train from `state` to the end of the plan, changing `state` in place.
@@ -137,11 +141,7 @@ class Trainer:
             with self.stopwatch.part("optimizer"):
                 applied = self._update(step)
             report = self._add_up(sums, recorded=self._is_recorded(step + 1))
-            if "counts_R" in report.vectors:
-                # Whole tokens again, so that rounding of the mean cannot decide which way a bias moves.
-                micro_batches = len(batch.micro_batches) * self.ranks.world_size
-                counts = [round(count * micro_batches) for count in report.vectors["counts_R"]]
-                self.engine.module.update_balance(torch.tensor(counts, device=self.device))
+            self._update_balance(report, batch)
 
             state.step += 1
             state.position = batch.next_position
@@ -170,6 +170,8 @@ class Trainer:
                 if report.request:
                     self.stop.acknowledge()
             if report.request.stops and state.step < plan.steps:
+                if self.stop.reason is None:
+                    self.stop.reason = f"rank {report.asked} was asked to"
                 telemetry.event("stopped", state.step, reason=self.stop.reason)
                 return Outcome("stopped", report.request)
         return Outcome("finished")
@@ -257,34 +259,40 @@ class Trainer:
         self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return not self.engine.optimizer.overflow
 
+    def _update_balance(self, report: StepReport, batch: StepBatch) -> None:
+        """Move the biases of loss-free balancing, where the router has them, by how many tokens went where."""
+        if "counts_R" in report.vectors:
+            # Whole tokens again, so that rounding of the mean cannot decide which way a bias moves.
+            micro_batches = len(batch.micro_batches) * self.ranks.world_size
+            counts = [round(count * micro_batches) for count in report.vectors["counts_R"]]
+            self.engine.module.update_balance(torch.tensor(counts, device=self.device))
+
     def _add_up(self, sums: dict[str, torch.Tensor], recorded: bool) -> StepReport:
         """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its
         checkpoint.
         """
         world = self.ranks.world_size
-        flags = torch.zeros(3 * world + len(Request), dtype=torch.float64, device=self.device)
-        memory, peaks, written, requests = flags.split([world, world, world, len(Request)])
+        each = torch.zeros(4, world, dtype=torch.float64, device=self.device)  # a column for every rank
         if recorded:
-            memory[self.ranks.rank] = memory_bytes(self.device)
-            peaks[self.ranks.rank] = peak_memory_bytes(self.device)
-        written[self.ranks.rank] = float(self.store.written)
-        requests[int(self.stop.poll())] = 1
+            each[0, self.ranks.rank] = memory_bytes(self.device)
+            each[1, self.ranks.rank] = peak_memory_bytes(self.device)
+        each[2, self.ranks.rank] = float(self.store.written)
+        each[3, self.ranks.rank] = float(self.stop.poll())
         names = sorted(sums)
-        vector = torch.cat([*(sums[name].reshape(-1) for name in names), flags])
+        vector = torch.cat([*(sums[name].reshape(-1) for name in names), each.reshape(-1)])
         with self.stopwatch.part("communication"):
             dist.all_reduce(vector)
             numbers = iter(vector.tolist())
         means = {name: [next(numbers) / world for _ in range(sums[name].numel())] for name in names}
-        all_memory, all_peaks = ([int(next(numbers)) for _ in range(world)] for _ in range(2))
-        all_written = [bool(next(numbers)) for _ in range(world)]
-        asked = [request for request in Request if next(numbers)]
+        memory, peaks, written, requests = ([int(next(numbers)) for _ in range(world)] for _ in range(4))
         return StepReport(
             scalars={name: values[0] for name, values in means.items() if not sums[name].dim()},
             vectors={name: values for name, values in means.items() if sums[name].dim()},
-            memory=all_memory,
-            peaks=all_peaks,
-            request=max(asked),
-            written=all(all_written),
+            memory=memory,
+            peaks=peaks,
+            request=Request(max(requests)),
+            asked=requests.index(max(requests)),
+            written=all(written),
         )
 
     def _count_flops(self, report: StepReport, sequences: int) -> tuple[float, float]:
@@ -416,9 +424,11 @@ class Trainer:
         best = state.best_validation is not None and state.best_validation[1] == step
         return (
             is_due(step, self.plan.checkpoint_every, self.plan.steps)
-            or (settings.log_spaced and step & (step - 1) == 0)
+            or (settings.log_spaced and _is_power_of_two(step))
             or (settings.keep_best and best)
             or step in self.plan.trunk_checkpoints
+            # The next one may be days away: one that failed is tried again after 1, 2, 4, ... steps.
+            or (self.failed is not None and _is_power_of_two(step - self.failed))
         )
 
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
@@ -434,8 +444,15 @@ class Trainer:
         # A time limit must leave room for the slowest one so far, on a file system that may be slower then.
         self.stop.reserve = max(self.stop.reserve, 2 * self.store.seconds)
         self.telemetry.sync()
-        if problem is not None:
-            self.telemetry.event("checkpoint_failed", state.step, problem=problem)
-            self.telemetry.say(
-                f"No checkpoint at step {state.step}: {problem}. Training goes on; the previous one stays valid."
-            )
+        if problem is None:
+            self.failed = None
+            return
+        self.failed = state.step if self.failed is None else self.failed
+        self.telemetry.event("checkpoint_failed", state.step, problem=problem)
+        self.telemetry.say(
+            f"No checkpoint at step {state.step}: {problem}. Training goes on and tries again; older ones stay valid."
+        )
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -212,10 +213,12 @@ def _train_one(
         return EXIT_FINISHED
     try:
         return _train(prepared, ranks, device, stop, watchdog, profiled)
-    except UserError as error:
+    except Exception as error:
         if ranks.rank == 0:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             status = {key: value for key, value in folder.status().items() if key in ("step", "steps")}
-            folder.write_json(folder.status_file, {**status, "state": "failed", "reason": str(error)})
+            with contextlib.suppress(OSError):
+                folder.write_json(folder.status_file, {**status, "state": "failed", "reason": reason})
         raise
 
 

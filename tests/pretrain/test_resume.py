@@ -109,6 +109,8 @@ def test_killed_between_two_micro_batches_and_again_in_the_decay(
         codes, _, _ = job.wait(timeout=60)
         assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), codes
         assert progress(tmp_path / "run") == left
+        status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+        assert status["state"] == "failed", "what `mor runs` shows"
     train(recipe, ranks=2, nursery=nursery)
     assert_same_run(tmp_path / "run", whole)
 
@@ -195,6 +197,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, tiny_d
     job.kill(number, rank=1)
     codes, _, errors = job.wait(timeout=120)
     assert codes == [75, 75], errors
+    assert "steps (rank 1 was asked to)" in errors
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert status["state"] == "stopped" and progress(tmp_path / "run") == status["step"] > 0
 
