@@ -73,3 +73,14 @@ def test_utilisation(results: Path) -> None:
 def test_micro_batches_that_are_tried() -> None:
     assert list(utilisation.sizes(20)) == [1, 2, 3, 4, 6, 8, 12, 16]
     assert list(utilisation.sizes(3)) == [1, 2, 3]
+
+
+@pytest.mark.gpu
+def test_utilisation_of_a_gpu(results: Path) -> None:
+    small = ["--presets", "tiny", "--length", "128", "--vocabulary", "512", "--largest", "2", "--policies", "none"]
+    utilisation.main([*small, "--name", "e"])
+    found = rows(results, "e")
+    assert {(row["variant"], row["compiled"]) for row in found} == {
+        (variant, compiled) for variant in ("vanilla", "mor") for compiled in (False, True)
+    }
+    assert all(row["peak_gib"] > 0 and (row["mfu"] is None or 0 < row["mfu"] < 1) for row in found)
