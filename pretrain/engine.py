@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,25 @@ from pretrain.optimizer import build_optimizer
 from pretrain.recipe import Recipe
 
 _SHM_COMM = "deepspeed_shm_comm"
-_PEAK_DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2.25e15}
+# Without sparsity, from NVIDIA's data sheets; the first whose words are all in the device's name counts.
+_PEAK_DENSE_BF16 = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
 
 
 def start_process_group(ranks: Ranks, timeout_seconds: float) -> torch.device:
@@ -128,8 +147,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOPs per second that the device's vendor promises; None where that is not known (any CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_DENSE_BF16.items() if part in name), None)
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
+    return next((peak for model, peak in _PEAK_DENSE_BF16.items() if words.issuperset(model.split())), None)
 
 
 def _skip_shared_memory_build() -> None:

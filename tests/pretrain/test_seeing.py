@@ -15,6 +15,7 @@ import torch
 
 from mor_model.flops import flops_per_sequence
 from pretrain.communication import timed_collectives
+from pretrain.engine import peak_flops
 from pretrain.errors import LaunchError
 from pretrain.profiling import parse_steps
 from pretrain.recipe import build_recipe, load_recipe
@@ -90,6 +91,23 @@ def test_memory_is_that_of_this_process() -> None:
     assert 0 < now <= peak
     del block
     assert memory_bytes(CPU) < now - (60 << 20) and peak_memory_bytes(CPU) >= now
+
+
+@pytest.mark.parametrize(
+    ("name", "promised"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA H20", None),  # neither an H200 nor anything else that is known
+    ],
+)
+def test_what_a_gpu_promises(name: str, promised: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == promised
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_steps_to_profile() -> None:
