@@ -392,6 +392,17 @@ class Limits(Section):
     stall_seconds: Number = Field(default=1800.0, gt=0)
 
 
+# What a value should have been, in the words of a recipe's author, by pydantic's name for what is wrong.
+_WANTED = {
+    **dict.fromkeys(("model_type", "dict_type"), "must be a section with keys of its own"),
+    "tuple_type": "must be a list, such as [a, b]",
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+}
+
+
 def first_problem(error: ValidationError, root: type[BaseModel]) -> str:
     """The first thing that is wrong with a section, as one sentence; an unknown key with the nearest known one."""
     # An unknown key comes first: a misspelling also makes the right key look missing.
@@ -405,7 +416,7 @@ def first_problem(error: ValidationError, root: type[BaseModel]) -> str:
         return f"unknown key '{where}'; {_hint(near, known)}"
     if problem["type"] == "missing":
         return f"'{where}' is missing; every recipe must say it."
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _WANTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
     return f"{where + ': ' if where else ''}{message[:1].lower() + message[1:]}{shown}."
