@@ -227,7 +227,7 @@ def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path,
         assert samples == 12 * 8
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_spikes_without_end_stop_the_run(tmp_path: Path, tiny_data: Path, nursery: Nursery, action: str) -> None:
     """A loss that stays high is no spike: neither does a run leave out every update, nor go back for ever."""
     faults = {"spike": 2.0, "spike_window": 3, "on_spike": action, "max_non_finite": 2}

@@ -96,6 +96,7 @@ def test_resuming_gives_the_undisturbed_run(
         assert_same_run(tmp_path / f"again{step}", whole)
 
 
+@pytest.mark.slow
 def test_killed_between_two_micro_batches_and_again_in_the_decay(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
 ) -> None:
