@@ -4,10 +4,10 @@ and over that of a bare DeepSpeed engine at the same ZeRO stage.
 The bare step is forward and backward passes of the micro-batches, gradient clipping and fused AdamW, on batches that
 lie ready, in this process. The bare engine is `engine(...)`, `engine.backward`, `engine.step` on the same batches and
 nothing else, in a process of its own: what it takes beyond the bare step is DeepSpeed's (at ZeRO-3 hooks around every
-module). The loop reads data, adds up statistics over ranks, times its parts and every collective, counts FLOPs and
-writes a record every step, in a process of its own. They run in turns. Whatever else a machine does only ever adds to a
-step, so the fastest steps of all turns are compared; the medians stand beside them. 1.00 is a loop that costs nothing;
-the target is 1.05 on a CPU.
+module and copies of all gradients, which weigh less the more tokens a micro-batch has). The loop reads data, adds up
+statistics over ranks, times its parts and every collective, counts FLOPs and writes a record every step, in a process
+of its own. They run in turns. Whatever else a machine does only ever adds to a step, so the fastest steps of all turns
+are compared; the medians stand beside them. 1.00 is a loop that costs nothing; the target is 1.05 on a CPU.
 
     python -m benchmarks.loop_overhead                             # a CPU, one thread
 """
