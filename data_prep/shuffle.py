@@ -1,14 +1,16 @@
 """Document shuffle at write time, in memory that does not grow with the corpus.
 
 Every document gets a hash of (seed, its number in its source). The hash's high bits choose one of at most 256 new
-shards; the documents of a new shard are ordered by the hash. Documents first move to one temporary file per new shard,
-in the order met, then each file is written out in order. Only training documents are shuffled, each source for itself,
-so that sources can still be mixed by weight.
+shards; the documents of a new shard are ordered by the hash. Documents, their lengths and their hashes first move to
+temporary files, three per new shard, in the order met; then each new shard is written in order. Only training documents
+are shuffled, each source for itself, so that sources can still be mixed by weight.
+
+In memory are the lengths and hashes of one old or new shard: 16 bytes for each of its documents, and some copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +36,7 @@ def shuffle_source(folder: Path, scratch: Path, entries: Sequence[Entry], seed: 
     dtype = shards[0].dtype
     tokens = sum(shard.num_tokens for shard in shards)
     count = int(np.clip(tokens * dtype.itemsize // _SMALLEST, 1, _MOST))
-    heaps = [scratch / f"shuffle-{number:03d}-{bucket:03d}.bin" for bucket in range(count)]
-    for heap in heaps:
-        heap.unlink(missing_ok=True)
-    lengths: list[list[np.ndarray]] = [[] for _ in range(count)]
-    ranks: list[list[np.ndarray]] = [[] for _ in range(count)]
+    heaps = [_Heap(scratch / f"shuffle-{number:03d}-{bucket:03d}", dtype) for bucket in range(count)]
     first = 0
     for shard in shards:
         hashes = document_hashes(seed, first, shard.num_documents)
@@ -48,26 +46,21 @@ def shuffle_source(folder: Path, scratch: Path, entries: Sequence[Entry], seed: 
         for bucket in range(count):
             chosen = np.flatnonzero(buckets == bucket)
             if chosen.size:
-                with heaps[bucket].open("ab") as stream:
-                    for block in _gathered(shard.tokens, starts[chosen], sizes[chosen]):
-                        stream.write(block.tobytes())
-                lengths[bucket].append(sizes[chosen])
-                ranks[bucket].append(hashes[chosen])
+                heaps[bucket].add(_gathered(shard.tokens, starts[chosen], sizes[chosen]), sizes[chosen], hashes[chosen])
         first += shard.num_documents
     text_bytes = sum(entry.text_bytes for entry in entries)
     made: list[Entry] = []
     before = 0
     for bucket, heap in enumerate(heaps):
-        if not lengths[bucket]:
+        if not heap.filled:
             continue
-        sizes = np.concatenate(lengths[bucket])
-        order = np.argsort(np.concatenate(ranks[bucket]), kind="stable")
+        ids, sizes, hashes = heap.read()
+        order = np.argsort(hashes, kind="stable")
         starts = np.cumsum(sizes) - sizes
-        ids = np.memmap(heap, dtype, mode="r") if sizes.sum() else np.zeros(0, dtype)
         name = f"train-{number:05d}-{bucket:05d}-shuffled"
         with ShardWriter(folder / name, dtype) as writer:
             _write_documents(writer, ids, starts[order], sizes[order])
-        heap.unlink()
+        heap.remove()
         after = before + writer.summary.tokens
         share = text_bytes * after // tokens - text_bytes * before // tokens
         before = after
@@ -76,6 +69,34 @@ def shuffle_source(folder: Path, scratch: Path, entries: Sequence[Entry], seed: 
             Entry(name, done.tokens, done.documents, share, done.sha256_bin, done.sha256_idx, entries[0].source)
         )
     return made
+
+
+class _Heap:
+    """The documents of one new shard in the order they were met, in files: ids, lengths and hashes."""
+
+    def __init__(self, stem: Path, dtype: np.dtype) -> None:
+        self._paths = [stem.with_suffix(f".{kind}") for kind in ("ids", "lengths", "hashes")]
+        self._types = (dtype, np.dtype(np.int64), np.dtype(np.uint64))
+        self.filled = False
+        self.remove()  # what a stopped run left
+
+    def add(self, blocks: Iterable[np.ndarray], lengths: np.ndarray, hashes: np.ndarray) -> None:
+        for path, arrays in zip(self._paths, (blocks, [lengths], [hashes])):
+            with path.open("ab") as stream:
+                for array in arrays:
+                    stream.write(array.tobytes())
+        self.filled = True
+
+    def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids (mapped), lengths and hashes."""
+        ids, *others = self._paths
+        lengths, hashes = (np.fromfile(path, kind) for path, kind in zip(others, self._types[1:]))
+        mapped = np.memmap(ids, self._types[0], mode="r") if lengths.sum() else np.zeros(0, self._types[0])
+        return mapped, lengths, hashes
+
+    def remove(self) -> None:
+        for path in self._paths:
+            path.unlink(missing_ok=True)
 
 
 def document_hashes(seed: int, first: int, count: int) -> np.ndarray:

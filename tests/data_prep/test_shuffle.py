@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from data_prep import shuffle
-from data_prep.manifest import read_manifest
+from data_prep.manifest import Shard, read_manifest
+from data_prep.shards import ShardWriter
 from data_prep.shuffle import document_hashes
 from data_prep.verify import verify_dataset
 from tests.data_prep.test_tokenize import written
@@ -65,3 +68,24 @@ def test_hashes_are_splitmix64():
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert document_hashes(0, 0, 3).tolist() == expected
     assert document_hashes(0, 1, 2).tolist() == expected[1:]
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
+    """Ten times as many documents, in ten times as many shards, take the room of one shard's."""
+    monkeypatch.setattr(shuffle, "_SMALLEST", 4_000)
+    monkeypatch.setattr(shuffle, "_BLOCK", 500)
+    peaks = []
+    for shards in (2, 20):
+        folder = tmp_path / str(shards)
+        entries = []
+        for number in range(shards):
+            with ShardWriter(folder / f"train-{number:05d}", np.uint16) as writer:
+                writer.write(np.arange(4_000), np.full(2_000, 2))
+            done = writer.summary
+            entries.append(Shard(done.name, done.tokens, done.documents, 0, done.sha256_bin, done.sha256_idx, "s"))
+        tracemalloc.start()
+        made = shuffle.shuffle_source(folder, tmp_path, entries, 1, 0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(entry.documents for entry in made) == 2_000 * shards
+    assert peaks[1] < 1.5 * peaks[0]
