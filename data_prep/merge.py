@@ -219,19 +219,19 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
         manifest = _concatenated(folder, manifest, plan.settings.sequence_length)
     write_manifest(folder, manifest)
     remove_leftovers(folder, manifest)
-    shutil.rmtree(folder / WORK)
     return manifest
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
-    """Remove what does not belong to the data set: shards beyond the maximum of tokens or from before a shuffle, and
-    the unfinished files of workers that were killed.
+    """Remove what does not belong to the finished data set: shards beyond the maximum of tokens or from before a
+    shuffle, the unfinished files of workers that were killed, and what was needed to continue.
     """
     named = {shard.name for split in manifest.splits.values() for shard in split.shards}
     for path in folder.iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         if (match and match[1] not in named) or _UNFINISHED.fullmatch(path.name):
-            path.unlink()
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def _shuffled(folder: Path, manifest: Manifest, seed: int) -> Manifest:
