@@ -171,7 +171,6 @@ def run_with(nursery: Nursery, fault: dict[str, Any], recipe: Path) -> tuple[lis
             for combination in (
                 ("zero1", "fp32"),
                 ("zero0", "fp32"),
-                ("zero0", "bf16_autocast"),
                 ("zero1", "bf16"),
                 ("zero2", "bf16"),
                 ("zero3", "bf16"),
