@@ -179,6 +179,8 @@ class Nursery:
         folder = self._folder / str(self._count)
         folder.mkdir()
         files = {"output": str(folder / "output"), "errors": str(folder / "errors")}
+        for file in files.values():
+            Path(file).touch()  # a rank may be killed before it has opened them
         answer = self.ask(script=str(script), arguments=arguments, variables=variables, **files)
         return Fork(self, answer["pid"], folder)
 
