@@ -1,4 +1,8 @@
-"""Parquet files (FineWeb-Edu, OpenWebText): one row a document, pieces are ranges of row groups."""
+"""Parquet files (FineWeb-Edu, OpenWebText): one row a document, pieces are ranges of row groups.
+
+In memory are some rows and the page of the file they are in. Writers make pages of a megabyte or a thousand rows,
+whichever is more, so memory is bounded as long as rows are not enormous.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from data_prep.sources.base import (
 )
 
 _ROWS = 128
+_BUFFER = 1 << 20  # bytes read of a column at a time; without it, a column of a row group is read whole
 
 
 def row_group_bytes(path: str) -> list[int]:
@@ -95,6 +100,6 @@ def _open(path: str) -> Any:
     pyarrow.set_cpu_count(1)
     pyarrow.set_io_thread_count(1)
     try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
     except (OSError, pyarrow.ArrowException) as error:
         raise SourceError("unreadable_file", f"{path} is not a readable parquet file: {error}") from None

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -68,6 +70,18 @@ def test_a_document_of_40_megabytes_is_not_held(tmp_path, byte_bpe):
     manifest = read_manifest(out)
     assert manifest.splits["train"].documents == 1 and manifest.splits["train"].text_bytes > 36e6
     assert large < LIMIT and large - small < 60e6
+
+
+def test_a_row_group_is_not_held(tmp_path, byte_bpe):
+    """150 MB of text in one row group; a piece cannot be less than a row group."""
+    text = sentences(2000, 5)
+    rows = [f"{number} {text[at : at + 5000]}" for number, at in enumerate(range(0, 60_000, 2))]
+    source = tmp_path / "a.parquet"
+    with pyarrow.parquet.ParquetWriter(source, pyarrow.schema([("text", pyarrow.string())]), compression="none") as out:
+        out.write_table(pyarrow.table({"text": rows}), row_group_size=len(rows))
+    assert pyarrow.parquet.ParquetFile(source).num_row_groups == 1
+    limits = ("--validation", 0, "--test", 0, "--workers", 1, "--max-tokens", 1_000_000)
+    assert peak_of("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *limits) < LIMIT
 
 
 @pytest.mark.slow
