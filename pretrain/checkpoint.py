@@ -10,6 +10,7 @@ with checkpoint.json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -238,6 +239,10 @@ class CheckpointStore:
         """Load a selected checkpoint into the engine and return where the run stood. Weights alone are loaded already:
         the engine was built with them.
         """
+        if self._rank == 0:
+            # It named another one where that was found damaged, or where a kill came between the two.
+            with contextlib.suppress(OSError):
+                write_text(self.folder / "latest", selected.origin.name + "\n")
         if selected.weights_only:
             return TrainState.from_dict(selected.state)
         folder = selected.folder

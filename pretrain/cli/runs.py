@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="List run folders.")
 
 _SILENT_SECONDS = 900.0
+_REASON_LENGTH = 100
 
 
 @app.command()
@@ -69,6 +71,8 @@ def _facts(run: RunFolder) -> list[str]:
         silent = time.time() - run.metrics_file.stat().st_mtime
         if silent > _SILENT_SECONDS:
             state = f"silent for {format_seconds(silent)}"
+    if "reason" in status:
+        state += f": {textwrap.shorten(status['reason'], _REASON_LENGTH, placeholder=' ...')}"
     step = int(train.get("step", status.get("step", 0)))
     left = (steps - step) * float(train.get("step_seconds", 0.0))
     return [

@@ -258,6 +258,10 @@ def test_what_a_start_went_back_past_neither_counts_nor_stays(
     folder = tmp_path / "again" / "checkpoints"
     next((folder / "step-00000008").glob("*optim_states.pt")).unlink()
     shutil.copytree(folder / "step-00000004", folder / ".step-00000003.writing")
+    # A start that ends before it has written one of its own: no step is left to profile.
+    code, printed = two_ranks.run("--config", str(file), "--profile=1")
+    assert code == 2 and "--profile" in printed, printed
+    assert (folder / "latest").read_text(encoding="utf-8") == "step-00000004\n"
     (tmp_path / "again" / "stop").touch()
     code, printed = two_ranks.run("--config", str(file), "checkpoint.keep=1")
     assert code == 76 and "stopped after 5 of 12" in printed, printed

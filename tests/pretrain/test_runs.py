@@ -54,12 +54,17 @@ def test_a_damaged_run_and_a_loss_that_is_not_finite_leave_the_table_whole(tmp_p
     make_run(tmp_path / "one", "running")
     make_run(tmp_path / "torn", "running").status_file.write_text("{", encoding="utf-8")
     recipe = build_recipe(recipe_values(Path("data"), tmp_path / "nan"))
-    diverged = Telemetry(make_run(tmp_path / "nan", "failed"), recipe, 12, active=True)
+    failed = make_run(tmp_path / "nan", "failed")
+    failed.write_json(
+        failed.status_file, {"state": "failed", "step": 3, "steps": 12, "reason": "5 steps " + "on " * 50}
+    )
+    diverged = Telemetry(failed, recipe, 12, active=True)
     diverged.record("train", {"step": 4, "lm_loss": math.nan, "tokens_per_second": 1.0, "step_seconds": 1.0})
     diverged.record("validation", {"step": 4, "loss_causal": math.inf})
     diverged.close()
     rows = {row[0]: row[1:] for row in (describe(run, run.name) for run in find_runs(tmp_path))}
-    assert rows["nan"] == ["failed", "4/12", "not finite", "not finite", "1", "-"]
+    assert rows["nan"][0].startswith("failed: 5 steps on on") and rows["nan"][0].endswith(" ...")
+    assert rows["nan"][1:] == ["4/12", "not finite", "not finite", "1", "-"]
     assert rows["one"][0] == "running" and "torn/status.json: cannot be read" in rows["torn"][0]
 
 
