@@ -231,9 +231,12 @@ class CheckpointStore:
         return problem[0]
 
     def newest(self) -> Selected | None:
-        """The newest sound checkpoint of this very run."""
+        """The newest sound checkpoint of this very run; None where there is none that can be loaded as it is."""
         as_they_are = self._settings.model_copy(update={"universal": False, "weights_only": False})
-        return select_checkpoint(self.folder, self._describe, as_they_are)
+        try:
+            return select_checkpoint(self.folder, self._describe, as_they_are)
+        except RunError:  # damaged, or of another number of ranks, which this start was converted from
+            return None
 
     def load(self, selected: Selected) -> TrainState:
         """Load a selected checkpoint into the engine and return where the run stood. Weights alone are loaded already:

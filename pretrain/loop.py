@@ -317,7 +317,10 @@ class Trainer:
             self._finish_checkpoint(state)
         selected = self.store.newest()
         if selected is None:
-            self.telemetry.say(f"Step {state.step}: loss {loss:.3f} is a spike before the first checkpoint; going on.")
+            self.telemetry.say(
+                f"Step {state.step}: loss {loss:.3f} is a spike, and there is no checkpoint to go back to; its update "
+                "is left out."
+            )
             return False
         spiked = state.step
         back = self.store.load(selected)

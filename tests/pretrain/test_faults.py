@@ -226,6 +226,22 @@ def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path,
         assert samples == 12 * 8
 
 
+@pytest.mark.slow
+def test_a_spike_without_a_checkpoint_to_go_back_to_is_skipped(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers, nursery: Nursery
+) -> None:
+    """Two ranks that were converted from one rank's checkpoint have none of their own yet."""
+    faults = {"spike": 2.0, "spike_window": 3, "on_spike": "rollback"}
+    checkpoint = {"every": 0, "universal": True}
+    values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint=checkpoint)
+    recipe = write_recipe(tmp_path / "r.yaml", {**values, "limits": {"wall_clock_hours": 0.001}})
+    assert one_rank.run("--config", str(recipe))[0] == 75
+    fault = {"rank": 0, "spike_samples": list(range(56, 64))}
+    codes, printed = run_with(nursery, fault, write_recipe(recipe, values))
+    assert codes == [0, 0] and "resuming at step 1" in printed, printed
+    assert "no checkpoint to go back to" in printed and sorted(losses(tmp_path / "run")) == list(range(1, 13))
+
+
 @pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_spikes_without_end_stop_the_run(tmp_path: Path, tiny_data: Path, nursery: Nursery, action: str) -> None:
     """A loss that stays high is no spike: neither does a run leave out every update, nor go back for ever."""
