@@ -312,6 +312,25 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint_valid(
     assert losses(run) == losses(whole)
 
 
+def test_a_run_that_cannot_be_begun_says_where_and_can_be_started_again(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers, small_disk: Callable[[int], Path]
+) -> None:
+    disk = small_disk(1_000_000)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, disk / "run", checkpoint={"every": 0}))
+    ballast = (disk / "ballast").open("wb", buffering=0)
+    with pytest.raises(OSError, match="No space"):
+        while True:
+            ballast.write(bytes(4096))
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 2 and f"{disk / 'run'}: the run cannot be begun there" in printed and "No space" in printed, printed
+    ballast.close()
+    (disk / "ballast").unlink()
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 0, printed
+    code, printed = one_rank.run("--config", str(recipe), "--run-dir=/proc/nowhere")
+    assert code == 2 and "/proc/nowhere" in printed and "Traceback" not in printed, printed
+
+
 def test_records_wait_for_a_full_disk(tmp_path: Path, tiny_data: Path, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(200_000)
     recipe = build_recipe(recipe_values(tiny_data, disk / "run"))
