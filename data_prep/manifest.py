@@ -95,8 +95,8 @@ class Manifest:
 
     dtype: `uint16` or `int32`, the type of the ids in `.bin`. splits: by name, only those that hold documents. sources:
     one entry per source name with documents, tokens and text bytes. settings: what decided the shards (never how many
-    workers wrote them). engine: encoder and versions. rejects: documents left out, by reason. statistics: length
-    histogram, round trip and the like.
+    workers wrote them). engine: encoder, versions, and how many texts went back to the reference. rejects: documents
+    left out, by reason. statistics: length histogram, round trip and the like.
     """
 
     tokenizer: TokenizerInfo

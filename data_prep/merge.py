@@ -177,7 +177,7 @@ def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
         splits={split: Split(tuple(found)) for split, found in shards.items() if found},
         sources=list(sources.values()),
         settings=settings,
-        engine=plan.engine,
+        engine={**plan.engine, "fallbacks": sum(receipt.fallbacks for receipt in receipts)},
         rejects=dict(sorted(rejects.items())),
         statistics=statistics,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -208,7 +208,8 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
         raise DataError(
             f"{', '.join(source.name for source in plan.settings.sources)} held no document that could be used "
             f"({rejected} rejected, {sum(manifest.statistics['filtered'].values())} left out by filters); nothing was "
-            "written. Look at the files, the names of the fields and the filters."
+            "written. Look at the files, the names of the fields and the filters"
+            + (", and whether --max-tokens is below the first document." if plan.settings.max_tokens else ".")
         )
     join_held_out(folder, receipts)
     if plan.settings.shuffle_seed is not None:

@@ -48,6 +48,9 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     if sample.get("words"):
         yield f"fertility on the sample: {sample['tokens'] / sample['words']:.3f} tokens per word"
     yield f"tokenizer: {manifest.tokenizer.kind}, {manifest.tokenizer.vocab_size:,} ids; {manifest.dtype}"
+    if manifest.engine:
+        fallbacks = manifest.engine.get("fallbacks", 0)
+        yield f"encoder: {manifest.engine.get('name')}, {fallbacks:,} texts by the tokenizer's own library instead"
     for name, found in (("filtered", manifest.statistics.get("filtered", {})), ("rejected", manifest.rejects)):
         listed = ", ".join(f"{count:,} {reason}" for reason, count in found.items()) or "nothing"
         yield f"{name}: {listed}"

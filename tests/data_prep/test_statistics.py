@@ -7,13 +7,15 @@ import re
 from collections import Counter
 from itertools import pairwise
 
+import tokenizers
 from matplotlib import pyplot
 
+from data_prep import engine
 from data_prep.manifest import read_manifest
 from data_prep.sources import ReadOptions
 from data_prep.statistics import draw_lengths, report
 from tests.data_prep.support import read_index_independently
-from tests.data_prep.writing import compressed, documents, run
+from tests.data_prep.writing import compressed, documents, run, write_jsonl
 
 
 def made(tmp_path, byte_bpe):
@@ -51,6 +53,7 @@ def test_the_report_counts_what_is_there(tmp_path, byte_bpe):
         1 << power: count for power, count in counts.items()
     }
     assert f"filtered: {60 - sum(map(len, kept.values()))} length" in said and "rejected: 1 invalid_json" in said
+    assert "encoder: fastokens, 0 texts by" in said
     assert re.search(r"fertility on the sample: \d\.\d+ tokens per word", said)
 
 
@@ -69,3 +72,27 @@ def test_the_picture_shows_every_length_of_every_source(tmp_path, byte_bpe, monk
         shares = [sum(low <= length < high for length in lengths) / len(lengths) for low, high in pairwise(edges)]
         assert abs(sum(values) - 1) < 1e-9 and max(abs(values - shares)) < 1e-9
     assert b"<svg" in (tmp_path / "lengths.svg").read_bytes()
+
+
+def test_texts_the_accelerator_refuses_are_counted(tmp_path, byte_bpe, monkeypatch):
+    load = engine._load_fastokens
+
+    class Failing:
+        def __init__(self, fast):
+            self.fast = fast
+
+        def encode_batch_flat(self, texts, **options):
+            if any("bad" in text for text in texts):
+                raise ValueError("match limit")
+            return self.fast.encode_batch_flat(texts, **options)
+
+    monkeypatch.setattr(engine, "_load_fastokens", lambda *arguments: Failing(load(*arguments)))
+    texts = [f"{text} bad" if n in (7, 30, 31) else text for n, text in enumerate(documents(40))]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = run([source], tmp_path / "out", byte_bpe, validation=0, test=0)
+    assert manifest.engine["name"] == "fastokens" and manifest.engine["fallbacks"] == 3
+    assert "encoder: fastokens, 3 texts by" in report(manifest)
+    (shard,) = manifest.splits["train"].shards
+    library = tokenizers.Tokenizer.from_file(str(byte_bpe))
+    ids = read_index_independently(tmp_path / "out" / shard.name)
+    assert [document[:-1] for document in ids] == [library.encode(text).ids for text in texts]
