@@ -174,6 +174,7 @@ def run_with(nursery: Nursery, fault: dict[str, Any], recipe: Path) -> tuple[lis
                 ("zero1", "bf16"),
                 ("zero2", "bf16"),
                 ("zero3", "bf16"),
+                ("zero3_offload_optimizer", "fp32"),
             )
         ),
     ],
