@@ -14,10 +14,10 @@ from data_prep.check import round_trip, sample_documents
 from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
 from data_prep.manifest import FILE_NAME, Manifest, TokenizerInfo, read_manifest
-from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards
+from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
 from data_prep.mpi import Ranks
 from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
-from data_prep.plan import WORK, Plan, Settings, differences, read_plan, write_plan
+from data_prep.plan import WORK, Plan, Settings, differences, read_plan, repaired_groups, write_plan
 from data_prep.schedule import Key, Schedule, Share
 from data_prep.sources import Group, find_sources, plan_groups, with_standard_input
 from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
@@ -75,7 +75,7 @@ def tokenize(job: Job, listener: Listener, *, workers: int = 1, share: Share | N
         return done
     with only_writer(job.out, "" if share is None else f"-{share.index}"):
         with Pool(job.out, job.tokenizer, job.eod_token, workers, listener.progress) as pool:
-            plan, engine = prepare(job, listener, pool.start)
+            plan, engine = prepare(job, listener, pool.start, alone=share is None)
             pool.run(plan, begin(job.out, plan, share or Share(), listener), engine)
         if share is not None:
             return None
@@ -120,7 +120,7 @@ def merge_tasks(
     """
     folder = Path(folder)
     if (folder / FILE_NAME).is_file():
-        return read_manifest(folder)
+        return _cleaned(folder, read_manifest(folder))
     plan = read_plan(folder)
     if plan is None:
         raise DataError(f"{folder} holds no unfinished data set; run the tasks first, all with this folder as --out.")
@@ -178,15 +178,26 @@ def finished(job: Job) -> Manifest | None:
         raise DataError(
             f"{job.out} holds a finished data set of other settings ({'; '.join(changed)}). Choose another --out."
         )
+    return _cleaned(job.out, manifest)
+
+
+def _cleaned(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest of a folder in which nothing is left of how it was made, also where the run was killed then."""
+    if (folder / WORK).exists():
+        remove_leftovers(folder, manifest)
     return manifest
 
 
 def prepare(
-    job: Job, listener: Listener, on_groups: Callable[[tuple[Group, ...]], None] = lambda groups: None
+    job: Job,
+    listener: Listener,
+    on_groups: Callable[[tuple[Group, ...]], None] = lambda groups: None,
+    alone: bool = True,
 ) -> tuple[Plan, Engine]:
     """Find the sources, choose the engine, copy the tokenizer and write the plan; or take up the plan that is there.
 
-    on_groups: called as soon as it is known what there is to read.
+    on_groups: called as soon as it is known what there is to read. alone: no other task works in the folder, so that
+    what was made of files that have been repaired since can be forgotten.
 
     Raises:
         DataError: a plan of other settings is there.
@@ -211,7 +222,15 @@ def prepare(
         write_plan(folder, plan)
         return plan, engine
     changed = differences(old.described(), plan.described())
-    if changed:
+    repaired = repaired_groups(old, plan) if changed and alone else None
+    if repaired:
+        files = [file for group in repaired for file in group.files]
+        listener.say(f"{len(files)} file(s) whose size has changed are read again, the first is {files[0]}.")
+        for group in repaired:
+            for path in work.glob(f"piece-{group.number:05d}-*.json"):
+                path.unlink()
+        write_plan(folder, plan)
+    elif changed:
         raise DataError(
             f"{folder} holds an unfinished data set of other settings ({'; '.join(changed)}). "
             f"Choose another --out, or remove {work} to begin again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif before != after:
             short = [str(value) if len(str(value)) < 60 else str(value)[:57] + "..." for value in (before, after)]
             found.append(f"{prefix}{key}: {short[0]} -> {short[1]}")
+    return found
+
+
+def repaired_groups(old: Plan, new: Plan) -> list[Group] | None:
+    """The groups whose files have another size in `new`, where nothing else differs; None where more does."""
+    if (old.settings, old.tokenizer, len(old.groups)) != (new.settings, new.tokenizer, len(new.groups)):
+        return None
+    found = []
+    for before, after in zip(old.groups, new.groups):
+        if before != after:
+            if replace(before, bytes=after.bytes, pieces=after.pieces) != after:
+                return None
+            found.append(after)
     return found
 
 

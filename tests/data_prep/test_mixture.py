@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.dataset import open_dataset
@@ -76,6 +76,9 @@ def test_proportions_do_not_drift_over_a_billion_samples(folder: Path) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(first=st.integers(0, 400), count=st.integers(0, 50))
+@example(first=36, count=3)
+@example(first=37, count=3)
+@example(first=229, count=3)
 def test_a_resumed_run_draws_the_same_samples(folder: Path, first: int, count: int) -> None:
     phases = [(0, {"a": 3, "b": 1, "c": 0.5}), (37, {"c": 1, "a": 0.2}), (230, {"b": 1})]
     whole = make(folder, phases).draw(0, 450)

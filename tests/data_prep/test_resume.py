@@ -1,0 +1,87 @@
+"""Runs that are taken up again: after a repair of the corpus, and after a kill in the very last moment."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_prep import merge
+from data_prep.errors import DataError
+from data_prep.pipeline import merge_tasks, tokenize
+from data_prep.schedule import Share
+from tests.data_prep.writing import Quiet, digest, documents, job, run, write_jsonl
+
+PIECE = 4000
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three files of several pieces each, the second one broken off; and its whole bytes."""
+    folder = tmp_path / "corpus"
+    for number, suffix in enumerate([".jsonl", ".jsonl.gz", ".jsonl.gz"]):
+        write_jsonl(folder / f"{number}{suffix}", documents(400, number))
+    broken = folder / "1.jsonl.gz"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    return folder, broken, whole
+
+
+def test_only_a_file_that_was_repaired_is_done_again(corpus, byte_bpe, tmp_path):
+    folder, broken, whole = corpus
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"1 broken_compression.*Repair what is broken"):
+        run([folder], out, byte_bpe, piece_bytes=PIECE)
+    before = {path.name: path.stat().st_ino for path in out.glob("train-*.bin")}
+    broken.write_bytes(whole)
+    listener = Quiet()
+    tokenize(job([folder], out, byte_bpe, piece_bytes=PIECE), listener)
+    assert any(f"the first is {broken}" in line for line in listener.said)
+    kept = [path for path in out.glob("train-*.bin") if before.get(path.name) == path.stat().st_ino]
+    assert {path.name[6:11] for path in kept} == {"00000", "00002"}
+    assert len(kept) == sum(name[6:11] != "00001" for name in before)
+    run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=PIECE)
+    assert digest(out) == digest(tmp_path / "fresh")
+
+
+def test_a_file_that_became_shorter_leaves_no_piece_behind(corpus, byte_bpe, tmp_path):
+    folder, broken, whole = corpus
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="1 broken_compression"):
+        run([folder], out, byte_bpe, piece_bytes=PIECE)
+    broken.write_bytes(whole)
+    write_jsonl(folder / "0.jsonl", documents(100, 0))
+    run([folder], out, byte_bpe, workers=2, piece_bytes=PIECE)
+    run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=PIECE)
+    assert digest(out) == digest(tmp_path / "fresh")
+
+
+def test_array_tasks_do_not_take_up_a_changed_corpus(corpus, byte_bpe, tmp_path):
+    folder, broken, whole = corpus
+    work = job([folder], tmp_path / "out", byte_bpe, piece_bytes=PIECE)
+    tokenize(work, Quiet(), share=Share(0, 2))
+    broken.write_bytes(whole)
+    with pytest.raises(DataError, match="unfinished data set of other settings"):
+        tokenize(work, Quiet(), share=Share(1, 2))
+
+
+@pytest.mark.parametrize("again", ["tokenize", "merge"])
+def test_a_kill_between_the_manifest_and_the_end_is_cleaned_up(byte_bpe, tmp_path, monkeypatch, again):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(200))
+    more = {"piece_bytes": PIECE, "shuffle_seed": 1}
+    run([source], tmp_path / "undisturbed", byte_bpe, **more)
+    out = tmp_path / "out"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "remove_leftovers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run([source], out, byte_bpe, **more)
+    monkeypatch.undo()
+    assert (out / "manifest.json").exists() and (out / ".work").exists()
+    assert digest(out) != digest(tmp_path / "undisturbed")
+    if again == "tokenize":
+        run([source], out, byte_bpe, **more)
+    else:
+        merge_tasks(out)
+    assert not (out / ".work").exists()
+    assert digest(out) == digest(tmp_path / "undisturbed")
