@@ -7,7 +7,6 @@ import pytest
 from data_prep import merge
 from data_prep.errors import DataError
 from data_prep.pipeline import merge_tasks, tokenize
-from data_prep.schedule import Share
 from tests.data_prep.writing import Quiet, digest, documents, job, run, write_jsonl
 
 PIECE = 4000
@@ -52,15 +51,6 @@ def test_a_file_that_became_shorter_leaves_no_piece_behind(corpus, byte_bpe, tmp
     run([folder], out, byte_bpe, workers=2, piece_bytes=PIECE)
     run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=PIECE)
     assert digest(out) == digest(tmp_path / "fresh")
-
-
-def test_array_tasks_do_not_take_up_a_changed_corpus(corpus, byte_bpe, tmp_path):
-    folder, broken, whole = corpus
-    work = job([folder], tmp_path / "out", byte_bpe, piece_bytes=PIECE)
-    tokenize(work, Quiet(), share=Share(0, 2))
-    broken.write_bytes(whole)
-    with pytest.raises(DataError, match="unfinished data set of other settings"):
-        tokenize(work, Quiet(), share=Share(1, 2))
 
 
 @pytest.mark.parametrize("again", ["tokenize", "merge"])
