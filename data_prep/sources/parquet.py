@@ -83,14 +83,27 @@ class ParquetReader(PieceReader):
         options = self.options
         try:
             for batch in file.iter_batches(_ROWS, row_groups=list(numbers), columns=wanted, use_threads=False):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     self.lines += 1
+                    if isinstance(row, UnicodeDecodeError):
+                        yield Reject("invalid_utf8", self.lines, f"byte {row.start} of a field: {row.reason}")
+                        continue
                     values = [look_up(row, path) for path in self._paths]
                     text = values.pop(0)
                     subset = values.pop(0) if options.subset_field else None
                     yield accept(text, subset, values[0] if options.language_field else None, self.lines, options)
         except (OSError, ValueError) as error:
             raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a batch; for a row that is no UTF-8, which writers of parquet need not check, the error."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for number in range(batch.num_rows) for row in _rows_of(batch.slice(number, 1))]
 
 
 def _open(path: str) -> Any:

@@ -92,7 +92,7 @@ def training_texts(settings: Settings, max_bytes: int, scratch: Path, counts: di
 def _sentences(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
-            if not line or "\x00" in line:
+            if not line:
                 continue
             if len(line) * 4 <= _SENTENCE:
                 yield line

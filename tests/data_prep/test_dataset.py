@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from data_prep import dataset as module
 from data_prep.dataset import document_ids, open_dataset
 from data_prep.errors import DataError
+from data_prep.manifest import Split, read_manifest
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 
 
@@ -37,6 +39,20 @@ def stream(*shards: list[list[int]]) -> list[int]:
     return [token for documents in shards for document in documents for token in document]
 
 
+def test_the_digest_is_of_what_is_read(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    later = replace(manifest, created="later", version="9", engine={"name": "another"})
+    assert later.digest() == manifest.digest()
+    train = manifest.splits["train"]
+    for changed in (
+        replace(manifest, splits={**manifest.splits, "train": replace(train, shards=train.shards[::-1])}),
+        replace(manifest, splits={"train": Split((replace(train.shards[0], sha256_bin="0"), *train.shards[1:]))}),
+        replace(manifest, tokenizer=replace(manifest.tokenizer, eod_id=5)),
+        replace(manifest, settings={"validation": 0.5}),
+    ):
+        assert changed.digest() != manifest.digest()
+
+
 def test_what_a_data_set_knows_about_itself(folder: Path) -> None:
     data = open_dataset(folder)
     tokens = stream(make_documents(20, 1), make_documents(3, 2, longest=200), [[5, EOD]])
@@ -45,6 +61,7 @@ def test_what_a_data_set_knows_about_itself(folder: Path) -> None:
     assert data.sources == ["web", "books"]
     assert data.text_bytes == 4 * len(tokens)
     assert len(data.manifest_digest) == 64
+    assert data.manifest_digest == open_dataset(folder, "validation").manifest_digest
     assert open_dataset(folder, "validation").num_documents == 4
 
 

@@ -108,14 +108,17 @@ def test_tokenize_packs_and_reports(tmp_path, byte_bpe):
     train = manifest.splits["train"]
     assert report["length"] == 64
     assert report["train"]["tokens"] == train.tokens and report["train"]["documents"] == train.documents
-    lengths = []
+    lengths, tokens_of = [], []
     for shard in train.shards:
+        tokens_of += map(len, read_index_independently(tmp_path / "2" / shard.name))
         packing = read_packing(tmp_path / "2" / shard.name, 64)
         lengths.append(len(packing))
         assert packing.pieces[:, 1].sum() == shard.tokens
     assert report["train"]["sequences"] == sum(lengths)
     assert report["train"]["padding"] == pytest.approx(1 - train.tokens / (sum(lengths) * 65), abs=1e-6)
-    assert 0 < report["train"]["truncation"] < 1
+    assert 65 in tokens_of, "a document that just fits must be among them"
+    assert report["train"]["cut_documents"] == sum(tokens > 65 for tokens in tokens_of)
+    assert report["train"]["truncation"] == pytest.approx(report["train"]["cut_documents"] / len(tokens_of), abs=1e-6)
 
 
 def test_concat_reports_the_documents_it_cuts(tmp_path, byte_bpe):

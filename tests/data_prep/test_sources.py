@@ -143,6 +143,18 @@ def test_a_damaged_parquet_file_is_a_reject_among_others(tmp_path):
     assert [item.reason for item in found if isinstance(item, Reject)] == ["unreadable_file"]
 
 
+def test_a_parquet_row_that_is_no_utf8_is_one_reject(tmp_path):
+    wanted = documents(300)
+    data = [text.encode() for text in wanted]
+    data[130] = b"caf\xe9"
+    column = pyarrow.array(data, pyarrow.binary()).view(pyarrow.string())  # not checked, as by other writers
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    found = items(tmp_path / "a.parquet", tmp_path)
+    assert texts(found) == wanted[:130] + wanted[131:]
+    (reject,) = (item for item in found if isinstance(item, Reject))
+    assert (reject.reason, reject.line) == ("invalid_utf8", 131)
+
+
 def test_text_files_are_one_document_each(tmp_path):
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)

@@ -218,9 +218,7 @@ def test_a_stopped_run_does_only_what_is_missing(corpus, byte_bpe, undisturbed, 
     assert digest(out) == digest(undisturbed)
 
 
-def test_an_unfinished_run_of_other_settings_or_by_tasks_with_changed_files_is_not_continued(
-    corpus, byte_bpe, tmp_path
-):
+def test_an_unfinished_run_of_other_settings_or_changed_files_is_not_continued(corpus, byte_bpe, tmp_path):
     out = tmp_path / "out"
     tokenize(job([corpus], out, byte_bpe, **SETTINGS), Quiet(), share=Share(0, 4))
     with pytest.raises(DataError, match=r"unfinished data set of other settings .*split_seed: 0 -> 1"):

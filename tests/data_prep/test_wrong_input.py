@@ -58,6 +58,15 @@ def test_a_file_that_cannot_be_read(tmp_path, byte_bpe):
     assert "train: 10 documents" in accepted.stdout and "rejected: 1 unreadable_file" in accepted.stderr
 
 
+def test_documents_above_the_maximum_are_listed(tmp_path, byte_bpe):
+    source = write_jsonl(tmp_path / "a.jsonl", ["x" * 100, "y" * 101, "z" * 99])
+    options = ReadOptions(maximum_document_bytes=100)
+    manifest = run([source], tmp_path / "out", byte_bpe, options=options, validation=0, test=0, max_rejects=9)
+    assert manifest.rejects == {"too_long": 1} and manifest.splits["train"].text_bytes == 199
+    (line,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    assert (line["line"], line["reason"]) == (2, "too_long") and "at most 100" in line["detail"]
+
+
 def test_another_field_than_the_text(tmp_path, byte_bpe):
     source = tmp_path / "a.jsonl"
     source.write_bytes(jsonl(documents(5)).replace(b'"text"', b'"content"'))

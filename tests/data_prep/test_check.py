@@ -1,0 +1,47 @@
+"""The sample of the user's documents that the encoder is checked with before the work begins."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_prep import check
+from data_prep.check import sample_documents
+from data_prep.sources import ReadOptions, find_sources, plan_groups
+from tests.data_prep.writing import documents, jsonl, write_jsonl
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Twelve files that are groups of their own, with damage in one of them."""
+    for number in range(12):
+        write_jsonl(tmp_path / "corpus" / f"{number:02d}.jsonl", documents(300, number))
+    damaged = tmp_path / "corpus" / "02.jsonl"
+    damaged.write_bytes(b"broken\n" + jsonl(documents(300, 2)))
+    return tmp_path / "corpus"
+
+
+def sampled(corpus, tmp_path):
+    found, _ = find_sources([str(corpus)], ReadOptions())
+    groups = plan_groups(found, ReadOptions(), 80_000)
+    assert len(groups) == 12
+    return sample_documents(groups, ReadOptions(), tmp_path)
+
+
+def test_whole_documents_from_all_over_the_corpus(corpus, tmp_path):
+    texts = sampled(corpus, tmp_path)
+    owner = {text: number for number in range(12) for text in documents(300, number)}
+    met = {owner[text] for text in texts}  # a text that was cut or changed would be no key
+    assert len(met) == 6 and max(met) - min(met) >= 10
+    for number in met:
+        mine = [text for text in texts if owner[text] == number]
+        assert mine == documents(300, number)[: len(mine)]
+    assert check._LEAST <= sum(map(len, texts)) <= 1.2 * check._LEAST
+
+
+def test_a_long_document_gives_its_beginning(tmp_path):
+    text = "".join(documents(2000))
+    assert len(text) > check._LONGEST
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [text])
+    found, _ = find_sources([str(tmp_path / "corpus")], ReadOptions())
+    (sample,) = sample_documents(plan_groups(found, ReadOptions()), ReadOptions(), tmp_path)
+    assert sample == text[: check._LONGEST]
