@@ -17,7 +17,7 @@ from data_prep.manifest import FILE_NAME, Manifest, TokenizerInfo, read_manifest
 from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
 from data_prep.mpi import Ranks
 from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
-from data_prep.plan import WORK, Plan, Settings, differences, read_plan, repaired_groups, write_plan
+from data_prep.plan import WORK, Plan, Settings, changed_groups, differences, read_plan, write_plan
 from data_prep.schedule import Key, Schedule, Share
 from data_prep.sources import Group, find_sources, plan_groups, with_standard_input
 from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
@@ -222,12 +222,11 @@ def prepare(
         write_plan(folder, plan)
         return plan, engine
     changed = differences(old.described(), plan.described())
-    repaired = repaired_groups(old, plan) if changed and alone else None
-    if repaired:
-        files = [file for group in repaired for file in group.files]
-        listener.say(f"{len(files)} file(s) whose size has changed are read again, the first is {files[0]}.")
-        for group in repaired:
-            for path in work.glob(f"piece-{group.number:05d}-*.json"):
+    again = changed_groups(old, plan) if changed and alone else None
+    if again:
+        listener.say("the size of files has changed since; they, and small files read with them, are read again.")
+        for group in again:
+            for path in work.glob(f"piece-{group:05d}-*.json"):
                 path.unlink()
         write_plan(folder, plan)
     elif changed:

@@ -31,9 +31,11 @@ def test_only_a_file_that_was_repaired_is_done_again(corpus, byte_bpe, tmp_path)
         run([folder], out, byte_bpe, piece_bytes=PIECE)
     before = {path.name: path.stat().st_ino for path in out.glob("train-*.bin")}
     broken.write_bytes(whole)
+    with pytest.raises(DataError, match="split_seed: 0 -> 1"):
+        run([folder], out, byte_bpe, piece_bytes=PIECE, split_seed=1)
     listener = Quiet()
     tokenize(job([folder], out, byte_bpe, piece_bytes=PIECE), listener)
-    assert any(f"the first is {broken}" in line for line in listener.said)
+    assert any("size of files has changed" in line for line in listener.said)
     kept = [path for path in out.glob("train-*.bin") if before.get(path.name) == path.stat().st_ino]
     assert {path.name[6:11] for path in kept} == {"00000", "00002"}
     assert len(kept) == sum(name[6:11] != "00001" for name in before)
@@ -51,6 +53,21 @@ def test_a_file_that_became_shorter_leaves_no_piece_behind(corpus, byte_bpe, tmp
     run([folder], out, byte_bpe, workers=2, piece_bytes=PIECE)
     run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=PIECE)
     assert digest(out) == digest(tmp_path / "fresh")
+
+
+def test_small_files_that_are_grouped_otherwise_are_done_again(byte_bpe, tmp_path):
+    folder = tmp_path / "corpus"
+    for number in range(12):
+        write_jsonl(folder / f"{number:02d}.jsonl", documents(20, number))
+    (folder / "06.jsonl").write_bytes(b"broken\n" * 300)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="300 invalid_json"):
+        run([folder], out, byte_bpe, piece_bytes=12_000)
+    write_jsonl(folder / "06.jsonl", documents(200, 6))
+    run([folder], out, byte_bpe, piece_bytes=12_000)
+    run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=12_000)
+    assert digest(out) == digest(tmp_path / "fresh")
+    assert len({path.name[6:11] for path in out.glob("train-*.bin")}) > 3
 
 
 @pytest.mark.parametrize("again", ["tokenize", "merge"])

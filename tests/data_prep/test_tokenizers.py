@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.errors import DataError
 from data_prep.plan import Settings
@@ -52,7 +53,20 @@ def test_flat_ids_are_the_lists(byte_bpe, sentencepiece_model):
         assert [flat[a:b].tolist() for a, b in pairwise(starts)] == tokenizer.encode_batch(texts)
 
 
-def test_a_fingerprint_is_of_what_decides_ids(byte_bpe, tmp_path):
+def test_what_a_tokenizer_file_says_of_length_and_framing_is_not_done(byte_bpe, tmp_path):
+    content = json.loads(byte_bpe.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 2000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+        "pad_token": "<|pad|>",
+    }  # fmt: skip
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    for text in (sentences(20, 3), "short"):
+        assert load_tokenizer(path).encode(text) == load_tokenizer(byte_bpe).encode(text)
+
+
+def test_a_fingerprint_is_of_what_decides_ids(byte_bpe, sentencepiece_model, tmp_path):
     content = json.loads(byte_bpe.read_text())
     same, other = tmp_path / "same.json", tmp_path / "other.json"
     same.write_text(json.dumps(content, indent=7))
@@ -60,6 +74,14 @@ def test_a_fingerprint_is_of_what_decides_ids(byte_bpe, tmp_path):
     other.write_text(json.dumps(content))
     wanted = load_tokenizer(byte_bpe).fingerprint
     assert load_tokenizer(same).fingerprint == wanted != load_tokenizer(other).fingerprint
+    data = sentencepiece_model.read_bytes()
+    copy, another = tmp_path / "copy.model", tmp_path / "another.model"
+    copy.write_bytes(data)
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    model.pieces[-1].score -= 1
+    another.write_bytes(model.SerializeToString())
+    wanted = load_tokenizer(sentencepiece_model).fingerprint
+    assert load_tokenizer(copy).fingerprint == wanted != load_tokenizer(another).fingerprint
 
 
 def test_a_folder_names_end_of_document(byte_bpe, sentencepiece_model, tmp_path):
