@@ -66,6 +66,12 @@ def tokenize(
         raise DataError(f"--task-index {task_index} must be below --task-count {task_count}.")
     if mpi and (task_count or workers > 1):
         raise DataError("--mpi works with one process per rank; leave out --workers and --task-count.")
+    for folder in (Path(address) for source in sources for address in {source, source.split("=", 1)[-1]}):
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise DataError(
+                f"--out {out} lies in the source {folder}, so the data set would be read as a corpus when the run is "
+                "continued. Choose a folder outside."
+            )
     settings = o.reading_settings(
         validation=validation,
         test=test,

@@ -99,6 +99,16 @@ def test_options_that_cannot_be_right(tmp_path, byte_bpe, arguments, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("source", ["{}", "web={}"])
+def test_a_data_set_inside_its_corpus(tmp_path, byte_bpe, source):
+    corpus = tmp_path / "corpus"
+    write_jsonl(corpus / "a.jsonl", ["x"])
+    said = refused("tokenize", source.format(corpus), "--out", corpus / "out", "--tokenizer", byte_bpe)
+    assert f"--out {corpus / 'out'} lies in the source {corpus}" in said and not (corpus / "out").exists()
+    beside = ("tokenize", source.format("corpus"), "--out", "out", "--tokenizer", byte_bpe, *WHOLE)
+    assert "train: 1 documents" in command(*beside, cwd=tmp_path).stdout
+
+
 def test_a_name_that_is_no_picture(tmp_path, byte_bpe):
     run([write_jsonl(tmp_path / "a.jsonl", documents(9))], tmp_path / "out", byte_bpe)
     for name in ("lengths", "lengths.xyz"):
