@@ -8,6 +8,7 @@ Collectives on GPUs need not notice by themselves: they wait for a rank that wil
 from __future__ import annotations
 
 import contextlib
+import secrets
 import selectors
 import socket
 import struct
@@ -17,7 +18,7 @@ from typing import Any
 from pretrain.environment import Ranks
 
 _CONNECT_SECONDS = 20.0
-_RANK = struct.Struct("!I")  # what a rank says first
+_RANK = struct.Struct("!I")
 _GOODBYE = b"."
 # A node without power says nothing: after so many seconds of silence it is asked, in such distances, so often.
 _KEEP_ALIVE = (("TCP_KEEPIDLE", 8), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 4))
@@ -34,16 +35,18 @@ class Lifelines:
         self._listener: socket.socket | None = None
         self._said: dict[socket.socket, bytes] = {}
         self._lost: dict[int, float] = {}
-        port: list[Any] = [None]
+        # Programs that try the open ports of a network do not know the word that ranks begin with.
+        place: list[Any] = [None, secrets.token_bytes(16)]
         if ranks.rank == 0:
-            self._listener = socket.create_server(("", 0), backlog=ranks.world_size)
+            self._listener = socket.create_server(("", 0), backlog=ranks.world_size + 128)
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ)
-            port = [self._listener.getsockname()[1]]
-        dist.broadcast_object_list(port, src=0)
+            place[0] = self._listener.getsockname()[1]
+        dist.broadcast_object_list(place, src=0)
+        port, self._word = place
         if ranks.rank != 0:
-            first = socket.create_connection((ranks.master_address, port[0]), timeout=_CONNECT_SECONDS)
-            first.sendall(_RANK.pack(ranks.rank))
+            first = socket.create_connection((ranks.master_address, port), timeout=_CONNECT_SECONDS)
+            first.sendall(self._word + _RANK.pack(ranks.rank))
             self._hold(first)
 
     def lost(self) -> dict[int, float]:
@@ -55,7 +58,7 @@ class Lifelines:
             connection = key.fileobj
             assert isinstance(connection, socket.socket)
             if connection is self._listener:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):  # until nobody waits any more
                     while True:
                         self._hold(connection.accept()[0])
             else:
@@ -85,21 +88,25 @@ class Lifelines:
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _listen(self, connection: socket.socket) -> None:
-        ended = False
+        """Hear what a connection says, and note its rank when it ends without a goodbye."""
         try:
-            while piece := connection.recv(64):
-                self._said[connection] += piece
-            ended = True
+            piece = connection.recv(64)
         except BlockingIOError:
-            pass
+            return
         except OSError:
-            ended = True
-        said = self._said[connection]
-        words = said[_RANK.size :] if self._rank == 0 else said
-        if words == _GOODBYE or ended:
-            self._selector.unregister(connection)
-            connection.close()
-            del self._said[connection]
-        # A connection that ends before it has said whose it is was not made by a rank.
-        if words != _GOODBYE and ended and (self._rank != 0 or len(said) >= _RANK.size):
-            self._lost[_RANK.unpack_from(said)[0] if self._rank == 0 else 0] = time.monotonic()
+            piece = b""
+        said = self._said[connection] = self._said[connection] + piece
+        rank: int | None = 0
+        stranger = False
+        if self._rank == 0:
+            word, said = said[: len(self._word)], said[len(self._word) :]
+            stranger = not self._word.startswith(word)
+            rank = _RANK.unpack_from(said)[0] if len(said) >= _RANK.size else None
+            said = said[_RANK.size :]
+        if piece and not stranger and said != _GOODBYE:
+            return
+        self._selector.unregister(connection)
+        connection.close()
+        del self._said[connection]
+        if not stranger and rank is not None and said != _GOODBYE:
+            self._lost[rank] = time.monotonic()

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from pretrain.environment import Ranks
+from pretrain.lifelines import Lifelines
 from pretrain.signals import EXIT_STALLED
 
 RANK_PROGRAM = """
@@ -157,6 +159,37 @@ def test_a_rank_that_is_gone_ends_the_others_whatever_they_wait_for(tmp_path, ho
     assert f"rank {culprit} " in report and "rank 2" not in report
     stack = next((tmp_path / "stacks").glob("*/rank-00002.txt")).read_text()
     assert "a collective that notices nothing" in stack
+
+
+def test_lifelines_tell_the_lost_from_those_that_leave_and_from_strangers(monkeypatch):
+    """Rank 0 among others that say goodbye, end without a word, or are no ranks at all."""
+    import torch.distributed as dist
+
+    told = {}
+
+    def broadcast(values, src):
+        told.setdefault("place", values)
+        values[:] = told["place"]
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    first, *others = (Lifelines(Ranks(rank, 4, 0, 1, 0, "127.0.0.1", 1, "python")) for rank in range(4))
+    port = told["place"][0]
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    strangers[1].sendall(b"x")
+    assert first.lost() == {} and first.lost() == {}
+    for stranger in strangers:
+        stranger.close()
+    others[0].close(goodbye=True)
+    others[1].close(goodbye=False)
+    for _ in range(3):
+        lost = first.lost()
+    assert list(lost) == [2] and lost[2] >= 0
+    assert others[2].lost() == {}
+    first.close(goodbye=False)
+    others[2].lost()
+    assert list(others[2].lost()) == [0]
+    others[2].close(goodbye=False)
 
 
 def test_one_process_alone(tmp_path):
