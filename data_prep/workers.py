@@ -1,10 +1,14 @@
-"""Worker processes: each does one piece at a time and reports to the parent through a pipe of its own."""
+"""Workers: each does one piece at a time and reports through a pipe of its own.
+
+The first is a thread of this process, which has an encoder loaded and checked already; the others are processes.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -25,7 +29,7 @@ _TRIES = 3  # a piece that takes its worker down this often stops the run
 @dataclass
 class _Worker:
     number: int
-    process: Any
+    process: Any  # a process of multiprocessing, or the `_Thread`
     pipe: Connection
     piece: Key | None = None
     knows_plan: bool = False
@@ -33,9 +37,9 @@ class _Worker:
 
 @dataclass
 class Pool:
-    """Runs a schedule on `count` processes; a single one is this process itself.
+    """Runs a schedule on `count` processors: on this process and `count - 1` others.
 
-    Processes can be started ahead of the plan: they load what they will need while this one makes it. As a context
+    The others can be started ahead of the plan: they load what they will need while this one makes it. As a context
     manager it ends them.
 
     tokenizer, eod_token: as for `load_tokenizer`. on_progress: called with (worker number, piece, Progress).
@@ -58,10 +62,9 @@ class Pool:
         self._stop()
 
     def start(self, groups: tuple[Group, ...]) -> None:
-        """Start as many processes as there can be pieces for."""
-        if self.count > 1:
-            for number in range(min(self.count, sum(pieces_expected(group) for group in groups))):
-                self._start(number)
+        """Start as many processes beside this one as there can be pieces for."""
+        for number in range(1, min(self.count, sum(pieces_expected(group) for group in groups))):
+            self._start(number)
 
     def run(self, plan: Plan, schedule: Schedule, engine: Engine | None = None) -> None:
         """Do all pieces. `engine`: for work in this process.
@@ -71,9 +74,10 @@ class Pool:
             OSError: a worker could not write.
         """
         self.plan, self.schedule = plan, schedule
-        if self.count == 1:
-            self._run_here(engine)
-            return
+        ours, theirs = multiprocessing.Pipe()
+        thread = _Thread(PieceWorker(self.folder, plan, engine), theirs)
+        thread.start()
+        self._workers.insert(0, _Worker(0, thread, ours, knows_plan=True))
         while not self.schedule.complete:
             self._assign()
             busy = [worker for worker in self._workers if worker.piece is not None]
@@ -81,19 +85,6 @@ class Pool:
                 break
             for pipe in wait([worker.pipe for worker in busy], timeout=1.0):
                 self._hear(next(worker for worker in busy if worker.pipe is pipe))
-
-    def _run_here(self, engine: Engine | None) -> None:
-        """One worker needs no process of its own."""
-        worker: PieceWorker | None = None
-        try:
-            while (key := self.schedule.take(0)) is not None:
-                worker = worker or PieceWorker(self.folder, self.plan, engine)
-                for progress in worker.work(*key):
-                    self.on_progress(0, key, progress)
-                self.schedule.add(read_receipt(receipt_path(self.folder, *key)))
-        finally:
-            if worker is not None:
-                worker.close()
 
     def _assign(self) -> None:
         idle = [worker for worker in self._workers if worker.piece is None]
@@ -149,6 +140,8 @@ class Pool:
         self._workers.remove(worker)
         worker.pipe.close()
         worker.process.join()
+        if isinstance(worker.process, _Thread):
+            raise worker.process.failure
         for key in self.schedule.lost(worker.number):
             self._losses[key] = self._losses.get(key, 0) + 1
             if self._losses[key] == _TRIES:
@@ -162,16 +155,40 @@ class Pool:
     def _stop(self) -> None:
         for worker in self._workers:
             worker.pipe.close()
-        for worker in self._workers:
+        processes = [worker for worker in self._workers if not isinstance(worker.process, _Thread)]
+        for worker in processes:
             worker.process.join(timeout=0.2 if worker.piece is None else 0)
             if worker.process.is_alive():
                 worker.process.terminate()
         for worker in self._workers:
             worker.process.join(timeout=10)
+        for worker in processes:
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
         self._workers.clear()
+
+
+class _Thread(threading.Thread):
+    """The worker of this process.
+
+    failure: what ended it.
+    """
+
+    failure: BaseException
+
+    def __init__(self, worker: PieceWorker, pipe: Connection) -> None:
+        super().__init__(name="worker-0", daemon=True)
+        self._worker, self._pipe = worker, pipe
+
+    def run(self) -> None:
+        try:
+            _serve(self._worker, self._pipe)
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._worker.close()
+            self._pipe.close()
 
 
 def quiet_libraries() -> None:
@@ -194,15 +211,19 @@ def _main(folder: str, tokenizer: str, eod_token: str, pipe: Connection, parent:
             plan.tokenizer.fingerprint,
         ):
             engine = None
-        worker = PieceWorker(Path(folder), plan, engine)
-        while True:
-            key = pipe.recv()
-            for progress in worker.work(*key):
-                pipe.send(progress)
-                if orphaned(parent):
-                    return
-            pipe.send("done")
+        _serve(PieceWorker(Path(folder), plan, engine), pipe, parent)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has finished, or is gone
     except (DataError, OSError) as error:
         pipe.send(error if isinstance(error, DataError) else OSError(error.errno, str(error)))
+
+
+def _serve(worker: PieceWorker, pipe: Connection, parent: int | None = None) -> None:
+    """Do the pieces that are asked for, until the pipe ends or the process `parent` is gone."""
+    while True:
+        key = pipe.recv()
+        for progress in worker.work(*key):
+            pipe.send(progress)
+            if parent is not None and orphaned(parent):
+                return
+        pipe.send("done")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,16 +29,20 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def command(corpus, tokenizer, out):
+    return [
+        sys.executable, "-m", "data_prep", "tokenize", str(corpus), "--out", str(out),
+        "--tokenizer", str(tokenizer), "--workers", "2", *OPTIONS,
+    ]  # fmt: skip
+
+
 def start(corpus, tokenizer, out):
     return subprocess.Popen(
-        [
-            sys.executable, "-m", "data_prep", "tokenize", str(corpus), "--out", str(out),
-            "--tokenizer", str(tokenizer), "--workers", "2", *OPTIONS,
-        ],
+        command(corpus, tokenizer, out),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def wait_for_receipts(out, count, process):
@@ -111,3 +117,12 @@ def test_ctrl_c_stops_with_one_sentence_and_the_run_continues(corpus, byte_bpe, 
     assert list((out / ".work").glob("piece-*.json"))
     process = start(corpus, byte_bpe, out)
     assert "continuing: " in process.communicate(timeout=240)[0].decode() and process.returncode == 0
+
+
+def test_a_run_goes_on_when_the_shell_that_started_it_has_ended(corpus, byte_bpe, tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said"
+    line = f"{shlex.join(command(corpus, byte_bpe, out))} >{shlex.quote(str(said))} 2>&1 & echo $!"
+    number = int(subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, check=True, text=True).stdout)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(number).wait(timeout=240)
+    assert (out / "manifest.json").exists(), said.read_text()
