@@ -1,13 +1,14 @@
 """Which sequences a step trains on, and how they reach the ranks.
 
 The batch of a step is a pure function of the seed and of the run's position, one integer: the number of the next
-sample. It does
-not depend on the world size: the global batch is cut into micro-batches in order and dealt out to the ranks in turn.
+sample. It does not depend on the world size: the global batch is cut into micro-batches in order and dealt out to the
+ranks in turn.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class MicroBatch:
     valid_BT: torch.Tensor | None
     labelled: int
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that are there."""
+        found = (self.inputs_BT, self.labels_BT, self.documents_BT, self.valid_BT)
+        return [tensor for tensor in found if tensor is not None]
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -63,11 +69,13 @@ class StepBatch:
     Attributes:
         samples: numbers of the whole global batch, alike on all ranks; next_position: where the following step starts.
         micro_batches: this rank's share.
+        copied: happens once they are on the device; None on a CPU.
     """
 
     samples: tuple[int, ...]
     next_position: int
     micro_batches: tuple[MicroBatch, ...]
+    copied: torch.cuda.Event | None = None
 
     @property
     def labelled(self) -> int:
@@ -116,7 +124,7 @@ def rank_share(count: int, micro_batch: int, rank: int, world_size: int) -> list
 
 
 class BatchReader:
-    """Reads this rank's micro-batches, one step ahead of the training loop in a thread."""
+    """Reads this rank's micro-batches and brings them to the device, a step ahead of the training loop in a thread."""
 
     def __init__(
         self,
@@ -137,6 +145,8 @@ class BatchReader:
         self._device = device
         self._end_of_document = end_of_document
         self._padding = padding
+        # Copies have a stream of their own, so that they pass while the step before computes.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int, SkipRanges], Future[StepBatch]] | None = None
 
@@ -149,9 +159,12 @@ class BatchReader:
             batch = self._read(*wanted)
         following = (batch.next_position, next_count, skipped)
         self._ahead = (following, self._thread.submit(self._read, *following)) if next_count else None
-        if self._device.type == "cpu":
-            return batch
-        return StepBatch(batch.samples, batch.next_position, tuple(map(self._to_device, batch.micro_batches)))
+        if batch.copied is not None:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(batch.copied)
+            for tensor in itertools.chain.from_iterable(micro.tensors() for micro in batch.micro_batches):
+                tensor.record_stream(computing)  # its memory must not be given away while this stream may read it
+        return batch
 
     def close(self) -> None:
         """End the reading thread."""
@@ -162,24 +175,25 @@ class BatchReader:
         micro_batches = []
         for places in rank_share(count, self._micro_batch, self._rank, self._world_size):
             rows = [self._source.sequence(samples[place]) for place in places]
-            pin = self._device.type == "cuda"
-            micro_batches.append(make_micro_batch(rows, self._end_of_document, self._padding, pin=pin))
-        return StepBatch(samples, next_position, tuple(micro_batches))
+            micro_batches.append(make_micro_batch(rows, self._end_of_document, self._padding))
+        if self._copies is None:
+            return StepBatch(samples, next_position, tuple(micro_batches))
+        with torch.cuda.stream(self._copies):
+            # From pinned memory, or the copy would wait for the device.
+            there = [
+                _map_tensors(micro, lambda tensor: tensor.pin_memory().to(self._device, non_blocking=True))
+                for micro in micro_batches
+            ]
+            return StepBatch(samples, next_position, tuple(there), self._copies.record_event())
 
-    def _to_device(self, batch: MicroBatch) -> MicroBatch:
-        return _map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
 
-
-def make_micro_batch(
-    rows: Sequence[np.ndarray], end_of_document: int | None, padding: int | None = None, pin: bool = False
-) -> MicroBatch:
+def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, padding: int | None = None) -> MicroBatch:
     """Stack sequences of T+1 tokens into inputs and labels.
 
     Args:
         end_of_document: token that ends a document, to number documents by, where the network masks them; else None.
         padding: the same token where sequences are packed best-fit: where it follows itself it is padding
             (`data_prep.packed.PackedDataset.is_padding`), which is neither predicted nor routed; else None.
-        pin: into memory that a device can copy from while it computes.
     """
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -197,8 +211,7 @@ def make_micro_batch(
         valid = ~filling[:, :-1] | (labels != IGNORED_LABEL)
         valid = None if bool(valid.all()) else valid
     labelled = int((labels != IGNORED_LABEL).sum()) if padding is not None else labels.numel()
-    batch = MicroBatch(inputs, labels, documents, valid, labelled)
-    return _map_tensors(batch, torch.Tensor.pin_memory) if pin else batch
+    return MicroBatch(inputs, labels, documents, valid, labelled)
 
 
 def _map_tensors(batch: MicroBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:

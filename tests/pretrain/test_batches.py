@@ -66,9 +66,9 @@ class Numbered:
         return {"numbers": 0.0}
 
 
-def reader(rank: int, world_size: int) -> BatchReader:
+def reader(rank: int, world_size: int, device: str = "cpu") -> BatchReader:
     return BatchReader(
-        Numbered(), micro_batch=2, rank=rank, world_size=world_size, device=torch.device("cpu"), end_of_document=None
+        Numbered(), micro_batch=2, rank=rank, world_size=world_size, device=torch.device(device), end_of_document=None
     )
 
 
@@ -86,6 +86,22 @@ def test_all_world_sizes_read_the_same_samples_also_after_a_jump() -> None:
                 one.close()
                 assert batch.next_position == expected[-1] + 1
             assert sorted(seen) == expected
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_its_batches_while_it_computes() -> None:
+    on_cpu, on_gpu = reader(0, 1), reader(0, 1, "cuda")
+    position, wrong = 0, torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(20):
+        expected, batch = on_cpu.read(position, 8, (), 8), on_gpu.read(position, 8, (), 8)
+        torch.cuda._sleep(20_000_000)  # the next batch is read and copied while this one's step computes
+        for there, here in zip(batch.micro_batches, expected.micro_batches, strict=True):
+            assert there.inputs_BT.is_cuda
+            wrong += (there.inputs_BT != here.inputs_BT.cuda()).sum() + (there.labels_BT != here.labels_BT.cuda()).sum()
+        position = batch.next_position
+    on_cpu.close()
+    on_gpu.close()
+    assert int(wrong) == 0
 
 
 def test_labels_follow_their_inputs_and_documents_end_with_their_end_token() -> None:
