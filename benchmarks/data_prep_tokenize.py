@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM")
     parser.add_argument("--python-path", default="", help="where datatrove and what Megatron needs are installed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", default="", help="of the result; data_prep_tokenize-TOKENIZER unless given")
     arguments = parser.parse_args()
     for path in arguments.python_path.split(os.pathsep):
         sys.path.append(path)
@@ -267,7 +268,7 @@ def main() -> None:
     for row in rows:
         row["here_is_faster_by"] = round(row["seconds"] / own[row["workers"]]["seconds"], 2)
         row["here_spends_less_by"] = round(row["processor_seconds"] / own[row["workers"]]["processor_seconds"], 2)
-    name = f"data_prep_tokenize-{arguments.tokenizer.parent.name}"
+    name = arguments.name or f"data_prep_tokenize-{arguments.tokenizer.parent.name}"
     alone = {row["contender"]: row for row in rows if row["workers"] == 1}
     share = None
     if "here, without start-up" in alone:
@@ -327,8 +328,13 @@ def _markdown(name: str, result: dict[str, Any]) -> str:
         "",
         f"{corpus['text_mb']} MB of text, {corpus['documents']:,} documents of {corpus['file']}, to shards; "
         f"start-up included. Encoder here: {result['engine'].get('name')}. "
-        f"Same bytes as Megatron's .bin: {result['same_bytes_as_megatron']}. Without start-up, the work here reaches "
-        f"{result['share_of_engine']} of the engine's speed on texts in memory (processor seconds).",
+        f"Same bytes as Megatron's .bin: {result['same_bytes_as_megatron']}."
+        + (
+            f" Without start-up, the work here reaches {share} of the engine's speed on texts in memory (processor "
+            "seconds)."
+            if (share := result["share_of_engine"])
+            else ""
+        ),
         "",
         "| contender | workers | seconds | MB/s | faster here by | processor seconds | ratio | peak MB (one process) |",
         "|---|---|---|---|---|---|---|---|",
