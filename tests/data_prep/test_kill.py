@@ -17,8 +17,9 @@ import pytest
 from data_prep.verify import verify_dataset
 from tests.data_prep.writing import digest, documents, run, write_jsonl
 
-SETTINGS = {"validation": 0.05, "test": 0.05, "piece_bytes": 4000}
-OPTIONS = ("--validation", "0.05", "--test", "0.05", "--piece-bytes", "4000")
+# So many small pieces that a run lasts seconds: what is to interrupt it must not come too late.
+SETTINGS = {"validation": 0.05, "test": 0.05, "piece_bytes": 500}
+OPTIONS = ("--validation", "0.05", "--test", "0.05", "--piece-bytes", "500")
 
 
 @pytest.fixture(scope="module")
