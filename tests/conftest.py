@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Tests that gate draw the same examples every time, or a rare one turns away work it has nothing to do with; new ones
+# are looked for by `make test-slow`, which draws at random and prints what reproduces a failure.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile("same")
 
 
 def skip_or_fail(reason: str) -> None:
