@@ -45,6 +45,7 @@ class TrainState:
         non_finite_in_row: non-finite steps up to now without a sound one between.
         recent_losses: language-model loss of the last steps, for spotting spikes.
         best_validation: lowest causal validation loss so far, and its step.
+        unfinished: evaluations due after `step` that a request to stop has broken off.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class TrainState:
     non_finite_in_row: int = 0
     recent_losses: tuple[float, ...] = ()
     best_validation: tuple[float, int] | None = None
+    unfinished: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -68,6 +70,7 @@ class TrainState:
                 "skipped": tuple((first, last) for first, last in values["skipped"]),
                 "recent_losses": tuple(values["recent_losses"]),
                 "best_validation": None if best is None else (best[0], best[1]),
+                "unfinished": tuple(values["unfinished"]),
             }
         )
 
@@ -179,6 +182,7 @@ class CheckpointStore:
         self._files = CheckpointFiles(asynchronous=settings.asynchronous)
         self._open: dict[str, Any] | None = None
         self._began = 0.0
+        self._last = time.monotonic()
         self.seconds = 0.0
         engine.checkpoint_engine = self._files
         # DeepSpeed copies scripts beside the checkpoints; on a full disk that would raise on rank 0 alone.
@@ -188,6 +192,14 @@ class CheckpointStore:
     def writing(self) -> bool:
         """True between `begin` and `finish` of an asynchronous checkpoint."""
         return self._open is not None
+
+    @property
+    def overdue(self) -> bool:
+        """True on rank 0, which decides for all, when more minutes have passed than may lie between checkpoints."""
+        minutes = self._settings.every_minutes
+        if minutes is None or self._rank != 0 or self.writing:
+            return False
+        return time.monotonic() - self._last >= 60.0 * minutes
 
     @property
     def written(self) -> bool:
@@ -228,6 +240,8 @@ class CheckpointStore:
                 shutil.rmtree(self.folder / opened["temporary"], ignore_errors=True)
         dist.broadcast_object_list(problem, src=0)
         self.seconds = time.perf_counter() - self._began
+        # From its end, or one that takes longer than it may be apart would leave no time to train.
+        self._last = time.monotonic()
         return problem[0]
 
     def newest(self) -> Selected | None:

@@ -16,6 +16,7 @@ from pretrain.environment import Ranks
 from pretrain.memory import estimate_memory
 from pretrain.memory import format_bytes as size
 from pretrain.partitioning import STAGES, explain
+from pretrain.recipe import Recipe
 from pretrain.run import Prepared
 from pretrain.stage import trains_on_cpu
 from pretrain.telemetry import format_seconds
@@ -51,7 +52,8 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         f"  validation       every {plan.evaluate_every or plan.steps} steps on "
         f"{', '.join(part.source for part in data.validation) or 'nothing: the data has no validation split'}",
         *_suites(prepared),
-        f"  checkpoints      every {plan.checkpoint_every or plan.steps} steps in {prepared.folder.checkpoints}",
+        f"  checkpoints      every {plan.checkpoint_every or plan.steps} steps{_minutes(recipe)} in "
+        f"{prepared.folder.checkpoints}",
         f"  ranks            {ranks.world_size}, {_batch(prepared, ranks)}",
         f"  precision        {recipe.precision}, checkpointing {recipe.checkpointing}",
         f"  ZeRO stage       {stage}: {STAGES[stage]} ({prepared.stage.reason})",
@@ -117,6 +119,11 @@ def _suites(prepared: Prepared) -> list[str]:
     if suites is None:
         return []
     return [f"  suites           every {plan.suites_every or plan.steps} steps: {', '.join(suites.names)}"]
+
+
+def _minutes(recipe: Recipe) -> str:
+    minutes = recipe.checkpoint.every_minutes
+    return "" if minutes is None else f" and at most {minutes:g} minutes apart"
 
 
 def _batch(prepared: Prepared, ranks: Ranks) -> str:

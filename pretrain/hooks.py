@@ -3,10 +3,14 @@
 Suites are those of `mor eval`, on the network as it is after a step, with causal routing. All ranks take part: windows
 are dealt out over them, and under ZeRO-3 every rank runs as many forward passes as every other. Results lie in
 RUN/evaluation/step-00000100/<suite>.json, their headline figures in metrics.jsonl.
+
+A request to stop breaks an evaluation off before its next forward pass. Nothing of it is recorded; the checkpoint
+remembers it (`TrainState.unfinished`), and the next start begins with it. One that fails is told of and left out.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +22,12 @@ import torch
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError
 from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
+from pretrain.evaluation.lockstep import BrokenOff, EvaluationFailed, Lockstep
 from pretrain.plan import Plan, is_due
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.sections import Suites
+from pretrain.signals import Asked
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validator
 
@@ -36,6 +42,7 @@ class SuiteRunner:
         engine: DeepSpeed's; suites: which, and how many questions of each.
         folder: where results go; tokenizer: its folder; texts: held-out documents, for the suites that read them.
         telemetry: told when results cannot be written; device: where the network computes.
+        lockstep: what the ranks agree upon before every forward pass.
     """
 
     def __init__(
@@ -48,13 +55,14 @@ class SuiteRunner:
         tokenizer: Path,
         texts: Sequence[Path],
         device: torch.device,
+        lockstep: Lockstep,
     ) -> None:
         from data_prep.tokenizers import load_tokenizer
         from pretrain.evaluation.evaluate import Settings, most_text
         from pretrain.evaluation.held_out import read_documents
 
         self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
-        self._telemetry = telemetry
+        self._telemetry, self._lockstep = telemetry, lockstep
         self._tokenizer = load_tokenizer(tokenizer)
         self._settings = Settings(limit=suites.limit, text_bytes=suites.text_bytes)
         self._documents = read_documents(texts, most_text(self._settings))[0] if texts else []
@@ -74,6 +82,7 @@ class SuiteRunner:
             settings=self._settings,
             device=self._device,
             progress=moving,
+            lockstep=self._lockstep,
         )
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
         if rank_and_world()[0] == 0:
@@ -95,8 +104,8 @@ class EvaluationHooks:
 
     Args:
         plan: says when; max_share: see `sections.Evaluation`.
-        validator: validation loss; suites: None evaluates on none.
-        beat: the watchdog's.
+        validator: validation loss; suites: either None measures nothing.
+        beat: the watchdog's; lockstep: that of validator and suites.
         clock: seconds since some moment.
     """
 
@@ -105,38 +114,72 @@ class EvaluationHooks:
         *,
         plan: Plan,
         max_share: float | None,
-        validator: Validator,
+        validator: Validator | None,
         suites: SuiteRunner | None,
         telemetry: Telemetry,
         beat: Beat,
+        lockstep: Lockstep,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._plan, self._max_share, self._validator, self._suites = plan, max_share, validator, suites
-        self._telemetry, self._beat, self._clock = telemetry, beat, clock
+        self._plan, self._max_share = plan, max_share
+        self._telemetry, self._beat, self._lockstep, self._clock = telemetry, beat, lockstep, clock
+        self._actions: dict[str, tuple[int, Callable[[TrainState], Records]]] = {}
+        if validator is not None:
+            self._actions["validation"] = (plan.evaluate_every, functools.partial(_validate, validator))
+        if suites is not None:
+            self._actions["suites"] = (plan.suites_every, lambda state: suites.run(state, beat))
         self._began = clock()
         self._spent = 0.0
         self._last: dict[str, float] = {}
 
-    def run(self, state: TrainState) -> float:
-        """Measure what is due after `state.step` steps; returns the seconds that took. Collective.
+    def run(self, state: TrainState, asked: Asked) -> Asked:
+        """Measure what is due after `state.step` steps, unless the ranks are asked to stop. Collective.
 
-        The best validation loss so far is kept in `state`.
+        The best validation loss so far is kept in `state`, and so is what was not measured because of a stop.
+
+        Args:
+            asked: what the ranks are asked to do already; the return value is what they are asked to do by now.
         """
-        began = self._clock()
-        if is_due(state.step, self._plan.evaluate_every, self._plan.steps):
-            self._measure("validation", state, lambda: self._validate(state))
-        if self._suites is not None and is_due(state.step, self._plan.suites_every, self._plan.steps):
-            suites = self._suites
-            self._measure("suites", state, lambda: suites.run(state, self._beat))
-        return self._clock() - began
+        return self._run(self._due(state.step), state, asked)
 
-    def _measure(self, name: str, state: TrainState, action: Callable[[], Records]) -> None:
+    def run_unfinished(self, state: TrainState) -> Asked:
+        """Measure what the start before this one did not come to, if it is still wanted; see `run`."""
+        due = [name for name in self._due(state.step) if name in state.unfinished]
+        return self._run(due, state, Asked())
+
+    def _due(self, step: int) -> list[str]:
+        return [name for name, (every, _) in self._actions.items() if is_due(step, every, self._plan.steps)]
+
+    def _run(self, due: list[str], state: TrainState, asked: Asked) -> Asked:
+        for place, name in enumerate(due):
+            if not asked.request.stops:
+                asked = max(asked, self._measure(name, state))
+            if asked.request.stops:
+                state.unfinished = tuple(due[place:])
+                self._telemetry.event("evaluation_broken_off", state.step, what=list(state.unfinished))
+                self._telemetry.say(
+                    f"Step {state.step}: {' and '.join(state.unfinished)} broken off by a request to stop; the next "
+                    "start begins with it."
+                )
+                return asked
+        state.unfinished = ()
+        return asked
+
+    def _measure(self, name: str, state: TrainState) -> Asked:
+        """Measure one thing and record it; returns what broke it off, if anything did."""
         # What a run ends with is what it is for, whatever it costs.
         if state.step < self._plan.steps and not self._affordable(name, state.step):
-            return
+            return Asked()
         self._beat(f"{name} after step {state.step}")
         began = self._clock()
-        records = action()
+        try:
+            records = self._lockstep.run(lambda: self._actions[name][1](state))
+        except BrokenOff as stopped:
+            return stopped.asked
+        except EvaluationFailed as failure:
+            self._telemetry.event("evaluation_failed", state.step, what=name, problem=str(failure))
+            self._telemetry.say(f"Step {state.step}: {name} failed ({failure}) and is left out; training goes on.")
+            return Asked()
         ended = self._clock()
         self._last[name] = ended - began
         self._spent += ended - began
@@ -144,6 +187,7 @@ class EvaluationHooks:
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
         for kind, record in records:
             self._telemetry.record(kind, {**place, **record, "evaluation_share": share})
+        return Asked()
 
     def _affordable(self, name: str, step: int) -> bool:
         """Whether the share of this start's time that evaluation takes would stay under the cap, were it to cost what
@@ -162,13 +206,13 @@ class EvaluationHooks:
         )
         return False
 
-    def _validate(self, state: TrainState) -> Records:
-        records = self._validator.run()
-        if records:
-            mean = sum(record["loss_causal"] for record in records) / len(records)
-            if mean < (math.inf if state.best_validation is None else state.best_validation[0]):
-                state.best_validation = (mean, state.step)
-        return [("validation", record) for record in records]
+
+def _validate(validator: Validator, state: TrainState) -> Records:
+    records = validator.run()
+    mean = sum(record["loss_causal"] for record in records) / len(records)
+    if mean < (math.inf if state.best_validation is None else state.best_validation[0]):
+        state.best_validation = (mean, state.step)
+    return [("validation", record) for record in records]
 
 
 def held_out_texts(recipe: Recipe) -> list[Path]:

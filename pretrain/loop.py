@@ -26,7 +26,7 @@ from pretrain.hooks import EvaluationHooks
 from pretrain.plan import Plan, is_due
 from pretrain.profiling import StepProfiler
 from pretrain.recipe import Recipe
-from pretrain.signals import Request, StopRequest
+from pretrain.signals import Asked, Request, StopRequest
 from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
 from pretrain.watchdog import Watchdog
 
@@ -46,17 +46,16 @@ class StepReport:
     Attributes:
         scalars, vectors: means over all micro-batches by name (`active_R`: share of tokens per recursion step).
         memory, peaks: bytes in use on every rank, and the most so far; 0 on steps that are not recorded.
-        request: the strongest of any rank, and `asked` the first rank that had it; written: every rank's checkpoint
-            files are.
+        written: every rank's checkpoint files are; overdue: the last checkpoint lies too many minutes back.
     """
 
     scalars: dict[str, float]
     vectors: dict[str, list[float]]
     memory: list[int]
     peaks: list[int]
-    request: Request
-    asked: int
+    asked: Asked
     written: bool
+    overdue: bool
 
 
 @dataclass
@@ -128,6 +127,11 @@ class Trainer:
             RunError: when too many updates in a row are left out, or loss spikes lead back to the same checkpoint.
         """
         plan, telemetry = self.plan, self.telemetry
+        with self.stopwatch.paused():
+            asked = self.evaluation.run_unfinished(state)
+        if asked.request.stops:
+            self.stop.acknowledge()
+            return self._stop(state, asked)
         interval = Interval(time.perf_counter())
         while state.step < plan.steps:
             step = state.step
@@ -158,23 +162,28 @@ class Trainer:
             if self._is_recorded(state.step):
                 self._log(state, report, interval)
                 interval = Interval(time.perf_counter())
+            began = time.perf_counter()
             with self.stopwatch.paused():
-                interval.pause(self.evaluation.run(state))
+                asked = self.evaluation.run(state, report.asked)
+            interval.pause(time.perf_counter() - began)
             if self.store.writing and report.written:
                 self._finish_checkpoint(state)
-            if self._checkpoint_due(state) or report.request:
+            if self._checkpoint_due(state) or report.overdue or asked.request:
                 began = time.perf_counter()
                 with self.stopwatch.paused():
-                    self._checkpoint(state, wait=report.request.stops or state.step == plan.steps)
+                    self._checkpoint(state, wait=asked.request.stops or state.step == plan.steps)
                 interval.pause(time.perf_counter() - began)
-                if report.request:
-                    self.stop.acknowledge()
-            if report.request.stops and state.step < plan.steps:
-                if self.stop.reason is None:
-                    self.stop.reason = f"rank {report.asked} was asked to"
-                telemetry.event("stopped", state.step, reason=self.stop.reason)
-                return Outcome("stopped", report.request)
+                self.stop.acknowledge()
+            if asked.request.stops and (state.step < plan.steps or state.unfinished):
+                return self._stop(state, asked)
         return Outcome("finished")
+
+    def _stop(self, state: TrainState, asked: Asked) -> Outcome:
+        """End early, with a checkpoint of this step on the disk."""
+        if self.stop.reason is None:
+            self.stop.reason = f"rank {asked.rank} was asked to"
+        self.telemetry.event("stopped", state.step, reason=self.stop.reason)
+        return Outcome("stopped", asked.request)
 
     def _forward_backward(self, state: TrainState, batch: StepBatch) -> tuple[dict[str, torch.Tensor], float | None]:
         """Run the micro-batches; returns this rank's means and, on a loss spike, the loss that was one."""
@@ -268,31 +277,32 @@ class Trainer:
             self.engine.module.update_balance(torch.tensor(counts, device=self.device))
 
     def _add_up(self, sums: dict[str, torch.Tensor], recorded: bool) -> StepReport:
-        """One all-reduce: means over the ranks, memory of every rank, stop requests, and who has written its
-        checkpoint.
+        """One all-reduce: means over the ranks, memory of every rank, stop requests, who has written its checkpoint,
+        and whether another one is overdue.
         """
         world = self.ranks.world_size
-        each = torch.zeros(4, world, dtype=torch.float64, device=self.device)  # a column for every rank
+        each = torch.zeros(5, world, dtype=torch.float64, device=self.device)  # a column for every rank
         if recorded:
             each[0, self.ranks.rank] = memory_bytes(self.device)
             each[1, self.ranks.rank] = peak_memory_bytes(self.device)
         each[2, self.ranks.rank] = float(self.store.written)
         each[3, self.ranks.rank] = float(self.stop.poll())
+        each[4, self.ranks.rank] = float(self.store.overdue)
         names = sorted(sums)
         vector = torch.cat([*(sums[name].reshape(-1) for name in names), each.reshape(-1)])
         with self.stopwatch.part("communication"):
             dist.all_reduce(vector)
             numbers = iter(vector.tolist())
         means = {name: [next(numbers) / world for _ in range(sums[name].numel())] for name in names}
-        memory, peaks, written, requests = ([int(next(numbers)) for _ in range(world)] for _ in range(4))
+        memory, peaks, written, requests, overdue = ([int(next(numbers)) for _ in range(world)] for _ in range(5))
         return StepReport(
             scalars={name: values[0] for name, values in means.items() if not sums[name].dim()},
             vectors={name: values for name, values in means.items() if sums[name].dim()},
             memory=memory,
             peaks=peaks,
-            request=Request(max(requests)),
-            asked=requests.index(max(requests)),
+            asked=Asked.strongest(requests),
             written=all(written),
+            overdue=any(overdue),
         )
 
     def _count_flops(self, report: StepReport, sequences: int) -> tuple[float, float]:

@@ -234,6 +234,7 @@ def _train(
     from pretrain.checkpoint import CheckpointStore, TrainState, select_checkpoint
     from pretrain.communication import timed_collectives
     from pretrain.engine import build_engine, peak_flops
+    from pretrain.evaluation.lockstep import Lockstep
     from pretrain.export import export_weights
     from pretrain.hooks import EvaluationHooks, SuiteRunner, held_out_texts
     from pretrain.loop import Trainer
@@ -274,7 +275,7 @@ def _train(
         profiler = StepProfiler(folder.path / "profile", profiled, device=device, rank=ranks.rank, stopwatch=stopwatch)
         profiler.check(state.step, plan.steps)
     if first:
-        rewind_metrics(folder, state.step)
+        rewind_metrics(folder, state.step, state.unfinished)
     telemetry = Telemetry(folder, recipe, plan.steps, active=first)
     warnings = [*([prepared.stage.warning] if prepared.stage.warning else []), *(selected.warnings if selected else ())]
     for warning in warnings:
@@ -304,15 +305,19 @@ def _train(
         end_of_document=end_of_document,
         padding=data.end_of_document if recipe.data.packing == "best-fit" else None,
     )
-    validator = Validator(
-        engine,
-        data.validation,
-        length=plan.sequence_length,
-        micro_batch=recipe.batch.micro_batch,
-        routed=config.router is not None,
-        end_of_document=end_of_document,
-        device=device,
-    )
+    lockstep = Lockstep(stop.poll, device, watchdog.move)
+    validator = None
+    if data.validation:
+        validator = Validator(
+            engine,
+            data.validation,
+            length=plan.sequence_length,
+            micro_batch=recipe.batch.micro_batch,
+            routed=config.router is not None,
+            end_of_document=end_of_document,
+            device=device,
+            lockstep=lockstep,
+        )
     suites = None
     if recipe.evaluation.suites is not None:
         suites = SuiteRunner(
@@ -323,6 +328,7 @@ def _train(
             tokenizer=data.tokenizer,
             texts=held_out_texts(recipe),
             device=device,
+            lockstep=lockstep,
         )
     evaluation = EvaluationHooks(
         plan=plan,
@@ -331,6 +337,7 @@ def _train(
         suites=suites,
         telemetry=telemetry,
         beat=watchdog.beat,
+        lockstep=lockstep,
     )
     trainer = Trainer(
         recipe=recipe,

@@ -286,6 +286,8 @@ class Checkpointing(Section):
 
     Attributes:
         every: distance between checkpoints; 0 writes the last one only.
+        every_minutes: one is also written when so many minutes have passed since the last one of any kind, by rank 0's
+            clock; None: by steps alone.
         keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: also write and keep
             the one with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
         asynchronous: files are written by a thread while training goes on (costs one copy of the state in memory).
@@ -295,6 +297,7 @@ class Checkpointing(Section):
     """
 
     every: Length = 0.1
+    every_minutes: Number | None = Field(default=None, gt=0)
     keep: Whole = Field(default=2, ge=1)
     keep_every: Length | None = None
     keep_best: bool = False

@@ -12,6 +12,8 @@ The loop polls on every rank and reduces the answers with MAX, so that all ranks
             if request.stops:
                 return request.exit_code
 
+Evaluations poll before every forward pass (`pretrain.evaluation.lockstep`).
+
 Exit codes that launch scripts understand are the constants below.
 """
 
@@ -23,10 +25,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.errors import LaunchError
 
@@ -59,6 +61,22 @@ class Request(enum.IntEnum):
         return {Request.STOP: EXIT_AGAIN, Request.HOLD: EXIT_HELD}.get(self, EXIT_FINISHED)
 
 
+_FILES = {STOP_FILE: Request.HOLD, CHECKPOINT_FILE: Request.CHECKPOINT}
+
+
+class Asked(NamedTuple):
+    """What the ranks are asked to do: the strongest request, and the first rank that had it."""
+
+    request: Request = Request.NONE
+    rank: int = 0
+
+    @classmethod
+    def strongest(cls, requests: Sequence[float]) -> Asked:
+        """Of the requests of all ranks."""
+        most = max(requests)
+        return cls(Request(int(most)), requests.index(most))
+
+
 class StopRequest:
     """Collects what asks this rank to stop or to write a checkpoint.
 
@@ -72,7 +90,7 @@ class StopRequest:
         watch_files: whether this rank looks at those files; on a shared file system only rank 0 should.
         wall_clock: seconds from now until the run should have stopped; None for no limit.
         reserve: seconds before a time limit at which to stop; may be raised as checkpoints turn out slower. As much
-            again as has lain between two polls at most (steps, evaluations) is added.
+            again as has lain between two polls at most (a step, what an evaluation prepares) is added.
         debounce: see above, in seconds.
         environ: where SLURM_JOB_END_TIME (seconds since 1970) is read.
 
@@ -100,6 +118,8 @@ class StopRequest:
         self._debounce = debounce
         self._polled: float | None = None
         self._longest = 0.0
+        self._seen: set[str] = set()
+        self._unremovable: set[str] = set()
         self._signalled: str | None = None
         self._previous: dict[int, Any] = {}
         self._previous_wakeup = -1
@@ -141,21 +161,29 @@ class StopRequest:
         ):
             if end is not None and clock >= end - needed:
                 found.append((Request.STOP, f"{limit} is near, and stopping may take {needed:.0f} s"))
-        if self._folder is not None:
-            if (self._folder / STOP_FILE).exists():
-                found.append((Request.HOLD, f"{self._folder / STOP_FILE} was made"))
-            if (self._folder / CHECKPOINT_FILE).exists():
-                found.append((Request.CHECKPOINT, f"{self._folder / CHECKPOINT_FILE} was made"))
+        for name, request in _FILES.items() if self._folder is not None else ():
+            file = os.path.join(self._folder, name)
+            # Path.exists raises what a network file system says in a bad moment, which must not end a run.
+            if file not in self._unremovable and os.path.exists(file):
+                found.append((request, f"{file} was made"))
+                self._seen.add(file)
         if not found:
             return Request.NONE
         request, self.reason = max(found, key=lambda item: item[0])
         return request
 
     def acknowledge(self) -> None:
-        """Remove the request files; call once the checkpoint they asked for is complete."""
-        if self._folder is not None:
-            for name in (STOP_FILE, CHECKPOINT_FILE):
-                (self._folder / name).unlink(missing_ok=True)
+        """Remove the request files that `poll` has seen; call once the checkpoint they asked for is complete. One that
+        was made since then has not been heeded yet, and stays.
+        """
+        for file in self._seen:
+            try:
+                os.unlink(file)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                self._unremovable.add(file)  # a folder of that name, somebody else's file: heeded once
+        self._seen.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signalled is None:

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from data_prep.files import atomic_write
 from pretrain.mirrors import Mirrors
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
+
+# Kind of record by evaluation (`TrainState.unfinished`).
+_RECORDED_AS = {"validation": "validation", "suites": "evaluation"}
 
 
 class Stopwatch:
@@ -205,24 +208,31 @@ class Telemetry:
         self._mirrors.close()
 
 
-def rewind_metrics(run: RunFolder, step: int) -> None:
-    """Drop training and validation records after `step` and an unfinished last line.
+def rewind_metrics(run: RunFolder, step: int, unfinished: Sequence[str] = ()) -> None:
+    """Drop training and evaluation records after `step`, those at `step` of evaluations that are `unfinished` there,
+    and a last line that is not whole.
 
     A run that resumes at `step` logs what follows again; events stay, because they happened.
     """
+    again = {_RECORDED_AS[name] for name in unfinished}
     if not run.metrics_file.is_file():
         return
     kept = []
     changed = False
     for line in run.metrics_file.read_bytes().splitlines(keepends=True):
         record = _parse(line)
-        if record is None or (record.get("kind") != "event" and record.get("step", 0) > step):
+        if record is None or _is_undone(record, step, again):
             changed = True
         else:
             kept.append(line)
     if changed:
         with atomic_write(run.metrics_file) as stream:
             stream.writelines(kept)
+
+
+def _is_undone(record: dict[str, Any], step: int, again: set[str]) -> bool:
+    kind, at = record.get("kind"), record.get("step", 0)
+    return kind != "event" and (at > step or (at == step and kind in again))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

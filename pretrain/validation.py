@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.batches import make_micro_batch
+from pretrain.evaluation.lockstep import Lockstep
 
 if TYPE_CHECKING:
     from data_prep.dataset import TokenDataset
@@ -47,6 +48,7 @@ class Validator:
         engine: DeepSpeed's; sets: what is measured; length: T; micro_batch: sequences per forward pass.
         routed: whether the network has a router; without one both routings are the same and one pass serves both.
         end_of_document: as for `BatchReader`.
+        lockstep: what the ranks agree upon before every forward pass.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Validator:
         routed: bool,
         end_of_document: int | None,
         device: torch.device,
+        lockstep: Lockstep,
     ) -> None:
         self._engine = engine
         self._sets = sets
@@ -67,14 +70,13 @@ class Validator:
         self._routed = routed
         self._end_of_document = end_of_document
         self._device = device
+        self._lockstep = lockstep
 
     def run(self) -> list[dict[str, Any]]:
         """One record per validation set: source, loss_causal, loss_topk, tokens_evaluated, seconds. Collective."""
-        if not self._sets:
-            return []
         self._engine.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._lockstep.passes():
                 return [self._measure(validation_set) for validation_set in self._sets]
         finally:
             self._engine.train()
@@ -98,6 +100,7 @@ class Validator:
         per_round = world_size * self._micro_batch
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for start in range(0, len(indexes), per_round):
+            self._lockstep.meet()
             mine = indexes[start + rank * self._micro_batch : start + (rank + 1) * self._micro_batch]
             # A rank without sequences left runs one that does not count, because ZeRO-3 gathers weights from all ranks.
             rows = [validation_set.dataset.sequence(index, self._length) for index in mine or indexes[:1]]

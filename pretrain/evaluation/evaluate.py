@@ -18,6 +18,7 @@ from data_prep.files import sha256_file
 from pretrain.errors import RunError
 from pretrain.evaluation import held_out
 from pretrain.evaluation.likelihood import Progress, Routing, Scorer, from_rank_zero, rank_and_world
+from pretrain.evaluation.lockstep import Lockstep
 from pretrain.evaluation.suites import (
     HELD_OUT_SUITES,
     benchmarks,
@@ -75,6 +76,7 @@ def evaluate_model(
     settings: Settings | None = None,
     device: torch.device | None = None,
     progress: SuiteProgress | None = None,
+    lockstep: Lockstep | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in memory; call it on every rank (under ZeRO-3 each forward pass is a collective).
 
@@ -84,6 +86,7 @@ def evaluate_model(
         limit: overrides that of `settings`.
         documents: held-out documents, which `perplexity`, `own` and `routing` need (`held_out.read_documents`).
         device: where the network computes; by default where its parameters are, which offloading makes another place.
+        lockstep: lets the ranks break off together; None never does.
 
     Returns:
         By suite: {suite, tasks: {name: {metrics, stderr, n, routing, ...}}, skipped: [{task, why, how}], primary,
@@ -95,7 +98,14 @@ def evaluate_model(
     settings = settings or Settings()
     if limit is not None:
         settings = dataclasses.replace(settings, limit=limit)
-    scorer = Scorer(model, tokenizer.eod_id, routing=settings.routing, depth=settings.depth, device=device)
+    scorer = Scorer(
+        model,
+        tokenizer.eod_id,
+        routing=settings.routing,
+        depth=settings.depth,
+        device=device,
+        lockstep=lockstep or Lockstep(),
+    )
     results = {}
     for suite in check_suites(suites):
         scorer.progress = progress(suite) if progress else None

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import UserError
+from pretrain.evaluation.lockstep import Lockstep
 
 Routing = Literal["causal", "topk"]
 ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
@@ -129,6 +130,7 @@ class Scorer:
         max_length: most tokens read at once; by default what the network was trained on.
         device: where inputs go; by default where the network's parameters are.
         progress: told after every batch how far scoring has come.
+        lockstep: what the ranks agree upon before every forward pass; by default nothing.
     """
 
     model: Any
@@ -138,6 +140,7 @@ class Scorer:
     max_length: int = 0
     device: torch.device | None = None
     progress: Progress | None = None
+    lockstep: Lockstep = dataclasses.field(default_factory=Lockstep)
 
     def __post_init__(self) -> None:
         check_routing(self.routing)
@@ -171,10 +174,11 @@ class Scorer:
         total = sum(map(len, rows))
         result = torch.zeros(2, len(windows), dtype=torch.float64, device=self.device)
         done = 0
-        with evaluating(self.model):
+        with evaluating(self.model), self.lockstep.passes():
             # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches repeat their last and drop its
             # result.
             for turn in range(-(-len(batches) // world)):
+                self.lockstep.meet()
                 batch = mine[turn] if turn < len(mine) else batches[-1]
                 logits = self._logits(batch)
                 if turn >= len(mine):
@@ -187,8 +191,8 @@ class Scorer:
                 done += world * sum(map(len, batch))
                 if self.progress is not None:
                     self.progress(min(done, total), total)
-        if world > 1:
-            dist.all_reduce(result)
+            if world > 1:
+                dist.all_reduce(result)
         likelihood, greedy = result.cpu().numpy()
         return likelihood, greedy.astype(bool)
 

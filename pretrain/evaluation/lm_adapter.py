@@ -94,8 +94,9 @@ class HarnessModel(TemplateLM):
         if self.scorer.routing != "causal":
             raise UserError("text is generated token by token, which top-k routing cannot do; use routing=causal.")
         texts = []
-        with evaluating(self.scorer.model):
+        with evaluating(self.scorer.model), self.scorer.lockstep.passes():
             for context, options in (request.args for request in requests):
+                self.scorer.lockstep.meet()
                 length = int(options.get("max_gen_toks", 256))
                 prompt = (self.tok_encode(context) if context else [])[-max(1, self.max_length - length) :]
                 made = generate(

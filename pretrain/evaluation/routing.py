@@ -55,9 +55,11 @@ def read_windows(scorer: Scorer, windows: np.ndarray, progress: Progress | None 
     size = max(1, 2048 // (windows.shape[1] - 1))
     batches = [windows[start : start + size] for start in range(0, len(windows), size)]
     mine: list[tuple[int, np.ndarray, np.ndarray]] = []
-    with evaluating(scorer.model):
+    parts = [mine]
+    with evaluating(scorer.model), scorer.lockstep.passes():
         # Every rank makes the same number of forward passes, which are collectives under ZeRO-3.
         for turn in range(-(-len(batches) // world)):
+            scorer.lockstep.meet()
             index = turn * world + rank
             batch = torch.from_numpy(batches[min(index, len(batches) - 1)]).to(scorer.device)
             out = scorer.forward(batch[:, :-1], labels_BT=batch[:, 1:], return_losses=True, return_routing=True)
@@ -69,10 +71,9 @@ def read_windows(scorer: Scorer, windows: np.ndarray, progress: Progress | None 
                 mine.append((index, out.losses_BT.float().cpu().numpy(), depths))
             if progress is not None:
                 progress(min((turn + 1) * world, len(batches)) * batch[:, 1:].numel(), windows[:, 1:].size)
-    parts = [mine]
-    if world > 1:
-        parts = [[] for _ in range(world)]
-        dist.all_gather_object(parts, mine)
+        if world > 1:
+            parts = [[] for _ in range(world)]
+            dist.all_gather_object(parts, mine)
     ordered = sorted((part for share in parts for part in share), key=lambda part: part[0])
     return Reading(np.concatenate([p[1] for p in ordered]).astype(np.float64), np.concatenate([p[2] for p in ordered]))
 

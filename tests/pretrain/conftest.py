@@ -17,6 +17,21 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prose_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with a tokenizer and held-out text."""
+    from tests.data_prep.writing import run as tokenize
+    from tests.data_prep.writing import write_jsonl
+    from tests.evaluation.runs import train_tokenizer
+    from tests.evaluation.test_own_suite import prose
+
+    folder = tmp_path_factory.mktemp("prose")
+    source = write_jsonl(folder / "prose.jsonl", [prose(seed, 5 + seed % 40) for seed in range(80)])
+    tokenizer = train_tokenizer(folder / "tokenizer") / "tokenizer.model"
+    tokenize([source], folder / "data", tokenizer, validation=0.05, test=0.1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Workers]:
     """Two ranks on this machine."""
     workers = Workers(2)

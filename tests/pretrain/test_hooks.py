@@ -14,25 +14,13 @@ from data_prep.tokenizers import load_tokenizer
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.evaluate import evaluate_run
+from pretrain.evaluation.lockstep import Lockstep
 from pretrain.hooks import EvaluationHooks, SuiteRunner, check_suites_of
 from pretrain.recipe import build_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.sections import Suites
-from tests.data_prep.writing import run as tokenize
-from tests.data_prep.writing import write_jsonl
-from tests.evaluation.runs import train_tokenizer
-from tests.evaluation.test_own_suite import prose
+from pretrain.signals import Asked
 from tests.pretrain.support import LENGTH, Workers, losses, metrics, recipe_values, tiny_model
-
-
-@pytest.fixture(scope="module")
-def prose_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with a tokenizer and held-out text."""
-    folder = tmp_path_factory.mktemp("prose")
-    source = write_jsonl(folder / "prose.jsonl", [prose(seed, 5 + seed % 40) for seed in range(80)])
-    tokenizer = train_tokenizer(folder / "tokenizer") / "tokenizer.model"
-    tokenize([source], folder / "data", tokenizer, validation=0.05, test=0.1)
-    return folder / "data"
 
 
 def values_of(data: Path, run: Path, **evaluation: Any) -> dict[str, Any]:
@@ -102,6 +90,7 @@ def test_results_that_cannot_be_written_do_not_end_the_run(
         tokenizer=prose_data / "tokenizer",
         texts=[],
         device=torch.device("cpu"),
+        lockstep=Lockstep(),
     )
     result = {"tasks": {}, "primary": None, "skipped": [], "seconds": 1.0}
     monkeypatch.setattr("pretrain.evaluation.evaluate.evaluate_model", lambda *_, **__: {"own": result})
@@ -137,12 +126,13 @@ def hooks_with_costs(validation: float, between: float, cap: float | None) -> tu
         suites=None,
         telemetry=Recorder(),  # type: ignore[arg-type]
         beat=lambda doing: None,
+        lockstep=SimpleNamespace(run=lambda action: action()),  # type: ignore[arg-type]
         clock=lambda: now.time,
     )
     for step in range(1, 9):
         now.time += between
         state = TrainState(step=step)
-        assert hooks.run(state) in (0.0, validation)
+        assert hooks.run(state, Asked()) == Asked()
     return hooks, now.told, state
 
 

@@ -1,0 +1,63 @@
+"""`pretrain/train.py` where something happens in an evaluation, or the clock is the test's; FAULT says what, as JSON.
+
+signal_pass: {rank: n}: SIGTERM comes to that rank during its n-th forward pass of an evaluation, counted from 1;
+fail_suite: ranks on which the questions of the suite `own` cannot be read; step_minutes: by rank, how long a step takes
+by its clock.
+
+Every rank prints at its end how many forward passes evaluations made there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mor_model.model import RecursiveTransformer
+from pretrain import checkpoint, loop, train
+from pretrain.batches import StepBatch
+from pretrain.checkpoint import TrainState
+from pretrain.evaluation import evaluate
+
+FAULT = json.loads(os.environ["FAULT"])
+RANK = os.environ.get("RANK", "0")
+seen = SimpleNamespace(passes=0, minutes=0.0)
+
+
+def forward(self: RecursiveTransformer, *arguments: Any, **keywords: Any) -> Any:
+    if not self.training:
+        seen.passes += 1
+        if seen.passes == FAULT.get("signal_pass", {}).get(RANK):
+            os.kill(os.getpid(), signal.SIGTERM)
+    return sound_forward(self, *arguments, **keywords)
+
+
+def own_suite(*arguments: Any) -> dict[str, Any]:
+    if int(RANK) in FAULT.get("fail_suite", ()):
+        raise OSError(errno.EIO, "the questions are on a disk that is gone")
+    return sound_own_suite(*arguments)
+
+
+def forward_backward(
+    self: loop.Trainer, state: TrainState, batch: StepBatch
+) -> tuple[dict[str, torch.Tensor], float | None]:
+    seen.minutes += FAULT["step_minutes"][int(RANK)]
+    return sound_forward_backward(self, state, batch)
+
+
+if __name__ == "__main__":
+    sound_forward, RecursiveTransformer.forward = RecursiveTransformer.forward, forward  # type: ignore[method-assign]
+    sound_own_suite, evaluate._SUITES["own"] = evaluate._SUITES["own"], own_suite
+    if "step_minutes" in FAULT:
+        sound_forward_backward, loop.Trainer._forward_backward = loop.Trainer._forward_backward, forward_backward  # type: ignore[method-assign]
+        checkpoint.time = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: 60.0 * seen.minutes)  # type: ignore[attr-defined]
+    code = train.main()
+    print(f"rank {RANK} made {seen.passes} passes", flush=True)
+    sys.exit(code)
