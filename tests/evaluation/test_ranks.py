@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pretrain.evaluation.evaluate import evaluate_run
 from pretrain.run_folder import RunFolder
 from tests.evaluation.runs import make_run
 from tests.evaluation.test_own_suite import prose
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ["perplexity", "own", "routing"]
@@ -28,9 +28,6 @@ def run(tmp_path_factory) -> RunFolder:
 
 
 def on_two_ranks(*command: object) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     shared = {
         **clean_environment(),
         "PYTHONPATH": str(ROOT),
@@ -38,7 +35,7 @@ def on_two_ranks(*command: object) -> None:
         "DS_ACCELERATOR": "cpu",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     shared.pop("MOR_SHARED_DATA", None)

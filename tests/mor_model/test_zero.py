@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.model import RecursiveTransformer
 from tests.mor_model.cases import random_batch, small_config
+from tests.ports import free_port
 
 pytest.importorskip("deepspeed")
 WORKER = Path(__file__).with_name("zero_worker.py")
@@ -53,16 +53,13 @@ def launch(cases: dict[str, dict[str, Any]], folder: Path, processes: int = 2) -
     """Results of every process."""
     job = folder / "job.json"
     job.write_text(json.dumps({"cases": cases, "out": str(folder / "result")}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     root = Path(__file__).resolve().parents[2]
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "PYTHONPATH": str(root),
     }

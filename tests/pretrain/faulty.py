@@ -28,7 +28,7 @@ from pretrain.checkpoint import TrainState
 from pretrain.environment import Ranks
 from pretrain.recipe import Recipe
 from pretrain.stage import StageChoice
-from tests.pretrain.support import losses
+from tests.pretrain.support import last_step
 
 FAULT = json.loads(os.environ["FAULT"])
 
@@ -80,7 +80,7 @@ def save_hashed(state: Any, path: Path) -> dict[str, Any]:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "no space left")
     if FAULT.get("slow_step", "none") in str(path):
-        while max(losses(path.parents[2]), default=0) < FAULT["until"]:
+        while last_step(path.parents[2]) < FAULT["until"]:
             time.sleep(0.01)
     return sound_save_hashed(state, path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import yaml
 
 from pretrain.environment import Ranks
 from tests.data_prep.support import EOD, write_dataset
+from tests.ports import free_port
 
 # One process without a launcher.
 ALONE = Ranks(0, 1, 0, 1, 0, "127.0.0.1", 29500, "python")
@@ -206,9 +206,7 @@ class Job:
         """`extra` variables for all ranks; `vary` gives a rank arguments of its own; `script` is what is started;
         `nursery` forks the ranks, which is faster than processes of their own.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         self.processes: list[Any] = []
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -265,6 +263,13 @@ def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def last_step(run_dir: Path) -> int:
+    """The last step that a run has logged, 0 before the first; also while it goes on and a line is half there."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if file.exists() else []
+    return max((record["step"] for record in map(json.loads, lines) if record["kind"] == "train"), default=0)
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """Loss of every logged step."""
     return {record["step"]: record["loss"] for record in metrics(run_dir, "train")}
@@ -279,9 +284,7 @@ class Workers:
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Call `pretrain.train.main` on every rank; the largest exit code, and what all printed."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         for rank, process in enumerate(self._processes):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
             variables = {name: str(value) for name, value in place.items()}

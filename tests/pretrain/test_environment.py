@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pretrain.environment import clean_environment, discover_ranks, rendezvous_p
 from pretrain.errors import LaunchError
 from pretrain.hostlist import expand_hostlist
 from tests.conftest import skip_or_fail
+from tests.ports import free_port
 
 SRUN = {
     "SLURM_JOB_ID": "4711",
@@ -96,7 +98,15 @@ def test_ranks_of_each_launcher(environ, expected):
         ({**SRUN, "SLURM_STEP_NODELIST": "broken[1-"}, "host list"),
     ],
 )
-def test_what_cannot_be_known_is_said_and_not_awaited(environ, word):
+def test_what_cannot_be_known_is_said_and_not_awaited(environ, word, monkeypatch):
+    resolve = socket.getaddrinfo
+
+    def resolve_known(host, *more):
+        if host.startswith("no-such-host"):  # to which some networks give an address all the same
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_known)
     with pytest.raises(LaunchError, match=word.replace("[", r"\[")):
         discover_ranks(environ)
 
@@ -170,8 +180,8 @@ torch.distributed.destroy_process_group()
 """
 LAUNCHERS = {
     "python": ([sys.executable], 1),
-    "torchrun": (["torchrun", "--nproc_per_node", "2", "--master_port", "29631"], 2),
-    "deepspeed": (["deepspeed", "--num_gpus", "2", "--master_port", "29632", "--no_local_rank"], 2),
+    "torchrun": (["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())], 2),
+    "deepspeed": (["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank"], 2),
     "openmpi": (["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable], 2),
 }
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import skip_or_fail
+from tests.ports import free_port
 from tests.pretrain.support import ROOT, environment, losses, make_dataset, recipe_values, write_recipe
 
 pytestmark = pytest.mark.slow
 LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "29641"],
-    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29642"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())],
     "openmpi": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
 }
 

@@ -18,6 +18,7 @@ from tests.pretrain.support import (
     Job,
     Nursery,
     Workers,
+    last_step,
     losses,
     make_dataset,
     metrics,
@@ -192,9 +193,9 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, tiny_d
     values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 4000}, checkpoint={"every": 0})
     recipe = write_recipe(tmp_path / "r.yaml", values)
     job = Job(recipe, ranks=2)
-    while job.running and not (tmp_path / "run" / "metrics.jsonl").exists():
+    # No rank ends a step before all have begun one, and so have handlers for signals.
+    while job.running and last_step(tmp_path / "run") == 0:
         time.sleep(0.05)
-    time.sleep(0.5)
     job.kill(number, rank=1)
     codes, _, errors = job.wait(timeout=120)
     assert codes == [75, 75], errors

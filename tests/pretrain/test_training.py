@@ -20,6 +20,7 @@ from pretrain.errors import RecipeError
 from pretrain.recipe import build_recipe, load_recipe
 from pretrain.run import prepare
 from tests.data_prep.support import EOD
+from tests.ports import free_port
 from tests.pretrain.reference import plain_losses
 from tests.pretrain.support import (
     LENGTH,
@@ -285,7 +286,7 @@ def test_every_way_of_starting_gives_the_same_run(
     scripts = Path(sys.executable).parent
     script = [str(Path(__file__).parents[2] / "pretrain" / "train.py"), "--config", str(recipe)]
     command = {
-        "deepspeed": [str(scripts / "deepspeed"), "--num_gpus", "2", "--master_port", "29731", *script],
+        "deepspeed": [str(scripts / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *script],
         "torchrun": [str(scripts / "torchrun"), "--standalone", "--nproc-per-node", "2", *script],
         "mor": [str(scripts / "mor"), "train", str(recipe)],
     }[launcher]

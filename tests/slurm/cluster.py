@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 # Daemons live outside an ordinary user's PATH on Debian.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
@@ -60,7 +62,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=5,sched_min_interval=0,bf
 KillWait=5
 CompleteWait=0
 MinJobAge=3600
-SlurmdTimeout=10
+SlurmdTimeout=30
 JobRequeue=1
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/log/jobcomp.log
@@ -187,14 +189,6 @@ def _daemon(command: list[str], cluster: Cluster) -> subprocess.Popen[bytes]:
         )
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-
-
 def _gpu_files(folder: Path, gpus: int) -> str:
     """Character devices that stand for GPUs; an ordinary user cannot make any and borrows terminals."""
     devices = folder / "dev"
@@ -228,7 +222,7 @@ def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2)
     key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
     names = f"node[1-{nodes}]" if nodes > 1 else "node1"
-    port, *ports = _free_ports(nodes + 1)
+    port, *ports = (free_port() for _ in range(nodes + 1))
     lines = [
         f"NodeName=node{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[index - 1]} CPUs={cpus} "
         f"RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.pretrain.support import losses, recipe_values, tiny_model, write_recipe
+from tests.pretrain.support import last_step, recipe_values, tiny_model, write_recipe
 from tests.slurm.cluster import JOB_PATH, Cluster
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch")
@@ -40,11 +40,7 @@ def log(cluster: Cluster, recipe: Path) -> str:
 
 def reached(run: Path, step: int) -> str | None:
     """Whether the run has logged this step."""
-    try:
-        steps = losses(run)
-    except (OSError, ValueError):
-        return None
-    return "yes" if steps and max(steps) >= step else None
+    return "yes" if last_step(run) >= step else None
 
 
 def restarted(cluster: Cluster, job: str, times: int = 1) -> str | None:
