@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.surroundings import normalize
+
+normalize()
+
 # Tests that gate draw the same examples every time, or a rare one turns away work it has nothing to do with; new ones
-# are looked for by `make test-slow`, which draws at random and prints what reproduces a failure.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("explore", print_blob=True)
+# are looked for by `make test-slow`, which draws at random and prints what reproduces a failure. How long one takes
+# says how busy the machine is.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", print_blob=True, deadline=None)
 settings.load_profile("same")
 
 
