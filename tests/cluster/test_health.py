@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from pretrain.cluster.health import judge, pairings, read_reports
 from pretrain.environment import clean_environment
+from tests.ports import free_port
 
 
 def report(**changes):
@@ -73,7 +73,7 @@ from pretrain.cluster.health import all_reduce_speeds
 rank, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 really = dist.all_reduce
 def slowly(*arguments, **named):
-    time.sleep(0.2)
+    time.sleep(0.5)
     return really(*arguments, **named)
 if rank == 1:
     dist.all_reduce = slowly
@@ -82,9 +82,7 @@ print(json.dumps(all_reduce_speeds(rank, nodes, gpu=False, size=2**16)))
 
 
 def test_a_slow_link_shows_only_at_its_own_node():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     meeting = {**clean_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4"}
     command = [sys.executable, "-c", SLOW_LINK]
     nodes = [
@@ -92,7 +90,8 @@ def test_a_slow_link_shows_only_at_its_own_node():
         for rank in range(4)
     ]
     speeds = [json.loads(node.communicate(timeout=200)[0].splitlines()[-1]) for node in nodes]
-    slowest = 2**16 / 0.2 / 1e9
+    # Half the time that the slow node takes: another begins to wait a little after it, and is no faster for that.
+    slowest = 2**16 / 0.25 / 1e9
     assert [speed["pair_gbytes"] <= slowest for speed in speeds] == [False, True, False, False], speeds
     # With all nodes together everybody waits for the slow one.
     assert all(speed["reduce_gbytes"] <= slowest for speed in speeds), speeds

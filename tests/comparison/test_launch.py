@@ -40,7 +40,7 @@ sys.exit(75)
 """
 
 
-def wait_for(condition, seconds: float = 30.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -70,7 +70,7 @@ def start_parent(folder: Path, command: list[str]) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        process_group=0,
+        start_new_session=True,
     )
 
 
@@ -80,7 +80,7 @@ def test_a_signal_reaches_the_ranks_once_and_they_are_waited_for(tmp_path, numbe
     wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
     # As a terminal does it: to the whole foreground group.
     os.killpg(parent.pid, number)
-    output, errors = parent.communicate(timeout=30)
+    output, errors = parent.communicate(timeout=120)
     assert output.strip() == "interrupted" and "write a checkpoint" in errors
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1 True", "1 True"]
 
@@ -93,16 +93,22 @@ def test_a_second_signal_ends_everything_at_once(tmp_path):
     os.kill(parent.pid, signal.SIGINT)
     wait_for(lambda: all((tmp_path / f"asked-{rank}").exists() for rank in (0, 1)))
     os.kill(parent.pid, signal.SIGINT)
-    output, _ = parent.communicate(timeout=30)
+    output, _ = parent.communicate(timeout=120)
     assert output.strip() == "interrupted"
     assert not list(tmp_path.glob("saved-*"))
 
 
 def test_output_goes_to_the_log_and_the_status_comes_back(tmp_path):
-    ticks = []
-    command = [sys.executable, "-c", "import sys, time; print('words'); time.sleep(0.8); sys.exit(3)"]
-    assert run_child(command, tmp_path / "logs" / "log", lambda: ticks.append(1)) == 3
-    assert (tmp_path / "logs" / "log").read_text() == "words\n" and ticks
+    code = (
+        "import pathlib, sys, time\n"
+        "print('words')\n"
+        "while not pathlib.Path(sys.argv[1]).exists():\n"
+        "    time.sleep(0.02)\n"
+        "sys.exit(3)\n"
+    )
+    tick = tmp_path / "tick"
+    assert run_child([sys.executable, "-c", code, str(tick)], tmp_path / "logs" / "log", tick.touch) == 3
+    assert (tmp_path / "logs" / "log").read_text() == "words\n"
 
 
 def test_signals_are_handled_as_before_when_the_child_has_ended(tmp_path):
@@ -130,7 +136,7 @@ def test_a_signal_before_any_rank_exists_goes_to_the_child_itself(tmp_path):
     parent = start_parent(tmp_path, [sys.executable, "-c", code])
     wait_for((tmp_path / "ready").exists)
     os.kill(parent.pid, signal.SIGINT)
-    assert parent.communicate(timeout=30)[0].strip() == "interrupted"
+    assert parent.communicate(timeout=120)[0].strip() == "interrupted"
     assert (tmp_path / "told").exists()
 
 

@@ -30,7 +30,7 @@ def mpirun(ranks: int, *command: object, environment: dict[str, str] | None = No
         [str(program), "-n", str(ranks), "--allow-run-as-root", "--oversubscribe", sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
     )
 
@@ -86,7 +86,8 @@ from data_prep.piece import PieceWorker, Progress
 
 kind, notes, *arguments = sys.argv[1:]
 work = PieceWorker.work
-mpi.SILENCE = 4.0
+if kind == "silent":
+    mpi.SILENCE = 4.0
 
 def wrong(self, *key):
     rank = mpi.Ranks.known.rank

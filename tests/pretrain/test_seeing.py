@@ -92,7 +92,7 @@ def test_memory_is_that_of_this_process() -> None:
         block.write(b"x" * len(block))
         now, peak = memory_bytes(CPU), peak_memory_bytes(CPU)
         assert 0 < now <= peak
-    assert memory_bytes(CPU) < now - (60 << 20) and peak_memory_bytes(CPU) >= now
+    assert memory_bytes(CPU) < now - (32 << 20) and peak_memory_bytes(CPU) >= now
 
 
 @pytest.mark.parametrize(

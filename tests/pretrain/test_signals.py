@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,15 +120,25 @@ def blocked_process():
     return process
 
 
+def deliver(process, number):
+    """Send a signal and return when it has arrived: one that is sent meanwhile would be the same one."""
+    process.send_signal(number)
+    while process.poll() is None:
+        (pending,) = re.findall(r"^ShdPnd:\s+(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+        if not int(pending, 16):
+            return
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once(number):
     process = blocked_process()
     try:
-        process.send_signal(number)
+        deliver(process, number)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
-        process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        deliver(process, number)
+        assert process.wait(120) == 128 + number
         assert "second time" in process.stderr.read()
     finally:
         process.kill()
@@ -137,11 +149,11 @@ def test_announcements_do_not_count_as_the_first_of_two():
     process = blocked_process()
     try:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM):
-            process.send_signal(number)
+            deliver(process, number)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.3)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        deliver(process, signal.SIGTERM)
+        assert process.wait(120) == 128 + signal.SIGTERM
     finally:
         process.kill()
         process.communicate()

@@ -13,6 +13,7 @@ import pytest
 from pretrain.environment import Ranks
 from pretrain.lifelines import Lifelines
 from pretrain.signals import EXIT_STALLED
+from tests.ports import free_port
 
 RANK_PROGRAM = """
 import ctypes, os, signal, sys, time
@@ -37,11 +38,11 @@ def killed():
 def leaving_with_an_error():
     raise KeyError("on one rank alone")
 
-folder, how, culprit = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, how, culprit, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 ranks = prepare_environment()
 if ranks.world_size > 1:
     dist.init_process_group("gloo")
-with Watchdog(folder, ranks, timeout=2.0, on_stall=lambda report: print("STALL", flush=True)) as watchdog:
+with Watchdog(folder, ranks, timeout=timeout, on_stall=lambda report: print("STALL", flush=True)) as watchdog:
     for step in range(6):
         watchdog.beat(f"step {step}: data")
         if step == 4 and ranks.rank == culprit and how in globals():
@@ -50,22 +51,20 @@ with Watchdog(folder, ranks, timeout=2.0, on_stall=lambda report: print("STALL",
             module._GONE_SECONDS = 1.0
             watchdog.beat("a collective that notices nothing", allow=600)
             time.sleep(600)
-        time.sleep(0.5)
+        time.sleep(timeout / 4)
         watchdog.beat(f"step {step}: forward")
         if ranks.world_size > 1:
             dist.all_reduce(torch.ones(1))
     watchdog.beat("evaluation", allow=60)
-    time.sleep(2.5)
+    time.sleep(1.25 * timeout)
 print("FINISHED", flush=True)
 """
 
 
-def start(tmp_path, how, culprit, world_size):
+def start(tmp_path, how, culprit, world_size, timeout=2.0):
     script = tmp_path / "rank.py"
     script.write_text(RANK_PROGRAM)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world_size):
         environ = {
@@ -77,7 +76,7 @@ def start(tmp_path, how, culprit, world_size):
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(script), str(tmp_path / "stacks"), how, str(culprit)]
+        command = [sys.executable, str(script), str(tmp_path / "stacks"), how, str(culprit), str(timeout)]
         processes.append(
             subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -110,7 +109,8 @@ def incident(tmp_path):
 
 
 def test_a_run_that_moves_is_left_alone(tmp_path):
-    results = finish(start(tmp_path, "nothing", 0, 2))
+    # Longer than a busy machine lets a process wait for its turn.
+    results = finish(start(tmp_path, "nothing", 0, 2, timeout=5.0))
     assert [(code, output) for code, output, _ in results] == [(0, "FINISHED\n")] * 2, results
     assert list((tmp_path / "stacks").iterdir()) == []
 
@@ -152,7 +152,7 @@ def test_a_frozen_process_is_named_and_the_others_end(tmp_path, culprit):
 )
 def test_a_rank_that_is_gone_ends_the_others_whatever_they_wait_for(tmp_path, how, culprit):
     """Long before the 600 seconds that they may take, and within collectives that would wait for ever."""
-    results = finish(start(tmp_path, how, culprit, 3), seconds=60)
+    results = finish(start(tmp_path, how, culprit, 3), seconds=300)
     others = [result for rank, result in enumerate(results) if rank != culprit]
     assert [code for code, _, _ in others] == [EXIT_STALLED] * 2, results
     report = next(errors for _, _, errors in others if "are gone" in errors)
