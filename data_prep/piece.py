@@ -230,12 +230,7 @@ class _Output:
 
     def add(self, document: Document) -> Progress | None:
         """Take a document; returns progress when a batch was encoded."""
-        text = document.text
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            self.reject = Reject("invalid_utf8", document.line, "the text holds half a surrogate pair")
-            return None
+        text, data = document.text, document.data
         size = len(data)
         if not self._wanted(size, document.line):
             return None
@@ -368,12 +363,7 @@ class _Output:
                 lengths, texts, ends = lengths[:fits], texts[:fits], ends[:fits]
                 ids = ids[: int(ends[-1]) if fits else 0]
             self._train_tokens += int(lengths.sum())
-        out = np.empty(int(lengths.sum()), self.dtype)
-        closing = np.cumsum(lengths) - 1
-        text_places = np.ones(out.size, bool)
-        text_places[closing] = False
-        out[text_places] = ids
-        out[closing] = self.eod
+        out = np.insert(ids.astype(self.dtype), ends, self.eod)
         if lengths.size:
             self._writer(key).write(out, lengths)
             self._text_bytes[key] += int(texts.sum())

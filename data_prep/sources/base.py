@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import orjson
+
 from data_prep.errors import DataError
 
 # A line or file above this many bytes is not held in memory: its text goes through a file of its own.
@@ -26,9 +28,12 @@ class SourceError(DataError):
 
 
 class Document(NamedTuple):
-    """One document: its text, the line (or row, or file) it comes from, and its subset where the source names one."""
+    """One document: its text, the same as UTF-8, the line (or row, or file) it comes from, and its subset where the
+    source names one.
+    """
 
     text: str
+    data: bytes
     line: int
     subset: str | None = None
 
@@ -140,7 +145,7 @@ class PieceReader(ABC):
 
 
 def accept(text: object, subset: object, language: object, line: int, options: ReadOptions) -> Item:
-    """Judge one record: a Document, or why it is not one. Bytes are judged later, when the text is encoded anyway."""
+    """Judge one record: a Document, or why it is not one. Sizes are judged later."""
     if type(text) is not str:
         if text is None:
             return Reject("missing_field", line, f"no field {options.text_field!r}")
@@ -156,9 +161,14 @@ def accept(text: object, subset: object, language: object, line: int, options: R
         return Filtered("language")
     if not text or text.isspace():
         return Reject("empty_document", line, "the text is empty or white space")
-    if "\x00" in text:
+    try:
+        # What `text.encode()` gives; but this way the string keeps it, and the encoder need not make it again.
+        data = orjson.dumps(orjson.Fragment(text))
+    except orjson.JSONEncodeError:
+        return Reject("invalid_utf8", line, "the text holds half a surrogate pair")
+    if b"\x00" in data:  # found several times faster there than in text of two bytes a character
         return Reject("nul_byte", line, f"NUL character at position {text.index(chr(0))}")
-    return Document(text, line, name)
+    return Document(text, data, line, name)
 
 
 def field_path(name: str) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class ByteStream:
         self.offset = 0
         self._kind = compression(path)
         self._failure: SourceError | None = None
-        self._pending = b""
+        self._pending = memoryview(b"")  # decompressed, not handed out
         self._input = memoryview(b"")
         self._frame: Any = None  # decompressor of the frame under way
         self._frames = 0
@@ -75,14 +75,13 @@ class ByteStream:
         Raises:
             SourceError: `unreadable_file`, or `broken_compression` for damaged or truncated data.
         """
-        if not self._pending and self._failure is None:
-            if self._kind:
-                self._pending = self._decompressed(size)
-            else:
-                self._pending = self._raw(size)
-        if not self._pending and self._failure is not None:
+        data = b""
+        if self._kind:
+            data = self._decompressed(size)
+        elif self._failure is None:
+            data = self._raw(size)
+        if not data and self._failure is not None:
             raise self._failure
-        data, self._pending = self._pending[:size], self._pending[size:]
         self.offset += len(data)
         return data
 
@@ -96,8 +95,8 @@ class ByteStream:
             return b""
 
     def _decompressed(self, size: int) -> bytes:
-        parts: list[bytes] = []
-        total = 0
+        parts = [self._pending]
+        total = len(self._pending)
         while total < size and self._failure is None:
             if not self._input:
                 self._input = memoryview(self._raw(1 << 16))
@@ -123,8 +122,10 @@ class ByteStream:
                 self._input = memoryview(self._frame.unused_data + self._input)
                 self._frame = None
             if part:
-                parts.append(part)
+                parts.append(memoryview(part))
                 total += len(part)
+        kept = len(parts[-1]) - max(0, total - size)
+        parts[-1], self._pending = parts[-1][:kept], parts[-1][kept:]
         return b"".join(parts)
 
     def _fail(self, why: str, ahead: int) -> None:
