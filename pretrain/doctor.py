@@ -25,6 +25,7 @@ from pretrain.toolchain import accelerator_present, prepare_toolchain
 
 State = Literal["ok", "absent", "broken"]
 _PATIENCE = 20.0
+_IMPORTING = 150.0  # from a slow file server, on a busy node
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _torch() -> Finding:
         "import torch; print(torch.version.cuda or torch.version.hip or 'CPU', torch.get_num_threads())"
     )
     if shown is None:
-        return Finding("torch", "broken", f"{version} does not import", f"{sys.executable} -c 'import torch' says why")
+        detail = f"{version} does not import within {_IMPORTING:.0f} s"
+        return Finding("torch", "broken", detail, f"{sys.executable} -c 'import torch' says why")
     build, threads = shown.split()
     return Finding(
         "torch", "ok", f"{version}, {'CPU build' if build == 'CPU' else f'build for {build}'}, {threads} threads"
@@ -245,8 +247,9 @@ def _shared_memory() -> Finding:
         return Finding("shared memory", "absent", "no /dev/shm", "in a container: mount one (docker run --shm-size=8g)")
     free = shutil.disk_usage(folder).free
     if free < 2**29:
-        advice = "ranks on one node talk through it; in a container: docker run --shm-size=8g"
-        return Finding("shared memory", "broken", f"{free / 2**20:.0f} MiB free in /dev/shm", advice)
+        advice = "GPUs of one node talk through it; in a container: docker run --shm-size=8g"
+        state: State = "broken" if accelerator_present() else "absent"
+        return Finding("shared memory", state, f"{free / 2**20:.0f} MiB free in /dev/shm", advice)
     return Finding("shared memory", "ok", f"{free / 2**30:.1f} GiB free in /dev/shm")
 
 
@@ -279,13 +282,15 @@ def _cpu_flags() -> set[str]:
 
 def _python_says(code: str) -> str | None:
     """What a fresh interpreter prints; None when it fails or takes too long."""
-    done = _run([sys.executable, "-c", code])
+    done = _run([sys.executable, "-c", code], seconds=_IMPORTING)
     return done.stdout.strip() if done is not None and done.returncode == 0 else None
 
 
-def _run(command: list[str], given: str | None = None) -> subprocess.CompletedProcess[str] | None:
+def _run(
+    command: list[str], given: str | None = None, seconds: float = _PATIENCE
+) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(command, input=given, capture_output=True, text=True, timeout=_PATIENCE)
+        return subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
         return None
 

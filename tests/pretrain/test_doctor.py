@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,10 +43,19 @@ def empty_path(tmp_path: Path) -> dict[str, str]:
 
 def test_the_command_on_a_machine_with_no_tools(tmp_path):
     command = [sys.executable, "-m", "pretrain.cli.main", "doctor"]
-    done = subprocess.run(command, env=empty_path(tmp_path), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=empty_path(tmp_path), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     for advice in ("apt-get install g++", "no sbatch here", "switched off by HF_HUB_OFFLINE"):
         assert advice in done.stdout
+
+
+def test_little_shared_memory_ends_training_on_gpus_alone(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
+    states = []
+    for present in (False, True):
+        monkeypatch.setattr(doctor, "accelerator_present", lambda present=present: present)
+        states.append(doctor._shared_memory().state)
+    assert states == ["absent", "broken"]
 
 
 def test_an_unwritable_build_folder_is_broken(tmp_path, monkeypatch):
