@@ -24,8 +24,8 @@ from typing import Literal
 from pretrain.toolchain import accelerator_present, prepare_toolchain
 
 State = Literal["ok", "absent", "broken"]
-_PATIENCE = 20.0
-_IMPORTING = 150.0  # from a slow file server, on a busy node
+_PATIENCE = 20.0  # with what may answer or not
+_BUSY = 150.0  # with what works, on a busy node with a slow file server
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _torch() -> Finding:
         "import torch; print(torch.version.cuda or torch.version.hip or 'CPU', torch.get_num_threads())"
     )
     if shown is None:
-        detail = f"{version} does not import within {_IMPORTING:.0f} s"
+        detail = f"{version} does not import within {_BUSY:.0f} s"
         return Finding("torch", "broken", detail, f"{sys.executable} -c 'import torch' says why")
     build, threads = shown.split()
     return Finding(
@@ -141,7 +141,9 @@ def _compiler() -> Finding:
     if program is None:
         return Finding("C++ compiler", "absent", "none found", advice)
     done = _run(
-        [program, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"], given="#include <optional>\nint main() {}\n"
+        [program, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"],
+        given="#include <optional>\nint main() {}\n",
+        seconds=_BUSY,
     )
     if done is None or done.returncode:
         return Finding("C++ compiler", "broken", f"{program} does not compile C++17", advice)
@@ -155,7 +157,7 @@ def _compiler() -> Finding:
 
 def _ninja() -> Finding:
     program = shutil.which("ninja")
-    done = _run([program, "--version"]) if program else None
+    done = _run([program, "--version"], seconds=_BUSY) if program else None
     if done is None or done.returncode:
         return Finding("ninja", "broken", "not found", f"{sys.executable} -m pip install ninja")
     return Finding("ninja", "ok", f"{done.stdout.strip()} at {program}")
@@ -282,7 +284,7 @@ def _cpu_flags() -> set[str]:
 
 def _python_says(code: str) -> str | None:
     """What a fresh interpreter prints; None when it fails or takes too long."""
-    done = _run([sys.executable, "-c", code], seconds=_IMPORTING)
+    done = _run([sys.executable, "-c", code], seconds=_BUSY)
     return done.stdout.strip() if done is not None and done.returncode == 0 else None
 
 
