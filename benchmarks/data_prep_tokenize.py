@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -99,23 +100,24 @@ print(time.perf_counter() - began, time.process_time() - spent)
 """
 
 
-def take_documents(source: Path, limit: int, folder: Path) -> tuple[int, int]:
-    """The first documents of `source`, `limit` bytes of text: plain, compressed, and as two compressed files."""
+def take_documents(sources: list[Path], limit: int, folder: Path) -> tuple[int, int]:
+    """The first documents of `sources`, `limit` bytes of text: plain, compressed, and as two compressed files."""
     size = documents = 0
     plain, parts = folder / "corpus.jsonl", [[], []]
     (folder / "parts").mkdir()
-    with source.open("rb") as raw, plain.open("wb") as target:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        carry = b""
-        while size < limit and (chunk := stream.read(1 << 20)):
-            *lines, carry = (carry + chunk).split(b"\n")
-            for line in lines:
-                text = orjson.loads(line)["text"]
-                slim = orjson.dumps({"text": text}) + b"\n"
-                target.write(slim)
-                parts[documents % 2].append(slim)
-                size += len(text.encode())
-                documents += 1
+    with plain.open("wb") as target:
+        for source in sources:
+            with source.open("rb") as raw:
+                stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                for line in io.BufferedReader(stream, 1 << 20):
+                    if size >= limit:
+                        break
+                    text = orjson.loads(line)["text"]
+                    slim = orjson.dumps({"text": text}) + b"\n"
+                    target.write(slim)
+                    parts[documents % 2].append(slim)
+                    size += len(text.encode())
+                    documents += 1
     compressor = zstandard.ZstdCompressor(level=3)
     (folder / "corpus.jsonl.zst").write_bytes(compressor.compress(plain.read_bytes()))
     for number, part in enumerate(parts):
@@ -202,7 +204,7 @@ def bin_digest(paths: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="JSON lines, zstd")
+    parser.add_argument("--source", type=Path, nargs="+", required=True, help="JSON lines, zstd")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     parser.add_argument("--megabytes", type=float, default=60)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -275,7 +277,11 @@ def main() -> None:
         raw, work = alone["engine alone, accelerated"], alone["here, without start-up"]
         share = round(raw["processor_seconds"] / work["processor_seconds"], 3)
     result = {
-        "corpus": {"file": arguments.source.name, "documents": documents, "text_mb": round(size / 1e6, 1)},
+        "corpus": {
+            "files": [path.name for path in arguments.source],
+            "documents": documents,
+            "text_mb": round(size / 1e6, 1),
+        },
         "tokenizer": arguments.tokenizer.parent.name,
         "engine": engine,
         "same_bytes_as_megatron": len(set(digests.values())) == 1 if len(digests) == 2 else None,
@@ -326,8 +332,8 @@ def _markdown(name: str, result: dict[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        f"{corpus['text_mb']} MB of text, {corpus['documents']:,} documents of {corpus['file']}, to shards; "
-        f"start-up included. Encoder here: {result['engine'].get('name')}. "
+        f"{corpus['text_mb']} MB of text, {corpus['documents']:,} documents of {', '.join(corpus['files'])}, "
+        f"to shards; start-up included. Encoder here: {result['engine'].get('name')}. "
         f"Same bytes as Megatron's .bin: {result['same_bytes_as_megatron']}."
         + (
             f" Without start-up, the work here reaches {share} of the engine's speed on texts in memory (processor "
