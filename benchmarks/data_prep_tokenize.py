@@ -237,7 +237,7 @@ def main() -> None:
             best: dict[str, dict[str, Any]] = {}
             for turn in range(arguments.rounds):
                 for contender, command in contenders(arguments, folder, workers).items():
-                    if turn >= arguments.peer_rounds and not contender.startswith("here"):
+                    if turn >= arguments.peer_rounds and not contender.startswith(("here", "engine alone, acc")):
                         continue
                     out = folder / f"out-{turn}"
                     shutil.rmtree(out, ignore_errors=True)
