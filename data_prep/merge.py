@@ -26,6 +26,7 @@ from data_prep.plan import WORK, Plan
 from data_prep.schedule import Schedule, Share
 from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
 from data_prep.shuffle import shuffle_source
+from data_prep.sources.hub import hub_revisions
 
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
 _UNFINISHED = re.compile(r"\.(?:train|validation|test)-\d{5,}-\d{5,}.*\.tmp")
@@ -171,6 +172,8 @@ def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
         "forced_cuts": sum(receipt.forced_cuts for receipt in receipts),
         "round_trip": plan.round_trip,
     }
+    if revisions := hub_revisions(plan.groups):
+        statistics["hub_revisions"] = revisions
     return Manifest(
         tokenizer=plan.tokenizer,
         dtype=dtype_for_vocabulary(plan.tokenizer.vocab_size).name,

@@ -325,12 +325,18 @@ class Shard:
         return self.map_tokens()
 
     def map_tokens(self) -> np.ndarray:
-        """A mapping of its own of all ids, which ends with the last view of it."""
-        return np.frombuffer(_map(self.bin), dtype=self.dtype) if self.bin_bytes else np.empty(0, self.dtype)
+        """A mapping of its own of all ids, which ends with the last view of it.
+
+        Raises:
+            DataError: the file is gone, or has another size than when the shard was opened.
+        """
+        if not self.bin_bytes:
+            return np.empty(0, self.dtype)
+        return np.frombuffer(_map(self.bin, self.bin_bytes), dtype=self.dtype)
 
     @cached_property
     def _index(self) -> mmap.mmap:
-        return _map(self.idx)
+        return _map(self.idx, HEADER.size + 12 * self.num_sequences + 8 * (self.num_documents + 1))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -368,6 +374,16 @@ class Shard:
         return self.tokens[start // self.dtype.itemsize : stop // self.dtype.itemsize]
 
 
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+def _map(path: Path, size: int) -> mmap.mmap:
+    """The file, which had `size` bytes when it was checked."""
+    try:
+        with path.open("rb") as stream:
+            found = os.fstat(stream.fileno()).st_size
+            if found == size:
+                return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read any more: {error.strerror}.") from None
+    raise DataError(
+        f"{path} has {found} bytes, but had {size} when the data set was opened; something writes to it: "
+        "copy it again or rebuild the data set, and start again."
+    )

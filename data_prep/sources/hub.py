@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_prep.errors import DataError
@@ -18,19 +19,46 @@ PRESETS = {
     "wikitext-103": "hub:Salesforce/wikitext:wikitext-103-raw-v1",
 }
 _ATTEMPTS = 5
+_LONGEST_WAIT = 600.0  # seconds; the hub counts requests over five minutes
 
 
-def hub_groups(name: str, address: str, first: int, piece_bytes: int) -> list[Group]:
-    """One group per file of the hub data set `hub:REPO[:CONFIG[:SPLIT]]`.
+def hub_groups(
+    name: str, address: str, first: int, piece_bytes: int, revisions: Mapping[str, str] | None = None
+) -> list[Group]:
+    """One group per file of the hub data set `hub:REPO[:CONFIG[:SPLIT]]`, all of one commit.
+
+    revisions: commits to read, by repository; others are read as they are now.
 
     Raises:
         DataError: the hub cannot be reached, or has no such data set.
     """
     _, repository, config, split, *_ = [*address.split(":"), "", ""]
     split = split or "train"
-    files = _load(repository, config, split).num_shards
-    extra: dict[str, str | int] = {"repository": repository, "config": config, "split": split, "files": files}
+    revision, files = _commit_and_files(repository, config, split, (revisions or {}).get(repository, ""))
+    extra: dict[str, str | int] = {
+        "repository": repository, "revision": revision, "config": config, "split": split, "files": files,
+    }  # fmt: skip
     return [Group(first + n, name, "hub", (), 0, 1, piece_bytes, {**extra, "file": n}) for n in range(files)]
+
+
+def hub_revisions(groups: Iterable[Group]) -> dict[str, str]:
+    """The commit of each hub data set that `groups` are read from."""
+    return {str(g.extra["repository"]): str(g.extra["revision"]) for g in groups if "revision" in g.extra}
+
+
+def _commit_and_files(repository: str, config: str, split: str, revision: str) -> tuple[str, int]:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            revision = revision or _commit(repository)
+            return revision, int(_load(repository, config, split, revision).num_shards)
+        except Exception as error:  # the library raises its own, the hub client's and the network's errors
+            wait = _asked_to_wait(error)
+            if wait is None or attempt == _ATTEMPTS:
+                raise DataError(
+                    f"hub data set {repository!r} cannot be opened: {type(error).__name__}: {error}"
+                ) from None
+            time.sleep(wait)
+    raise AssertionError
 
 
 class HubReader(PieceReader):
@@ -72,7 +100,7 @@ class HubReader(PieceReader):
         failures = 0
         while True:
             try:
-                stream = _load(str(extra["repository"]), str(extra["config"]), str(extra["split"]))
+                stream = _load(*(str(extra[key]) for key in ("repository", "config", "split", "revision")))
                 stream = stream.shard(num_shards=int(extra["files"]), index=int(extra["file"]))
                 for row in stream.skip(self.lines) if self.lines else stream:
                     self.lines += 1
@@ -86,13 +114,30 @@ class HubReader(PieceReader):
                         "unreadable_file",
                         f"{self.file}: failed {failures} times after row {self.lines}: {type(error).__name__}: {error}",
                     ) from None
-                time.sleep(2.0 ** (failures - 1))
+                time.sleep(_asked_to_wait(error) or 2.0 ** (failures - 1))
 
 
-def _load(repository: str, config: str, split: str) -> Any:
+def _asked_to_wait(error: BaseException | None) -> float | None:
+    """Seconds the hub wants to be left alone for, where `error` comes from such an answer (429, 503); else None."""
+    while error is not None:
+        response: Any = getattr(error, "response", None)
+        if getattr(response, "status_code", None) in (429, 503):
+            after = re.fullmatch(r"\d+", response.headers.get("Retry-After", ""))
+            reset = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+            seconds = float(after[0]) if after else float(reset[1]) if reset else 1.0
+            return min(seconds, _LONGEST_WAIT)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _commit(repository: str) -> str:
+    """The newest commit of a data set's repository."""
+    import huggingface_hub
+
+    return str(huggingface_hub.HfApi().dataset_info(repository).sha)
+
+
+def _load(repository: str, config: str, split: str, revision: str) -> Any:
     import datasets  # heavy, and needed for hub sources alone
 
-    try:
-        return datasets.load_dataset(repository, config or None, split=split, streaming=True)
-    except Exception as error:  # the library raises its own, the hub client's and the network's errors
-        raise DataError(f"hub data set {repository!r} cannot be opened: {type(error).__name__}: {error}") from None
+    return datasets.load_dataset(repository, config or None, split=split, revision=revision, streaming=True)

@@ -61,7 +61,7 @@ class ParquetReader(PieceReader):
         for path in self.group.files:
             self.file, self.lines = path, 0
             try:
-                groups = pieces_of(path, self.group.piece_bytes)[piece] if alone else None
+                groups = self._row_groups(path, piece) if alone else None
                 yield from self._rows(path, groups)
             except SourceError as error:
                 if alone:
@@ -69,7 +69,18 @@ class ParquetReader(PieceReader):
                 yield Reject(error.reason, self.lines + 1, str(error))
         self.end_seen = True
 
+    def _row_groups(self, path: str, piece: int) -> tuple[int, int]:
+        pieces = pieces_of(path, self.group.piece_bytes)
+        if piece >= len(pieces):
+            raise SourceError(
+                "unreadable_file",
+                f"{path} has {len(pieces)} pieces, but had {self.group.pieces} when the run began: it has changed",
+            )
+        return pieces[piece]
+
     def _rows(self, path: str, groups: tuple[int, int] | None) -> Iterator[Item]:
+        import pyarrow
+
         file = _open(path)
         wanted = [".".join(path) for path in self._paths]
         top = set(file.schema_arrow.names)
@@ -92,7 +103,9 @@ class ParquetReader(PieceReader):
                     text = values.pop(0)
                     subset = values.pop(0) if options.subset_field else None
                     yield accept(text, subset, values[0] if options.language_field else None, self.lines, options)
-        except (OSError, ValueError) as error:
+        except MemoryError:
+            raise
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
 
 

@@ -9,7 +9,8 @@ import glob
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,19 +89,22 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
         sources.append(SourceFiles(name or _default_name(address), tuple(found)))
     names = [source.name for source in sources]
     merged: list[SourceFiles] = []
+    files: dict[str, list[str]] = {}
     for source in sources:  # files of one name given one by one are one source
-        same = next((i for i, s in enumerate(merged) if s.name == source.name and s.files and source.files), None)
-        if same is None:
+        if not source.files or source.name not in files:
             merged.append(source)
-        else:
-            merged[same] = replace(merged[same], files=merged[same].files + source.files)
+        if source.files:
+            files.setdefault(source.name, []).extend(source.files)
+    merged = [replace(source, files=tuple(files[source.name])) if source.files else source for source in merged]
     if len({source.name for source in merged}) < len(merged):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"two sources are named {twice!r}; give one another name with NAME=SOURCE.")
-    every = [path for source in merged for path in source.files]
-    if len(set(every)) < len(every):
-        twice = next(path for path in every if every.count(path) > 1)
-        raise DataError(f"{twice} is given twice; its documents would be in the data set twice.")
+    paths = Counter(path for source in merged for path in source.files)
+    for path, times in paths.items():
+        if times > 1:
+            raise DataError(f"{path} is given twice; its documents would be in the data set twice.")
+        if not _is_utf8(path):
+            raise DataError(f"the name of the file {path!r} is not UTF-8, so it cannot be recorded; rename the file.")
     return merged, ignored
 
 
@@ -116,8 +120,15 @@ def with_standard_input(sources: Sequence[SourceFiles], folder: Path) -> list[So
     return found
 
 
-def plan_groups(sources: Sequence[SourceFiles], options: ReadOptions, piece_bytes: int = 0) -> list[Group]:
+def plan_groups(
+    sources: Sequence[SourceFiles],
+    options: ReadOptions,
+    piece_bytes: int = 0,
+    revisions: Mapping[str, str] | None = None,
+) -> list[Group]:
     """The numbered groups of all sources; `piece_bytes` 0 chooses by the size of the corpus.
+
+    revisions: commits of hub data sets, by repository, where a run goes on that has begun with them.
 
     Raises:
         DataError: a file is missing, or its kind is unknown.
@@ -131,7 +142,7 @@ def plan_groups(sources: Sequence[SourceFiles], options: ReadOptions, piece_byte
     groups: list[Group] = []
     for source in sources:
         if source.hub:
-            groups += hub_groups(source.name, source.hub, len(groups), piece_bytes)
+            groups += hub_groups(source.name, source.hub, len(groups), piece_bytes, revisions)
         elif not source.files:
             groups.append(Group(len(groups), source.name, "embedded", (), 0, 1, piece_bytes))
         else:
@@ -234,6 +245,10 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
         candidates = sorted(_files_below(path))
     elif glob.has_magic(address):
         candidates = sorted(filter(_is_file, glob.glob(address, recursive=True)))
+    elif path.exists():
+        raise DataError(
+            f"{address} can be read only once; give JSON lines from a pipe on standard input, with - as the source."
+        )
     else:
         raise DataError(
             f"there is no file, folder or source {address!r}. Named sources are {EMBEDDED}, {', '.join(PRESETS)} "
@@ -272,6 +287,15 @@ def _holds(outer: str, inner: str) -> bool:
 def _is_file(path: str) -> bool:
     """Whether it is a file; a link to nothing counts, so that it is an error and not a gap."""
     return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether a name can be written down; Python stands in for other bytes with half surrogate pairs."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _split_name(specification: str) -> tuple[str, str]:

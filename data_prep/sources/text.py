@@ -93,10 +93,10 @@ class TextReader(PieceReader):
                 while data:
                     target.write(data)
                     data = stream.read()
-        except SourceError:
-            Path(name).unlink()
+            return large_text(Path(name), 1, self.options, temporary=True)
+        except BaseException:  # a full disk must not stay full
+            Path(name).unlink(missing_ok=True)
             raise
-        return large_text(Path(name), 1, self.options, temporary=True)
 
 
 class WikitextReader(PieceReader):

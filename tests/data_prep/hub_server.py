@@ -18,24 +18,35 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """One data set repository: its files, and how often a download breaks off.
 
-    breaks: downloads that end after `break_after` bytes though more was promised. seen: requests by kind.
+    breaks: downloads that end after `break_after` bytes though more was promised. busy: questions about the repository
+    that are answered with 429. commit: the newest one. earlier: files of commits before it. seen: requests by kind.
     """
 
     def __init__(self, repository: str, files: dict[str, bytes]) -> None:
         self.repository, self.files = repository, files
-        self.breaks, self.break_after = 0, 0
+        self.breaks, self.break_after, self.busy = 0, 0, 0
+        self.commit, self.earlier = COMMIT, dict[str, dict[str, bytes]]()
         self.seen: Counter[str] = Counter()
         self.lock = threading.Lock()
 
-    def entry(self, path: str) -> dict:
-        data = self.files[path]
+    def push(self, commit: str, files: dict[str, bytes]) -> None:
+        """A new commit."""
+        self.earlier[self.commit] = self.files
+        self.commit, self.files = commit, files
+
+    def at(self, revision: str) -> dict[str, bytes]:
+        """The files of a commit, or the newest."""
+        return self.earlier.get(revision, self.files)
+
+    def entry(self, path: str, revision: str) -> dict:
+        data = self.at(revision)[path]
         return {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": path}
 
-    def tree(self, folder: str, deep: bool) -> list[dict]:
+    def tree(self, revision: str, folder: str, deep: bool) -> list[dict]:
         """Files and folders below `folder`, all or only the next level."""
         prefix = f"{folder}/" if folder else ""
         found: dict[str, dict] = {}
-        for path in sorted(self.files):
+        for path in sorted(self.at(revision)):
             if not path.startswith(prefix):
                 continue
             parts = path[len(prefix) :].split("/")
@@ -43,15 +54,16 @@ class Hub:
                 name = prefix + "/".join(parts[:depth])
                 found[name] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
             if deep or len(parts) == 1:
-                found[path] = self.entry(path)
+                found[path] = self.entry(path, revision)
         return list(found.values())
 
-    def info(self) -> dict:
+    def info(self, revision: str) -> dict:
         return {
-            "_id": "1", "id": self.repository, "author": self.repository.split("/")[0], "sha": COMMIT,
+            "_id": "1", "id": self.repository, "author": self.repository.split("/")[0],
+            "sha": revision if revision in self.earlier else self.commit,
             "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
             "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
-            "siblings": [{"rfilename": path} for path in self.files],
+            "siblings": [{"rfilename": path} for path in self.at(revision)],
         }  # fmt: skip
 
 
@@ -79,17 +91,21 @@ def serve(hub: Hub) -> Iterator[str]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             base = f"/api/datasets/{hub.repository}"
-            resolved = re.fullmatch(rf"/datasets/{hub.repository}/resolve/[^/]+/(.+)", path)
-            if resolved and resolved[1] in hub.files:
+            resolved = re.fullmatch(rf"/datasets/{hub.repository}/resolve/([^/]+)/(.+)", path)
+            if resolved and resolved[2] in hub.at(resolved[1]):
                 hub.seen["download"] += self.command == "GET"
-                self.file(resolved[1])
-            elif re.fullmatch(rf"{base}(/revision/[^/]+)?", path):
+                self.file(hub.at(resolved[1])[resolved[2]])
+            elif path.startswith(base) and hub.busy > 0:
+                hub.busy -= 1
+                hub.seen["busy"] += 1
+                self.reply(429, b"{}", {"Retry-After": "0", "Content-Type": "application/json"})
+            elif match := re.fullmatch(rf"{base}(?:/revision/([^/]+))?", path):
                 hub.seen["info"] += 1
-                self.json(hub.info())
-            elif match := re.fullmatch(rf"{base}/tree/[^/]+(?:/(.*))?", path):
+                self.json(hub.info(match[1] or ""))
+            elif match := re.fullmatch(rf"{base}/tree/([^/]+)(?:/(.*))?", path):
                 hub.seen["tree"] += 1
                 deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
-                self.json(hub.tree(match[1] or "", deep))
+                self.json(hub.tree(match[1], match[2] or "", deep))
             else:
                 hub.seen[f"missing {self.command} {path}"] += 1
                 body = json.dumps({"error": "Entry not found"}).encode()
@@ -101,22 +117,21 @@ def serve(hub: Hub) -> Iterator[str]:
             length = int(self.headers.get("Content-Length", 0))
             body = self.rfile.read(length)
             path = unquote(urlsplit(self.path).path)
-            if re.fullmatch(rf"/api/datasets/{hub.repository}/paths-info/[^/]+", path):
+            if match := re.fullmatch(rf"/api/datasets/{hub.repository}/paths-info/([^/]+)", path):
                 hub.seen["paths"] += 1
                 try:
                     wanted = json.loads(body)["paths"]
                 except ValueError:
                     wanted = parse_qs(body.decode()).get("paths", [])
                 wanted = [wanted] if isinstance(wanted, str) else wanted
-                self.json([hub.entry(name) for name in wanted if name in hub.files])
+                self.json([hub.entry(name, match[1]) for name in wanted if name in hub.at(match[1])])
             else:
                 hub.seen[f"missing POST {path}"] += 1
                 self.reply(404, b"{}")
 
-        def file(self, name: str) -> None:
-            data = hub.files[name]
+        def file(self, data: bytes) -> None:
             headers = {
-                "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes",
+                "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes",
                 "Content-Type": "application/octet-stream",
             }  # fmt: skip
             status, part = 200, data

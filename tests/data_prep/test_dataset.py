@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import threading
 from dataclasses import replace
@@ -17,6 +18,7 @@ from data_prep import dataset as module
 from data_prep.dataset import document_ids, open_dataset
 from data_prep.errors import DataError
 from data_prep.manifest import Split, read_manifest
+from data_prep.shards import Shard
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 
 
@@ -204,6 +206,25 @@ def test_checksums_find_one_changed_byte(folder: Path, suffix: str) -> None:
     open_dataset(folder)
     with pytest.raises(DataError, match=rf"train-00000\.{suffix} has changed since it was written"):
         open_dataset(folder, verify="checksums")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_file_that_is_cut_off_or_removed_after_opening_is_no_shorter_data_set(folder: Path, suffix: str) -> None:
+    def touch(shard: Shard) -> None:
+        shard.map_tokens() if suffix == "bin" else shard.document(0)
+
+    path = folder / f"train-00000.{suffix}"
+    data = open_dataset(folder)
+    shard = Shard(path)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(DataError, match=rf"train-00000\.{suffix} has \d+ bytes, but had \d+"):
+        touch(shard)
+    if suffix == "bin":
+        with pytest.raises(DataError, match=r"but had \d+ when the data set was opened"):
+            data.window(0, data.num_tokens)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"train-00000\.{suffix} cannot be read any more: No such file"):
+        touch(shard)
 
 
 def test_reading_brings_no_heavy_library() -> None:

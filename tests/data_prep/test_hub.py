@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -14,7 +15,7 @@ import zstandard
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.sources import Document, Group, ReadOptions, SourceError, find_sources, hub
-from tests.data_prep.hub_server import Hub, serve
+from tests.data_prep.hub_server import COMMIT, Hub, serve
 from tests.data_prep.test_sources import WIKI
 from tests.data_prep.test_tokenize import encoder, written
 from tests.data_prep.writing import command, compressed, documents, jsonl, run
@@ -47,17 +48,18 @@ def parquet_files():
 )
 def test_a_stream_that_breaks_gives_every_document_once(tmp_path, byte_bpe, source, repository, files, name):
     server = Hub(repository, files())
-    server.breaks, server.break_after = 2, 1500
+    server.breaks, server.break_after, server.busy = 2, 1500, 2
     out = tmp_path / "out"
     with serve(server) as address:
         command(
             "tokenize", source, "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1,
             environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"},
         )  # fmt: skip
-    assert server.seen["broken"] == 2
+    assert server.seen["broken"] == 2 and server.seen["busy"] == 2
     assert written(out, "train") == [encoder(byte_bpe)(text) for text in TEXTS]
     manifest = read_manifest(out)
     assert [entry["name"] for entry in manifest.sources] == [name]
+    assert manifest.statistics["hub_revisions"] == {repository: COMMIT}
     assert len(manifest.splits["train"].shards) == len([f for f in files() if not f.endswith(".md")])
 
 
@@ -130,13 +132,13 @@ class Broken:
             yield row
 
 
-def read(monkeypatch, tmp_path, failures, error):
+def read(monkeypatch, tmp_path, failures, error, sleep=lambda seconds: None):
     rows = [{"text": text} for text in TEXTS[:20]]
     streams = iter(failures)
 
     monkeypatch.setattr(hub, "_load", lambda *_: Broken(rows, next(streams, None), error))
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
-    extra = {"repository": "a/b", "config": "", "split": "train", "files": 1, "file": 0}
+    monkeypatch.setattr(hub.time, "sleep", sleep)
+    extra = {"repository": "a/b", "revision": "c", "config": "", "split": "train", "files": 1, "file": 0}
     reader = hub.HubReader(Group(0, "b", "hub", (), 0, 1, 1, extra), ReadOptions(), tmp_path)
     return [item.text for item in reader.items(0) if isinstance(item, Document)]
 
@@ -150,6 +152,50 @@ def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, tmp_path, 
     with pytest.raises(SourceError, match=r"failed 5 times after row 4: \w+: reset") as caught:
         read(monkeypatch, tmp_path, [4, 0, 0, 0, 0, 0], error)
     assert caught.value.reason == "unreadable_file"
+
+
+class Refused(Exception):
+    """As the hub's client raises it, below what `datasets` makes of it."""
+
+    def __init__(self, status, headers):
+        super().__init__(f"{status} for url")
+        self.response = SimpleNamespace(status_code=status, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waits"),
+    [
+        (429, {"Retry-After": "77"}, [77, 77]),
+        (429, {"RateLimit": '"api";r=0;t=213'}, [213, 213]),
+        (503, {"Retry-After": "99999"}, [600, 600]),
+        (500, {"Retry-After": "5"}, [1, 2]),
+    ],
+)
+def test_it_waits_as_long_as_the_hub_asks(monkeypatch, tmp_path, status, headers, waits):
+    error = ConnectionError("wrapped")
+    error.__cause__ = Refused(status, headers)
+    slept = []
+    assert read(monkeypatch, tmp_path, [6, 0], error, slept.append) == TEXTS[:20]
+    assert slept == waits
+
+
+def test_all_files_are_read_at_one_commit(monkeypatch, tmp_path):
+    commits = iter(["first", "second"])
+    loaded = []
+
+    def load(repository, config, split, revision):
+        loaded.append(revision)
+        return SimpleNamespace(num_shards=2, shard=lambda **_: iter([{"text": "a text"}]))
+
+    monkeypatch.setattr(hub, "_commit", lambda repository: next(commits))
+    monkeypatch.setattr(hub, "_load", load)
+    groups = hub.hub_groups("s", "hub:a/b", 0, 1)
+    for group in groups:
+        assert len(list(hub.HubReader(group, ReadOptions(), tmp_path).items(0))) == 1
+    assert loaded == ["first"] * 3
+    assert hub.hub_revisions(groups) == {"a/b": "first"}
+    assert hub.hub_groups("s", "hub:a/b", 0, 1, hub.hub_revisions(groups)) == groups
+    assert hub.hub_groups("s", "hub:a/b", 0, 1) != groups
 
 
 def test_presets_are_hub_addresses():

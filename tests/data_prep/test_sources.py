@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,15 +16,18 @@ from data_prep.errors import DataError
 from data_prep.sources import (
     Document,
     Filtered,
+    Group,
     LargeDocument,
     ReadOptions,
     Reject,
+    SourceError,
     find_sources,
     plan_groups,
     reader_for,
     with_standard_input,
 )
 from data_prep.sources import text as text_module
+from tests.conftest import skip_or_fail
 from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
 
 
@@ -143,6 +147,19 @@ def test_a_damaged_parquet_file_is_a_reject_among_others(tmp_path):
     assert [item.reason for item in found if isinstance(item, Reject)] == ["unreadable_file"]
 
 
+def test_a_parquet_file_that_lost_row_groups_since_the_plan_is_a_reject(tmp_path):
+    rows = [{"text": text} for text in documents(40)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=10)
+    (group,) = plan_groups(find_sources([str(path)], ReadOptions())[0], ReadOptions(), 100)
+    assert group.pieces == 4
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=20)
+    reader = reader_for(group, ReadOptions(), tmp_path)
+    assert len(list(reader.items(1))) == 20
+    with pytest.raises(SourceError, match=r"a\.parquet has 2 pieces, but had 4 when the run began"):
+        list(reader.items(3))
+
+
 def test_a_parquet_row_that_is_no_utf8_is_one_reject(tmp_path):
     wanted = documents(300)
     data = [text.encode() for text in wanted]
@@ -218,6 +235,20 @@ def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
         (found,) = items(path, tmp_path)
         assert isinstance(found, LargeDocument)
         assert found.path.read_bytes()[found.start : found.end].decode() == wanted
+
+
+def test_a_write_that_fails_under_a_large_text_leaves_no_file(tmp_path, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(text_module, "LARGE", 1000)
+    monkeypatch.setattr(text_module, "large_text", full_disk)
+    (tmp_path / "a.txt").write_text("word " * 1000)
+    (tmp_path / "scratch").mkdir()
+    group = Group(0, "a", "text", (str(tmp_path / "a.txt"),), 5000, 1, 1 << 20)
+    with pytest.raises(OSError, match="No space left"):
+        list(reader_for(group, ReadOptions(), tmp_path / "scratch").items(0))
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -299,12 +330,14 @@ def test_names_of_sources(tmp_path):
         (["a={one}", "a=python-docs"], "two sources are named 'a'"),
         (["{folder}/odd.bin"], "does not say what the file holds"),
         (["{folder}/empty"], "holds no file of a known kind"),
+        (["{folder}/pipe.jsonl"], "pipe.jsonl can be read only once; .* with - as the source"),
     ],
 )
 def test_sources_that_cannot_be_right(tmp_path, sources, message):
     one = write_jsonl(tmp_path / "one.jsonl", ["x"])
     (tmp_path / "odd.bin").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match=message):
         find_sources([s.format(one=one, folder=tmp_path) for s in sources], ReadOptions())
 
@@ -321,3 +354,12 @@ def test_sources_that_cannot_be_right(tmp_path, sources, message):
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(DataError, match=message):
         ReadOptions(**options)
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "a"}\n')
+    except OSError as error:
+        skip_or_fail(f"the file system of {tmp_path} takes no such names ({error})")
+    with pytest.raises(DataError, match=r"caf\\udce9\.jsonl' is not UTF-8, .*rename the file"):
+        find_sources([str(tmp_path)], ReadOptions())
