@@ -59,10 +59,15 @@ def both(request, tokenizer_file, tmp_path_factory):
 
     network = RecursiveTransformer(CONFIGS[request.param]).eval()
     network.initialize(3)
-    exported = export_hf(network, tokenizer_file.parent, tmp_path_factory.mktemp("hub") / request.param)
-    theirs = HFLM(
-        pretrained=str(exported), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4, max_length=160
-    )
+    folder = tmp_path_factory.mktemp("hub")
+    exported = export_hf(network, tokenizer_file.parent, folder / request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        # Not a cache in the home folder, which others use at the same time and which may hold an older export.
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+        theirs = HFLM(
+            pretrained=str(exported), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4,
+            max_length=160,
+        )  # fmt: skip
     # run_tasks asks its model for what the harness's interface has, and for token counts.
     theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
     tokenizer = load_tokenizer(tokenizer_file)

@@ -49,7 +49,7 @@ def as_nobody(folder: str, user: int, group: int) -> None:
     os.setgroups([])
     os.setgid(group)
     os.setuid(user)
-    os.environ.update(HOME=folder, USER="nobody", LOGNAME="nobody")
+    os.environ.update(HOME=folder, TMPDIR=folder, USER="nobody", LOGNAME="nobody")
     run_one_job(Path(folder))
 
 
@@ -60,7 +60,8 @@ def test_an_ordinary_user_can_have_one(cluster):
     folder = Path(tempfile.mkdtemp(prefix="mor-slurm-", dir="/tmp"))
     try:
         os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        process = multiprocessing.get_context("fork").Process(
+        # Not a fork: other tests may have left threads here, whose locks would stay locked in it.
+        process = multiprocessing.get_context("spawn").Process(
             target=as_nobody, args=(str(folder), nobody.pw_uid, nobody.pw_gid)
         )
         process.start()
