@@ -24,7 +24,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 # A rank that needs a moment to save its work, in a process tree with a helper that inherited its rank.
 RANK = """
 import os, pathlib, signal, subprocess, sys, time
-helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 here = pathlib.Path(sys.argv[0]).parent
 asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append(time.time()))
@@ -131,7 +131,7 @@ def test_a_signal_before_any_rank_exists_goes_to_the_child_itself(tmp_path):
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "signal.signal(signal.SIGINT, lambda *_: ((here / 'told').touch(), sys.exit(75)))\n"
         "(here / 'ready').touch()\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     parent = start_parent(tmp_path, [sys.executable, "-c", code])
     wait_for((tmp_path / "ready").exists)

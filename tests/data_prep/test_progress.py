@@ -107,9 +107,9 @@ def test_a_terminal_shows_bytes_documents_tokens_and_every_worker(tmp_path, byte
         ],
         stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
     )  # fmt: skip
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     os.close(theirs)
-    reader.join(timeout=30)
+    reader.join(timeout=300)
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode(errors="replace"))
     assert re.search(r"\d MB  [\d,]+ documents  [\d,]+ tokens/s  0:a/\d+ 1:a/\d+", text)

@@ -227,7 +227,7 @@ def test_mpirun_over_several_hosts_agrees_through_mpi(tmp_path):
         "print('WHERE', ranks.rank, ranks.master_address, ranks.master_port, flush=True)\n"
     )
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, str(script)]
-    done = subprocess.run(command, env=bare_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=bare_environment(), capture_output=True, text=True, timeout=300)
     lines = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("WHERE"))
     assert [line[0] for line in lines] == ["0", "1"], done.stdout + done.stderr
     assert lines[0][1:] == lines[1][1:]

@@ -129,7 +129,7 @@ def test_a_mixture_may_move_and_a_changed_part_is_named(tmp_path: Path, one_rank
 def test_the_command_prints_the_message_alone(tmp_path: Path, tiny_data: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
     command = [str(Path(sys.executable).parent / "mor"), "train", str(recipe), "optim.lrr=1e-3"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"mor train: {recipe}: unknown key 'optim.lrr'; did you mean 'lr'?\n"
 
