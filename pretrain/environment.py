@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import zlib
@@ -28,7 +29,7 @@ _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 # What prepare_environment() set and in which process, so that a child does not take its parent's place for its own.
 _MARKER = "MOR_RANKS"
 # Ports below the range that Linux hands out by itself (32768-60999), above the usual services.
-_FIRST_PORT, _PORTS = 15000, 14000
+_FIRST_PORT, _PORTS, _TRIES = 15000, 14000, 100
 # Slurm numbers its own steps (batch script, interactive shell, ...) from here on; smaller numbers are srun's.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
@@ -208,7 +209,7 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
         raise LaunchError(
             f"WORLD_SIZE={world_size} and RANK={rank} are set, but not MASTER_ADDR; set it to the host of rank 0."
         )
-    port = _port(environ, rendezvous_port(environ) or (_free_port() if alone else None))
+    port = _port(environ, rendezvous_port(environ) or (free_port() if alone else None))
     device = int(environ["LOCAL_RANK"]) if own else _device(environ, local_rank)
     return Ranks(rank, world_size, local_rank, local_world_size, device, address, port, launcher)
 
@@ -273,7 +274,7 @@ def _plain(environ: Mapping[str, str]) -> Ranks:
     tasks = environ.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environ and tasks.isdecimal() and int(tasks) > 1:
         _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
-    port = _port(environ, _free_port())
+    port = _port(environ, free_port())
     return Ranks(0, 1, 0, 1, 0, environ.get("MASTER_ADDR") or LOOPBACK, port, "python")
 
 
@@ -342,7 +343,7 @@ def _agree_through_mpi(rank: int, world_size: int, port: int | None) -> tuple[st
             f"{world.Get_size()}: they belong to different MPI libraries. Set MASTER_ADDR to the host of rank 0, "
             "or use mpi4py's own mpirun."
         )
-    address, agreed = world.bcast((socket.gethostname(), port or _free_port()) if rank == 0 else None)
+    address, agreed = world.bcast((socket.gethostname(), port or free_port()) if rank == 0 else None)
     return address, agreed
 
 
@@ -397,10 +398,18 @@ def _port(environ: Mapping[str, str], derived: int | None) -> int:
     return derived
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port of this host for ranks that start now: not one that Linux gives to a connection meanwhile.
+
+    Raises:
+        LaunchError: none was found.
+    """
+    for _ in range(_TRIES):
+        port = _FIRST_PORT + secrets.randbelow(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise LaunchError(f"{_TRIES} ports of {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} are taken; set MASTER_PORT.")
 
 
 def _usable_cores() -> int:

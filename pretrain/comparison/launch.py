@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from types import FrameType
 import psutil
 
 from pretrain.comparison.experiment import LaunchSection
-from pretrain.environment import clean_environment
+from pretrain.environment import clean_environment, free_port
 
 _POLL_SECONDS = 0.5
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -40,7 +39,7 @@ def training_command(launch: LaunchSection, recipe_file: Path) -> list[str]:
         "-m",
         "deepspeed.launcher.runner",
         f"--num_gpus={launch.ranks}",
-        f"--master_port={_free_port()}",
+        f"--master_port={free_port()}",
         str(Path(__file__).resolve().parent.parent / "train.py"),
         "--config",
         str(recipe_file),
@@ -106,12 +105,6 @@ def last_lines(log: Path, count: int = 15) -> str:
     except OSError:
         return ""
     return "\n".join(line for line in lines[-count:])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _environment() -> dict[str, str]:

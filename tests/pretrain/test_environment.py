@@ -128,6 +128,12 @@ def test_the_port_belongs_to_the_job_the_step_and_the_restart():
     assert rendezvous_port({}) is None
 
 
+def test_a_run_alone_meets_where_no_connection_comes_between():
+    ports = [discover_ranks({}).master_port for _ in range(50)]
+    assert all(1024 < port < 32768 for port in ports), "Linux gives the others to whoever connects"
+    assert len(set(ports)) > 40
+
+
 @pytest.mark.parametrize(
     ("text", "hosts"),
     [
