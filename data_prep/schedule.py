@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from data_prep.piece import Receipt
@@ -67,10 +67,19 @@ class Schedule:
         self._next = [0] * len(groups)
         self._ends: list[int | None] = [group.pieces for group in groups]
         self._current: dict[object, int] = {}
+        # Groups in which this share may have something left to begin. What leaves the list never comes back: pieces of
+        # lost workers go through `returned`. So asking costs the same for ten groups and for a hundred thousand.
+        self._unfinished = [number for number in range(len(groups)) if share.index in share.tasks_on(number)]
+        self._ordered: list[Receipt] = []  # see in_order()
+        self._ordered_tokens = 0
+        self._at: Key = (0, 0)  # the piece behind the last of them
+        self._full = False
 
     def add(self, receipt: Receipt) -> None:
-        """A piece is finished."""
+        """A piece is finished, or finished anew."""
         key = (receipt.group, receipt.piece)
+        if key in self.receipts:
+            self._ordered, self._ordered_tokens, self._at, self._full = [], 0, (0, 0), False
         self.receipts[key] = receipt
         self.running.pop(key, None)
         if receipt.last:
@@ -109,20 +118,31 @@ class Schedule:
         current = self._current.get(worker)
         if current is not None and (key := self._peek(current)) is not None:
             return key
-        waiting = [key for group in range(len(self.groups)) if (key := self._peek(group)) is not None]
-        if not waiting:
-            return None
         busy = set(self._current.values())
-        fresh = [key for key in waiting if key[0] not in busy]
+        waiting: list[Key] = []
+        for key in self._waiting():
+            if key[0] not in busy:
+                return key
+            waiting.append(key)
         # Help where the most is left to do, as far as sizes tell.
-        return fresh[0] if fresh else max(waiting, key=lambda k: self.groups[k[0]].bytes)
+        return max(waiting, key=lambda k: self.groups[k[0]].bytes, default=None)
+
+    def _waiting(self) -> Iterator[Key]:
+        """The first piece to begin of each group that has one; groups that have none are not looked at again."""
+        kept: list[int] = []
+        looked = 0
+        try:
+            for looked, group in enumerate(self._unfinished, start=1):
+                if (key := self._peek(group)) is not None:
+                    kept.append(group)
+                    yield key
+        finally:
+            self._unfinished[:looked] = kept
 
     def _peek(self, group: int) -> Key | None:
         """The first piece of a group that this share has still to begin; of a file of unknown length there always is
         one.
         """
-        if self.share.index not in self.share.tasks_on(group):
-            return None
         end = self._ends[group]
         piece = self._next[group]
         leading = True  # nothing this share still has to do lies in front of `piece`
@@ -144,8 +164,8 @@ class Schedule:
     def _enough(self) -> bool:
         if not self.max_tokens:
             return False
-        receipts = self.in_order()
-        return bool(receipts) and (receipts[-1].capped or sum(r.train_tokens for r in receipts) >= self.max_tokens)
+        self._order()
+        return self._full
 
     def overflow(self) -> tuple[Key, int] | None:
         """The piece in which the maximum of tokens is passed, and how many training tokens it may hold."""
@@ -158,24 +178,28 @@ class Schedule:
 
     def in_order(self) -> list[Receipt]:
         """Receipts in the order of the data set: up to the first piece that is missing, or that fills the maximum."""
-        found: list[Receipt] = []
-        tokens = 0
-        for number in range(len(self.groups)):
-            piece = 0
-            while (end := self._ends[number]) is None or piece < end:
-                receipt = self.receipts.get((number, piece))
-                if receipt is None:
-                    return found
-                found.append(receipt)
-                tokens += receipt.train_tokens
-                if receipt.capped or (self.max_tokens and tokens >= self.max_tokens):
-                    return found
-                piece += 1
-        return found
+        self._order()
+        return list(self._ordered)
+
+    def _order(self) -> None:
+        group, piece = self._at
+        while group < len(self.groups) and not self._full:
+            end = self._ends[group]
+            if end is not None and piece >= end:
+                group, piece = group + 1, 0
+                continue
+            receipt = self.receipts.get((group, piece))
+            if receipt is None:
+                break
+            self._ordered.append(receipt)
+            self._ordered_tokens += receipt.train_tokens
+            self._full = receipt.capped or bool(self.max_tokens and self._ordered_tokens >= self.max_tokens)
+            piece += 1
+        self._at = (group, piece)
 
     @property
     def complete(self) -> bool:
         """Whether every piece of this share is finished."""
         if self._enough():
             return not self.running
-        return not self.running and not self.returned and all(self._peek(g) is None for g in range(len(self.groups)))
+        return not self.running and not self.returned and next(self._waiting(), None) is None
