@@ -89,7 +89,9 @@ class _Wandb:
         )
 
     def show(self, flat: Flat, step: int) -> None:
-        self._run.log(flat, step=step)
+        # Steps behind a checkpoint are told again after a restart; wandb keeps the first and would warn of every one.
+        if step >= self._run.starting_step:
+            self._run.log(flat, step=step)
 
     def close(self) -> None:
         self._run.finish()
