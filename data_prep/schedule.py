@@ -132,7 +132,8 @@ class Schedule:
         kept: list[int] = []
         looked = 0
         try:
-            for looked, group in enumerate(self._unfinished, start=1):
+            for group in self._unfinished:
+                looked += 1
                 if (key := self._peek(group)) is not None:
                     kept.append(group)
                     yield key
