@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from data_prep.files import write_text
+from data_prep.files import atomic_write, write_text
 from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
@@ -70,7 +70,9 @@ def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:
     name = checkpoint_name(sound)
     branch.checkpoints.mkdir(parents=True, exist_ok=True)
     if not branch.metrics_file.exists():
-        shutil.copy2(trunk.metrics_file, branch.metrics_file)
+        # Whole or absent, also where a kill comes in between: the next start would not copy the rest.
+        with atomic_write(branch.metrics_file) as stream:
+            stream.write(trunk.metrics_file.read_bytes())
     _copy(trunk.checkpoints / name, branch.checkpoints / name)
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from data_prep.files import sha256_file, sync_folder, write_json, write_text
 from pretrain.agreement import on_first_rank
 from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
+from pretrain.run_folder import RunFolder
 from pretrain.sections import Checkpointing
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -120,23 +122,20 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
                 warnings.append(f"Checkpoint {folder / name} is damaged ({problem}); trying the one before it.")
                 continue
             manifest = read_manifest(folder / name)
-            wrong = [key for key, now in describe.items() if manifest.get(key) != now]
+            refusal = refuse_shape(folder / name, manifest, describe, settings)
+            if refusal is not None:
+                raise RunError(refusal)
+            wrong = _differences(manifest, describe)
             origin, state = folder / name, manifest["state"]
-            if wrong == ["world_size"] and settings.universal and not describe["zero_stage"]:
+            if wrong == ["world_size"] and not describe["zero_stage"]:
                 # One file holds everything, and every rank reads it.
                 return Selected(origin, origin, state, False, False, tuple(warnings))
-            if wrong == ["world_size"] and settings.universal:
+            if wrong == ["world_size"]:
                 return Selected(to_universal(origin), origin, state, True, False, tuple(warnings))
-            if "zero_stage" in wrong and set(wrong) <= {"zero_stage", "world_size"} and settings.weights_only:
+            if wrong:
                 weights = to_weights(origin, manifest["zero_stage"])
                 warnings.append(_not_carried(origin, manifest, describe))
                 return Selected(weights, origin, state, False, True, tuple(warnings))
-            if wrong:
-                key, then = wrong[-1], manifest.get(wrong[-1])
-                raise RunError(
-                    f"{folder / name}: written with {key} {then}, but this start has {describe[key]}; "
-                    f"{_shape_advice(key, then)}"
-                )
             return Selected(origin, origin, state, False, False, tuple(warnings))
         if found:
             raise RunError(
@@ -148,6 +147,25 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
     return on_first_rank(select)
 
 
+def refuse_shape(
+    checkpoint: Path, manifest: dict[str, Any], describe: dict[str, Any], settings: Checkpointing
+) -> str | None:
+    """Why a start with `describe` cannot go on from a checkpoint, as a sentence; None where it can, see
+    `select_checkpoint`.
+    """
+    wrong = _differences(manifest, describe)
+    if not wrong or (wrong == ["world_size"] and settings.universal):
+        return None
+    if "zero_stage" in wrong and set(wrong) <= {"zero_stage", "world_size"} and settings.weights_only:
+        return None
+    key, then = wrong[-1], manifest.get(wrong[-1])
+    return f"{checkpoint}: written with {key} {then}, but this start has {describe[key]}; {_shape_advice(key, then)}"
+
+
+def _differences(manifest: dict[str, Any], describe: dict[str, Any]) -> list[str]:
+    return [key for key, now in describe.items() if manifest.get(key) != now]
+
+
 class CheckpointStore:
     """Checkpoints of one run. All methods that take an engine are collective: every rank calls them in the same step.
 
@@ -155,6 +173,7 @@ class CheckpointStore:
         folder: RUN/checkpoints; engine: DeepSpeed's; settings: the recipe's; keep_every: in steps, 0 for never.
         pinned: steps whose checkpoints always stay (where branches leave the trunk).
         describe: what a checkpoint must match to be resumed: world_size, zero_stage, precision, optimizer.
+        restore: writes the run folder's own files, for when they are gone: a checkpoint without them is no run.
 
     Attributes:
         seconds: what the last checkpoint took, from its begin to its end.
@@ -169,6 +188,7 @@ class CheckpointStore:
         keep_every: int,
         pinned: frozenset[int],
         describe: dict[str, Any],
+        restore: Callable[[], None],
     ) -> None:
         from pretrain.checkpoint_files import CheckpointFiles
 
@@ -177,7 +197,7 @@ class CheckpointStore:
         self._settings = settings
         self._keep_every = keep_every
         self._pinned = pinned
-        self._describe = describe
+        self._describe, self._restore = describe, restore
         self._rank = dist.get_rank()
         self._files = CheckpointFiles(asynchronous=settings.asynchronous)
         self._open: dict[str, Any] | None = None
@@ -214,8 +234,9 @@ class CheckpointStore:
         self._files.start()
         if self._rank == 0:
             # What a killed start has left behind would fill the disk.
-            for unfinished in self.folder.glob(".step-*.writing"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for unfinished in self.folder.glob(".step-*.writing"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
         self._engine.save_checkpoint(str(self.folder), tag=temporary, save_latest=False)
         self._open = {"name": name, "temporary": temporary, "state": state.to_dict()}
 
@@ -293,6 +314,9 @@ class CheckpointStore:
     def _publish(self, opened: dict[str, Any], files: dict[str, Any]) -> None:
         temporary = self.folder / opened["temporary"]
         final = self.folder / opened["name"]
+        if not RunFolder(self.folder.parent).recipe_file.is_file():
+            # Removed or moved while training: what is written from now on is a run that can be started again.
+            self._restore()
         write_json(
             temporary / _MANIFEST, {"format_version": 1, **self._describe, "state": opened["state"], "files": files}
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.checkpoint import list_checkpoints, read_manifest, refuse_shape
 from pretrain.ds_config import zero_stage
 from pretrain.engine import peak_flops
 from pretrain.environment import Ranks
@@ -54,6 +55,7 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         *_suites(prepared),
         f"  checkpoints      every {plan.checkpoint_every or plan.steps} steps{_minutes(recipe)} in "
         f"{prepared.folder.checkpoints}",
+        *_going_on(prepared, ranks),
         f"  ranks            {ranks.world_size}, {_batch(prepared, ranks)}",
         f"  precision        {recipe.precision}, checkpointing {recipe.checkpointing}",
         f"  ZeRO stage       {stage}: {STAGES[stage]} ({prepared.stage.reason})",
@@ -119,6 +121,17 @@ def _suites(prepared: Prepared) -> list[str]:
     if suites is None:
         return []
     return [f"  suites           every {plan.suites_every or plan.steps} steps: {', '.join(suites.names)}"]
+
+
+def _going_on(prepared: Prepared, ranks: Ranks) -> list[str]:
+    """What a start with so many ranks would go on from, or why it could not."""
+    found = sorted(list_checkpoints(prepared.folder.checkpoints))
+    if not found:
+        return []
+    newest = prepared.folder.checkpoints / found[-1][1]
+    describe = {"world_size": ranks.world_size, **prepared.shape}
+    refusal = refuse_shape(newest, read_manifest(newest), describe, prepared.recipe.checkpoint)
+    return [f"  goes on from     {newest.name if refusal is None else f'nothing: {refusal}'}"]
 
 
 def _minutes(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ remembers it (`TrainState.unfinished`), and the next start begins with it. One t
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -248,8 +249,15 @@ def check_suites_of(recipe: Recipe) -> None:
     suites = recipe.evaluation.suites
     if suites is None:
         return
-    from pretrain.evaluation.harness import plan_tasks
     from pretrain.evaluation.suites import benchmarks, check_suites, shared_evaluation_data
+
+    harness = [name for name in check_suites(suites.names) if name in benchmarks() or name == "own"]
+    if harness and importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(
+            f"evaluation.suites: {', '.join(harness)} run in lm-evaluation-harness, which is not installed here "
+            "(pip install lm-eval); install it, or drop them."
+        )
+    from pretrain.evaluation.harness import plan_tasks
 
     held_out_texts(recipe)
     for name in check_suites(suites.names):

@@ -96,6 +96,7 @@ class Trainer:
         peak_flops: what one rank's device promises per second; None where that is unknown.
         grad_norm: of the last step, before clipping.
         returns: the checkpoint that the run last went back to for a loss spike, and how often in a row.
+        patience: seconds that a checkpoint may take before the watchdog takes it for a stall.
         failed: step of the first checkpoint that could not be written since the last one that was.
     """
 
@@ -116,6 +117,7 @@ class Trainer:
     peak_flops: float | None
     stopwatch: Stopwatch
     profiler: StepProfiler | None
+    patience: float
     grad_norm: float = 0.0
     returns: tuple[int, int] = (0, 0)
     failed: int | None = None
@@ -240,9 +242,10 @@ class Trainer:
         dist.all_reduce(total)
         mean = float(total) / self.ranks.world_size
         usual = state.recent_losses
-        if faults.spike is None or len(usual) < faults.spike_window or mean - sum(usual) / len(usual) <= faults.spike:
+        if faults.spike is None or len(usual) < faults.spike_window:
             return None
-        return mean
+        # A loss that is not a number is no spike: it exceeds nothing, and has rules of its own.
+        return mean if mean - sum(usual) / len(usual) > faults.spike else None
 
     def _update(self, step: int) -> bool:
         """Update the weights; False when a non-finite gradient made every rank leave the update out."""
@@ -338,8 +341,8 @@ class Trainer:
         if self.returns[1] > self.recipe.faults.max_non_finite:
             raise RunError(
                 f"The run has gone back to step {back.step} {self.returns[1] - 1} times and met a loss spike on other "
-                f"samples each time, the last at step {spiked} with loss {loss:.3f}. Lower optim.lr, or raise "
-                "faults.spike if that loss is no fault, and start again."
+                f"samples each time, the last at step {spiked} with loss {loss:.3f}. Raise faults.spike if that loss "
+                "is no fault and start again, or lower optim.lr in a new run_dir."
             )
         # What led to the spike is left out the second time, so the run meets other data.
         gap = (back.position, batch.next_position - 1)
@@ -379,11 +382,11 @@ class Trainer:
             )
         if state.non_finite_in_row >= self.recipe.faults.max_non_finite:
             fault = "had a non-finite loss or gradient" if spike is None else "were left out, the last for a loss spike"
-            advice = "" if spike is None else "raise faults.spike if that loss is no fault, "
+            advice = "" if spike is None else "(or raise faults.spike if that loss is no fault) "
             raise RunError(
                 f"{state.non_finite_in_row} steps in a row {fault}, the last at step {state.step} (samples "
-                f"{samples[0]} to {samples[1]}). Lower optim.lr, {advice}or leave the samples out with "
-                "data.skip_samples, and start again."
+                f"{samples[0]} to {samples[1]}). Leave the samples out with data.skip_samples {advice}and start again, "
+                "or lower optim.lr in a new run_dir."
             )
 
     def _log(self, state: TrainState, report: StepReport, interval: Interval) -> None:
@@ -447,12 +450,13 @@ class Trainer:
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
         if self.store.writing:
             self._finish_checkpoint(state)
-        self.watchdog.beat(f"checkpoint after step {state.step}")
+        self.watchdog.beat(f"checkpoint after step {state.step}", allow=self.patience)
         self.store.begin(state)
         if wait or not self.recipe.checkpoint.asynchronous:
             self._finish_checkpoint(state)
 
     def _finish_checkpoint(self, state: TrainState) -> None:
+        self.watchdog.beat(f"checkpoint by step {state.step}", allow=self.patience)
         problem = self.store.finish()
         # A time limit must leave room for the slowest one so far, on a file system that may be slower then.
         self.stop.reserve = max(self.stop.reserve, 2 * self.store.seconds)

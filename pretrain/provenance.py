@@ -14,6 +14,8 @@ import torch
 
 from pretrain.ds_config import offload_device, zero_stage
 from pretrain.environment import Ranks
+from pretrain.errors import RunError
+from pretrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from pretrain.run import Prepared
@@ -25,6 +27,7 @@ def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device)
     return {
         "versions": _versions(),
         "commit": git_commit(),
+        "code": source_digest(),
         "host": socket.gethostname(),
         "device": name,
         "device_type": device.type,
@@ -35,6 +38,29 @@ def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device)
         "precision": prepared.recipe.precision,
         "ds_config": prepared.ds_config,
     }
+
+
+def changes_since_last_start(folder: RunFolder, prepared: Prepared, ranks: Ranks, device: torch.device) -> list[str]:
+    """A warning where the run was last started with other code, versions or another device; call it before
+    environment.json is written anew.
+    """
+    try:
+        before = folder.environment()
+    except RunError:
+        return []
+    now = describe_environment(prepared, ranks, device)
+    changes = [
+        f"{name} was {before['versions'][name]} and is {version}"
+        for name, version in now["versions"].items()
+        if before["versions"].get(name, version) != version
+    ]
+    if before["device"] != now["device"]:
+        changes.append(f"the device was {before['device']} and is {now['device']}")
+    if before.get("code", now["code"]) != now["code"]:
+        changes.append(f"the code was that of commit {before['commit']} and is that of {now['commit']}")
+    if not changes:
+        return []
+    return [f"Since the last start {'; '.join(changes)}. Losses need not be those of an undisturbed run any more."]
 
 
 def _versions() -> dict[str, str]:

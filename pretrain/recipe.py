@@ -6,6 +6,7 @@ checked without data, devices or ranks. An unknown key is refused with the neare
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -70,16 +71,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name: {self.name!r} names a folder; use letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise ValueError(f"name: {self.name!r} names a folder; use at most 100 letters, digits, '.', '_' and '-'")
         if self.seed < 0:
             raise ValueError("seed: must not be negative")
         return self
 
     @property
     def run_folder(self) -> str:
-        """Where the run lives: run_dir, or runs/<name>."""
-        return self.run_dir if self.run_dir is not None else f"runs/{self.name}"
+        """Where the run lives: run_dir (`~` is the home folder), or runs/<name>."""
+        return os.path.expanduser(self.run_dir) if self.run_dir is not None else f"runs/{self.name}"
 
     def network(self) -> ModelConfig:
         """The network's configuration.

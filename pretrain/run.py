@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from pretrain.environment import Ranks
 from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.partitioning import STAGES, explain
 from pretrain.plan import Branch, Plan, make_plan
-from pretrain.provenance import describe_environment, flatten, identity
+from pretrain.provenance import changes_since_last_start, describe_environment, flatten, identity
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
@@ -52,8 +53,9 @@ _MOVED_SOURCE = re.compile(r"data\.sources\.\d+\.path")
 # What may lie in a run folder whose recipe is not written yet.
 _BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")
 
-# Operators may have to be compiled and a checkpoint read before the first step.
-_START_SECONDS = 1800.0
+# Before the first step operators may have to be compiled and a checkpoint read; files may be written slowly, and an
+# evaluation prepares its questions. A stall is one only after so long there, however short a step is.
+_SLOW_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,13 @@ def _check_initial_weights(folder: str, config: ModelConfig) -> None:
 def is_finished(prepared: Prepared) -> bool:
     """True when this very run and all its branches have already come to their ends."""
     branches = (RunFolder(branch_path(prepared.folder, branch)) for branch in prepared.plan.branches)
-    finished = all(folder.status().get("state") == "finished" for folder in (prepared.folder, *branches))
-    return finished and prepared.extension is None
+    return all(_has_finished(folder) for folder in (prepared.folder, *branches)) and prepared.extension is None
+
+
+def _has_finished(folder: RunFolder) -> bool:
+    with contextlib.suppress(RunError):
+        return folder.status().get("state") == "finished"
+    return False  # damaged: the checkpoints tell where the run stands
 
 
 def prepare_branch(trunk: Prepared, branch: Branch, ranks: Ranks) -> Prepared:
@@ -149,26 +156,46 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
 
     from pretrain.agreement import require_agreement
     from pretrain.engine import start_process_group
+    from pretrain.run_lock import sole_job
 
     recipe, folder, first = prepared.recipe, prepared.folder, ranks.rank == 0
     hours = recipe.limits.wall_clock_hours
     with StopRequest(folder.path, watch_files=first, wall_clock=None if hours is None else hours * 3600) as stop:
         # Later than the watchdog, which names the rank that the collective waits for.
-        device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _START_SECONDS)
+        device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _SLOW_SECONDS)
         try:
             prepared = _agree_on_stage(prepared, ranks)
             require_agreement(identity(prepared))
-            with Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog:
+            with (
+                sole_job(folder.path, ranks),
+                Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog,
+            ):
                 code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
                 for branch in prepared.plan.branches:
+                    if code == EXIT_FINISHED:
+                        code = _asked_to_stop(stop, device)
                     if code != EXIT_FINISHED:
                         break
                     shorter = prepare_branch(prepared, branch, ranks)
+                    # No rank writes to its folder before all have looked at it.
+                    torch.distributed.barrier()
                     code = _train_one(shorter, ranks, device, stop, watchdog, trunk=prepared, start=branch.start)
                 return code
         finally:
             if torch.distributed.is_initialized():
                 deepspeed.comm.destroy_process_group()
+
+
+def _asked_to_stop(stop: StopRequest, device: Any) -> int:
+    """The exit code that some rank was asked for since the last step of a run; EXIT_FINISHED to go on. Collective."""
+    from pretrain.evaluation.lockstep import BrokenOff, Lockstep
+
+    try:
+        Lockstep(stop.poll, device).meet()
+    except BrokenOff as stopped:
+        stop.acknowledge()
+        return stopped.asked.request.exit_code
+    return EXIT_FINISHED
 
 
 def _agree_on_stage(prepared: Prepared, ranks: Ranks) -> Prepared:
@@ -194,11 +221,12 @@ def _train_one(
 
     folder = prepared.folder
 
-    def begin() -> bool:
+    def begin() -> list[str] | None:
         if prepared.extension is not None:
             print(extend(folder, prepared.extension), flush=True)
-        if folder.status().get("state") == "finished":
-            return False
+        if _has_finished(folder):
+            return None
+        changes = changes_since_last_start(folder, prepared, ranks, device)
         try:
             _write_folder(prepared, ranks, device)
             if trunk is not None:
@@ -207,17 +235,18 @@ def _train_one(
             raise RunError(
                 f"{folder}: the run cannot be begun there ({error}); make room, or choose another run_dir."
             ) from None
-        return True
+        return changes
 
-    if not on_first_rank(begin):
+    changes = on_first_rank(begin)
+    if changes is None:
         return EXIT_FINISHED
     try:
-        return _train(prepared, ranks, device, stop, watchdog, profiled)
+        return _train(prepared, ranks, device, stop, watchdog, profiled, changes)
     except Exception as error:
         if ranks.rank == 0:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            status = {key: value for key, value in folder.status().items() if key in ("step", "steps")}
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RunError):
+                status = {key: value for key, value in folder.status().items() if key in ("step", "steps")}
                 folder.write_json(folder.status_file, {**status, "state": "failed", "reason": reason})
         raise
 
@@ -229,6 +258,7 @@ def _train(
     stop: StopRequest,
     watchdog: Watchdog,
     profiled: tuple[int, int] | None,
+    changes: list[str],
 ) -> int:
     from pretrain.batches import BatchReader, merge_ranges
     from pretrain.checkpoint import CheckpointStore, TrainState, select_checkpoint
@@ -250,7 +280,8 @@ def _train(
         prepared.folder,
     )
     first = ranks.rank == 0
-    watchdog.beat("start", allow=max(_START_SECONDS, recipe.limits.stall_seconds))
+    patience = max(_SLOW_SECONDS, recipe.limits.stall_seconds)
+    watchdog.beat("start", allow=patience)
     describe = {"world_size": ranks.world_size, **prepared.shape}
     selected = select_checkpoint(folder.checkpoints, describe, recipe.checkpoint)
     ds_config = prepared.ds_config
@@ -266,6 +297,7 @@ def _train(
         keep_every=plan.keep_every,
         pinned=plan.trunk_checkpoints,
         describe=describe,
+        restore=lambda: _write_folder(prepared, ranks, device),
     )
     state = store.load(selected) if selected is not None else TrainState()
     state.skipped = merge_ranges(state.skipped, recipe.data.skip_samples)
@@ -278,6 +310,7 @@ def _train(
         rewind_metrics(folder, state.step, state.unfinished)
     telemetry = Telemetry(folder, recipe, plan.steps, active=first)
     warnings = [*([prepared.stage.warning] if prepared.stage.warning else []), *(selected.warnings if selected else ())]
+    warnings += changes if selected is not None else []
     for warning in warnings:
         telemetry.say(warning)
         telemetry.event("warning", state.step, text=warning)
@@ -336,7 +369,7 @@ def _train(
         validator=validator,
         suites=suites,
         telemetry=telemetry,
-        beat=watchdog.beat,
+        beat=functools.partial(watchdog.beat, allow=patience),
         lockstep=lockstep,
     )
     trainer = Trainer(
@@ -357,15 +390,19 @@ def _train(
         peak_flops=peak_flops(device),
         stopwatch=stopwatch,
         profiler=profiler,
+        patience=patience,
     )
     try:
         with timed_collectives(stopwatch, watchdog.move):
             outcome = trainer.train(state)
         if outcome.state == "finished":
+            watchdog.beat("final weights", allow=patience)
             export_weights(engine, config, folder.weights)
             telemetry.event("finished", state.step, flops=state.flops, tokens=state.tokens)
         if first:
-            folder.write_json(folder.status_file, {"state": outcome.state, "step": state.step, "steps": plan.steps})
+            # Where a stop cannot be noted the checkpoint still is what the next start goes on from.
+            with contextlib.suppress(*([OSError] if outcome.state == "stopped" else [])):
+                folder.write_json(folder.status_file, {"state": outcome.state, "step": state.step, "steps": plan.steps})
         telemetry.say(_closing(prepared, outcome.state, state.step, stop.reason))
         return EXIT_FINISHED if outcome.state == "finished" else outcome.request.exit_code
     finally:

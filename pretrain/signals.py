@@ -26,7 +26,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -112,7 +111,8 @@ class StopRequest:
             raise LaunchError(f"The wall-clock limit is {wall_clock} seconds; it must be positive.")
         self.reserve = reserve
         self.reason: str | None = None
-        self._folder = Path(run_folder) if run_folder is not None and watch_files else None
+        watched = _FILES if run_folder is not None and watch_files else {}
+        self._files = {os.path.join(str(run_folder), name): request for name, request in watched.items()}
         self._deadline = None if wall_clock is None else time.monotonic() + wall_clock
         self._job_end = _job_end(environ)
         self._debounce = debounce
@@ -161,8 +161,7 @@ class StopRequest:
         ):
             if end is not None and clock >= end - needed:
                 found.append((Request.STOP, f"{limit} is near, and stopping may take {needed:.0f} s"))
-        for name, request in _FILES.items() if self._folder is not None else ():
-            file = os.path.join(self._folder, name)
+        for file, request in self._files.items():
             # Path.exists raises what a network file system says in a bad moment, which must not end a run.
             if file not in self._unremovable and os.path.exists(file):
                 found.append((request, f"{file} was made"))

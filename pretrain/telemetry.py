@@ -160,6 +160,8 @@ class Telemetry:
             return
         self._unwritten += orjson.dumps({"kind": kind, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
         try:
+            if self._failing:
+                self._reopen()  # a handle from before a network file system went away stays stale
             while self._unwritten:
                 self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
             self._failing = False
@@ -185,17 +187,29 @@ class Telemetry:
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, because the run went back there."""
-        if self._active:
-            self._stream.close()
+        if not self._active:
+            return
+        waiting = ((line, _parse(line)) for line in self._unwritten.splitlines(keepends=True))
+        self._unwritten = b"".join(line for line, record in waiting if record and not _is_undone(record, step, set()))
+        try:
             rewind_metrics(self._run, step)
-            self._stream = self._run.metrics_file.open("ab", buffering=0)
+            self._reopen()
+        except OSError as error:
+            self.say(f"{self._run.metrics_file}: {error}; it still holds the steps after {step}.")
 
     def sync(self) -> None:
         """Make everything recorded so far survive a power cut; called when a checkpoint is complete."""
         if self._active:
             # A file system that fails here has its say when the next record is written.
             with contextlib.suppress(OSError):
+                if not os.path.exists(self._run.metrics_file):
+                    self._reopen()  # removed or moved: what follows must not go where nobody finds it
                 os.fsync(self._stream.fileno())
+
+    def _reopen(self) -> None:
+        before, self._stream = self._stream, self._run.metrics_file.open("ab", buffering=0)
+        with contextlib.suppress(OSError):
+            before.close()
 
     def close(self) -> None:
         """Finish the mirrors and the progress line."""

@@ -67,7 +67,10 @@ def train(
     Raises:
         UserError, DataError, ConfigError: one sentence for a person, before or during training.
     """
-    recipe = load_recipe(config, [*overrides, *([f"run_dir={run_dir}"] if run_dir else [])])
+    recipe = load_recipe(config, overrides)
+    if run_dir:
+        # Not as an override, whose value is YAML: 'run #2' would be the folder 'run'.
+        recipe = recipe.model_copy(update={"run_dir": run_dir})
     if print_only:
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="")

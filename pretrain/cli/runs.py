@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from pathlib import Path
@@ -39,10 +40,22 @@ def runs(
 
 
 def find_runs(folder: Path) -> list[RunFolder]:
-    """Run folders below (or at) `folder`, by path."""
+    """Run folders below (or at) `folder`, by path; links are followed, and of a run only its branches are looked
+    into.
+    """
     from pretrain.run_folder import RunFolder
 
-    return [RunFolder(file.parent) for file in sorted(folder.rglob("recipe.yaml"))]
+    found, seen = [], set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # a link to what was listed, or in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        if "recipe.yaml" in files:
+            found.append(Path(path))
+            folders[:] = [name for name in folders if name == "branches"]
+    return [RunFolder(path) for path in sorted(found)]
 
 
 def describe(run: RunFolder, name: str) -> list[str]:
@@ -51,9 +64,10 @@ def describe(run: RunFolder, name: str) -> list[str]:
 
     try:
         return [name, *_facts(run)]
-    except RunError as error:
-        # One damaged folder must not hide the others.
-        return [name, f"damaged: {error}", *["-"] * 5]
+    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # One damaged folder must not hide the others, whatever its files hold instead of what they should.
+        what = error if isinstance(error, (RunError, OSError)) else f"a file holds what it should not ({error!r})"
+        return [name, f"damaged: {what}", *["-"] * 5]
 
 
 def _facts(run: RunFolder) -> list[str]:

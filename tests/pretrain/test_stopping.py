@@ -74,9 +74,24 @@ def test_checkpoints_are_no_more_minutes_apart_than_the_recipe_says(
     """By rank 0's clock, whatever the others' say; since the last one, whyever that was written."""
     checkpoint = {"every": 5, "every_minutes": 20, "keep": 9, "asynchronous": asynchronous}
     values = recipe_values(tiny_data, tmp_path / "run", checkpoint=checkpoint)
-    codes, printed, _ = run_with(nursery, write_recipe(tmp_path / "r.yaml", values), step_minutes=[7.0, 100.0])
+    codes, printed, _ = run_with(
+        nursery, write_recipe(tmp_path / "r.yaml", values), step_minutes={"0": 7.0, "1": 100.0}
+    )
     assert codes == [0, 0], printed
     # Three steps are 21 minutes; 5 and 10 are due anyway, and 8 is where the fall of the learning rate begins.
     assert finished_checkpoints(tmp_path / "run") == [3, 5, 8, 10, 12]
     plain = {**values, "run_dir": str(tmp_path / "plain"), "checkpoint": {"every": 0}}
     assert losses(tmp_path / "run") == losses(two_ranks.train(tmp_path, plain)), "writing them changes nothing"
+
+
+def test_a_signal_after_the_last_step_ends_a_run_before_its_branches(
+    tmp_path: Path, tiny_data: Path, nursery: Nursery
+) -> None:
+    run = tmp_path / "run"
+    values = recipe_values(tiny_data, run, budget={"steps": 12, "branches": [8]}, checkpoint={"every": 0})
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    codes, printed, _ = run_with(nursery, recipe, signal_export=1)
+    assert codes == [75, 75], printed
+    assert (run / "weights").is_dir() and not (run / "branches").exists()
+    train(recipe, ranks=2, nursery=nursery)
+    assert (run / "branches" / "8" / "weights").is_dir()

@@ -1,0 +1,305 @@
+"""What users and clusters do to a run: two jobs at once, folders that go away, disks that hiccup, other code."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import run_lock
+from pretrain.branches import seed_branch
+from pretrain.checkpoint import TrainState
+from pretrain.cli.runs import describe, find_runs
+from pretrain.errors import RecipeError, RunError
+from pretrain.hooks import check_suites_of
+from pretrain.loop import Trainer
+from pretrain.provenance import changes_since_last_start, describe_environment
+from pretrain.recipe import build_recipe
+from pretrain.run import is_finished, prepare
+from pretrain.run_folder import RunFolder
+from pretrain.signals import Request, StopRequest
+from pretrain.telemetry import Telemetry
+from tests.pretrain.support import ALONE, ROOT, Nursery, Workers, losses, metrics, recipe_values, write_recipe
+from tests.pretrain.test_faults import run_with as run_faulty
+from tests.pretrain.test_hooks import values_of
+from tests.pretrain.test_resume import finished_checkpoints
+from tests.pretrain.test_runs import make_run
+from tests.pretrain.test_stopping import run_with
+
+HOLDER = """
+import sys
+from pathlib import Path
+from pretrain.run_lock import take
+stream, _ = take(Path(sys.argv[1]), 0.0)
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_job_in_a_run_folder_is_refused_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
+        with pytest.raises(RunError, match=rf'another job is training there .*"process": {holder.pid}\b'):
+            run_lock.take(folder, 0.0)
+    finally:
+        holder.kill()
+        holder.communicate()
+    stream, text = run_lock.take(folder, 0.0)
+    assert run_lock.sees(folder, text, 0.0) and not run_lock.sees(folder, text + "?", 0.0)
+    stream.close()
+
+
+def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: int) -> None:
+        def lockf(*_: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(run_lock.fcntl, "lockf", lockf)
+
+    refuse(errno.ENOLCK)
+    stream, text = run_lock.take(tmp_path, 0.0)
+    assert json.loads(text)["process"] == os.getpid()
+    stream.close()
+    refuse(errno.EIO)
+    with pytest.raises(RunError, match="cannot be begun there"):
+        run_lock.take(tmp_path, 0.0)
+
+
+def test_ranks_that_do_not_share_the_run_folder_are_named(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
+    codes, printed, _ = run_with(nursery, recipe, blind=[1])
+    assert codes == [2, 2] and "rank 1 on " in printed and "a file system that all nodes share" in printed, printed
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("ranks", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
+def test_an_evaluation_that_fails_is_left_out_on_all_ranks(
+    tmp_path: Path, prose_data: Path, nursery: Nursery, ranks: list[int]
+) -> None:
+    suites = {"names": ["perplexity", "own"], "every": 4, "limit": 5}
+    recipe = write_recipe(tmp_path / "r.yaml", values_of(prose_data, tmp_path / "run", every=4, suites=suites))
+    codes, printed, passes = run_with(nursery, recipe, fail_suite=ranks)
+    assert codes == [0, 0], printed
+    assert passes[0] == passes[1] > 0
+    failed = [e for e in metrics(tmp_path / "run", "event") if e["event"] == "evaluation_failed"]
+    assert [(e["step"], e["what"]) for e in failed] == [(4, "suites"), (8, "suites")]
+    assert f"rank {ranks[0]}: OSError" in failed[0]["problem"] and "a disk that is gone" in failed[0]["problem"]
+    assert {r["step"] for r in metrics(tmp_path / "run", "validation")} == {4, 8}
+    assert not metrics(tmp_path / "run", "evaluation") and sorted(losses(tmp_path / "run")) == list(range(1, 9))
+
+
+def test_a_harness_that_is_not_installed_is_missed_before_training(
+    tmp_path: Path, prose_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+
+    def check(*names: str) -> None:
+        check_suites_of(build_recipe(recipe_values(prose_data, tmp_path, evaluation={"suites": {"names": [*names]}})))
+
+    check("perplexity")
+    with pytest.raises(RecipeError, match="own run in lm-evaluation-harness, which is not installed"):
+        check("perplexity", "own")
+
+
+def test_a_run_folder_that_is_removed_while_training_is_a_run_again_with_the_next_checkpoint(
+    tmp_path: Path, tiny_data: Path, nursery: Nursery
+) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, run, checkpoint={"every": 4, "keep": 9}))
+    codes, printed, _ = run_with(nursery, recipe, ranks=1, gone_after=5)
+    assert codes == [0], printed
+    assert finished_checkpoints(run) == [8, 12] and (run / "weights").is_dir() and (run / "tokenizer").is_dir()
+    assert sorted(losses(run)) == [9, 10, 11, 12], "records follow the folder from its first checkpoint on"
+    assert is_finished(prepare(build_recipe(recipe_values(tiny_data, run)), ALONE))
+
+
+def test_a_run_folder_has_the_name_that_it_was_given(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    name = "größe ✓: run #2"
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run", budget={"steps": 6}))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "stop").touch()
+    code, printed = one_rank.run("--config", str(recipe), "--run-dir", str(tmp_path / name))
+    assert code == 76, printed
+    assert (tmp_path / name / "recipe.yaml").is_file() and finished_checkpoints(tmp_path / name) == [1]
+
+
+def test_a_home_folder_is_one_and_a_name_fits_into_a_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    recipe = build_recipe(recipe_values(Path("data"), Path("~/runs/a")))
+    assert recipe.run_folder == "/home/somebody/runs/a"
+    build_recipe({**recipe_values(Path("data"), Path("run")), "name": "x" * 100})
+    with pytest.raises(RecipeError, match="at most 100"):
+        build_recipe({**recipe_values(Path("data"), Path("run")), "name": "x" * 101})
+
+
+def test_a_request_made_after_the_last_look_stays(tmp_path: Path) -> None:
+    """Somebody who wants the run to stop touches the file while the checkpoint that he asked for is being written."""
+    stop = StopRequest(tmp_path, environ={})
+    (tmp_path / "checkpoint").touch()
+    assert stop.poll() is Request.CHECKPOINT
+    (tmp_path / "stop").touch()
+    stop.acknowledge()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stop"] and stop.poll() is Request.HOLD
+
+
+def test_a_request_that_cannot_be_removed_is_heeded_once(tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path, environ={})
+    (tmp_path / "checkpoint").mkdir()
+    assert stop.poll() is Request.CHECKPOINT
+    stop.acknowledge()
+    assert stop.poll() is Request.NONE
+
+
+def test_a_file_system_that_hiccups_asks_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest(tmp_path, environ={})
+
+    def stale(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert stop.poll() is Request.NONE
+
+
+def test_a_checkpoint_may_take_longer_than_a_step_may_stand_still() -> None:
+    beats: list[tuple[str, float]] = []
+    trainer = SimpleNamespace(
+        store=SimpleNamespace(writing=False, begin=lambda state: None, finish=lambda: None, seconds=1.0),
+        watchdog=SimpleNamespace(beat=lambda doing, allow: beats.append((doing, allow))),
+        patience=1800.0,
+        stop=SimpleNamespace(reserve=0.0),
+        telemetry=SimpleNamespace(sync=lambda: None),
+    )
+    trainer._finish_checkpoint = lambda state: Trainer._finish_checkpoint(trainer, state)  # type: ignore[arg-type]
+    Trainer._checkpoint(trainer, TrainState(step=4), wait=True)  # type: ignore[arg-type]
+    assert beats == [("checkpoint after step 4", 1800.0), ("checkpoint by step 4", 1800.0)]
+
+
+def test_a_branch_whose_records_are_half_copied_gets_them_all(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = one_rank.train(tmp_path, recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9}))
+    trunk, branch = RunFolder(run), RunFolder(run / "branches" / "8")
+    branch.path.mkdir(parents=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        seed_branch(trunk, branch, 8)
+    seed_branch(trunk, branch, 8)
+    assert branch.metrics_file.read_bytes() == trunk.metrics_file.read_bytes()
+    assert finished_checkpoints(branch.path) == [8]
+
+
+def test_other_code_versions_or_devices_since_the_last_start_are_told(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 0})
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "stop").touch()
+    assert one_rank.run("--config", str(recipe))[0] == 76
+    prepared = prepare(build_recipe(values), ALONE)
+    assert changes_since_last_start(run, prepared, ALONE, torch.device("cpu")) == []
+    facts = describe_environment(prepared, ALONE, torch.device("cpu"))
+    old = {**facts, "code": "0" * 16, "commit": "abc", "versions": {**facts["versions"], "torch": "2.6.0"}}
+    run.write_json(run.environment_file, old)
+    (run.path / "stop").touch()
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 76 and "torch was 2.6.0 and is " in printed and "the code was that of commit abc" in printed, printed
+    assert any("torch was 2.6.0" in e["text"] for e in metrics(run.path, "event") if e["event"] == "warning")
+
+
+def test_a_dry_run_says_what_a_run_goes_on_from_and_a_damaged_status_does_not_keep_it(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 0}, budget={"steps": 6})
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    assert one_rank.run("--config", str(recipe))[0] == 76
+    code, printed = one_rank.run("--config", str(recipe), "--dry-run")
+    assert code == 0 and "goes on from     step-00000001" in printed, printed
+    code, printed = one_rank.run("--config", str(recipe), "--dry-run", "deepspeed.config=zero1")
+    assert code == 0 and "goes on from     nothing: " in printed and "zero_stage 3" in printed, printed
+    (tmp_path / "run" / "status.json").write_bytes(b"")
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 0 and "resuming at step 1" in printed, printed
+
+
+def test_records_go_on_where_the_file_can_be_found(tmp_path: Path) -> None:
+    """After a stale handle of a network file system, after the file was removed, and after a way back meanwhile."""
+    recipe = build_recipe(recipe_values(Path("data"), tmp_path))
+    run = RunFolder(tmp_path)
+    telemetry = Telemetry(run, recipe, 12, active=True)
+
+    def steps() -> list[int]:
+        return [record["step"] for record in metrics(tmp_path, "train")]
+
+    def break_off(data: bytes) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    telemetry.record("train", {"step": 1})
+    stale = SimpleNamespace(write=break_off, close=lambda: None)
+    sound, telemetry._stream = telemetry._stream, stale  # type: ignore[assignment]
+    telemetry.record("train", {"step": 2})
+    sound.close()
+    telemetry.record("train", {"step": 3})
+    assert steps() == [1, 2, 3]
+    telemetry._stream.close()
+    telemetry._stream = stale  # type: ignore[assignment]
+    for step in (4, 5, 6):
+        telemetry.record("train", {"step": step})
+    telemetry.rewind(4)
+    telemetry.record("train", {"step": 5})
+    assert steps() == [1, 2, 3, 4, 5]
+    run.metrics_file.unlink()
+    telemetry.sync()
+    telemetry.record("train", {"step": 6})
+    telemetry.close()
+    assert steps() == [6]
+
+
+def test_runs_are_listed_behind_links_and_beside_folders_that_hold_anything(tmp_path: Path) -> None:
+    make_run(tmp_path / "scratch" / "linked", "finished")
+    runs = tmp_path / "runs"
+    make_run(runs / "sound", "finished")
+    make_run(runs / "sound" / "branches" / "8", "finished")
+    (runs / "linked").symlink_to(tmp_path / "scratch" / "linked")
+    (runs / "circle").symlink_to(runs)
+    contents = {
+        "status": b"[]",
+        "stateless": b"{}",
+        "plan": b'{"stops": 3}',
+        "bytes": b"\xff\xfe\x00",
+        "null": b"null\n",
+    }
+    for name, content in contents.items():
+        run = make_run(runs / name, "finished")
+        file = {"plan": run.plan_file, "bytes": run.metrics_file, "null": run.metrics_file}.get(name, run.status_file)
+        file.write_bytes(content)
+    rows = {row[0]: row[1] for row in (describe(run, str(run.path.relative_to(runs))) for run in find_runs(runs))}
+    assert {name for name, state in rows.items() if state == "finished"} == {"sound", "sound/branches/8", "linked"}
+    assert {name for name, state in rows.items() if state.startswith("damaged")} == set(contents)
+
+
+def test_a_loss_that_is_no_number_is_no_spike(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
+    """Its update is left out, and the run does not go back for it."""
+    faults = {"spike": 2.0, "spike_window": 3, "on_spike": "rollback"}
+    values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint={"every": 3, "keep": 9})
+    codes, printed = run_faulty(nursery, {"rank": 1, "nan_samples": [56]}, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [0, 0], printed
+    events = [(e["event"], e["step"]) for e in metrics(tmp_path / "run", "event")]
+    assert events == [("started", 0), ("non_finite", 8), ("finished", 12)]
