@@ -129,15 +129,17 @@ class RunFolder:
         """
         if not self.metrics_file.is_file():
             raise RunError(f"{self.metrics_file}: missing; the run has not logged a step yet.")
-        with self.metrics_file.open(encoding="utf-8") as stream:
+        with self.metrics_file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     return
                 try:
                     record = json.loads(line)
                 except ValueError:
+                    record = None
+                if not isinstance(record, dict):
                     raise RunError(
                         f"{self.metrics_file}:{number}: not a JSON object; the file is damaged at this line."
-                    ) from None
+                    )
                 if kind is None or record.get("kind") == kind:
                     yield record

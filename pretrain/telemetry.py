@@ -253,9 +253,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return orjson.loads(line)
+        record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
+    return record if isinstance(record, dict) else None
 
 
 class _Progress:

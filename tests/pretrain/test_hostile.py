@@ -27,7 +27,7 @@ from pretrain.recipe import build_recipe
 from pretrain.run import is_finished, prepare
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Request, StopRequest
-from pretrain.telemetry import Telemetry
+from pretrain.telemetry import Telemetry, rewind_metrics
 from tests.pretrain.support import ALONE, ROOT, Nursery, Workers, losses, metrics, recipe_values, write_recipe
 from tests.pretrain.test_faults import run_with as run_faulty
 from tests.pretrain.test_hooks import values_of
@@ -283,7 +283,7 @@ def test_runs_are_listed_behind_links_and_beside_folders_that_hold_anything(tmp_
         "status": b"[]",
         "stateless": b"{}",
         "plan": b'{"stops": 3}',
-        "bytes": b"\xff\xfe\x00",
+        "bytes": b"\xff\xfe\n",
         "null": b"null\n",
     }
     for name, content in contents.items():
@@ -303,3 +303,15 @@ def test_a_loss_that_is_no_number_is_no_spike(tmp_path: Path, tiny_data: Path, n
     assert codes == [0, 0], printed
     events = [(e["event"], e["step"]) for e in metrics(tmp_path / "run", "event")]
     assert events == [("started", 0), ("non_finite", 8), ("finished", 12)]
+
+
+def test_lines_that_a_power_cut_left_are_named_and_dropped_by_the_next_start(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "running")
+    sound = list(run.metrics())
+    for rubbish in (b"\xff\xfe\n", b"null\n", bytes(40) + b"\n"):
+        with run.metrics_file.open("ab") as stream:
+            stream.write(rubbish + b'{"kind":"train","step":2,"lo')
+        with pytest.raises(RunError, match=rf"metrics.jsonl:{len(sound) + 1}: not a JSON object"):
+            list(run.metrics())
+        rewind_metrics(run, 3)
+        assert list(run.metrics()) == sound
