@@ -29,6 +29,14 @@ class Hub:
         self.seen: Counter[str] = Counter()
         self.lock = threading.Lock()
 
+    def is_busy(self) -> bool:
+        """Whether this question is one of those that are put off; several may be asked at once."""
+        with self.lock:
+            busy = self.busy > 0
+            self.busy -= busy
+            self.seen["busy"] += busy
+        return busy
+
     def push(self, commit: str, files: dict[str, bytes]) -> None:
         """A new commit."""
         self.earlier[self.commit] = self.files
@@ -95,9 +103,7 @@ def serve(hub: Hub) -> Iterator[str]:
             if resolved and resolved[2] in hub.at(resolved[1]):
                 hub.seen["download"] += self.command == "GET"
                 self.file(hub.at(resolved[1])[resolved[2]])
-            elif path.startswith(base) and hub.busy > 0:
-                hub.busy -= 1
-                hub.seen["busy"] += 1
+            elif path.startswith(base) and hub.is_busy():
                 self.reply(429, b"{}", {"Retry-After": "0", "Content-Type": "application/json"})
             elif match := re.fullmatch(rf"{base}(?:/revision/([^/]+))?", path):
                 hub.seen["info"] += 1
@@ -147,10 +153,10 @@ def serve(hub: Hub) -> Iterator[str]:
             with hub.lock:
                 broken = self.command == "GET" and hub.breaks > 0 and len(part) > hub.break_after
                 hub.breaks -= broken
+                hub.seen["broken"] += broken
             if not broken:
                 self.reply(status, part, headers)
                 return
-            hub.seen["broken"] += 1
             self.send_response(status)
             for key, value in {"Content-Length": str(len(part)), **headers}.items():
                 self.send_header(key, value)
