@@ -341,8 +341,8 @@ class Trainer:
         if self.returns[1] > self.recipe.faults.max_non_finite:
             raise RunError(
                 f"The run has gone back to step {back.step} {self.returns[1] - 1} times and met a loss spike on other "
-                f"samples each time, the last at step {spiked} with loss {loss:.3f}. Raise faults.spike if that loss "
-                "is no fault and start again, or lower optim.lr in a new run_dir."
+                f"samples each time, the last at step {spiked} with loss {loss:.3f}. Either raise faults.spike if that "
+                "loss is no fault, and start again, or lower optim.lr in a new run_dir."
             )
         # What led to the spike is left out the second time, so the run meets other data.
         gap = (back.position, batch.next_position - 1)

@@ -19,6 +19,7 @@ Exit codes that launch scripts understand are the constants below.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import signal
@@ -79,10 +80,10 @@ class Asked(NamedTuple):
 class StopRequest:
     """Collects what asks this rank to stop or to write a checkpoint.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask to stop. A second SIGTERM or SIGINT ends the process at once with 128 +
-    its number, even while a collective blocks the interpreter. USR1 and USR2 announce an end and never count as the
-    first of two; launchers repeat a terminal's Ctrl-C within moments, so repetitions within `debounce` seconds count
-    as one.
+    SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and, unless it is ignored (nohup), SIGHUP ask to stop. A second SIGTERM or SIGINT
+    ends the process at once with 128 + its number, even while a collective blocks the interpreter. The others announce
+    an end and never count as the first of two; launchers repeat a terminal's Ctrl-C within moments, so repetitions
+    within `debounce` seconds count as one.
 
     Args:
         run_folder: folder watched for the files `stop` and `checkpoint`.
@@ -130,7 +131,9 @@ class StopRequest:
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         self._pipe = (receiver, sender)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup, to outlive its terminal
             self._previous[number] = signal.signal(number, self._handle)
         self._previous_wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._count, args=(receiver,), name="signals", daemon=True).start()
@@ -200,7 +203,8 @@ class StopRequest:
                 if first is None:
                     first = now
                 elif now - first > self._debounce:
-                    os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
+                    with contextlib.suppress(OSError):
+                        os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
                     os._exit(128 + number)
 
 

@@ -260,7 +260,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 class _Progress:
-    """One rich line on a terminal; elsewhere a plain line now and then."""
+    """One rich line on a terminal; elsewhere a plain line now and then. A terminal that is gone, or a log whose disk is
+    full, loses lines and ends nothing.
+    """
 
     _PLAIN_SECONDS = 30.0
 
@@ -293,20 +295,23 @@ class _Progress:
         parts.append(f"{format_seconds((self._steps - step) * seconds_per_step)} left")
         detail = " · ".join(parts)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, detail=detail)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=step, detail=detail)
         elif time.monotonic() - self._printed >= self._PLAIN_SECONDS or step == self._steps:
             self._printed = time.monotonic()
-            print(f"{self._name}: step {step}/{self._steps} · {detail}", file=sys.stderr, flush=True)
+            self.say(f"{self._name}: step {step}/{self._steps} · {detail}")
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
 
 def format_seconds(seconds: float) -> str:

@@ -9,8 +9,11 @@ python pretrain/train.py --config RECIPE               mor train RECIPE
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 if __package__ in (None, ""):
     # Started as a file: this folder is on the path in place of its parent, and would shadow modules of the same name.
@@ -45,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         # The first rank of every node speaks: a missing file may be missing on one node alone.
         if ranks is None or ranks.local_rank == 0:
             place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
-            print(f"train{place}: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"train{place}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
 
 
@@ -73,7 +77,7 @@ def train(
         recipe = recipe.model_copy(update={"run_dir": run_dir})
     if print_only:
         if ranks.rank == 0:
-            print(recipe.to_yaml(), end="")
+            print(recipe.to_yaml(), end="", flush=True)
         return EXIT_FINISHED
     from pretrain.profiling import parse_steps
     from pretrain.run import execute, is_finished, prepare
@@ -84,7 +88,7 @@ def train(
         from pretrain.dry_run import describe
 
         if ranks.rank == 0:
-            print(describe(prepared, ranks))
+            print(describe(prepared, ranks), flush=True)
         return EXIT_FINISHED
     if is_finished(prepared):
         if ranks.rank == 0:
@@ -106,5 +110,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def leave(code: int) -> NoReturn:
+    """Exit with `code`, which Python would change where the last lines cannot be written: the log's disk is full, the
+    terminal is gone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

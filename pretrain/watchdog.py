@@ -200,8 +200,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file=stream, all_threads=True)
         if alarm["rank"] == self._ranks.rank:
             report = self._report(alarm, folder)
-            sys.stderr.write(report)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stderr.write(report)
+                sys.stderr.flush()
             with contextlib.suppress(OSError):
                 write_text(folder / "report.txt", report)
             if self._on_stall:

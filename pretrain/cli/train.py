@@ -27,8 +27,9 @@ def train(
 ) -> None:
     """Train RECIPE, or go on where it stopped. On several devices: deepspeed pretrain/train.py --config RECIPE."""
     from pretrain.environment import prepare_environment
+    from pretrain.train import leave
     from pretrain.train import train as run
 
     ranks = prepare_environment()
     code = run(recipe, overrides or [], ranks, run_dir=run_dir, print_only=print_only, dry_run=dry_run, profile=profile)
-    raise typer.Exit(code)
+    leave(code)

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,17 @@ from pretrain.run import is_finished, prepare
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Request, StopRequest
 from pretrain.telemetry import Telemetry, rewind_metrics
-from tests.pretrain.support import ALONE, ROOT, Nursery, Workers, losses, metrics, recipe_values, write_recipe
+from tests.pretrain.support import (
+    ALONE,
+    ROOT,
+    Nursery,
+    Workers,
+    environment,
+    losses,
+    metrics,
+    recipe_values,
+    write_recipe,
+)
 from tests.pretrain.test_faults import run_with as run_faulty
 from tests.pretrain.test_hooks import values_of
 from tests.pretrain.test_resume import finished_checkpoints
@@ -315,3 +326,27 @@ def test_lines_that_a_power_cut_left_are_named_and_dropped_by_the_next_start(tmp
             list(run.metrics())
         rewind_metrics(run, 3)
         assert list(run.metrics()) == sound
+
+
+def test_a_log_that_takes_no_line_costs_nothing(tmp_path: Path, tiny_data: Path) -> None:
+    """Neither the run nor its exit code, which Python would make 120."""
+    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 6}, checkpoint={"every": 0})
+    recipe = write_recipe(tmp_path / "r.yaml", values)
+    command = [sys.executable, str(ROOT / "pretrain" / "train.py"), "--config", str(recipe)]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=full, timeout=240)
+        assert done.returncode == 0 and sorted(losses(tmp_path / "run")) == list(range(1, 7))
+        printed = subprocess.run([*command, "--print"], env=environment(), stdout=full, stderr=full, timeout=240)
+        assert printed.returncode != 0, "there the lines are all that was asked for"
+
+
+@pytest.mark.parametrize(("handler", "asked"), [(signal.SIG_DFL, Request.STOP), (signal.SIG_IGN, Request.NONE)])
+def test_a_terminal_that_is_closed_asks_to_stop_unless_nobody_minds(handler: Any, asked: Request) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with StopRequest(environ={}) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() is asked
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
