@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mor_model.config import ModelConfig
 from mor_model.hub.llama import from_llama, llama_config, to_llama
 from mor_model.model import RecursiveTransformer
+from tests.mor_model.cases import assert_near
 
 SHAPES = {
     "grouped heads": {"num_heads": 4, "num_kv_heads": 2},
@@ -57,9 +58,9 @@ def test_vanilla_logits_and_gradients_are_llamas(name):
 
     expected = llama(inputs).logits
     output = model(inputs, labels, return_logits=True)
-    torch.testing.assert_close(output.logits_BTV, expected, rtol=1e-5, atol=1e-5)
+    assert_near(output.logits_BTV, expected)
     loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=1e-5)
+    assert_near(output.loss, loss)
 
     loss.backward()
     output.loss.backward()
@@ -67,7 +68,7 @@ def test_vanilla_logits_and_gradients_are_llamas(name):
     gradients = to_llama(gradients, model.config)
     compared = 0
     for parameter_name, parameter in llama.named_parameters():
-        torch.testing.assert_close(gradients[parameter_name], parameter.grad, rtol=1e-5, atol=1e-5)
+        assert_near(gradients[parameter_name], parameter.grad)
         assert parameter.grad.abs().max() > 1e-4
         compared += 1
     assert compared == len(gradients) == 2 + 9 * 3 + (0 if model.config.tie_embeddings else 1)
