@@ -20,6 +20,7 @@ from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
 from data_prep.plan import WORK, Plan, Settings, changed_groups, differences, read_plan, write_plan
 from data_prep.schedule import Key, Schedule, Share
 from data_prep.sources import Group, find_sources, plan_groups, with_standard_input
+from data_prep.sources.hub import hub_revisions
 from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from data_prep.workers import Pool, quiet_libraries
 
@@ -209,7 +210,9 @@ def prepare(
     settings = replace(job.settings, sources=tuple(sources))
     loaded = load_tokenizer(job.tokenizer, job.eod_token)
     work.mkdir(parents=True, exist_ok=True)
-    groups = tuple(plan_groups(with_standard_input(sources, work), settings.options, settings.piece_bytes))
+    old = read_plan(folder)
+    begun = hub_revisions(old.groups) if old else None
+    groups = tuple(plan_groups(with_standard_input(sources, work), settings.options, settings.piece_bytes, begun))
     on_groups(groups)
     texts = sample_documents(groups, settings.options, work)
     engine, report = choose_engine(loaded, texts)
@@ -217,14 +220,13 @@ def prepare(
         listener.say(f"the encoder {name} is not used: {why}.")
     file = "tokenizer/" + copy_tokenizer(loaded, folder / "tokenizer")
     plan = Plan(settings, _info(loaded, file), report, groups, round_trip(engine, texts))
-    old = read_plan(folder)
     if old is None:
         write_plan(folder, plan)
         return plan, engine
     changed = differences(old.described(), plan.described())
     again = changed_groups(old, plan) if changed and alone else None
     if again:
-        listener.say("the size of files has changed since; they, and small files read with them, are read again.")
+        listener.say("files have changed since; they, and small files read with them, are read again.")
         for group in again:
             for path in work.glob(f"piece-{group:05d}-*.json"):
                 path.unlink()

@@ -114,7 +114,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def changed_groups(old: Plan, new: Plan) -> list[int] | None:
-    """Numbers of the groups that `new` has otherwise, because files have another size; None where more has changed."""
+    """Numbers of the groups that `new` has otherwise, because files have changed; None where more than that has."""
     if (old.settings, old.tokenizer) != (new.settings, new.tokenizer):
         return None
     numbers = range(max(len(old.groups), len(new.groups)))

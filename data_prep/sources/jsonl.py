@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +73,10 @@ class JsonlReader(PieceReader):
             try:
                 record = loads(line)
             except orjson.JSONDecodeError as error:
-                yield _broken(line, line_number, error)
-                continue
+                record = _behind_mark(line)
+                if record is None:
+                    yield _broken(line, line_number, error)
+                    continue
             if type(record) is not dict:
                 yield Reject("invalid_json", line_number, f"the line is {type(record).__name__}, not an object")
             elif simple:
@@ -90,6 +93,18 @@ class JsonlReader(PieceReader):
     def close(self) -> None:
         if self._lines is not None:
             self._lines.stream.close()
+
+
+def _behind_mark(line: bytes) -> object:
+    """The record of a line that begins with a byte order mark, as the first line of a file does on some systems; None
+    where there is none.
+    """
+    if not line.startswith(BOM_UTF8):
+        return None
+    try:
+        return orjson.loads(line[len(BOM_UTF8) :])
+    except orjson.JSONDecodeError:
+        return None
 
 
 def _broken(line: bytes, number: int, error: orjson.JSONDecodeError) -> Reject | Filtered:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -38,7 +39,7 @@ def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: P
             descriptor = -1
             skeleton = _Walker(source, target, text_path).skeleton()
             size = target.tell()
-            record = orjson.loads(skeleton)
+            record = orjson.loads(skeleton.removeprefix(BOM_UTF8))
         if type(record) is not dict:
             return Reject("invalid_json", number, f"the line is {type(record).__name__}, not an object")
         found = accept(

@@ -1,6 +1,6 @@
 """From what a person names as sources to the numbered groups of files that are worked on.
 
-The plan depends on the names and sizes of the files alone, never on how many workers there are.
+The plan depends on the files alone, never on how many workers there are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import xxhash
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
@@ -49,6 +51,7 @@ _SUFFIXES = {
 STANDARD_INPUT = "-"
 _SMALLEST_PIECE, _LARGEST_PIECE = 16 << 20, 1 << 30
 _PIECES = 512  # a corpus is cut into about this many pieces, within the limits above
+_SAMPLE, _SAMPLES = 1 << 12, 16  # bytes looked at in so many places to see whether a file has changed
 _EXPANSION = 3  # bytes of text to expect of a byte of a compressed file
 
 
@@ -196,9 +199,31 @@ def _file_groups(
             continue
         close()
         pieces = _pieces(path, kind, sizes[path], options, piece_bytes)
-        groups.append(Group(number + len(groups), source.name, kind, (path,), sizes[path], pieces, piece_bytes))
+        at = number + len(groups)
+        extra: dict[str, str | int] = {"sample": _sample(path, sizes[path])}
+        groups.append(Group(at, source.name, kind, (path,), sizes[path], pieces, piece_bytes, extra))
     close()
     return groups
+
+
+def _sample(path: str, size: int) -> str:
+    """A hash (hex) of the ends of a file, and of places between them where it is not compressed.
+
+    It tells a file that was replaced by another of its size while a run was interrupted: the checksums of gzip, zstd
+    and xz and the index of parquet are at the end. Times of files would not do, for a copy of a corpus has new ones.
+    """
+    places = [0, max(0, size - _SAMPLE)]
+    if not compression(path):
+        places += [size * number // _SAMPLES for number in range(1, _SAMPLES)]
+    digest = xxhash.xxh3_64()
+    try:
+        with Path(path).open("rb", buffering=0) as stream:
+            for place in places:
+                stream.seek(place)
+                digest.update(stream.read(_SAMPLE))
+    except OSError:
+        return ""  # reported when it is read
+    return digest.hexdigest()
 
 
 def _pieces(path: str, kind: str, size: int, options: ReadOptions, piece_bytes: int) -> int | None:

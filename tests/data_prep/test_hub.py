@@ -154,6 +154,24 @@ def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, tmp_path, 
     assert caught.value.reason == "unreadable_file"
 
 
+def test_a_run_that_is_continued_stays_at_the_commit_it_began_with(tmp_path, byte_bpe):
+    def tokenize(out, *more, check=True):
+        arguments = ["c4", "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1]
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+        return command("tokenize", *arguments, *more, check=check, environment=environment)
+
+    server = Hub("allenai/c4", json_files())
+    with serve(server) as address:
+        tokenize(tmp_path / "out", "--task-index", 0, "--task-count", 2)
+        server.push("f" * 40, {name: data for name, data in json_files().items() if "00002" not in name})
+        tokenize(tmp_path / "out", "--task-index", 1, "--task-count", 2)
+        command("merge", tmp_path / "out")
+        tokenize(tmp_path / "new")
+    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in TEXTS]
+    assert read_manifest(tmp_path / "out").statistics["hub_revisions"] == {"allenai/c4": COMMIT}
+    assert written(tmp_path / "new", "train") == [encoder(byte_bpe)(text) for text in TEXTS[:80]]
+
+
 class Refused(Exception):
     """As the hub's client raises it, below what `datasets` makes of it."""
 

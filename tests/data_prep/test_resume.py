@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from data_prep import merge
 from data_prep.errors import DataError
 from data_prep.pipeline import merge_tasks, tokenize
-from tests.data_prep.writing import Quiet, digest, documents, job, run, write_jsonl
+from tests.data_prep.writing import Quiet, digest, documents, job, jsonl, run, write_jsonl
 
 PIECE = 4000
 
@@ -39,7 +40,7 @@ def test_only_a_file_that_was_repaired_is_done_again(corpus, byte_bpe, tmp_path)
         run([folder], out, byte_bpe, piece_bytes=PIECE, split_seed=1)
     listener = Quiet()
     tokenize(job([folder], out, byte_bpe, piece_bytes=PIECE), listener)
-    assert any("size of files has changed" in line for line in listener.said)
+    assert any("files have changed since" in line for line in listener.said)
     kept = [path for path in out.glob("train-*.bin") if path.stat().st_mtime == 1]
     assert {path.name[6:11] for path in kept} == {"00000", "00002"}
     assert len(kept) == sum(name[6:11] != "00001" for name in before)
@@ -55,6 +56,25 @@ def test_a_file_that_became_shorter_leaves_no_piece_behind(corpus, byte_bpe, tmp
     broken.write_bytes(whole)
     write_jsonl(folder / "0.jsonl", documents(100, 0))
     run([folder], out, byte_bpe, workers=2, piece_bytes=PIECE)
+    run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=PIECE)
+    assert digest(out) == digest(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["0.jsonl", "2.jsonl.gz"])
+def test_a_file_replaced_by_one_of_its_size_is_read_again(corpus, byte_bpe, tmp_path, name):
+    folder, broken, whole = corpus
+    path, out = folder / name, tmp_path / "out"
+    texts = documents(400, int(name[0]))
+    if name.endswith(".gz"):  # stored, so that another text has the same size
+        path.write_bytes(gzip.compress(jsonl(texts), 0, mtime=0))
+    size = path.stat().st_size
+    with pytest.raises(DataError, match="1 broken_compression"):
+        run([folder], out, byte_bpe, piece_bytes=PIECE)
+    broken.write_bytes(whole)
+    texts[7], texts[300] = texts[300], texts[7]
+    path.write_bytes(jsonl(texts) if name.endswith("l") else gzip.compress(jsonl(texts), 0, mtime=0))
+    assert path.stat().st_size == size
+    run([folder], out, byte_bpe, piece_bytes=PIECE)
     run([folder], tmp_path / "fresh", byte_bpe, piece_bytes=PIECE)
     assert digest(out) == digest(tmp_path / "fresh")
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from codecs import BOM_UTF8
 
 import pyarrow
 import pyarrow.parquet
@@ -22,6 +23,7 @@ from data_prep.sources import (
     Reject,
     SourceError,
     find_sources,
+    lines,
     plan_groups,
     reader_for,
     with_standard_input,
@@ -58,6 +60,22 @@ def test_json_lines_of_every_compression(tmp_path, suffix, piece_bytes):
     wanted = documents(40)
     path = write_jsonl(tmp_path / f"a.jsonl{suffix}", wanted)
     assert texts(items(path, tmp_path, piece_bytes=piece_bytes)) == wanted
+
+
+@pytest.mark.parametrize("piece_bytes", [0, 300])
+def test_a_byte_order_mark_costs_no_document(tmp_path, piece_bytes):
+    wanted = ["first", *documents(20), "joined"]
+    data = BOM_UTF8 + jsonl(wanted[:-1]) + BOM_UTF8 + jsonl(wanted[-1:])
+    (tmp_path / "a.jsonl").write_bytes(data)
+    assert texts(items(tmp_path / "a.jsonl", tmp_path, piece_bytes=piece_bytes)) == wanted
+
+
+def test_a_byte_order_mark_in_front_of_a_long_line_costs_no_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "LARGE", 100)
+    monkeypatch.setattr(lines, "_CHUNK", 50)
+    (tmp_path / "a.jsonl").write_bytes(BOM_UTF8 + jsonl(["word " * 60]))
+    (found,) = items(tmp_path / "a.jsonl", tmp_path)
+    assert found.path.read_text() == "word " * 60
 
 
 def test_a_last_line_without_a_newline_counts(tmp_path):
