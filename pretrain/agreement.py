@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from pretrain.errors import LaunchError, RunError
+from pretrain.errors import LaunchError, RunError, UserError
 
 _Answer = TypeVar("_Answer")
 
@@ -35,7 +35,7 @@ def on_first_rank(action: Callable[[], _Answer]) -> _Answer:
     if dist.get_rank() == 0:
         try:
             outcome = [action(), None]
-        except (RunError, OSError) as error:
+        except (UserError, OSError) as error:
             outcome = [None, str(error)]
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

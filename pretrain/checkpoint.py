@@ -34,6 +34,7 @@ from pretrain.sections import Checkpointing
 
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "checkpoint.json"
+_READ_AGAIN_SECONDS = (0.5, 2.0, 5.0)
 
 
 @dataclass
@@ -372,22 +373,32 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: each is there, can be read and has its checksum."""
+    """What is wrong with a checkpoint's files, or None: each is there, can be read and has its checksum. What the file
+    system does not give at once is asked for again, because a checkpoint that is passed over is lost.
+    """
+    for pause in (*_READ_AGAIN_SECONDS, None):
+        try:
+            return _compare_files(checkpoint)
+        except OSError as error:
+            if pause is None:
+                return f"{error.filename} cannot be read: {error.strerror}"
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns")
+
+
+def _compare_files(checkpoint: Path) -> str | None:
     try:
-        files = read_manifest(checkpoint)["files"]
-    except RunError as error:
-        return str(error)
+        files = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{checkpoint / _MANIFEST}: cannot be read ({error!r})."
     for name, facts in files.items():
         file = checkpoint / name
-        try:
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-            if sha256_file(file) != facts["sha256"]:
-                return f"{name} does not match its checksum"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if sha256_file(file) != facts["sha256"]:
+            return f"{name} does not match its checksum"
     return None
 
 

@@ -71,8 +71,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise ValueError(f"name: {self.name!r} names a folder; use at most 100 letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name: {self.name!r} names a folder; use letters, digits, '.', '_' and '-'")
         if self.seed < 0:
             raise ValueError("seed: must not be negative")
         return self

@@ -95,6 +95,13 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     from pretrain.engine import resolve_precision
     from pretrain.hooks import check_suites_of
 
+    folder = RunFolder(recipe.run_folder)
+    try:
+        folder.recipe_file.is_file()
+    except OSError as error:  # a name that is too long for a file system, a folder that may not be entered
+        raise RunError(
+            f"{folder}: cannot be a run folder ({error.strerror}); choose another name or run_dir."
+        ) from None
     recipe = recipe.model_copy(update={"precision": resolve_precision(recipe.precision)})
     if recipe.precision == "fp16" and not accelerator_present():
         raise RecipeError("precision: fp16 wants a GPU, and this machine has none; use bf16, fp32 or auto.")
@@ -111,7 +118,6 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
             f"deepspeed.config: zero_optimization.{quantized[0]} wants a GPU, and this machine has none; use zero3."
         )
     data = open_data(recipe, config, plan)
-    folder = RunFolder(recipe.run_folder)
     extension = _check_folder(folder, recipe, plan, data)
     check_suites_of(recipe)
     return Prepared(recipe, config, plan, stage, ds_config, data, folder, extension)
@@ -154,7 +160,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
     import deepspeed
     import torch
 
-    from pretrain.agreement import require_agreement
+    from pretrain.agreement import on_first_rank, require_agreement
     from pretrain.engine import start_process_group
     from pretrain.run_lock import sole_job
 
@@ -170,6 +176,10 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
                 sole_job(folder.path, ranks),
                 Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog,
             ):
+                # Again, now that nobody else changes it: the job before may have gone where this one wants to, and must
+                # not be taken back.
+                extension = on_first_rank(lambda: _check_folder(folder, recipe, prepared.plan, prepared.data))
+                prepared = replace(prepared, extension=extension)
                 code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
                 for branch in prepared.plan.branches:
                     if code == EXIT_FINISHED:

@@ -6,9 +6,11 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import run_lock
+from data_prep.files import sha256_file
+from pretrain import checkpoint, run_lock
 from pretrain.branches import seed_branch
 from pretrain.checkpoint import TrainState
 from pretrain.cli.runs import describe, find_runs
@@ -32,6 +35,7 @@ from pretrain.telemetry import Telemetry, rewind_metrics
 from tests.pretrain.support import (
     ALONE,
     ROOT,
+    Job,
     Nursery,
     Workers,
     environment,
@@ -148,13 +152,14 @@ def test_a_run_folder_has_the_name_that_it_was_given(tmp_path: Path, tiny_data: 
     assert (tmp_path / name / "recipe.yaml").is_file() and finished_checkpoints(tmp_path / name) == [1]
 
 
-def test_a_home_folder_is_one_and_a_name_fits_into_a_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_one_and_a_name_fits_into_a_file_system(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     recipe = build_recipe(recipe_values(Path("data"), Path("~/runs/a")))
     assert recipe.run_folder == "/home/somebody/runs/a"
-    build_recipe({**recipe_values(Path("data"), Path("run")), "name": "x" * 100})
-    with pytest.raises(RecipeError, match="at most 100"):
-        build_recipe({**recipe_values(Path("data"), Path("run")), "name": "x" * 101})
+    with pytest.raises(RunError, match=r"cannot be a run folder .*too long.*; choose another name or run_dir"):
+        prepare(build_recipe(recipe_values(tiny_data, tmp_path / ("x" * 300))), ALONE)
 
 
 def test_a_request_made_after_the_last_look_stays(tmp_path: Path) -> None:
@@ -350,3 +355,53 @@ def test_a_terminal_that_is_closed_asks_to_stop_unless_nobody_minds(handler: Any
         assert signal.getsignal(signal.SIGHUP) is handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_second_job_that_has_waited_takes_nothing_back(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers, nursery: Nursery
+) -> None:
+    """A larger budget submitted twice: the second job saw a folder with the old one, and gets the lock with the new."""
+    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 12}, checkpoint={"every": 4, "keep": 9})
+    run = one_rank.train(tmp_path, values)
+    larger = {**values, "budget": {"steps": 16}}
+    shutil.copytree(run, tmp_path / "first")
+    done = one_rank.train(tmp_path, {**larger, "run_dir": str(tmp_path / "first")})
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
+    job = Job(write_recipe(tmp_path / "larger.yaml", larger), nursery=nursery)
+    said = job.processes[0]._folder / "errors"
+    while job.running and "waiting for a job" not in said.read_text(encoding="utf-8"):
+        time.sleep(0.05)
+    for entry in run.iterdir():
+        if entry.name != run_lock.LOCK_FILE:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    shutil.copytree(done, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_lock.LOCK_FILE))
+    holder.kill()
+    holder.communicate()
+    codes, output, errors = job.wait()
+    assert codes == [0], output + errors
+    assert finished_checkpoints(run) == finished_checkpoints(done) == [4, 8, 12, 16]
+    assert (run / "weights" / "model.safetensors").is_file() and losses(run) == losses(done)
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.pt").write_bytes(b"weights")
+    facts = {"a.pt": {"bytes": 7, "sha256": sha256_file(tmp_path / "a.pt")}}
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"files": facts}), encoding="utf-8")
+    troubles = [errno.ESTALE, errno.EIO]
+
+    def flaky(file: Path) -> str:
+        if troubles:
+            raise OSError(code := troubles.pop(), os.strerror(code), str(file))
+        return sha256_file(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", flaky)
+    monkeypatch.setattr(checkpoint, "_READ_AGAIN_SECONDS", (0.0, 0.0))
+    assert checkpoint.find_damage(tmp_path) is None
+    troubles = [errno.EIO] * 3
+    assert "a.pt cannot be read" in str(checkpoint.find_damage(tmp_path))

@@ -84,6 +84,7 @@ def test_checkpoints_are_no_more_minutes_apart_than_the_recipe_says(
     assert losses(tmp_path / "run") == losses(two_ranks.train(tmp_path, plain)), "writing them changes nothing"
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_ends_a_run_before_its_branches(
     tmp_path: Path, tiny_data: Path, nursery: Nursery
 ) -> None:
