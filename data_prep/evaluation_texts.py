@@ -19,7 +19,7 @@ import orjson
 
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
-from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes
+from data_prep.ngrams import composed, ngram_hashes, ngrams_of_pieces, word_hashes
 from data_prep.sources import ReadOptions
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.plan import kind_of
@@ -132,7 +132,7 @@ class EvaluationIndex:
         return counts / np.maximum(self.item_sizes, 1)
 
     def _words_at(self, text: str, place: int) -> str:
-        words = _WORD.findall(text.lower())
+        words = _WORD.findall(composed(text).lower())
         return " ".join(words[place : place + self.n])
 
 
@@ -158,10 +158,13 @@ def _read_items(path: Path) -> Iterator[Item]:
         import pyarrow.parquet  # heavy, and few evaluation sets need it
 
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-            for record in batch.to_pylist():
-                number += 1
-                yield Item(f"row {number}", list(_texts(record)))
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Item(f"row {number}", list(_texts(record)))
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"the evaluation set {path} cannot be read behind row {number}: {error}.") from None
     else:
         reader = CorpusReader([str(path)], ReadOptions())
         for entry in reader:

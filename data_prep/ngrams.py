@@ -1,13 +1,15 @@
 """Word n-grams as 64-bit hashes, computed for whole texts at once.
 
 Words are runs of letters, digits and underscores in lower case, so that punctuation, white space and the spaced-out
-hyphens of tokenised corpora make no difference. A word's hash is a polynomial in its UTF-8 bytes modulo 2**64 (Karp and
-Rabin, 1987), an n-gram's a polynomial in its words' hashes; both are mixed afterwards. The same on every machine.
+hyphens of tokenised corpora make no difference, nor does whether accents are characters of their own. A word's hash is
+a polynomial in its UTF-8 bytes modulo 2**64 (Karp and Rabin, 1987), an n-gram's a polynomial in its words' hashes; both
+are mixed afterwards. The same on every machine.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -34,15 +36,20 @@ _BYTE_INVERSES = _powers(_BYTE_INVERSE, 2 * _PART)
 
 
 def normalized(text: str) -> bytes:
-    """The words of `text` in lower case, UTF-8, with spaces between them."""
+    """The words of `text` in lower case and normal form C, UTF-8, with spaces between them."""
     if text.isascii():
         return text.encode().translate(_ASCII_WORDS)
-    lower = text.lower()
+    lower = composed(text).lower()
     data = lower.encode("utf-8", "replace").translate(_ASCII_WORDS)
     for character in set(_FOREIGN.findall(lower)):
         if _NO_WORD.match(character):
             data = data.replace(character.encode("utf-8", "replace"), b" ")
     return data
+
+
+def composed(text: str) -> str:
+    """`text` with accents inside their letters: apart from them, an accent would end a word."""
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
 def word_hashes(text: str) -> np.ndarray:

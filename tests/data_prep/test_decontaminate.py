@@ -128,12 +128,14 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "good.jsonl", [{"q": make_text(1)}])
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"q": "a"}\n{"q": \n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "empty").mkdir()
     short = write_jsonl(tmp_path / "short.jsonl", [{"q": "too short"}])
     for against, sentence in (
         (tmp_path / "none", "there is no evaluation set"),
         (tmp_path / "empty", "holds no file"),
         (broken, r"broken\.jsonl:2: the evaluation set is not JSON lines"),
+        (tmp_path / "broken.parquet", r"evaluation set .*broken\.parquet cannot be read behind row 0"),
         (short, "hold no text of 13 words or more"),
     ):
         with pytest.raises(DataError, match=sentence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from data_prep import ngrams as module
 from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, normalized, word_hashes
 
 KNOWN = [8299794868474364208, 5391054183650655607, 9969114287553916399]
-TEXT = st.text(st.sampled_from("abcAB 01_-.,'\n\té\u2019\u2013ßЖЖ漢字😀\u00a0"), max_size=80)
+TEXT = st.text(st.sampled_from("abcAB 01_-.,'\n\téa\u0301\u2019\u2013ßЖЖ漢字😀\u00a0"), max_size=80)
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    return re.findall(r"\w+", unicodedata.normalize("NFC", text).lower())
 
 
 @settings(max_examples=300, deadline=None)
@@ -40,6 +41,13 @@ def test_equal_ngrams_and_only_those_have_equal_hashes(texts: list[str], n: int)
         for gram, value in zip(grams, found):
             assert names.setdefault(value, gram) == gram
             assert hashes.setdefault(gram, value) == value
+
+
+def test_accents_as_characters_of_their_own_make_no_difference() -> None:
+    text = "Café naïve Åre 한국어 résumé"
+    apart = unicodedata.normalize("NFD", text)
+    assert apart != text and word_hashes(apart).tolist() == word_hashes(text).tolist()
+    assert len(word_hashes(text)) == 5
 
 
 def test_no_two_of_a_million_words_share_a_hash() -> None:
