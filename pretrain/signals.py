@@ -137,12 +137,14 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._handle)
         self._previous_wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._count, args=(receiver,), name="signals", daemon=True).start()
+        _entered.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put the former handlers back."""
+        _entered.discard(self)
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -206,6 +208,31 @@ class StopRequest:
                     with contextlib.suppress(OSError):
                         os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
                     os._exit(128 + number)
+
+
+_entered: set[StopRequest] = set()
+_forking = threading.local()
+
+
+def _hold_signals() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [n for stop in _entered for n in stop._previous])
+
+
+def _go_on_after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _forget_in_child() -> None:
+    """A forked process (a library's pool) dies of its own signals, and does not count them as those of this one."""
+    if _entered:
+        signal.set_wakeup_fd(-1)
+    for number in {number for stop in _entered for number in stop._previous}:
+        signal.signal(number, signal.SIG_DFL)
+    _entered.clear()
+    _go_on_after_fork()
+
+
+os.register_at_fork(before=_hold_signals, after_in_parent=_go_on_after_fork, after_in_child=_forget_in_child)
 
 
 def _job_end(environ: Mapping[str, str]) -> float | None:

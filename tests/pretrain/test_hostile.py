@@ -405,3 +405,26 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
     assert checkpoint.find_damage(tmp_path) is None
     troubles = [errno.EIO] * 3
     assert "a.pt cannot be read" in str(checkpoint.find_damage(tmp_path))
+
+
+# Pools of libraries fork, and end their processes with SIGTERM.
+FORKING = """
+import os, signal
+from pretrain.signals import Request, StopRequest
+with StopRequest(debounce=0.0, environ={}) as stop:
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert stop.poll() is Request.NONE
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.poll() is Request.STOP
+print("done")
+"""
+
+
+def test_forked_processes_die_of_their_signals_and_do_not_pass_them_on() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
