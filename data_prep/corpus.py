@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,16 @@ class CorpusReader:
 
     rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
 
+    Args:
+        scratch: folder for standard input and for documents too large for memory; the system's by default.
+
     Raises:
         DataError: a source that does not exist.
     """
 
-    def __init__(self, specifications: Sequence[str], options: ReadOptions) -> None:
+    def __init__(self, specifications: Sequence[str], options: ReadOptions, scratch: Path | None = None) -> None:
         self.options = options
-        self._scratch = tempfile.TemporaryDirectory(prefix="data-prep-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=".data-prep-", dir=scratch)
         sources, self.ignored_files = find_sources(specifications, options)
         sources = with_standard_input(sources, Path(self._scratch.name))
         self._groups = plan_groups(sources, options, _WHOLE_FILES)
@@ -144,6 +148,9 @@ def map_entries(
         work: takes `shared` and a batch of entries, and returns one result for each entry; a function of a module.
         workers: processes; 1 works in this one.
         shared: what every call needs; it reaches each process once.
+
+    Raises:
+        DataError: a process was killed.
     """
     waiting: deque[tuple[list[Entry], Future[Sequence[T]]]] = deque()
     with ExitStack() as stack:
@@ -155,12 +162,29 @@ def map_entries(
             if pool is None:
                 yield from _finish(batch, work(shared, batch))
                 continue
-            waiting.append((batch, pool.submit(_run, work, batch)))
+            try:
+                waiting.append((batch, pool.submit(_run, work, batch)))
+            except BrokenProcessPool:
+                raise _killed() from None
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
-                yield from _finish(done, future.result())
+                yield from _finish(done, _result(future))
         for done, future in waiting:
-            yield from _finish(done, future.result())
+            yield from _finish(done, _result(future))
+
+
+def _result(future: Future[Sequence[T]]) -> Sequence[T]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise _killed() from None
+
+
+def _killed() -> DataError:
+    return DataError(
+        "a process that looks at documents was killed; out of memory is the usual reason: use fewer --workers, and a "
+        "new --out or this one emptied."
+    )
 
 
 _kept: Any = None  # in a worker process: what all calls share
@@ -280,6 +304,17 @@ class _Part:
 
     def abort(self) -> None:
         self._files.__exit__(InterruptedError, InterruptedError(f"{self.path}: discarded"), None)
+
+
+def scratch_beside(out: str | os.PathLike[str]) -> Path:
+    """A folder for temporary files on the file system of the new folder `out`: they can be as large as the corpus,
+    which the system's own folder for them often cannot hold.
+    """
+    folder = Path(out).absolute()
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.parent
 
 
 def _put(record: dict[str, Any], path: Sequence[str], value: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,19 @@ def test_work_in_processes_keeps_the_order(tmp_path: Path, workers: int, monkeyp
     results = list(map_entries(CorpusReader([str(path)], ReadOptions()), lengths, workers, 10))
     assert [entry.number for entry, _ in results] == list(range(200))
     assert [result for _, result in results] == [10 * len(text) for text in texts]
+
+
+def die(_shared: None, batch: list[Entry]) -> list[None]:
+    if any(entry.number == 40 for entry in batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [None] * len(batch)
+
+
+def test_a_killed_process_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH", 50)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 20} for _ in range(200)])
+    with pytest.raises(DataError, match="was killed; out of memory is the usual reason: use fewer --workers"):
+        list(map_entries(CorpusReader([str(path)], ReadOptions()), die, 2, None))
 
 
 def test_large_documents_are_read_in_pieces_cut_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

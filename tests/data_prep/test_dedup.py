@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data_prep import corpus, dedup
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
 from data_prep.errors import DataError
-from data_prep.sources import ReadOptions
+from data_prep.sources import ReadOptions, lines
 from tests.data_prep.support import large_entry, write_jsonl
 
 WORDS = [f"word{number}" for number in range(400)]
@@ -141,6 +142,22 @@ def test_a_corpus_loses_its_copies_and_only_those(
     ]
     assert abs(float(str(lines[0]["similarity"])) - jaccard(texts[2], near[0])) < 0.15
     assert lines[2]["similarity"] == 1.0
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_temporary_files_are_beside_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Signatures and large documents need not fit the system's folder for temporary files."""
+    path = write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": make_text(seed)} for seed in (1, 2, 1)])
+    if there:
+        (tmp_path / "new" / "out").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(lines, "LARGE", 10)
+    report = deduplicate([str(path)], tmp_path / "new" / "out", ReadOptions(), threshold=0.8, workers=1)
+    assert report.kept == 2
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert not list((tmp_path / "new" / "out").glob(".*"))
 
 
 def test_what_cannot_be_deduplicated_is_refused(tmp_path: Path) -> None:
