@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from data_prep.manifest import Manifest, read_manifest
 from data_prep.manifest import Shard as ShardEntry
 from data_prep.packing import read_packing
 from data_prep.shards import Shard
+from data_prep.sources.base import SourceError
+from data_prep.sources.streams import ByteStream
 
+_COUNTS = ("documents", "tokens", "text_bytes")
 _PIECE = 1 << 22  # ids or index entries looked at in one go
 
 
@@ -36,7 +40,8 @@ class VerifyReport:
 
 
 def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], None] | None = None) -> VerifyReport:
-    """Check structure, checksums, index, ids and counts of every shard of every split, and the copy of the tokenizer.
+    """Check structure, checksums, index, ids and counts of every shard of every split, the raw text of the held-out
+    documents, and the copy of the tokenizer.
 
     All problems are collected; a problem in one shard does not end the check. Memory is bounded for any size.
 
@@ -57,11 +62,13 @@ def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], 
             progress(entry.name, entry.tokens)
         return problems
 
-    problems = [*_tokenizer_problems(folder, manifest), *_count_problems(folder, manifest)]
-    names = [entry.name for entry in entries]
-    problems += [
-        f"{folder}: the manifest lists shard {name} twice." for name in {n for n in names if names.count(n) > 1}
+    problems = [
+        *_tokenizer_problems(folder, manifest),
+        *_count_problems(folder, manifest),
+        *_held_out_problems(folder, manifest),
     ]
+    listed = Counter(entry.name for entry in entries)
+    problems += [f"{folder}: the manifest lists shard {name} twice." for name, times in listed.items() if times > 1]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for found in pool.map(check, entries):
             problems += found
@@ -92,15 +99,37 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def _count_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Sources whose counts are not the sums over their shards."""
-    entries = [entry for split in manifest.splits.values() for entry in split.shards]
+    totals: Counter[tuple[str, str]] = Counter()
+    for split in manifest.splits.values():
+        for entry in split.shards:
+            for what in _COUNTS:
+                totals[entry.source, what] += getattr(entry, what)
     for source in manifest.sources:
-        for what in ("documents", "tokens", "text_bytes"):
-            total = sum(getattr(entry, what) for entry in entries if entry.source == source["name"])
+        for what in _COUNTS:
+            total = totals[source["name"], what]
             if source[what] != total:
                 yield (
                     f"{folder}: the manifest counts {source[what]} {what} of source {source['name']}, "
                     f"its shards have {total}."
                 )
+
+
+def _held_out_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Held-out text that is missing, damaged, or of more or fewer documents than its split. Imports have none."""
+    for name in ("validation", "test"):
+        if name not in manifest.splits or name not in manifest.settings:
+            continue
+        documents = 0
+        try:
+            stream = ByteStream(folder / "held_out" / f"{name}.jsonl.zst")
+            while data := stream.read():
+                documents += data.count(b"\n")
+            stream.close()
+        except SourceError as error:
+            yield str(error)
+            continue
+        if documents != manifest.splits[name].documents:
+            yield f"{stream.path} has {documents} documents, the split {name} has {manifest.splits[name].documents}."
 
 
 def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from data_prep import verify as module
 from data_prep.errors import DataError
 from data_prep.packing import sidecar, write_packing
 from data_prep.verify import verify_dataset
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
+from tests.data_prep.writing import documents, run, write_jsonl
 
 DOCUMENTS = make_documents(30, 1)
 
@@ -178,3 +180,20 @@ def test_damaged_packings_are_found(folder: Path) -> None:
     np.save(path, np.concatenate([sequences[:3], sequences[4:]]))
     (problem,) = verify_dataset(folder).problems
     assert "overfills a sequence" in problem
+
+
+def test_held_out_text_that_is_not_that_of_the_shards_is_found(tmp_path: Path, byte_bpe: Path) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", documents(200))
+    out = tmp_path / "out"
+    run([corpus], out, byte_bpe, validation=0.2, test=0.2)
+    assert verify_dataset(out).problems == []
+    test, validation = (out / "held_out" / f"{name}.jsonl.zst" for name in ("test", "validation"))
+    text = zstandard.ZstdDecompressor().decompressobj().decompress(test.read_bytes())
+    test.write_bytes(zstandard.compress(text[text.index(b"\n") + 1 :]))
+    validation.write_bytes(validation.read_bytes()[:-9])
+    wrong = verify_dataset(out).problems
+    count = text.count(b"\n")
+    assert len(wrong) == 2 and "validation.jsonl.zst: .zst data is broken" in wrong[0]
+    assert wrong[1].endswith(f"test.jsonl.zst has {count - 1} documents, the split test has {count}.")
+    test.unlink()
+    assert any("test.jsonl.zst cannot be opened: No such file" in problem for problem in verify_dataset(out).problems)
