@@ -1,4 +1,4 @@
-"""How far the work is, for a person at a terminal; silent elsewhere but for what must be said."""
+"""How far the work is: a bar for a person at a terminal, elsewhere a line a minute and what must be said."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from data_prep.sources.streams import ByteStream, compression
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_INTERVAL = 60.0  # seconds between two lines where there is no terminal
 _LOOK = 8 << 20  # bytes read of a compressed file to see how far it expands
 
 
@@ -89,7 +90,10 @@ class Display:
         self._plan: Plan | None = None
         self._schedule: Schedule | None = None
         self._tokens = self._documents = self._bytes = 0
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
+        self._estimate: Estimate | None = None
+        self._estimated_from = 0  # bytes when the estimate was made
+        self._first_line: tuple[float, float] | None = None  # when, and the share that was done
         self._workers: dict[int, str] = {}
 
     def say(self, message: str) -> None:
@@ -118,9 +122,8 @@ class Display:
             console=Console(stderr=True),
             transient=True,
         )
-        self._estimate = Estimate(plan, schedule)
         self._task = self._bar.add_task("", total=1.0, what="starting")
-        self._bar.update(self._task, completed=self._estimate.share(0))
+        self._bar.update(self._task, completed=self._share())
         self._bar.start()
 
     def progress(self, worker: int, key: Key, step: Step) -> None:
@@ -128,16 +131,32 @@ class Display:
         self._tokens += step.tokens
         self._documents += step.documents
         self._bytes += step.text_bytes
-        if self._bar is None or self._plan is None:
+        if self._plan is None:
             return
-        seconds = time.monotonic() - self._began
+        now = time.monotonic()
+        seconds = max(now - self._began, 1e-9)
         group = self._plan.groups[key[0]]
         self._workers[worker] = f"{worker}:{group.source}/{key[1]}"
+        if self._bar is None and now - self._told < _INTERVAL:
+            return
         what = (
             f"{self._bytes / 1e6:,.0f} MB  {self._documents:,} documents  {self._tokens / seconds:,.0f} tokens/s  "
             + " ".join(text for _, text in sorted(self._workers.items())[:8])
         )
-        self._bar.update(self._task, completed=self._estimate.share(self._bytes), what=what)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._share(), what=what)
+            return
+        self._told, done = now, self._share()
+        then, before = self._first_line = self._first_line or (now, done)
+        left = f"  {(1 - done) * (now - then) / (done - before) / 60:,.0f} min left" if done > before else ""
+        self.say(f"{done:.1%}  {what}{left}")
+
+    def _share(self) -> float:
+        """Which share of all is done. The estimate is made when it is first asked for, since it looks into files."""
+        if self._estimate is None:
+            assert self._plan is not None and self._schedule is not None
+            self._estimate, self._estimated_from = Estimate(self._plan, self._schedule), self._bytes
+        return self._estimate.share(self._bytes - self._estimated_from)
 
     @property
     def worked(self) -> bool:

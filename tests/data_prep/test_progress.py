@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -9,12 +10,14 @@ import re
 import sys
 import threading
 from subprocess import Popen
+from types import SimpleNamespace
 
 import pytest
 
+from data_prep import progress
 from data_prep.pipeline import tokenize
 from data_prep.plan import read_plan
-from data_prep.progress import Estimate, expansion
+from data_prep.progress import Display, Estimate, expansion
 from data_prep.schedule import Share
 from data_prep.sources import ReadOptions
 from tests.data_prep.writing import Quiet, compressed, documents, job, jsonl, run, write_jsonl
@@ -115,3 +118,24 @@ def test_a_terminal_shows_bytes_documents_tokens_and_every_worker(tmp_path, byte
     assert re.search(r"\d MB  [\d,]+ documents  [\d,]+ tokens/s  0:a/\d+ 1:a/\d+", text)
     assert re.search(r"\d+% +(\d+:\d\d:\d\d|-:--:--)", text)
     assert re.search(r"6,000 documents, [\d,]+ tokens, [\d.]+ MB of text in [\d.]+ s", text)
+
+
+def test_elsewhere_a_line_now_and_then_says_the_same(tmp_path, byte_bpe, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl.zst", documents(3000))
+    clock = itertools.count(0, 20)  # seconds; whoever looks finds it later
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    tokenize(job([source], tmp_path / "out", byte_bpe, piece_bytes=PIECE), Display())
+    told = capsys.readouterr().err.splitlines()
+    line = re.compile(r"(\d+\.\d)%  \d+ MB  ([\d,]+) documents  [\d,]+ tokens/s  0:a/\d+(  \d+ min left)?")
+    found = [line.fullmatch(text) for text in told]
+    assert len(found) > 10 and all(found), told
+    counts = [int(match[2].replace(",", "")) for match in found]
+    shares = [float(match[1]) for match in found]
+    assert counts == sorted(counts) and shares == sorted(shares) and 80 < shares[-1] <= 100
+    assert not found[0][3] and found[-1][3]
+
+
+def test_a_short_run_says_nothing_between(tmp_path, byte_bpe, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    tokenize(job([source], tmp_path / "out", byte_bpe, piece_bytes=PIECE), Display())
+    assert capsys.readouterr().err == ""
