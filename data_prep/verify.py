@@ -146,7 +146,7 @@ def _shard_problems(folder: Path, entry: ShardEntry, manifest: Manifest) -> Iter
     yield from _id_problems(shard, manifest)
     if not index_problems:
         yield from _document_problems(shard, manifest.tokenizer.eod_id)
-    if manifest.settings.get("packing") == "best-fit":
+    if manifest.settings.get("packing") == "best-fit" and not index_problems:
         yield from _packing_problems(shard, int(manifest.settings["sequence_length"]))
 
 
@@ -221,7 +221,9 @@ def _document_problems(shard: Shard, eod_id: int) -> Iterator[str]:
 
 
 def _packing_problems(shard: Shard, length: int) -> Iterator[str]:
-    """Packings that do not hold every token of the shard exactly once, in sequences that have room for them."""
+    """Packings that do not hold every token of the shard exactly once, in sequences that have room for them, or that
+    are of other documents; the index is known to be sound.
+    """
     try:
         packing = read_packing(shard.prefix, length)
     except DataError as error:
@@ -232,6 +234,10 @@ def _packing_problems(shard: Shard, length: int) -> Iterator[str]:
     ends = np.cumsum(sizes[order])
     if (sizes < 1).any() or (starts[order] != ends - sizes[order]).any() or int(sizes.sum()) != shard.num_tokens:
         yield f"{shard.prefix}: the packing for length {length} does not hold every token once; pack it again."
+        return
+    begins = np.append(0, np.cumsum(shard.lengths, dtype=np.int64))[shard.document_index[:-1]]
+    if not np.isin(begins[begins < shard.num_tokens], starts).all():
+        yield f"{shard.prefix}: the packing for length {length} is of other documents; pack it again."
         return
     bounds = packing.sequences
     filled = np.append(0, np.cumsum(sizes))

@@ -14,7 +14,7 @@ import zstandard
 
 from data_prep import verify as module
 from data_prep.errors import DataError
-from data_prep.packing import sidecar, write_packing
+from data_prep.packing import best_fit, sidecar, write_packing
 from data_prep.verify import verify_dataset
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 from tests.data_prep.writing import documents, run, write_jsonl
@@ -180,6 +180,12 @@ def test_damaged_packings_are_found(folder: Path) -> None:
     np.save(path, np.concatenate([sequences[:3], sequences[4:]]))
     (problem,) = verify_dataset(folder).problems
     assert "overfills a sequence" in problem
+    # As it was written for the same shard before its documents were put in another order.
+    other = best_fit([len(document) for document in reversed(DOCUMENTS)], 17)
+    np.save(sidecar(folder / "train-00000", 16, "pieces"), other.pieces)
+    np.save(path, other.sequences)
+    (problem,) = verify_dataset(folder).problems
+    assert "the packing for length 16 is of other documents" in problem
 
 
 def test_held_out_text_that_is_not_that_of_the_shards_is_found(tmp_path: Path, byte_bpe: Path) -> None:
