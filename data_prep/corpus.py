@@ -32,6 +32,7 @@ from data_prep.sources import (
     reader_for,
     with_standard_input,
 )
+from data_prep.sources.plan import UNFINISHED
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
 _PIECE = 1 << 20  # bytes of a large document that are in memory at a time
@@ -274,6 +275,8 @@ class CorpusWriter:
         return before, after
 
     def __enter__(self) -> CorpusWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / UNFINISHED).touch()  # so that nobody takes the parts that are there for the whole
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -285,6 +288,7 @@ class CorpusWriter:
         if kind is not None:
             for path in self._finished:
                 path.unlink(missing_ok=True)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
 
 
 @dataclass

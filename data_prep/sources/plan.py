@@ -49,6 +49,9 @@ _SUFFIXES = {
     ".tokens": "wikitext",
 }
 STANDARD_INPUT = "-"
+# What `dedup` and `decontaminate` write beside a corpus, and what is there while they write.
+REPORTS = ("report.json", "removed.jsonl.zst", "report.md")
+UNFINISHED = ".unfinished"
 _SMALLEST_PIECE, _LARGEST_PIECE = 16 << 20, 1 << 30
 _PIECES = 512  # a corpus is cut into about this many pieces, within the limits above
 _SAMPLE, _SAMPLES = 1 << 12, 16  # bytes looked at in so many places to see whether a file has changed
@@ -265,11 +268,12 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
     path = Path(address)
     if path.is_file():
         kind_of(address, options)
+        _refuse_unfinished(path.parent)
         return [address], []
     if path.is_dir():
-        candidates = sorted(_files_below(path))
+        candidates = sorted(_without_reports(_files_below(path)))
     elif glob.has_magic(address):
-        candidates = sorted(filter(_is_file, glob.glob(address, recursive=True)))
+        candidates = sorted(_without_reports(filter(_is_file, glob.glob(address, recursive=True))))
     elif path.exists():
         raise DataError(
             f"{address} can be read only once; give JSON lines from a pipe on standard input, with - as the source."
@@ -302,6 +306,34 @@ def _files_below(folder: Path) -> Iterator[str]:
         ]
         paths = (os.path.join(name, file) for file in files if not file.startswith("."))
         yield from filter(_is_file, paths)
+
+
+def _without_reports(paths: Iterable[str]) -> list[str]:
+    """`paths` without the reports of `dedup` and `decontaminate`, which are no documents.
+
+    Raises:
+        DataError: one lies in a folder that is no corpus.
+    """
+    found = list(paths)
+    reports: set[str] = set()
+    for folder in {os.path.dirname(path) for path in found}:
+        inside = {name: os.path.join(folder, name) for name in (*REPORTS, "manifest.json", "tokenizer")}
+        _refuse_unfinished(Path(folder))
+        if os.path.isfile(inside["manifest.json"]) and os.path.isdir(inside["tokenizer"]):
+            raise DataError(
+                f"{folder or '.'} is a data set that `tokenize` wrote, not a corpus; name the files of the corpus."
+            )
+        if os.path.isfile(inside["removed.jsonl.zst"]):
+            reports.update(inside[name] for name in REPORTS)
+    return [path for path in found if path not in reports]
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if (folder / UNFINISHED).exists():
+        raise DataError(
+            f"{folder} holds a part of a corpus: `dedup` or `decontaminate` is writing it, or was stopped. Wait for "
+            "it, or remove the folder and run that again."
+        )
 
 
 def _holds(outer: str, inner: str) -> bool:

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from data_prep import corpus
 from data_prep.cli import app
+from data_prep.corpus import CorpusReader, CorpusWriter
 from data_prep.errors import DataError
+from data_prep.sources import ReadOptions
 from tests.data_prep.support import write_jsonl
 
 
@@ -42,11 +45,44 @@ def test_dedup_from_standard_input_and_decontaminate_what_it_wrote(tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert "3 of 5 documents kept; 1 exact and 1 near copies removed" in result.stdout
     evaluation = write_jsonl(tmp_path / "eval.jsonl", [{"q": passage}])
-    (written,) = (tmp_path / "clean").glob("*-00000.jsonl.zst")
-    result = call("decontaminate", written, "--out", tmp_path / "out", "--against", evaluation, "--workers", 1)
+    result = call(
+        "decontaminate", tmp_path / "clean", "--out", tmp_path / "out", "--against", evaluation, "--workers", 1
+    )
     assert result.exit_code == 0, result.output
     assert "2 of 3 documents kept, 1 removed" in result.stdout
+    assert "could not be read" not in result.stdout
+    for source in (out, out / "*", out / "*.zst"):
+        reader = CorpusReader([str(source)], ReadOptions())
+        assert [entry.text for entry in reader] == ["first text", "last"] and not reader.rejects
     assert f"{evaluation}: half or more found of 1 of 1 items" in result.stdout
+
+
+def test_a_part_of_a_corpus_is_refused_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_PART", 100)
+    whole = write_jsonl(tmp_path / "in.jsonl", [{"text": f"text number {number}"} for number in range(50)])
+    out = tmp_path / "out"
+    writer = CorpusWriter(out, ReadOptions())
+    writer.__enter__()  # what a kill leaves is what is there without the end of the block
+    for entry in CorpusReader([str(whole)], ReadOptions()):
+        writer.write(entry)
+    parts = sorted(out.glob("*.jsonl.zst"))
+    assert len(parts) > 2
+    for source in (out, out / "*", parts[0]):
+        with pytest.raises(DataError, match=r"out holds a part of a corpus: `dedup` or `decontaminate` .* was stopped"):
+            CorpusReader([str(source)], ReadOptions())
+    writer.__exit__(None, None, None)
+    assert len(list(CorpusReader([str(out)], ReadOptions()))) == 50
+
+
+def test_a_data_set_is_no_corpus(tmp_path: Path, byte_bpe: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": f"text number {number}"} for number in range(50)])
+    arguments = ("--tokenizer", byte_bpe, "--validation", 0.2, "--workers", 1)
+    assert call("tokenize", source, "--out", tmp_path / "all" / "data", *arguments).exit_code == 0
+    for again in (tmp_path / "all", tmp_path / "all" / "data", tmp_path / "all" / "data" / "*"):
+        with pytest.raises(DataError, match=r"all/data is a data set that `tokenize` wrote, not a corpus"):
+            call("tokenize", again, "--out", tmp_path / "again", *arguments)
+    held_out = tmp_path / "all" / "data" / "held_out"
+    assert call("tokenize", held_out, "--out", tmp_path / "own", *arguments).exit_code == 0
 
 
 def test_what_cannot_be_read_shows_in_the_exit_code(tmp_path: Path) -> None:
