@@ -45,9 +45,8 @@ def test_dedup_from_standard_input_and_decontaminate_what_it_wrote(tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert "3 of 5 documents kept; 1 exact and 1 near copies removed" in result.stdout
     evaluation = write_jsonl(tmp_path / "eval.jsonl", [{"q": passage}])
-    result = call(
-        "decontaminate", tmp_path / "clean", "--out", tmp_path / "out", "--against", evaluation, "--workers", 1
-    )
+    clean, out = tmp_path / "clean", tmp_path / "out"
+    result = call("decontaminate", clean, "--out", out, "--against", evaluation, "--workers", 1)
     assert result.exit_code == 0, result.output
     assert "2 of 3 documents kept, 1 removed" in result.stdout
     assert "could not be read" not in result.stdout
