@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ from pretrain.errors import RecipeError
 from pretrain.plan import make_plan
 from pretrain.recipe import build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
-from tests.pretrain.support import Workers, losses, metrics, recipe_values, write_recipe
-from tests.pretrain.test_resume import assert_same_run
+from tests.pretrain.support import (
+    Job,
+    Nursery,
+    Workers,
+    losses,
+    make_dataset,
+    metrics,
+    recipe_values,
+    train,
+    write_recipe,
+)
+from tests.pretrain.test_resume import assert_same_run, progress
 
 
 def test_a_branch_is_the_run_that_its_budget_alone_would_have_been(
@@ -158,3 +169,24 @@ def test_what_two_budgets_have_in_common(tmp_path: Path) -> None:
     assert common({**short, **mixed}, {**long, **mixed}) == 7
     late = {**constant, "data": {"sources": sources, "stages": [{"start": 0.5, "weights": {"a": 1.0}}]}}
     assert common({**short, **late}, {**long, **late}) == 6
+
+
+@pytest.mark.slow
+def test_killed_within_its_branches_a_run_ends_as_the_undisturbed_one(tmp_path: Path, nursery: Nursery) -> None:
+    """At a branch's very beginning, and while it decays."""
+    shared = {"checkpoint": {"every": 2, "keep": 2}, "evaluation": {"every": 5, "sequences": 4}}
+    data = make_dataset(tmp_path / "data")
+    values = recipe_values(data, tmp_path / "whole", budget={"steps": 20, "branches": [10, 14]}, **shared)
+    train(write_recipe(tmp_path / "whole.yaml", values), ranks=2, nursery=nursery)
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "r.yaml", {**values, "run_dir": str(run)})
+    for branch, step in (("10", 8), ("14", 0), ("14", 12)):
+        job = Job(recipe, ranks=2, nursery=nursery)
+        place = run / "branches" / branch
+        while job.running and not (place.exists() and progress(place) >= step):
+            time.sleep(0.002)
+        job.kill(rank=1 if step else None)
+        assert all(code != 0 for code in job.wait(timeout=60)[0])
+    train(recipe, ranks=2, nursery=nursery)
+    for place in ("", "branches/10", "branches/14"):
+        assert_same_run(run / place, tmp_path / "whole" / place)
