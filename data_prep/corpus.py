@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,6 +194,7 @@ _kept: Any = None  # in a worker process: what all calls share
 
 def _keep(shared: Any) -> None:
     global _kept
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     _kept = shared
 
 
@@ -310,15 +312,13 @@ class _Part:
         self._files.__exit__(InterruptedError, InterruptedError(f"{self.path}: discarded"), None)
 
 
-def scratch_beside(out: str | os.PathLike[str]) -> Path:
-    """A folder for temporary files on the file system of the new folder `out`: they can be as large as the corpus,
-    which the system's own folder for them often cannot hold.
+def scratch_in(out: str | os.PathLike[str]) -> Path:
+    """The new folder `out` itself, for temporary files: they can be as large as the corpus, which the system's own
+    folder for them often cannot hold.
     """
-    folder = Path(out).absolute()
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder.parent
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _put(record: dict[str, Any], path: Sequence[str], value: str) -> None:

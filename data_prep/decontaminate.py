@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import zstandard
 
-from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_beside
+from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
 from data_prep.errors import DataError
 from data_prep.evaluation_texts import EvaluationIndex, Match
 from data_prep.files import atomic_write, write_json, write_text
@@ -103,8 +103,8 @@ def decontaminate(
             f"n-grams have at least one word and a removal at least one match; got n={n}, matches={matches}."
         )
     writer = CorpusWriter(out, options)
-    reader = CorpusReader(sources, options, scratch_beside(out))
     index = EvaluationIndex(against, n)
+    reader = CorpusReader(sources, options, scratch_in(out))
     found = np.zeros(index.hashes.size, bool)
     best = _BestDocuments(len(index.labels))
     documents = with_matches = removed_count = 0

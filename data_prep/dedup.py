@@ -6,7 +6,7 @@ come from locality-sensitive hashing in bands (Leskovec, Rajaraman, Ullman, "Min
 Documents linked by pairs at or above the threshold form a cluster.
 
 The corpus is read twice, once for the hashes and once to write what stays. Signatures, 512 bytes for each document, lie
-in a temporary file beside what is written; the memory in use is about 50 bytes per document.
+in a temporary file in the new folder; the memory in use is about 50 bytes per document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 import zstandard
 
-from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_beside
+from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
 from data_prep.ngrams import mix, ngram_hashes, ngrams_of_pieces, word_hashes
@@ -81,7 +81,7 @@ def deduplicate(
     if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"the similarity of near copies is above 0 and at most 1, not {threshold}.")
     writer = CorpusWriter(out, options)
-    scratch_folder = scratch_beside(out)
+    scratch_folder = scratch_in(out)
     reader = CorpusReader(sources, options, scratch_folder)
     report = progress or (lambda _name, _count: None)
     with tempfile.TemporaryDirectory(prefix=".dedup-", dir=scratch_folder) as scratch:

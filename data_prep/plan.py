@@ -47,6 +47,8 @@ class Settings:
             raise DataError(f"packing must be concat or best-fit, found {self.packing!r}.")
         if self.packing == "best-fit" and self.sequence_length < 2:
             raise DataError("best-fit packing needs --sequence-length, the length the model is trained at.")
+        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**63:
+            raise DataError(f"the shuffle seed must be from 0 up and below 2**63, found {self.shuffle_seed}.")
         if self.max_tokens < 0:
             raise DataError(f"the maximum of tokens must be 0 (all) or more, found {self.max_tokens}.")
 

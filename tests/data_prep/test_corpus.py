@@ -55,6 +55,18 @@ def test_work_in_processes_keeps_the_order(tmp_path: Path, workers: int, monkeyp
     assert [result for _, result in results] == [10 * len(text) for text in texts]
 
 
+def ignores_ctrl_c(_shared: None, batch: list[Entry]) -> list[bool]:
+    return [signal.getsignal(signal.SIGINT) == signal.SIG_IGN] * len(batch)
+
+
+def test_processes_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
+    """At a terminal all of them get it, and each would print where it was."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    assert [found for _, found in map_entries(CorpusReader([str(path)], ReadOptions()), ignores_ctrl_c, 2, None)] == [
+        True
+    ]
+
+
 def die(_shared: None, batch: list[Entry]) -> list[None]:
     if any(entry.number == 40 for entry in batch):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -145,7 +145,7 @@ def test_a_corpus_loses_its_copies_and_only_those(
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_temporary_files_are_beside_what_is_written(
+def test_temporary_files_are_where_the_corpus_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     """Signatures and large documents need not fit the system's folder for temporary files."""

@@ -88,6 +88,7 @@ def test_another_field_than_the_text(tmp_path, byte_bpe):
         (("--task-index", 4, "--task-count", 4), "--task-index 4 must be below --task-count 4"),
         (("--mpi", "--workers", 2), "leave out --workers and --task-count"),
         (("--subset", "ArXiv"), "add --subset-field"),
+        (("--shuffle-seed", 2**63), "below 2**63, found 9223372036854775808"),
         (("--language", "en"), "needs both --language and --language-field"),
         (("--minimum-bytes", 9, "--maximum-bytes", 3), "maximum length 3 is below the minimum 9"),
     ],
