@@ -162,6 +162,7 @@ def extend(folder: RunFolder, extension: Extension) -> str:
     for place in (*(folder.checkpoints / name for name in later), folder.weights, *outdated):
         if place.is_dir():
             doomed = place.with_name(f".{place.name}.removing")
+            shutil.rmtree(doomed, ignore_errors=True)  # what a kill has left of another one of that name
             place.rename(doomed)
             shutil.rmtree(doomed)
         else:

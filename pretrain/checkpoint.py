@@ -345,6 +345,7 @@ class CheckpointStore:
             if step not in keep or step > state["step"]:
                 # Renamed first, so that a kill in between leaves no half checkpoint under a sound name.
                 doomed = self.folder / f".{checkpoint_name(step)}.removing"
+                shutil.rmtree(doomed, ignore_errors=True)  # what a kill has left of another one of that name
                 os.rename(self.folder / checkpoint_name(step), doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
         for pattern in (".step-*.removing", ".step-*.universal", ".step-*.converting", ".step-*.weights"):

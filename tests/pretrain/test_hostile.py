@@ -428,3 +428,21 @@ print("done")
 def test_forked_processes_die_of_their_signals_and_do_not_pass_them_on() -> None:
     done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
+def test_what_a_kill_left_half_removed_is_in_nobodys_way(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    """Neither of a rotation nor of the way back to a larger budget."""
+    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 6}, checkpoint={"every": 1, "keep": 1})
+    values["schedule"] = {"kind": "wsd", "warmup": 1, "decay": 2}
+    recipe, run = write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()
+    assert one_rank.run("--config", str(recipe))[0] == 76
+    for half in (run / "checkpoints" / ".step-00000002.removing", run / ".weights.removing"):
+        half.mkdir()
+        (half / "rest").touch()
+    code, printed = one_rank.run("--config", str(recipe))
+    assert code == 0 and "No checkpoint" not in printed, printed
+    code, printed = one_rank.run("--config", str(recipe), "budget.steps=8")
+    assert code == 0 and "going on from step 4" in printed, printed
+    assert finished_checkpoints(run) == [6, 8]
