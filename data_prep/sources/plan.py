@@ -114,6 +114,22 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
     return merged, ignored
 
 
+def mixed_kinds(sources: Iterable[SourceFiles], options: ReadOptions) -> list[str]:
+    """One sentence for each source whose files are of several kinds, such as a README beside JSON lines."""
+    sentences = []
+    for source in sources:
+        kinds = Counter(kind_of(path, options) for path in source.files if path != STANDARD_INPUT)
+        if len(kinds) > 1:
+            listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+            rarest = kinds.most_common()[-1][0]
+            example = next(path for path in source.files if kind_of(path, options) == rarest)
+            sentences.append(
+                f"{source.name} holds files of several kinds ({listed}; for example {example}); all of them are read. "
+                "Name the ones that are meant by a pattern."
+            )
+    return sentences
+
+
 def with_standard_input(sources: Sequence[SourceFiles], folder: Path) -> list[SourceFiles]:
     """`sources` with standard input written to a file in `folder`, so that it can be shared and read again."""
     found = list(sources)

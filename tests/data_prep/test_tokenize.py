@@ -433,6 +433,19 @@ def test_rejects_decide_the_exit_code(tmp_path, byte_bpe):
     assert allowed.returncode == 0 and "rejected: 1 invalid_json" in allowed.stderr
 
 
+def test_a_folder_of_several_kinds_of_files_is_read_and_said_so(tmp_path, byte_bpe):
+    folder = tmp_path / "clone"
+    for number in range(3):
+        write_jsonl(folder / f"{number}.jsonl.gz", documents(20, number))
+    listener = Quiet()
+    tokenize(job([folder], tmp_path / "a", byte_bpe), listener)
+    assert listener.said == []
+    (folder / "README.md").write_text("About this corpus.")
+    tokenize(job([folder], tmp_path / "b", byte_bpe), listener)
+    (said,) = listener.said
+    assert said.startswith(f"clone holds files of several kinds (3 jsonl, 1 text; for example {folder / 'README.md'})")
+
+
 def test_a_lossy_tokenizer_is_described(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_str(
         json.dumps(
