@@ -6,6 +6,7 @@ The result of a piece depends on the plan alone. A piece is finished when its re
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from data_prep.tokenizers import load_tokenizer
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
 _HELD = 8 << 20  # bytes of text that wait in all
+_LONGEST_NAME = 80  # characters of a subset's name in the name of a shard
 _BINS = 40  # document lengths are counted by powers of two
 
 
@@ -379,10 +381,21 @@ class _Output:
             split, source = key
             name = f"{split}-{self.group:05d}-{self.piece:05d}"
             if source != self.source:
-                name += "-" + (re.sub(r"[^a-z0-9]+", "_", source.lower()).strip("_") or "unnamed")
-                if any(w.prefix.name == name for w in self._writers.values()):
+                words = re.sub(r"[^a-z0-9]+", "_", source.lower()).strip("_") or "unnamed"
+                name += f"-{words[:_LONGEST_NAME]}"
+                if len(words) > _LONGEST_NAME or any(w.prefix.name == name for w in self._writers.values()):
                     name += f"-{xxhash.xxh3_64_hexdigest(source.encode())}"
-            self._writers[key] = ShardWriter(self.folder / name, self.dtype)
+            try:
+                self._writers[key] = ShardWriter(self.folder / name, self.dtype)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                subsets = len({source for _, source in self._writers})
+                raise DataError(
+                    f"the field {self.settings.options.subset_field!r} names more than {subsets} subsets in one piece, "
+                    "and each is a shard of its own: this process may not open more files (`ulimit -n`). Is another "
+                    "field meant by --subset-field?"
+                ) from None
         return self._writers[key]
 
     def _held(self, split: str) -> _HeldOut:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -339,6 +340,20 @@ def test_pile_subsets_become_sources_of_their_own(tmp_path, byte_bpe):
         wanted = [encoder(byte_bpe)(text) for text, own in rows if own == name]
         assert written(tmp_path / "out", "train", name) == wanted
         assert open_dataset(tmp_path / "out").only(name).num_documents == 30
+
+
+def test_subsets_with_long_names_and_too_many_of_them(tmp_path, byte_bpe):
+    names = ["n" * 300, "n" * 299 + "m", *(f"site{number}.example.org" for number in range(120))]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(jsonl([f"text {number}"], subset=name) for number, name in enumerate(names)))
+    shared = ["tokenize", path, "--tokenizer", byte_bpe, "--subset-field", "subset", "--validation", 0, "--test", 0]
+    command(*shared, "--out", tmp_path / "out", "--workers", 1)
+    assert {entry["name"] for entry in read_manifest(tmp_path / "out").sources} == set(names)
+    for number in (0, 1, 2):
+        assert written(tmp_path / "out", "train", names[number]) == [encoder(byte_bpe)(f"text {number}")]
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))  # noqa: E731
+    failed = command(*shared, "--out", tmp_path / "few", "--workers", 1, check=False, preexec_fn=few)
+    assert failed.returncode == 2 and "the field 'subset' names more than " in failed.stderr
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_model"])
