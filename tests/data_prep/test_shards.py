@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import struct
 from pathlib import Path
 
@@ -100,6 +102,18 @@ def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
         raise RuntimeError("interrupted")
     assert read_index_independently(tmp_path / "s") == old
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_system_without_modes_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as exFAT on a portable disk, where chmod is refused."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with ShardWriter(tmp_path / "a", "<u2") as writer:
+        writer.add([1, 2])
+    assert read_index_independently(tmp_path / "a") == [[1, 2]]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
