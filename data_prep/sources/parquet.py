@@ -54,7 +54,7 @@ class ParquetReader(PieceReader):
 
     def __init__(self, group: Group, options: ReadOptions, scratch: Path) -> None:
         super().__init__(group, options, scratch)
-        self._paths = [field_path(f) for f in (options.text_field, options.subset_field, options.language_field) if f]
+        self._fields = [f for f in (options.text_field, options.subset_field, options.language_field) if f]
 
     def items(self, piece: int) -> Iterator[Item]:
         alone = len(self.group.files) == 1
@@ -82,9 +82,10 @@ class ParquetReader(PieceReader):
         import pyarrow
 
         file = _open(path)
-        wanted = [".".join(path) for path in self._paths]
-        top = set(file.schema_arrow.names)
-        missing = [name for name in wanted if name.split(".")[0] not in top]
+        wanted, top = self._fields, set(file.schema_arrow.names)
+        # A flattened table has columns with dots in their names.
+        paths = [(name,) if name in top else field_path(name) for name in wanted]
+        missing = [name for name, path in zip(wanted, paths) if path[0] not in top]
         if missing:
             raise DataError(
                 f"{path} has no column {missing[0]!r}; it has {', '.join(sorted(top))}. "
@@ -99,7 +100,7 @@ class ParquetReader(PieceReader):
                     if isinstance(row, UnicodeDecodeError):
                         yield Reject("invalid_utf8", self.lines, f"byte {row.start} of a field: {row.reason}")
                         continue
-                    values = [look_up(row, path) for path in self._paths]
+                    values = [look_up(row, path) for path in paths]
                     text = values.pop(0)
                     subset = values.pop(0) if options.subset_field else None
                     yield accept(text, subset, values[0] if options.language_field else None, self.lines, options)

@@ -155,6 +155,14 @@ def test_parquet_without_the_column_says_which_columns_there_are(tmp_path):
         items(path, tmp_path)
 
 
+def test_columns_of_a_flattened_table_have_dots_in_their_names(tmp_path):
+    rows = [{"doc.text": text, "meta.name": "a"} for text in documents(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    options = ReadOptions(text_field="doc.text", subset_field="meta.name")
+    found = items(tmp_path / "a.parquet", tmp_path, options)
+    assert texts(found) == documents(5) and {item.subset for item in found} == {"a"}
+
+
 def test_a_damaged_parquet_file_is_a_reject_among_others(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
