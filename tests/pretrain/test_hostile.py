@@ -385,6 +385,7 @@ def test_a_second_job_that_has_waited_takes_nothing_back(
     assert codes == [0], output + errors
     assert finished_checkpoints(run) == finished_checkpoints(done) == [4, 8, 12, 16]
     assert (run / "weights" / "model.safetensors").is_file() and losses(run) == losses(done)
+    assert metrics(run, "event") == metrics(done, "event"), "nothing was trained again"
 
 
 def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
