@@ -24,7 +24,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 # A rank that needs a moment to save its work, in a process tree with a helper that inherited its rank.
 RANK = """
 import os, pathlib, signal, subprocess, sys, time
-helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+helper = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 here = pathlib.Path(sys.argv[0]).parent
 asked = []
 signal.signal(signal.SIGINT, lambda *_: asked.append(time.time()))
@@ -87,7 +87,7 @@ def test_a_signal_reaches_the_ranks_once_and_they_are_waited_for(tmp_path, numbe
 
 def test_a_second_signal_ends_everything_at_once(tmp_path):
     command = write_scripts(tmp_path)
-    (tmp_path / "rank.py").write_text(RANK.replace("time.sleep(0.5)", "time.sleep(600)"))
+    (tmp_path / "rank.py").write_text(RANK.replace("time.sleep(0.5)", "helper.wait()"))
     parent = start_parent(tmp_path, command)
     wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
     os.kill(parent.pid, signal.SIGINT)
@@ -131,7 +131,7 @@ def test_a_signal_before_any_rank_exists_goes_to_the_child_itself(tmp_path):
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "signal.signal(signal.SIGINT, lambda *_: ((here / 'told').touch(), sys.exit(75)))\n"
         "(here / 'ready').touch()\n"
-        "time.sleep(600)\n"
+        "signal.pause()\n"
     )
     parent = start_parent(tmp_path, [sys.executable, "-c", code])
     wait_for((tmp_path / "ready").exists)

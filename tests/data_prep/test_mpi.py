@@ -105,7 +105,7 @@ def wrong(self, *key):
     if kind == "killed" and rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "silent" and rank == 2:
-        time.sleep(3600)
+        signal.pause()
     yield from work(self, *key)
 
 PieceWorker.work = wrong

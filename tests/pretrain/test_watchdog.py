@@ -16,7 +16,7 @@ from pretrain.signals import EXIT_STALLED
 from tests.ports import free_port
 
 RANK_PROGRAM = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 import torch
 import torch.distributed as dist
 from pretrain import watchdog as module
@@ -24,7 +24,7 @@ from pretrain.environment import prepare_environment
 from pretrain.watchdog import Watchdog
 
 def stuck_in_the_data_loader():
-    time.sleep(600)
+    threading.Event().wait()
 
 def frozen():
     os.kill(os.getpid(), signal.SIGSTOP)
