@@ -1,0 +1,27 @@
+"""Names that stand in files from outside stay inside the folder of that file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+from data_prep.errors import DataError
+
+
+def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
+    """The path of `name` below `folder`, links followed; `where` begins the message when it would lie elsewhere.
+
+    Raises:
+        DataError: `name` is no relative path in a file system's terms, or leads out of the folder.
+    """
+    usable = isinstance(name, str) and name and "\0" not in name and not PurePosixPath(name).is_absolute()
+    if not usable or ".." in PurePosixPath(str(name)).parts:
+        raise DataError(f"{where}: {name!r} is not the name of a file inside {folder}.")
+    path = Path(folder) / str(name)
+    try:
+        real, root = path.resolve(), Path(folder).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{where}: {name!r} cannot be looked up in {folder}: {error}.") from None
+    if not real.is_relative_to(root):
+        raise DataError(f"{where}: {name!r} leads out of {folder}, to {real}.")
+    return path

@@ -1,0 +1,202 @@
+"""How every kind of input from outside is fuzzed: many mutations of a good one, each used or refused in a sentence.
+
+An input may be refused with an error meant for a person, or used. Anything else is a fault: another exception, more
+than two seconds of processor time, or a value that is not the one that was given.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import pytest
+
+from data_prep.errors import DataError
+from mor_model.errors import ConfigError
+from pretrain.errors import UserError
+
+# Errors whose message alone a person gets to see; `mor` prints them without a traceback.
+MEANT_FOR_A_PERSON = (UserError, DataError, ConfigError)
+LIMIT_SECONDS = 2.0
+
+# So many inputs of each kind in `make test`, and in `make test-slow`, together above 20,000.
+counts = pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.slow)])
+
+T = TypeVar("T")
+
+
+class Hang(BaseException):
+    """Not an `Exception`: code that swallows those must not swallow this one."""
+
+
+@dataclass
+class Outcome:
+    """used: inputs that were accepted. refused: inputs that were not."""
+
+    used: int = 0
+    refused: int = 0
+
+
+def drive(
+    count: int,
+    make: Callable[[random.Random], T],
+    use: Callable[[T], object],
+    *,
+    seed: object = 0,
+    changed: Callable[[T, Any], str | None] | None = None,
+) -> Outcome:
+    """Make `count` inputs and use each.
+
+    Args:
+        make: an input from a source of randomness.
+        use: what the project does with it; its result goes to `changed`.
+        changed: what was changed silently, given an input and the result; None where nothing was.
+
+    Raises:
+        AssertionError: naming the input's number and the input, for an exception not meant for a person, a message of
+            several paragraphs or none, a hang, or a silent change.
+    """
+    outcome = Outcome()
+    for number in range(count):
+        given = make(random.Random(f"{seed} {number}"))
+        try:
+            with processor_time(LIMIT_SECONDS):
+                result = use(given)
+        except MEANT_FOR_A_PERSON as error:
+            text = str(error)
+            assert text.strip(), f"input {number}: {type(error).__name__} says nothing: {given!r:.2000}"
+            assert "Traceback" not in text and len(text) < 5000, f"input {number}: {text:.2000}"
+            outcome.refused += 1
+        except (Exception, Hang) as error:
+            raise AssertionError(
+                f"input {number}: {type(error).__name__}: {error!s:.500} for {given!r:.2000}"
+            ) from error
+        else:
+            change = changed(given, result) if changed is not None else None
+            assert change is None, f"input {number} was changed silently: {change:.500}; {given!r:.2000}"
+            outcome.used += 1
+    return outcome
+
+
+@contextmanager
+def processor_time(seconds: float) -> Iterator[None]:
+    """Raise `Hang` in this thread when the block takes more processor time; how busy the machine is does not count."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Hang(f"more than {seconds} s of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "\x00",
+    "\x1b[31mred",
+    "[/red]",
+    "\ud800",
+    "é",
+    "a" * 300,
+    "1e-6",
+    "~",
+    "null",
+    "[" * 50,
+    "=1+1",
+    "auto",
+    "zero3",
+]
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**64,
+    10**30,
+    0.5,
+    1e-6,
+    1e308,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    {"x": 1},
+    {"": None},
+    [None],
+    *ODD_TEXTS,
+]
+
+
+def mutate_value(value: Any, source: random.Random) -> Any:
+    """`value` (as JSON has them) with one part, at any depth, removed, renamed, repeated or replaced by another."""
+    if isinstance(value, (dict, list)) and value and source.random() < 0.85:
+        key = source.choice(list(value)) if isinstance(value, dict) else source.randrange(len(value))
+        copy: Any = value.copy()
+        chance = source.random()
+        if chance < 0.1:
+            del copy[key]
+        elif chance < 0.2 and isinstance(copy, dict):
+            copy[mutate_text(str(key), source)] = copy.pop(key)
+        elif chance < 0.25 and isinstance(copy, list):
+            copy.insert(key, copy[key])
+        else:
+            copy[key] = mutate_value(value[key], source)
+        return copy
+    return source.choice(ODD_VALUES)
+
+
+def mutate_text(text: str, source: random.Random) -> str:
+    """`text` with a few characters changed, removed, repeated or put in."""
+    characters = list(text)
+    for _ in range(source.choice([1, 1, 2, 5])):
+        place = source.randrange(len(characters) + 1)
+        match source.randrange(5):
+            case 0:
+                characters[place : place + 1] = source.choice("\x00\n\t -_.:,[]{}&*!|>'\"%@`#~0aé\u202e")
+            case 1:
+                del characters[place : place + source.choice([1, 2, 8])]
+            case 2:
+                characters[place:place] = source.choice(ODD_TEXTS)
+            case 3:
+                del characters[place:]
+            case 4:
+                characters[place:place] = characters[place : place + 8]
+    return "".join(characters)
+
+
+def mutate_bytes(data: bytes, source: random.Random) -> bytes:
+    """`data` with a few bytes changed, cut off, inserted, or a number replaced by an extreme one."""
+    raw = bytearray(data)
+    for _ in range(source.choice([1, 1, 2, 5])):
+        place = source.randrange(len(raw)) if raw else 0
+        match source.randrange(5):
+            case 0:
+                raw[place : place + 1] = bytes([source.randrange(256)])
+            case 1:
+                del raw[place:]
+            case 2:
+                raw[place:place] = source.randbytes(source.choice([1, 4, 8, 100]))
+            case 3:
+                extreme = source.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+                raw[place : place + 8] = extreme.to_bytes(8, "little")[: len(raw) - place]
+            case 4:
+                del raw[place : place + source.choice([1, 2, 8])]
+    return bytes(raw)
