@@ -89,8 +89,8 @@ def test_overrides_are_applied_before_checking(write):
     ("change", "words"),
     [
         ("evalutaion: {suites: [own]}", ["evalutaion", "did you mean 'evaluation'?"]),
-        ("evaluation: {suits: [own]}", ["evaluation.suits", "did you mean 'suites'?"]),
-        ("launch: {rank: 2}", ["launch.rank", "did you mean 'ranks'?"]),
+        ("evaluation: {suits: [own]}", ["evaluation.suits", "did you mean 'evaluation.suites'?"]),
+        ("launch: {rank: 2}", ["launch.rank", "did you mean 'launch.ranks'?"]),
         ("launch: {launcher: python, ranks: 2}", ["launch", "one process, not 2"]),
         ("reference: vanila", ["vanila", "did you mean 'vanilla'?"]),
         ("labels: {mr: MoR}", ["mr", "did you mean 'mor'?"]),
@@ -123,7 +123,7 @@ def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
 
 
 def test_overrides_without_a_value_are_refused(write):
-    with pytest.raises(RecipeError, match=r"a\.b=value"):
+    with pytest.raises(RecipeError, match=r"section\.key=value"):
         load_experiment(write(MINIMAL), ["data.corpus"])
 
 

@@ -23,23 +23,30 @@ def values(tmp_path: Path) -> dict[str, Any]:
     ("override", "near"),
     [
         ("optm.lr=1", "optim"),
-        ("optim.lrr=1", "lr"),
-        ("optim.learning_decay=1", "weight_decay"),
-        ("batch.micro_batches=1", "micro_batch"),
-        ("schedule.warm_up=1", "warmup"),
-        ("checkpoint.keep_evry=1", "keep_every"),
+        ("optim.lrr=1", "optim.lr"),
+        ("optim.learning_decay=1", "optim.weight_decay"),
+        ("optim.weight-decay=0", "optim.weight_decay"),
+        ("Optim.lr=1", "optim"),
+        ("batch.micro_batches=1", "batch.micro_batch"),
+        ("schedule.warm_up=1", "schedule.warmup"),
+        ("checkpoint.keep_evry=1", "checkpoint.keep_every"),
         ("model.hiden_size=64", "hidden_size"),
         ("model.router={knd: expert_choice}", "kind"),
         ("sed=1", "seed"),
         ("schedule.warmup={token: 5}", "tokens"),
-        ("data={sources: [{path: a, wight: 2}]}", "weight"),
-        ("evaluation.suites={name: [own]}", "names"),
-        ("evaluation.maxshare=0.1", "max_share"),
+        ("data={sources: [{path: a, wight: 2}]}", "data.sources.0.weight"),
+        ("evaluation.suites={name: [own]}", "evaluation.suites.names"),
+        ("evaluation.maxshare=0.1", "evaluation.max_share"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_nearest_one(values: dict[str, Any], override: str, near: str) -> None:
     with pytest.raises(RecipeError, match=rf"unknown key '.*did you mean '{near}'"):
         build_recipe(values, [override])
+
+
+def test_a_key_that_is_like_no_other_is_refused_with_those_there_are(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"unknown key 'learning-rate'; known are name, seed, model, .*, run_dir\.$"):
+        build_recipe(values, ["learning-rate=1"])
 
 
 @pytest.mark.parametrize(
