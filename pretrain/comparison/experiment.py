@@ -218,6 +218,15 @@ class Experiment(Section):
         path = self.data.path or (self.base["data"]["path"] if _has(self.base, "data.path") else None)
         return Path(path or f"data/{self.name}")
 
+    @property
+    def source_folders(self) -> list[Path]:
+        """Data sets of a mixture, which is prepared already; empty where the text is that of `data_path`."""
+        data = self._arm_values(self.reference_arm).get("data")
+        sources = data.get("sources") if isinstance(data, dict) else None
+        if not isinstance(sources, list):
+            return []
+        return [Path(str(source["path"])) for source in sources if isinstance(source, dict) and "path" in source]
+
     def label(self, arm: str) -> str:
         return self.labels.get(arm, arm)
 

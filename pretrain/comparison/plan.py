@@ -45,8 +45,9 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     planned: list[PlannedRun] = []
     for trial in experiment.trials(arms):
         values = experiment.recipe_values(trial)
-        if vocabulary is not None:
-            values["model"] = {"vocab_size": vocabulary, **values.get("model", {})}
+        model = values.get("model", {})
+        if vocabulary is not None and isinstance(model, dict):
+            values["model"] = {"vocab_size": vocabulary, **model}
         recipe = build_recipe(values, where=f"arm '{trial.arm}'")
         planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), make_plan(recipe)))
     by_folder = {run.trial.folder: run for run in planned}
@@ -70,8 +71,9 @@ def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
 
 def vocab_size(experiment: Experiment) -> int | None:
     """Vocabulary of the prepared data, or of the tokenizer they will be made with; None where neither is here yet."""
-    if (experiment.data_path / FILE_NAME).is_file():
-        return read_manifest(experiment.data_path).tokenizer.vocab_size
+    for folder in experiment.source_folders or [experiment.data_path]:
+        if (folder / FILE_NAME).is_file():
+            return read_manifest(folder).tokenizer.vocab_size
     if experiment.data.corpus is not None and experiment.data.tokenizer == TRAIN_TOKENIZER:
         return experiment.data.vocab_size
     if Path(experiment.data.tokenizer).exists():
@@ -100,7 +102,7 @@ def plan_table(runs: Iterable[PlannedRun]) -> Table:
 
 
 def _refuse_unlike(planned: list[PlannedRun]) -> None:
-    """Arms of one vocabulary and one unit of budget: nats per token of two vocabularies do not compare."""
+    """Arms of one vocabulary, one text and one unit of budget: nats per token of two vocabularies do not compare."""
     first = planned[0]
     for run in planned[1:]:
         if run.network.vocab_size != first.network.vocab_size:
@@ -109,9 +111,20 @@ def _refuse_unlike(planned: list[PlannedRun]) -> None:
                 f"and {run.network.vocab_size}; "
                 "leave model.vocab_size out, so that both take the tokenizer's."
             )
+        if _texts(run.recipe) != _texts(first.recipe):
+            raise RecipeError(
+                f"arms '{first.trial.arm}' and '{run.trial.arm}' read different data sets, so they are validated on "
+                "different text; mix the same ones, with other weights."
+            )
         if run.recipe.budget.unit != first.recipe.budget.unit:
             raise RecipeError(
                 f"arms '{first.trial.arm}' and '{run.trial.arm}' have budgets in {first.recipe.budget.unit} and in "
                 f"{run.recipe.budget.unit}; "
                 "give both the same unit."
             )
+
+
+def _texts(recipe: Recipe) -> set[tuple[str | None, str | None]]:
+    """Data set folders, and the part of each that is read."""
+    data = recipe.data
+    return {(source.path, source.subset) for source in data.sources} if data.sources else {(data.path, None)}
