@@ -26,7 +26,7 @@ def apply_override(
     where = f"override {shorten(text)}"
     name, equals, written = text.partition("=")
     keys = name.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or not name.isprintable():
         raise RecipeError(f"{where}: must have the form section.key=value, such as optim.lr=1e-3.")
     value = parse_yaml(written, where)
     if str(value).count("#") < written.count("#"):
