@@ -24,6 +24,7 @@ _WANTED = {
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
     "string_type": "must be text",
+    "string_too_short": "must not be empty",
 }
 
 

@@ -31,6 +31,7 @@ from pretrain.sections import (
     Faults,
     Limits,
     Logging,
+    Name,
     Optim,
     Precision,
     Schedule,
@@ -54,7 +55,7 @@ class Recipe(Section):
     name: str
     seed: Whole = Field(default=0, ge=0)
     model: dict[str, Any]
-    initial_weights: str | None = None
+    initial_weights: Name | None = None
     data: Data
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -71,7 +72,7 @@ class Recipe(Section):
     logging: Logging = Logging()
     faults: Faults = Faults()
     limits: Limits = Limits()
-    run_dir: str | None = None
+    run_dir: Name | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

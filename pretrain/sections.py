@@ -39,6 +39,8 @@ def _as_whole(value: Any) -> Any:
 
 Number = Annotated[float, AfterValidator(_finite)]
 Whole = Annotated[int, BeforeValidator(_as_whole), Field(ge=-LARGEST, le=LARGEST)]
+Name = Annotated[str, Field(min_length=1)]
+"""Of a file, a folder or a thing."""
 Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """A tuple that files write as a list."""
 
@@ -92,9 +94,9 @@ class Source(Section):
         final_weight: its share at the end of the run; the shares move there over `data.anneal`.
     """
 
-    path: str
-    subset: str | None = None
-    name: str | None = None
+    path: Name
+    subset: Name | None = None
+    name: Name | None = None
     weight: Number = Field(default=1.0, ge=0)
     final_weight: Number | None = Field(default=None, ge=0)
 
@@ -130,7 +132,7 @@ class Data(Section):
         skip_samples: ranges [first, last] of sample numbers that are left out, such as those a non-finite step named.
     """
 
-    path: str | None = None
+    path: Name | None = None
     sources: Annotated[tuple[Source, ...], Listed] = ()
     anneal: Length = 0
     stages: Annotated[tuple[Stage, ...], Listed] = ()
@@ -278,7 +280,7 @@ class Deepspeed(Section):
             memory fits a rank, see `pretrain.stage`.
     """
 
-    config: str = "zero3"
+    config: Name = "zero3"
 
 
 class Checkpointing(Section):
@@ -317,7 +319,7 @@ class Suites(Section):
         text_bytes: UTF-8 bytes of held-out text that `perplexity` reads.
     """
 
-    names: Annotated[tuple[str, ...], Listed] = Field(min_length=1)
+    names: Annotated[tuple[Name, ...], Listed] = Field(min_length=1)
     every: Length = 0.25
     limit: Whole | None = Field(default=100, ge=1)
     text_bytes: Whole = Field(default=100_000, ge=1, le=MOST_TEXT_BYTES)
@@ -348,7 +350,7 @@ class Logging(Section):
 
     every: Whole = Field(default=10, ge=1)
     wandb: Literal["online", "offline", "disabled"] = "disabled"
-    wandb_project: str = "mor-pretrain"
+    wandb_project: Name = "mor-pretrain"
     tensorboard: bool = False
 
 

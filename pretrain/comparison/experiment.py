@@ -27,7 +27,7 @@ from pretrain.messages import first_problem, nearest, shorten
 from pretrain.overrides import apply_override
 from pretrain.plan import Branch
 from pretrain.recipe import EXCLUSIVE
-from pretrain.sections import MOST_TEXT_BYTES, Listed, Number, Section, Whole
+from pretrain.sections import MOST_TEXT_BYTES, Listed, Name, Number, Section, Whole
 from pretrain.yaml_input import read_yaml
 
 REPORT_FOLDER = "report"
@@ -63,9 +63,9 @@ class DataSection(Section):
         validation, test: shares of the documents that are held out.
     """
 
-    path: str | None = None
-    corpus: str | None = None
-    tokenizer: str = TRAIN_TOKENIZER
+    path: Name | None = None
+    corpus: Name | None = None
+    tokenizer: Name = TRAIN_TOKENIZER
     vocab_size: Whole = Field(default=8192, ge=300, le=10_000_000)
     max_tokens: Whole | None = Field(default=None, ge=1)
     validation: Number = Field(default=0.01, gt=0, lt=0.5)
@@ -99,7 +99,7 @@ class EvaluationSection(Section):
         hub: benchmarks without local files are read from the Hugging Face hub where it answers.
     """
 
-    suites: Annotated[tuple[str, ...], Listed] = ("perplexity", "routing", "own")
+    suites: Annotated[tuple[Name, ...], Listed] = ("perplexity", "routing", "own")
     limit: Whole | None = Field(default=None, ge=1)
     text_bytes: Whole | None = Field(default=None, ge=1, le=MOST_TEXT_BYTES)
     hub: bool = False
@@ -126,7 +126,7 @@ class Experiment(Section):
     name: str
     title: str | None = None
     description: str = ""
-    runs: str | None = None
+    runs: Name | None = None
     data: DataSection = DataSection()
     launch: LaunchSection = LaunchSection()
     base: dict[str, Any]
@@ -181,7 +181,10 @@ class Experiment(Section):
                 raise ValueError(f"arms: {shorten(name)} {_NAMED_SO}")
             if name in _OWN_FOLDERS:
                 raise ValueError(f"arms: {name!r} is a folder of the experiment's own; call the arm something else")
-        for where, names in (("labels", list(self.labels)), ("reference", [self.reference] if self.reference else [])):
+        for where, names in (
+            ("labels", list(self.labels)),
+            ("reference", [] if self.reference is None else [self.reference]),
+        ):
             for name in names:
                 if name not in self.arms:
                     raise ValueError(f"{where}: there is no arm {shorten(name)}; {nearest(name, self.arms)}")

@@ -13,7 +13,8 @@ from data_prep.tokenizers import load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
 from pretrain.comparison.report import numbers
-from pretrain.errors import RecipeError
+from pretrain.errors import RecipeError, UserError
+from pretrain.evaluation.suites import check_suites
 from pretrain.plan import Plan, make_plan
 from pretrain.recipe import Recipe, build_recipe
 
@@ -38,9 +39,13 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     """Resolve every run of the experiment (or of some arms).
 
     Raises:
-        RecipeError: for a recipe that cannot be, naming the arm; or arms that do not share what makes their losses
-            comparable.
+        RecipeError: for an evaluation suite that does not exist; a recipe that cannot be, naming the arm; or arms that
+            do not share what makes their losses comparable.
     """
+    try:
+        check_suites(experiment.evaluation.suites)
+    except UserError as error:
+        raise RecipeError(f"evaluation.suites: {error}") from None
     vocabulary = vocab_size(experiment)
     planned: list[PlannedRun] = []
     for trial in experiment.trials(arms):
@@ -49,7 +54,11 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
         if vocabulary is not None and isinstance(model, dict):
             values["model"] = {"vocab_size": vocabulary, **model}
         recipe = build_recipe(values, where=f"arm '{trial.arm}'")
-        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), make_plan(recipe)))
+        try:
+            plan = make_plan(recipe)
+        except RecipeError as error:
+            raise RecipeError(f"arm '{trial.arm}': {error}") from None
+        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), plan))
     by_folder = {run.trial.folder: run for run in planned}
     planned = [_as_branch(run, by_folder[run.trial.trunk]) if run.trial.trunk is not None else run for run in planned]
     _refuse_unlike(planned)
