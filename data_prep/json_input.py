@@ -10,14 +10,17 @@ from typing import Any
 from data_prep.errors import DataError
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, unique_keys: bool = False) -> Any:
     """The value of a JSON text; `where` begins the message when there is none.
+
+    Args:
+        unique_keys: whether a key given twice is an error; else the last one counts, as JSON's readers have it.
 
     Raises:
         DataError: not UTF-8, not JSON, nested too deeply to be read, or a number of thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_refuse_repeated if unique_keys else None)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8 text (byte {error.start}).") from None
     except RecursionError:
@@ -26,7 +29,15 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise DataError(f"{where}: cannot be read as JSON: {error}.") from None
 
 
-def read_json(path: str | os.PathLike[str], maximum_bytes: int = 1 << 30) -> Any:
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
+def read_json(path: str | os.PathLike[str], maximum_bytes: int = 1 << 30, unique_keys: bool = False) -> Any:
     """The value of a JSON file.
 
     Raises:
@@ -38,8 +49,8 @@ def read_json(path: str | os.PathLike[str], maximum_bytes: int = 1 << 30) -> Any
             content = stream.read(maximum_bytes + 1)
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except (OSError, ValueError) as error:  # the latter is a name that no file can have
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if len(content) > maximum_bytes:
         raise DataError(f"{path}: holds more than {maximum_bytes:,} bytes, which is no file of this kind.")
-    return parse_json(content, path)
+    return parse_json(content, path, unique_keys)

@@ -7,6 +7,7 @@ is opened.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from mor_model.flops import count_parameters, flops_per_sequence
 from pretrain.errors import RecipeError
 from pretrain.recipe import Recipe
 from pretrain.schedule import BatchSize, LearningRate, Recursion
-from pretrain.sections import Amount
+from pretrain.sections import MOST_STEPS, Amount
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,11 @@ def training_flops_of_sequence(config: ModelConfig, length: int, shares: tuple[f
     """
     if shares is None:
         return flops_per_sequence(config, length).training
-    active = [float(max(1, int(share * length))) if share else 0.0 for share in shares]
-    return flops_per_sequence(config, length, active=active).training
+    return flops_per_sequence(config, length, active=_active_tokens(length, shares)).training
+
+
+def _active_tokens(length: int, shares: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(float(max(1, int(share * length))) if share else 0.0 for share in shares)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -139,6 +143,12 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"budget.branches: {amount:g} would have other data before it leaves the trunk; make data.anneal as "
                 "short as the decay, and give the start of data.stages in steps, tokens or FLOPs."
             )
+    names = [branch.name for branch in branches]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise RecipeError(
+            f"budget.branches: two of them would both be called {name}; choose budgets that differ in their first six "
+            "digits."
+        )
     if branches and recipe.schedule.kind != "wsd":
         raise RecipeError(
             "budget.branches: only the wsd schedule can branch off a decay; set schedule.kind to wsd or drop the "
@@ -175,7 +185,7 @@ class _Converter:
     def __call__(self, length: int | float | Amount, steps: int) -> int:
         if isinstance(length, Amount):
             amount = length.tokens / self._tokens if length.tokens is not None else (length.flops or 0.0) / self._flops
-            return max(1, round(amount))
+            return max(1, round(min(amount, MOST_STEPS)))
         if isinstance(length, float):
             return max(1, round(length * steps)) if length > 0 else 0
         return length
@@ -190,7 +200,7 @@ def _solve(recipe: Recipe, config: ModelConfig, per_sequence: float, amount: flo
         "tokens": recipe.batch.sequences * length,
         "flops": recipe.batch.sequences * per_sequence,
     }[unit]
-    steps = max(1, round(amount / per_full_step))
+    steps = _check_steps(recipe, round(amount / per_full_step))
     # Warm-ups may be shares of the run, whose length depends on what the warm-ups cost: a few rounds settle it.
     for _ in range(8):
         batch, recursion = _warmups(recipe, config, per_sequence, steps)
@@ -201,7 +211,7 @@ def _solve(recipe: Recipe, config: ModelConfig, per_sequence: float, amount: flo
             spent = float(batch.before(warm) * length)
         else:
             spent = _run_flops(config, length, per_sequence, batch, recursion, warm)
-        solved = max(1, warm + round((amount - spent) / per_full_step))
+        solved = _check_steps(recipe, warm + round((amount - spent) / per_full_step))
         if solved == steps:
             break
         steps = solved
@@ -211,6 +221,15 @@ def _solve(recipe: Recipe, config: ModelConfig, per_sequence: float, amount: flo
             "shrink the batch."
         )
     return steps, batch, recursion
+
+
+def _check_steps(recipe: Recipe, steps: int) -> int:
+    if steps > MOST_STEPS:
+        raise RecipeError(
+            f"budget.{recipe.budget.unit}: would be {float(steps):.3g} steps, more than the {MOST_STEPS:,} that a run "
+            "may have; lower it or enlarge the batch."
+        )
+    return max(1, steps)
 
 
 def _warmups(recipe: Recipe, config: ModelConfig, per_sequence: float, steps: int) -> tuple[BatchSize, Recursion]:
@@ -233,9 +252,17 @@ def _run_flops(
     config: ModelConfig, length: int, per_sequence: float, batch: BatchSize, recursion: Recursion, steps: int
 ) -> float:
     warm = min(steps, recursion.warmup)
-    total = 0.0
-    for step in range(warm):
-        total += batch.at(step) * training_flops_of_sequence(config, length, recursion.active_at(step))
+
+    def work(step: int) -> tuple[int, tuple[float, ...]]:
+        return batch.at(step), _active_tokens(length, recursion.active_at(step))
+
+    total, first = 0.0, 0
+    while first < warm:
+        # What a step costs moves in one direction, so that steps alike lie beside each other.
+        sequences, active = here = work(first)
+        end = bisect.bisect_left(range(warm), True, lo=first, key=lambda step: work(step) != here)
+        total += (end - first) * sequences * flops_per_sequence(config, length, active=active).training
+        first = end
     return total + (batch.before(steps) - batch.before(warm)) * per_sequence
 
 

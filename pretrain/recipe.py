@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from mor_model.presets import preset
 from pretrain.errors import RecipeError
+from pretrain.messages import first_problem
+from pretrain.overrides import apply_override
 from pretrain.sections import (
     Batch,
     Budget,
@@ -30,13 +31,17 @@ from pretrain.sections import (
     Faults,
     Limits,
     Logging,
+    Name,
     Optim,
     Precision,
     Schedule,
     Section,
     Whole,
-    first_problem,
 )
+from pretrain.yaml_input import read_yaml, write_yaml
+
+# Keys of which a section has exactly one; choosing one on the command line replaces the file's choice.
+EXCLUSIVE = {"budget": ("flops", "tokens", "steps"), "data": ("path", "sources")}
 
 
 class Recipe(Section):
@@ -48,9 +53,9 @@ class Recipe(Section):
     """
 
     name: str
-    seed: Whole = 0
+    seed: Whole = Field(default=0, ge=0)
     model: dict[str, Any]
-    initial_weights: str | None = None
+    initial_weights: Name | None = None
     data: Data
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
@@ -67,14 +72,12 @@ class Recipe(Section):
     logging: Logging = Logging()
     faults: Faults = Faults()
     limits: Limits = Limits()
-    run_dir: str | None = None
+    run_dir: Name | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: {self.name!r} names a folder; use letters, digits, '.', '_' and '-'")
-        if self.seed < 0:
-            raise ValueError("seed: must not be negative")
         return self
 
     @property
@@ -123,7 +126,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The complete recipe as YAML that `load_recipe` reads back unchanged."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -133,13 +136,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         RecipeError: for a missing or unreadable file, an unknown key (naming the nearest known one), or an impossible
             value.
     """
-    path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; recipes/ holds examples to copy.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections (name, model, data, ...), not {type(values).__name__}."
@@ -150,7 +150,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def build_recipe(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "recipe") -> Recipe:
     """Build a recipe from plain values; see `load_recipe`."""
     for override in overrides:
-        values = _override(values, override)
+        values = apply_override(values, override, EXCLUSIVE)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -160,33 +160,3 @@ def build_recipe(values: dict[str, Any], overrides: list[str] | tuple[str, ...] 
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     return recipe
-
-
-_EXCLUSIVE = {"budget": ("flops", "tokens", "steps"), "data": ("path", "sources")}
-
-
-def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"override {override!r}: must have the form section.key=value, such as optim.lr=1e-3.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it.") from None
-    result = dict(values)
-    inner = result
-    for depth, key in enumerate(keys[:-1]):
-        below = inner.get(key)
-        if below is not None and not isinstance(below, dict):
-            raise RecipeError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} is a single value and has no keys below it."
-            )
-        inner[key] = dict(below or {})
-        inner = inner[key]
-    # Choosing one of several exclusive keys on the command line replaces the recipe's choice.
-    if len(keys) == 2 and keys[1] in _EXCLUSIVE.get(keys[0], ()) and value is not None:
-        for other in _EXCLUSIVE[keys[0]]:
-            inner.pop(other, None)
-    inner[keys[-1]] = value
-    return result

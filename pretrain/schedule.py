@@ -6,6 +6,7 @@ Nothing here has state, so nothing of it needs a place in a checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +86,13 @@ class BatchSize:
 
     def before(self, step: int) -> int:
         """Sequences of all updates before number `step`."""
-        warm = sum(self.at(n) for n in range(min(step, self.warmup)))
+        growing = self.sizes[:-1] or self.sizes
+        # The first step of each size, and the one after the last.
+        starts = [-(-place * self.warmup // len(growing)) for place in range(len(growing) + 1)]
+        warm = sum(
+            size * max(0, min(step, end) - begin)
+            for size, (begin, end) in zip(growing, itertools.pairwise(starts), strict=True)
+        )
         return warm + max(0, step - self.warmup) * self.full
 
 

@@ -5,13 +5,23 @@ Lengths are given in steps, as a share of the run, in tokens or in FLOPs; `pretr
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pretrain.messages import first_problem, nearest
+
+# What every number of the file formats and libraries below holds exactly; far more than any size, count or step.
+LARGEST = 1 << 53
+MOST_STEPS = 10**9
+# A million sequences of 2,048 tokens are a hundred times the largest batch that anybody trains with.
+_MOST_SEQUENCES = 1 << 20
+_MOST_BRANCHES = 100
+# Held-out text is read into memory.
+MOST_TEXT_BYTES = 1 << 32
+_HOURS_OF_TEN_YEARS = 87_600
 
 Precision = Literal["auto", "bf16", "fp16", "fp32", "bf16_autocast"]
 
@@ -22,23 +32,17 @@ def _finite(value: float) -> float:
     return value
 
 
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` (no dot) as text; a person means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _as_whole(value: Any) -> Any:
-    value = _as_number(value)
+    """1e9 steps are a whole number of steps."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Number = Annotated[float, BeforeValidator(_as_number), AfterValidator(_finite)]
-Whole = Annotated[int, BeforeValidator(_as_whole)]
+Number = Annotated[float, AfterValidator(_finite)]
+Whole = Annotated[int, BeforeValidator(_as_whole), Field(ge=-LARGEST, le=LARGEST)]
+Name = Annotated[str, Field(min_length=1)]
+"""Of a file, a folder or a thing."""
+Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""A tuple that files write as a list."""
 
 
 class Section(BaseModel):
@@ -59,7 +63,6 @@ class Amount(Section):
 
 
 def _length(value: Any) -> Any:
-    value = _as_number(value)
     if isinstance(value, dict):
         try:
             return Amount.model_validate(value)
@@ -72,8 +75,8 @@ def _length(value: Any) -> Any:
         if not value.is_integer() or value < 1:
             raise ValueError(f"{value} is neither a share of the run (0 <= share < 1) nor a whole number of steps")
         value = int(value)
-    if isinstance(value, int) and value < 0:
-        raise ValueError("must not be negative")
+    if isinstance(value, int) and not 0 <= value <= MOST_STEPS:
+        raise ValueError(f"must lie between 0 and {MOST_STEPS:,} steps")
     return value
 
 
@@ -91,9 +94,9 @@ class Source(Section):
         final_weight: its share at the end of the run; the shares move there over `data.anneal`.
     """
 
-    path: str
-    subset: str | None = None
-    name: str | None = None
+    path: Name
+    subset: Name | None = None
+    name: Name | None = None
     weight: Number = Field(default=1.0, ge=0)
     final_weight: Number | None = Field(default=None, ge=0)
 
@@ -129,10 +132,10 @@ class Data(Section):
         skip_samples: ranges [first, last] of sample numbers that are left out, such as those a non-finite step named.
     """
 
-    path: str | None = None
-    sources: Annotated[tuple[Source, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    path: Name | None = None
+    sources: Annotated[tuple[Source, ...], Listed] = ()
     anneal: Length = 0
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    stages: Annotated[tuple[Stage, ...], Listed] = ()
     packing: Literal["concat", "best-fit"] = "concat"
     verify: Literal["structure", "checksums"] = "structure"
     skip_samples: Annotated[
@@ -150,8 +153,7 @@ class Data(Section):
             raise ValueError("stages: need sources to weigh, and no anneal, which moves the same weights")
         names = [source.label for source in self.sources]
         for name in (name for stage in self.stages for name in stage.weights if name not in names):
-            near = difflib.get_close_matches(name, names, n=1)
-            raise ValueError(f"stages: no source is called '{name}'; {_hint(near, names)}")
+            raise ValueError(f"stages: no source is called {name!r}; {nearest(name, names)}")
         previous = -1
         for first, last in self.skip_samples:
             if first <= previous or last < first:
@@ -175,7 +177,7 @@ class Optim(Section):
     name: Literal["adamw", "muon"] = "adamw"
     lr: Number = Field(default=3e-3, gt=0)
     momentum: Number = Field(default=0.95, ge=0, lt=1)
-    betas: Annotated[tuple[Number, Number], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
+    betas: Annotated[tuple[Number, Number], Listed] = (
         0.9,
         0.95,
     )
@@ -219,8 +221,8 @@ class Budget(Section):
 
     flops: Number | None = Field(default=None, gt=0)
     tokens: Number | None = Field(default=None, gt=0)
-    steps: Whole | None = Field(default=None, gt=0)
-    branches: Annotated[tuple[Number, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    steps: Whole | None = Field(default=None, gt=0, le=MOST_STEPS)
+    branches: Annotated[tuple[Number, ...], Listed, Field(max_length=_MOST_BRANCHES)] = ()
 
     @property
     def unit(self) -> str:
@@ -252,7 +254,7 @@ class Batch(Section):
             size.
     """
 
-    sequences: Whole = Field(gt=0)
+    sequences: Whole = Field(gt=0, le=_MOST_SEQUENCES)
     micro_batch: Whole = Field(gt=0)
     sequence_length: Whole = Field(gt=0)
     warmup_from: Whole | None = Field(default=None, gt=0)
@@ -278,7 +280,7 @@ class Deepspeed(Section):
             memory fits a rank, see `pretrain.stage`.
     """
 
-    config: str = "zero3"
+    config: Name = "zero3"
 
 
 class Checkpointing(Section):
@@ -297,7 +299,7 @@ class Checkpointing(Section):
     """
 
     every: Length = 0.1
-    every_minutes: Number | None = Field(default=None, gt=0)
+    every_minutes: Number | None = Field(default=None, gt=0, le=60 * _HOURS_OF_TEN_YEARS)
     keep: Whole = Field(default=2, ge=1)
     keep_every: Length | None = None
     keep_best: bool = False
@@ -317,12 +319,10 @@ class Suites(Section):
         text_bytes: UTF-8 bytes of held-out text that `perplexity` reads.
     """
 
-    names: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = Field(
-        min_length=1
-    )
+    names: Annotated[tuple[Name, ...], Listed] = Field(min_length=1)
     every: Length = 0.25
     limit: Whole | None = Field(default=100, ge=1)
-    text_bytes: Whole = Field(default=100_000, ge=1)
+    text_bytes: Whole = Field(default=100_000, ge=1, le=MOST_TEXT_BYTES)
 
 
 class Evaluation(Section):
@@ -336,7 +336,7 @@ class Evaluation(Section):
     """
 
     every: Length = 0.1
-    sequences: Whole = Field(default=64, ge=1)
+    sequences: Whole = Field(default=64, ge=1, le=_MOST_SEQUENCES)
     suites: Suites | None = None
     max_share: Number | None = Field(default=None, gt=0, lt=1)
 
@@ -350,7 +350,7 @@ class Logging(Section):
 
     every: Whole = Field(default=10, ge=1)
     wandb: Literal["online", "offline", "disabled"] = "disabled"
-    wandb_project: str = "mor-pretrain"
+    wandb_project: Name = "mor-pretrain"
     tensorboard: bool = False
 
 
@@ -382,7 +382,7 @@ class Faults(Section):
 
     max_non_finite: Whole = Field(default=5, ge=1)
     spike: Number | None = Field(default=None, gt=0)
-    spike_window: Whole = Field(default=50, ge=2)
+    spike_window: Whole = Field(default=50, ge=2, le=1_000_000)
     on_spike: Literal["skip", "rollback"] = "skip"
 
 
@@ -391,66 +391,5 @@ class Limits(Section):
     ends the job.
     """
 
-    wall_clock_hours: Number | None = Field(default=None, gt=0)
-    stall_seconds: Number = Field(default=1800.0, gt=0)
-
-
-# What a value should have been, in the words of a recipe's author, by pydantic's name for what is wrong.
-_WANTED = {
-    **dict.fromkeys(("model_type", "dict_type"), "must be a section with keys of its own"),
-    "tuple_type": "must be a list, such as [a, b]",
-    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "must be a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-}
-
-
-def first_problem(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first thing that is wrong with a section, as one sentence; an unknown key with the nearest known one."""
-    # An unknown key comes first: a misspelling also makes the right key look missing.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    location = [str(part) for part in problem["loc"] if isinstance(part, int) or _is_key(part)]
-    where = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1], root)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        return f"unknown key '{where}'; {_hint(near, known)}"
-    if problem["type"] == "missing":
-        return f"'{where}' is missing; every recipe must say it."
-    message = _WANTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    given = problem.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    return f"{where + ': ' if where else ''}{message[:1].lower() + message[1:]}{shown}."
-
-
-def _hint(near: list[str], known: list[str]) -> str:
-    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
-
-
-def _is_key(part: object) -> bool:
-    return (
-        isinstance(part, str)
-        and re.fullmatch(r"[a-z_][A-Za-z0-9_]*", part) is not None
-        and part not in ("int", "float", "str", "tuple")
-    )
-
-
-def _known_keys(location: list[str], section: type[BaseModel]) -> list[str]:
-    for part in location:
-        if not part.isdigit():
-            nested = _nested(section.model_fields[part].annotation)
-            assert nested is not None
-            section = nested
-    return list(section.model_fields)
-
-
-def _nested(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _nested(argument)
-        if found is not None:
-            return found
-    return None
+    wall_clock_hours: Number | None = Field(default=None, gt=0, le=_HOURS_OF_TEN_YEARS)
+    stall_seconds: Number = Field(default=1800.0, gt=0, le=3600 * _HOURS_OF_TEN_YEARS)

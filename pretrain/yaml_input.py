@@ -1,4 +1,4 @@
-"""YAML from outside: recipes, experiments, cluster profiles and the values of overrides.
+"""YAML from outside and back: recipes, experiments, cluster profiles and the values of overrides.
 
 Everything that is wrong with it is one `RecipeError` that names the place. Numbers are those of YAML 1.2, as everywhere
 else: `1e-6` is a number; a key given twice is an error. Aliases and nesting are bounded, or a file of a kilobyte could
@@ -22,6 +22,7 @@ _MAXIMUM_ALIASES = 100
 _MAXIMUM_NODES = 100_000
 # More digits than any budget, seed or size has, and far fewer than Python refuses to convert.
 _MAXIMUM_DIGITS = 40
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,6 +66,14 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        if "\0" in text or _SURROGATE.search(text):
+            raise yaml.constructor.ConstructorError(
+                None, None, "text holds a null character or half of one (\\ud800), which no file can", node.start_mark
+            )
+        return text
+
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(node.value)
         if len(text) > _MAXIMUM_DIGITS:
@@ -92,6 +101,7 @@ _Loader.yaml_constructors = {
     if tag is None or tag in map(_tag, ("null", "bool", "int", "float", "str", "seq", "map"))
 }
 _Loader.add_constructor(_tag("int"), _Loader.construct_yaml_int)
+_Loader.add_constructor(_tag("str"), _Loader.construct_yaml_str)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in map(_tag, ("null", "bool", "merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -106,6 +116,21 @@ _Loader.add_implicit_resolver(
     ),
     _DIGITS,
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what this reader or one of YAML 1.1 would take for something other than text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: resolvers + _Loader.yaml_implicit_resolvers.get(first, [])
+    for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+
+
+def write_yaml(values: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads back unchanged."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, where: object) -> Any:

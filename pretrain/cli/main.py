@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -55,9 +54,9 @@ def main() -> None:
         print(importlib.metadata.version("mor-pretrain"))
         return
     if name not in _COMMANDS:
-        near = difflib.get_close_matches(name, _COMMANDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "`mor --help` lists them."
-        sys.exit(f"mor: no command '{name}'; {hint}")
+        from pretrain.messages import nearest, shorten
+
+        sys.exit(f"mor: no command {shorten(name)}; {nearest(name, _COMMANDS)}")
     try:
         importlib.import_module(_COMMANDS[name][0]).app(args=arguments, prog_name=f"mor {name}")
     except (ConfigError, DataError, UserError) as error:

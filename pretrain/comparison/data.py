@@ -30,6 +30,8 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
         prepare it from. RunError: preparation failed; its own message has been printed.
         Interrupted: after a signal; the same call continues.
     """
+    if experiment.source_folders:
+        return
     path, data = experiment.data_path, experiment.data
     wanted = data.model_dump(mode="json", exclude={"path"})
     if (path / FILE_NAME).is_file():

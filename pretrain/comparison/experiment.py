@@ -13,29 +13,44 @@ Everything is checked when the file is read; an unknown key is refused with the 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from data_prep.plain_text import plain
 from pretrain.errors import RecipeError
+from pretrain.messages import first_problem, nearest, shorten
+from pretrain.overrides import apply_override
 from pretrain.plan import Branch
+from pretrain.recipe import EXCLUSIVE
+from pretrain.sections import MOST_TEXT_BYTES, Listed, Name, Number, Section, Whole
+from pretrain.yaml_input import read_yaml
 
 REPORT_FOLDER = "report"
 TRAIN_TOKENIZER = "train"
 WHOLE_TEXTS = ("perplexity", "routing", "wikitext")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAMED_SO = "becomes a folder's name; use at most 100 letters, digits, '.', '_' and '-'"
+# What lies in an experiment's folder beside its runs.
+_OWN_FOLDERS = (REPORT_FOLDER, "recipes", "logs")
+_MOST_RUNS = 10_000
+
+# Keys of a recipe that the experiment decides: whether `base` may say them all the same, and where they belong.
+_DECIDED = {
+    "name": (False, "a run is called after its arm; rename the arm, or set the experiment's name"),
+    "run_dir": (False, "a run lies in the experiment's folder; set the experiment's runs"),
+    "seed": (True, "every arm is trained with the same seeds; list them in the experiment's seeds"),
+    "data.path": (True, "all arms read the same text; set the experiment's data.path"),
+    "budget.branches": (False, "smaller budgets are the experiment's; list them in its budgets"),
+    "evaluation.sequences": (True, "all arms are validated on the same text; set base.evaluation.sequences"),
+}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """The text all arms read.
 
     Attributes:
@@ -48,22 +63,22 @@ class DataSection(_Section):
         validation, test: shares of the documents that are held out.
     """
 
-    path: str | None = None
-    corpus: str | None = None
-    tokenizer: str = TRAIN_TOKENIZER
-    vocab_size: int = Field(default=8192, ge=300)
-    max_tokens: int | None = Field(default=None, ge=1)
-    validation: float = Field(default=0.01, gt=0, lt=0.5)
-    test: float = Field(default=0.01, gt=0, lt=0.5)
+    path: Name | None = None
+    corpus: Name | None = None
+    tokenizer: Name = TRAIN_TOKENIZER
+    vocab_size: Whole = Field(default=8192, ge=300, le=10_000_000)
+    max_tokens: Whole | None = Field(default=None, ge=1)
+    validation: Number = Field(default=0.01, gt=0, lt=0.5)
+    test: Number = Field(default=0.01, gt=0, lt=0.5)
 
 
-class LaunchSection(_Section):
+class LaunchSection(Section):
     """How one arm's training is started on this machine: through the `deepspeed` launcher with `ranks` processes, or
     as one plain process.
     """
 
     launcher: Literal["deepspeed", "python"] = "deepspeed"
-    ranks: int = Field(default=1, ge=1)
+    ranks: Whole = Field(default=1, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _one_process_without_a_launcher(self) -> LaunchSection:
@@ -74,7 +89,7 @@ class LaunchSection(_Section):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What every trained arm is measured on.
 
     Attributes:
@@ -84,13 +99,13 @@ class EvaluationSection(_Section):
         hub: benchmarks without local files are read from the Hugging Face hub where it answers.
     """
 
-    suites: tuple[str, ...] = ("perplexity", "routing", "own")
-    limit: int | None = Field(default=None, ge=1)
-    text_bytes: int | None = Field(default=None, ge=1)
+    suites: Annotated[tuple[Name, ...], Listed] = ("perplexity", "routing", "own")
+    limit: Whole | None = Field(default=None, ge=1)
+    text_bytes: Whole | None = Field(default=None, ge=1, le=MOST_TEXT_BYTES)
     hub: bool = False
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """One comparison.
 
     Attributes:
@@ -98,8 +113,9 @@ class Experiment(_Section):
         title, description: what the report's heading says.
         runs: folder of the arms' run folders and the report; `runs/NAME` by default.
         data, launch, evaluation: see the sections.
-        base: fields of a recipe shared by all arms; `seed` and `budget` stand here.
-        arms: name to the recipe fields in which the arm differs.
+        base: fields of a recipe shared by all arms, nested or dotted; `seed` and `budget` stand here.
+        arms: name to the recipe fields in which the arm differs. What all runs must have in common or the experiment
+            decides itself (seed, folder, text) is refused here.
         labels: name to what tables and pictures call the arm.
         reference: the arm others are compared with; the first by default.
         seeds: each arm is trained once per seed; empty for the base's own seed alone.
@@ -110,52 +126,83 @@ class Experiment(_Section):
     name: str
     title: str | None = None
     description: str = ""
-    runs: str | None = None
+    runs: Name | None = None
     data: DataSection = DataSection()
     launch: LaunchSection = LaunchSection()
     base: dict[str, Any]
     arms: dict[str, dict[str, Any]]
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     reference: str | None = None
-    seeds: tuple[int, ...] = ()
-    budgets: tuple[float, ...] = ()
+    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Listed] = ()
+    budgets: Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Listed] = ()
     evaluation: EvaluationSection = EvaluationSection()
 
     @field_validator("name")
     @classmethod
     def _name_is_a_file_name(cls, name: str) -> str:
         if not _FILE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
+            raise ValueError(f"{name!r} {_NAMED_SO}")
         return name
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _base_is_nested(cls, base: Any) -> Any:
+        return nest(base) if isinstance(base, dict) else base
 
     @field_validator("arms", mode="before")
     @classmethod
-    def _an_arm_may_differ_in_nothing(cls, arms: Any) -> Any:
-        return {name: overrides or {} for name, overrides in arms.items()} if isinstance(arms, dict) else arms
+    def _arms_are_nested(cls, arms: Any) -> Any:
+        return _nest_each(arms) if isinstance(arms, dict) else arms
 
     @model_validator(mode="after")
-    def _names_agree(self) -> Experiment:
+    def _check(self) -> Experiment:
+        self._check_arms()
+        if len(set(self.seeds)) != len(self.seeds) or len(set(self.budgets)) != len(self.budgets):
+            raise ValueError("seeds and budgets: each value once")
+        runs = len(self.arms) * max(1, len(self.seeds)) * max(1, len(self.budgets))
+        if runs > _MOST_RUNS:
+            raise ValueError(f"arms x seeds x budgets are {runs:,} runs, more than {_MOST_RUNS:,}; leave some out")
+        self._check_keys()
+        folders: dict[Path, Trial] = {}
+        for trial in self.trials():
+            other = folders.setdefault(trial.folder, trial)
+            if other is not trial:
+                raise ValueError(
+                    f"the runs of arm {other.arm!r} and of arm {trial.arm!r} would both be {trial.folder}; rename an "
+                    "arm, or choose budgets that differ in their first six digits"
+                )
+        return self
+
+    def _check_arms(self) -> None:
         if not self.arms:
             raise ValueError("arms: name at least one")
         for name in self.arms:
             if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"arms: {name!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
-            if name == REPORT_FOLDER:
-                raise ValueError(f"arms: {name!r} is the name of the report's folder; call the arm something else")
-        for where, names in (("labels", list(self.labels)), ("reference", [self.reference] if self.reference else [])):
+                raise ValueError(f"arms: {shorten(name)} {_NAMED_SO}")
+            if name in _OWN_FOLDERS:
+                raise ValueError(f"arms: {name!r} is a folder of the experiment's own; call the arm something else")
+        for where, names in (
+            ("labels", list(self.labels)),
+            ("reference", [] if self.reference is None else [self.reference]),
+        ):
             for name in names:
                 if name not in self.arms:
-                    raise ValueError(f"{where}: there is no arm {name!r}; {nearest(name, self.arms)}")
-        if len(set(self.seeds)) != len(self.seeds) or len(set(self.budgets)) != len(self.budgets):
-            raise ValueError("seeds and budgets: each value once")
-        if any(not budget > 0 for budget in self.budgets):
-            raise ValueError("budgets: each must be a positive number of training FLOPs")
-        base = merge_dotted(self.base)
-        if self.budgets and "budget" in base:
-            raise ValueError("budgets: base.budget is given too; keep one of them")
-        if self.data.path and "path" in base.get("data", {}):
+                    raise ValueError(f"{where}: there is no arm {shorten(name)}; {nearest(name, self.arms)}")
+
+    def _check_keys(self) -> None:
+        """Whatever `base` or an arm says is in its runs' recipes as written, or refused here."""
+        for place, values in (("base", self.base), *((f"arms.{name}", arm) for name, arm in self.arms.items())):
+            for key, (base_may, why) in _DECIDED.items():
+                if _has(values, key) and not (base_may and place == "base"):
+                    raise ValueError(f"{place}.{key}: {why}")
+            if self.budgets and "budget" in values:
+                raise ValueError(f"budgets: {place}.budget is given too; keep one of them")
+            if _has(values, "data.sources") and (self.data.path is not None or self.data.corpus is not None):
+                raise ValueError(f"data: {place}.data.sources names the text too; keep one of them")
+        if self.data.path is not None and _has(self.base, "data.path"):
             raise ValueError("data.path: base.data.path is given too; keep one of them")
-        return self
+        if self.seeds and "seed" in self.base and self.base["seed"] not in self.seeds:
+            raise ValueError(f"seeds: base.seed ({shorten(self.base['seed'])}) is not one of them; add it or remove it")
 
     @property
     def folder(self) -> Path:
@@ -171,8 +218,17 @@ class Experiment(_Section):
 
     @property
     def data_path(self) -> Path:
-        path = self.data.path or merge_dotted(self.base).get("data", {}).get("path")
+        path = self.data.path or (self.base["data"]["path"] if _has(self.base, "data.path") else None)
         return Path(path or f"data/{self.name}")
+
+    @property
+    def source_folders(self) -> list[Path]:
+        """Data sets of a mixture, which is prepared already; empty where the text is that of `data_path`."""
+        data = self._arm_values(self.reference_arm).get("data")
+        sources = data.get("sources") if isinstance(data, dict) else None
+        if not isinstance(sources, list):
+            return []
+        return [Path(str(source["path"])) for source in sources if isinstance(source, dict) and "path" in source]
 
     def label(self, arm: str) -> str:
         return self.labels.get(arm, arm)
@@ -188,8 +244,8 @@ class Experiment(_Section):
         """
         for arm in arms or []:
             if arm not in self.arms:
-                raise RecipeError(f"there is no arm '{arm}' in {self.name}; {nearest(arm, self.arms)}")
-        own_seed = merge_dotted(self.base).get("seed")
+                raise RecipeError(f"there is no arm {shorten(arm)} in {self.name}; {nearest(arm, self.arms)}")
+        own_seed = self.base.get("seed")
         return [
             self._trial(arm, seed, seed if seed != own_seed else None, budget)
             for budget in sorted(self.budgets) or (None,)
@@ -204,7 +260,8 @@ class Experiment(_Section):
         values["name"] = trial.folder.name if trial.trunk is None else f"{trial.trunk.name}-{trial.folder.name}"
         values["run_dir"] = str(trial.folder)
         data = values.get("data", {})
-        values["data"] = data if "sources" in data else {"path": str(self.data_path), **data}
+        if isinstance(data, dict) and "sources" not in data:
+            values["data"] = {"path": str(self.data_path), **data}
         if trial.seed is not None:
             values["seed"] = trial.seed
         if trial.budget is not None:
@@ -214,11 +271,13 @@ class Experiment(_Section):
         return values
 
     def _arm_values(self, arm: str) -> dict[str, Any]:
-        return deep_merge(merge_dotted(self.base), merge_dotted(self.arms[arm]))
+        return _merge(self.base, self.arms[arm])
 
     def _branches(self, arm: str) -> bool:
         """Whether the smaller budgets of this arm leave the run of the largest one."""
-        return len(self.budgets) > 1 and self._arm_values(arm).get("schedule", {}).get("kind", "wsd") == "wsd"
+        schedule = self._arm_values(arm).get("schedule")
+        kind = schedule.get("kind", "wsd") if isinstance(schedule, dict) else "wsd"
+        return len(self.budgets) > 1 and kind == "wsd"
 
     def _trial(self, arm: str, seed: int | None, named_seed: int | None, budget: float | None) -> Trial:
         if budget is None or not self._branches(arm):
@@ -273,89 +332,81 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (naming the nearest known one) or a wrong value.
     """
-    path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such experiment file; `recipes/` holds the project's own.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: an experiment is a mapping with name, base and arms.")
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise RecipeError(f"'{override}': an override reads a.b=value, for example base.optim.lr=1e-3.")
-        values = deep_merge(values, _at(key.split("."), yaml.load(text, Loader=_Loader)))
     try:
+        values = _nested(values)
+        for override in overrides or []:
+            # Nested, a value that the file gives as `optim.lr` and one that the command line does are the same.
+            values = _nested(apply_override(values, override, EXCLUSIVE))
         return Experiment.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_fault(error)}") from None
+        raise RecipeError(f"{path}: {first_problem(error, Experiment)}") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}.") from None
 
 
-def merge_dotted(values: dict[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1, "a": {"c": 2}}` as nested dictionaries."""
-    merged: dict[str, Any] = {}
+def nest(values: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1, "a": {"c": 2}}` as nested dictionaries.
+
+    Raises:
+        ValueError: when two keys say the same, or one lies below the value of another.
+    """
+    nested: dict[str, Any] = {}
     for key, value in values.items():
-        merged = deep_merge(merged, _at(str(key).split("."), merge_dotted(value) if isinstance(value, dict) else value))
-    return merged
+        if isinstance(value, dict):
+            value = nest(value)
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        for place in _shared(nested, value):
+            raise ValueError(f"'{place}' is given twice, dotted and nested; keep one")
+        nested = _merge(nested, value)
+    return nested
 
 
-def deep_merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _shared(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    """Dotted places at which both have a value of their own."""
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            yield from (f"{key}.{place}" for place in _shared(one[key], other[key]))
+        else:
+            yield plain(key)
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's values with `base` and arms in nested form."""
+    nested = dict(values)
+    if isinstance(values.get("base"), dict):
+        nested["base"] = nest(values["base"])
+    if isinstance(values.get("arms"), dict):
+        nested["arms"] = _nest_each(values["arms"])
+    return nested
+
+
+def _nest_each(arms: dict[Any, Any]) -> dict[Any, Any]:
+    """An arm may differ in nothing."""
+    return {name: nest(arm) if isinstance(arm, dict) else {} if arm is None else arm for name, arm in arms.items()}
+
+
+def _has(values: dict[str, Any], key: str) -> bool:
+    inner: Any = values
+    for part in key.split("."):
+        if not isinstance(inner, dict) or part not in inner:
+            return False
+        inner = inner[part]
+    return True
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """A new dictionary: `over` laid upon `under`, dictionaries merged, anything else replaced."""
     merged = copy.deepcopy(under)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = deep_merge(merged[key], value)
+            merged[key] = _merge(merged[key], value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged
-
-
-def nearest(given: str, known: Any) -> str:
-    """ "did you mean" or the list of what there is, to end a message with."""
-    known = list(known)
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."
-
-
-def _at(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        section: Any = Experiment
-        for part in fault["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
-        return f"unknown key '{place}'; {nearest(str(fault['loc'][-1]), section.model_fields)}"
-    if fault["type"] == "missing":
-        return f"'{place}' is missing."
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] != "value_error":
-        message = f"{message}, not {fault['input']!r}"
-    return f"{place}: {message}." if place else f"{message.rstrip('.?')}{'?' if message.endswith('?') else '.'}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 2e15 is a number, as everywhere else, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)

@@ -13,7 +13,8 @@ from data_prep.tokenizers import load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
 from pretrain.comparison.report import numbers
-from pretrain.errors import RecipeError
+from pretrain.errors import RecipeError, UserError
+from pretrain.evaluation.suites import check_suites
 from pretrain.plan import Plan, make_plan
 from pretrain.recipe import Recipe, build_recipe
 
@@ -38,17 +39,26 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     """Resolve every run of the experiment (or of some arms).
 
     Raises:
-        RecipeError: for a recipe that cannot be, naming the arm; or arms that do not share what makes their losses
-            comparable.
+        RecipeError: for an evaluation suite that does not exist; a recipe that cannot be, naming the arm; or arms that
+            do not share what makes their losses comparable.
     """
+    try:
+        check_suites(experiment.evaluation.suites)
+    except UserError as error:
+        raise RecipeError(f"evaluation.suites: {error}") from None
     vocabulary = vocab_size(experiment)
     planned: list[PlannedRun] = []
     for trial in experiment.trials(arms):
         values = experiment.recipe_values(trial)
-        if vocabulary is not None:
-            values["model"] = {"vocab_size": vocabulary, **values.get("model", {})}
+        model = values.get("model", {})
+        if vocabulary is not None and isinstance(model, dict):
+            values["model"] = {"vocab_size": vocabulary, **model}
         recipe = build_recipe(values, where=f"arm '{trial.arm}'")
-        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), make_plan(recipe)))
+        try:
+            plan = make_plan(recipe)
+        except RecipeError as error:
+            raise RecipeError(f"arm '{trial.arm}': {error}") from None
+        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), plan))
     by_folder = {run.trial.folder: run for run in planned}
     planned = [_as_branch(run, by_folder[run.trial.trunk]) if run.trial.trunk is not None else run for run in planned]
     _refuse_unlike(planned)
@@ -70,8 +80,9 @@ def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
 
 def vocab_size(experiment: Experiment) -> int | None:
     """Vocabulary of the prepared data, or of the tokenizer they will be made with; None where neither is here yet."""
-    if (experiment.data_path / FILE_NAME).is_file():
-        return read_manifest(experiment.data_path).tokenizer.vocab_size
+    for folder in experiment.source_folders or [experiment.data_path]:
+        if (folder / FILE_NAME).is_file():
+            return read_manifest(folder).tokenizer.vocab_size
     if experiment.data.corpus is not None and experiment.data.tokenizer == TRAIN_TOKENIZER:
         return experiment.data.vocab_size
     if Path(experiment.data.tokenizer).exists():
@@ -100,7 +111,7 @@ def plan_table(runs: Iterable[PlannedRun]) -> Table:
 
 
 def _refuse_unlike(planned: list[PlannedRun]) -> None:
-    """Arms of one vocabulary and one unit of budget: nats per token of two vocabularies do not compare."""
+    """Arms of one vocabulary, one text and one unit of budget: nats per token of two vocabularies do not compare."""
     first = planned[0]
     for run in planned[1:]:
         if run.network.vocab_size != first.network.vocab_size:
@@ -109,9 +120,20 @@ def _refuse_unlike(planned: list[PlannedRun]) -> None:
                 f"and {run.network.vocab_size}; "
                 "leave model.vocab_size out, so that both take the tokenizer's."
             )
+        if _texts(run.recipe) != _texts(first.recipe):
+            raise RecipeError(
+                f"arms '{first.trial.arm}' and '{run.trial.arm}' read different data sets, so they are validated on "
+                "different text; mix the same ones, with other weights."
+            )
         if run.recipe.budget.unit != first.recipe.budget.unit:
             raise RecipeError(
                 f"arms '{first.trial.arm}' and '{run.trial.arm}' have budgets in {first.recipe.budget.unit} and in "
                 f"{run.recipe.budget.unit}; "
                 "give both the same unit."
             )
+
+
+def _texts(recipe: Recipe) -> set[tuple[str | None, str | None]]:
+    """Data set folders, and the part of each that is read."""
+    data = recipe.data
+    return {(source.path, source.subset) for source in data.sources} if data.sources else {(data.path, None)}

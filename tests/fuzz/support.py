@@ -200,3 +200,30 @@ def mutate_bytes(data: bytes, source: random.Random) -> bytes:
             case 4:
                 del raw[place : place + source.choice([1, 2, 8])]
     return bytes(raw)
+
+
+def lost(given: Any, kept: Any, place: str = "") -> str | None:
+    """The first part of `given` (values as JSON has them) that `kept` does not hold as well; None where it holds all.
+
+    `kept` may say more than `given`, hold tuples for lists, and numbers of another kind of the same size.
+    """
+    if isinstance(given, dict) and isinstance(kept, dict):
+        pairs = [(f"{place}.{key}", given[key], kept.get(key, ...)) for key in given]
+    elif isinstance(given, (list, tuple)) and isinstance(kept, (list, tuple)) and len(given) == len(kept):
+        pairs = [(f"{place}.{index}", *pair) for index, pair in enumerate(zip(given, kept, strict=True))]
+    elif isinstance(given, bool) is isinstance(kept, bool) and (given == kept or _same_number(given, kept)):
+        return None
+    else:
+        return f"{place.removeprefix('.')}: {given!r} became {kept!r}"
+    return next((found for where, one, other in pairs if (found := lost(one, other, where)) is not None), None)
+
+
+def _same_number(given: Any, kept: Any) -> bool:
+    return isinstance(given, int) and isinstance(kept, float) and float(given) == kept
+
+
+def leaves(values: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Everything in nested dictionaries that is none itself, or an empty one, by its keys."""
+    if not isinstance(values, dict) or not values:
+        return {place: values}
+    return {path: leaf for key in values for path, leaf in leaves(values[key], (*place, str(key))).items()}

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import ds_configs
-from pretrain.ds_config import check_ds_config, load_ds_config, resolve_ds_config, zero_stage
+from pretrain.ds_config import load_ds_config, resolve_ds_config, zero_stage
+from pretrain.ds_keys import FROM_THE_RECIPE, check_ds_config, ds_file
 from pretrain.errors import RecipeError
+from pretrain.messages import below, forms, keys_of
+from pretrain.partitioning import explain
 from pretrain.recipe import Recipe, build_recipe
 from tests.pretrain.support import recipe_values
 
@@ -48,7 +52,7 @@ def test_every_shipped_configuration_is_accepted(name: str) -> None:
     ],
 )
 def test_an_unknown_key_is_refused_at_every_level(values: dict[str, Any], path: str, near: str) -> None:
-    with pytest.raises(RecipeError, match=rf"unknown key '{path}'; did you mean '{near}'"):
+    with pytest.raises(RecipeError, match=rf"unknown key '{path}'; did you mean '{path.rpartition('.')[0]}.?{near}'"):
         check_ds_config(values)
 
 
@@ -87,11 +91,130 @@ def test_every_key_of_every_shipped_configuration_matters() -> None:
         {"scheduler": {"type": "WarmupLR"}},
         {"wandb": {"enabled": True}},
         {"fp16": {"loss_scale": -1}},
+        {"bf16": "auto"},
+        {"fp16": None},
+        {"zero_optimization": {"stage": "3"}},
+        {"zero_optimization": {"stage": True}},
+        {"zero_optimization": {"reduce_bucket_size": "500000000"}},
+        {"zero_optimization": {"reduce_bucket_size": 1e999}},
+        {"zero_optimization": {"reduce_bucket_size": 10**400}},
+        {"zero_optimization": {"overlap_comm": "yes"}},
+        {"zero_optimization": {"offload_optimizer": "cpu"}},
+        {"zero_optimization": {"offload_optimizer": {"nvme_path": 3}}},
+        {"zero_optimization": {"leaf_module": 3}},
+        {"zero_optimization": {"cpu_offload": True}},
+        {"zero_optimization": {"prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2}},
+        {"data_types": {"grad_accum_dtype": 32}},
+        {"data_types": {"grad_accum_dtype": "fp8"}},
+        {"data_types": "fp32"},
+        {"aio": {"block_size": "1M"}},
+        {"timers": {"throughput": "on"}},
+        {"checkpoint": {"tag_validation": "Maybe"}},
+        {"communication_data_type": "fp8"},
+        {"torch_autocast": {"dtype": "float16"}},
+        {"steps_per_print": 0},
+        {"gradient_clipping": float("nan")},
     ],
 )
 def test_a_wrong_value_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(values))):
         check_ds_config(values)
+
+
+def leaves(section: type[BaseModel], above: str = "") -> list[str]:
+    """Dotted names of all keys that hold a single value."""
+    found = []
+    for name in keys_of(section):
+        inner = [kind for kind in forms(below(section, name)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        found += leaves(inner[0], f"{above}{name}.") if inner else [f"{above}{name}"]
+    return found
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize("path", sorted(FROM_THE_RECIPE))
+@pytest.mark.parametrize("stage", [1, 3])
+def test_auto_is_what_the_recipe_or_the_network_makes_of_it(path: str, stage: int) -> None:
+    wanted = recipe(precision="bf16")
+    plain = {"zero_optimization": {"stage": stage}}
+    given = nested(path, "auto")
+    given["zero_optimization"] = plain["zero_optimization"] | given.get("zero_optimization", {})
+    assert resolve_ds_config(wanted, 2, given) == resolve_ds_config(wanted, 2, plain)
+
+
+def test_what_transformers_writes_is_refused_at_the_key_that_nothing_decides(tmp_path: Path) -> None:
+    """The configuration of its documentation, less the optimiser's sections."""
+    values = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1e9,
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    theirs = recipe(deepspeed={"config": str(file)})
+    place = "zero_optimization.stage3_param_persistence_threshold"
+    with pytest.raises(RecipeError, match=rf"{place}: .*'auto'.*default \(100,000\), or give a whole"):
+        resolve_ds_config(theirs, 2)
+    del values["zero_optimization"]["stage3_param_persistence_threshold"]
+    file.write_text(json.dumps(values), encoding="utf-8")
+    resolved = resolve_ds_config(theirs, 2)
+    assert (resolved["train_batch_size"], resolved["gradient_clipping"]) == (8, 1.0)
+    assert "auto" not in json.dumps(resolved) and resolved["zero_optimization"]["sub_group_size"] == 1e9
+    assert explain(resolved["zero_optimization"], theirs.network())[0].startswith("reduce_bucket_size 5,000,000: grad")
+
+
+def test_auto_is_refused_at_every_other_key() -> None:
+    others = [path for path in leaves(ds_file()) if path not in FROM_THE_RECIPE]
+    # ZenFlow's own way to leave an interval to it.
+    own = {f"zero_optimization.zenflow.{key}" for key in ("select_strategy", "select_interval", "update_interval")}
+    assert len(others) > 100 and own < set(others)
+    for path in others:
+        if path in own:
+            check_ds_config(nested(path, "auto"))
+        else:
+            with pytest.raises(RecipeError, match=rf"{path}\b"):
+                check_ds_config(nested(path, "auto"))
+
+
+def test_a_shipped_name_is_the_shipped_file_whatever_the_working_directory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero3").mkdir()
+    (tmp_path / "zero2").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    (tmp_path / "mine").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    for name in ("zero2", "zero3"):
+        assert load_ds_config(name) == json.loads(ds_configs.path(name).read_text(encoding="utf-8"))
+    assert zero_stage(load_ds_config("./zero2")) == 1
+    with pytest.raises(RecipeError, match=r"no DeepSpeed configuration 'mine'.*path of a \.json file"):
+        load_ds_config("mine")
+    with pytest.raises(RecipeError, match=r"auto is chosen .* when a run starts; name a configuration here \(zero0"):
+        resolve_ds_config(recipe(deepspeed={"config": "auto"}), 2)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps_per_print": 1' + "0" * 5000 + "}", "\udcff", '{"a": "\x00"}'])
+def test_a_file_that_is_no_json_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RecipeError, match=r"deepspeed\.config: .*mine\.json: "):
+        load_ds_config(str(file))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -163,8 +286,8 @@ def test_files_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file"):
         load_ds_config(str(tmp_path / "absent.json"))
     file.write_text('{"zero_optimization": {"stage": 2,}}', encoding="utf-8")
-    with pytest.raises(RecipeError, match="not readable as JSON"):
+    with pytest.raises(RecipeError, match="cannot be read as JSON"):
         load_ds_config(str(file))
     file.write_text('{"steps_per_print": 1, "steps_per_print": 2}', encoding="utf-8")
-    with pytest.raises(RecipeError, match="twice"):
+    with pytest.raises(RecipeError, match="'steps_per_print' is given twice"):
         load_ds_config(str(file))

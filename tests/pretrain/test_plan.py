@@ -11,6 +11,7 @@ from mor_model.flops import flops_per_sequence
 from pretrain.errors import RecipeError
 from pretrain.plan import Plan, make_plan
 from pretrain.recipe import build_recipe
+from tests.fuzz.support import LIMIT_SECONDS, processor_time
 from tests.pretrain.support import LENGTH, recipe_values, tiny_model
 
 
@@ -109,3 +110,28 @@ def test_what_does_not_fit_is_refused() -> None:
         plan_of("budget.flops=1")
     with pytest.raises(RecipeError, match="warmup_from"):
         plan_of("batch.sequences=24", "batch.warmup_from=8", "batch.warmup=4")
+
+
+def test_a_warmup_of_half_a_billion_steps_is_added_up_at_once() -> None:
+    def plan(steps: int) -> Plan:
+        warmups = ("batch.warmup_from=2", "batch.warmup=0.5", "capacity_warmup.length=0.5")
+        return plan_of(f"budget.steps={steps}", *warmups, "schedule.warmup=0.1", "schedule.decay=0.2")
+
+    with processor_time(LIMIT_SECONDS):
+        largest = plan(10**9)
+    # The same shares of a run a million times shorter, whose steps can be looked at one by one.
+    small = plan(1000)
+    assert largest.training_flops == pytest.approx(1e6 * small.training_flops, rel=0.01)
+    assert largest.tokens == pytest.approx(1e6 * small.tokens, rel=0.01)
+    assert small.tokens == sum(small.batch.at(step) for step in range(1000)) * LENGTH
+
+
+@pytest.mark.parametrize("budget", ["budget.flops=1e30", "budget.tokens=1e30", "budget.steps=1e10"])
+def test_more_steps_than_a_run_may_have_are_refused(budget: str) -> None:
+    with pytest.raises(RecipeError, match=r"budget\.(flops|tokens|steps): .*1,?000,?000,?000"):
+        plan_of(budget)
+
+
+def test_branches_that_would_share_a_folder_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"budget\.branches: .*both be called 1e10"):
+        plan_of("budget.flops=1e11", "budget.branches=[1.0000001e10, 1.0000002e10]")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pretrain.comparison.experiment import load_experiment
 from pretrain.errors import RecipeError
 from pretrain.recipe import build_recipe, load_recipe
 from pretrain.sections import Amount
+from pretrain.yaml_input import write_yaml
+from tests.fuzz.support import LIMIT_SECONDS, processor_time
 from tests.pretrain.support import ROOT, recipe_values, write_recipe
 
 
@@ -23,23 +27,30 @@ def values(tmp_path: Path) -> dict[str, Any]:
     ("override", "near"),
     [
         ("optm.lr=1", "optim"),
-        ("optim.lrr=1", "lr"),
-        ("optim.learning_decay=1", "weight_decay"),
-        ("batch.micro_batches=1", "micro_batch"),
-        ("schedule.warm_up=1", "warmup"),
-        ("checkpoint.keep_evry=1", "keep_every"),
+        ("optim.lrr=1", "optim.lr"),
+        ("optim.learning_decay=1", "optim.weight_decay"),
+        ("optim.weight-decay=0", "optim.weight_decay"),
+        ("Optim.lr=1", "optim"),
+        ("batch.micro_batches=1", "batch.micro_batch"),
+        ("schedule.warm_up=1", "schedule.warmup"),
+        ("checkpoint.keep_evry=1", "checkpoint.keep_every"),
         ("model.hiden_size=64", "hidden_size"),
         ("model.router={knd: expert_choice}", "kind"),
         ("sed=1", "seed"),
         ("schedule.warmup={token: 5}", "tokens"),
-        ("data={sources: [{path: a, wight: 2}]}", "weight"),
-        ("evaluation.suites={name: [own]}", "names"),
-        ("evaluation.maxshare=0.1", "max_share"),
+        ("data={sources: [{path: a, wight: 2}]}", "data.sources.0.weight"),
+        ("evaluation.suites={name: [own]}", "evaluation.suites.names"),
+        ("evaluation.maxshare=0.1", "evaluation.max_share"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_nearest_one(values: dict[str, Any], override: str, near: str) -> None:
     with pytest.raises(RecipeError, match=rf"unknown key '.*did you mean '{near}'"):
         build_recipe(values, [override])
+
+
+def test_a_key_that_is_like_no_other_is_refused_with_those_there_are(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"unknown key 'learning-rate'; known are name, seed, model, .*, run_dir\.$"):
+        build_recipe(values, ["learning-rate=1"])
 
 
 @pytest.mark.parametrize(
@@ -73,13 +84,112 @@ def test_a_misspelt_key_is_refused_with_the_nearest_one(values: dict[str, Any], 
         ("optim=3", "optim: must be a section with keys of its own"),
         ("evaluation.suites={names: own}", r"suites.names: must be a list, such as \[a, b\]"),
         ("optim.lr.x=3", "single value"),
+        ("data.skip_samples.0=3", "data.skip_samples: must be a list"),
         ("optim.lr", "section.key=value"),
+        ("=3", "section.key=value"),
+        ("optim..lr=3", "section.key=value"),
+        ("optim.lr=[", "override 'optim.lr=.': cannot be read as YAML"),
+        ("optim.lr=1 # high", "what follows '#' as a comment"),
+        ("optim.lr='1e-3'", "optim.lr: must be a number .given: '1e-3'"),
+        ("optim={lr: 1, lr: 2}", "'lr' stands twice"),
+        ("model.norm_eps=text", "model.norm_eps: must be a positive number"),
+        ('data.path="a\\0b"', "null character"),
+        ('data.path="a\\ud800b"', "half of one"),
+        ("data.path=a\udcffb", "cannot be read as YAML"),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(values: dict[str, Any], override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         build_recipe(values, [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 10**30),
+        ("seed", 1e300),
+        ("budget.steps", 10**12),
+        ("budget.branches", list(range(1, 200))),
+        ("batch.sequences", 2**40),
+        ("batch.micro_batch", 2**64),
+        ("batch.sequence_length", 2**40),
+        ("batch.warmup_from", 2**64),
+        ("schedule.warmup", 10**12),
+        ("schedule.decay", 1e300),
+        ("checkpoint.every", 2**64),
+        ("checkpoint.every_minutes", 1e300),
+        ("checkpoint.keep", 10**30),
+        ("evaluation.sequences", 2**40),
+        ("evaluation.suites", {"names": ["own"], "text_bytes": 2**60}),
+        ("evaluation.suites", {"names": ["own"], "limit": 10**30}),
+        ("logging.every", 10**30),
+        ("data.skip_samples", [[0, 10**30]]),
+        ("faults.max_non_finite", 10**30),
+        ("faults.spike_window", 10**12),
+        ("limits.wall_clock_hours", 1e300),
+        ("limits.stall_seconds", 1e300),
+        ("model.recursions", 10**30),
+        ("model.num_layers", 2**40),
+        ("model.vocab_size", 10**30),
+        ("model.hidden_size", 2**40),
+        ("model.context_length", 10**30),
+    ],
+)
+def test_a_number_that_is_too_large_is_refused_by_name_before_anything_is_made_of_it(
+    values: dict[str, Any], key: str, value: object
+) -> None:
+    with processor_time(LIMIT_SECONDS), pytest.raises(RecipeError, match=f"{key}\\b"):
+        build_recipe(values, [f"{key}={write_yaml(value).removesuffix('...' + chr(10))}"])
+
+
+BOMBS = {
+    "aliases": "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh")),
+    "levels": "[" * 1000,
+    "digits": "seed: 1" + "0" * 5000,
+    "text that is none": "name: \udcff",
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS.keys())
+@pytest.mark.parametrize("load", [load_recipe, load_experiment])
+def test_a_file_that_is_a_bomb_is_refused(text: str, load: Any, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with processor_time(LIMIT_SECONDS), pytest.raises(RecipeError, match=r"r\.yaml: cannot be read as YAML") as caught:
+        load(file)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["[" * 1000, "1" + "0" * 5000, "&a [*a, *a]"])
+def test_an_override_that_is_a_bomb_is_refused(values: dict[str, Any], text: str) -> None:
+    with processor_time(LIMIT_SECONDS), pytest.raises(RecipeError, match=r"override 'seed=.*YAML") as caught:
+        build_recipe(values, [f"seed={text}"])
+    assert len(str(caught.value)) < 1000
+
+
+def test_numbers_are_those_of_yaml_1_2_in_files_and_overrides(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    text = (
+        write_yaml(values)
+        .replace("hidden_size: 32", "hidden_size: 32\n  norm_eps: 1e-6")
+        .replace("seed: 7", "seed: 1e3")
+    )
+    file.write_text(text, encoding="utf-8")
+    recipe = load_recipe(file, ["model.rope_theta=5e5", "optim.eps=1e-9", "budget.steps=1e2", "evaluation.every=1e1"])
+    assert (recipe.network().norm_eps, recipe.network().rope_theta, recipe.optim.eps) == (1e-6, 5e5, 1e-9)
+    assert (recipe.seed, recipe.budget.steps, recipe.evaluation.every) == (1000, 100, 10)
+
+
+@pytest.mark.parametrize("name", ["1e-6", "0o17", "1_000", "on", "24:00", ".5", "2026-01-02", "~", "=", "a\n#b"])
+def test_text_that_looks_like_something_else_is_written_as_text(
+    values: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    recipe = build_recipe({**values, "data": {"path": name}, "initial_weights": name})
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(again) == recipe
 
 
 def test_a_depth_warmup_wants_depth_and_no_other_warmup(values: dict[str, Any]) -> None:
