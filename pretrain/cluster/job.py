@@ -286,7 +286,7 @@ def choose_port(environ: Mapping[str, str]) -> int:
     if given is None:
         own = rendezvous_port(environ)
         return own if own is not None and _is_free(own) else free_port()
-    if not (given.isdecimal() and len(given) < 6 and 0 < int(given) < 65536):
+    if not (given.isascii() and given.isdecimal() and len(given) < 6 and 0 < int(given) < 65536):
         raise LaunchError(f"MASTER_PORT={plain(given)} is not a port; unset it, and the job chooses one.")
     if not _is_free(int(given)):
         raise LaunchError(

@@ -43,7 +43,7 @@ def run_task(job: Job, kind: str, arguments: list[str]) -> int:
     else:
         code = task.work()
     # A job that Slurm starts again does not come here, or comes here while it is being ended.
-    if code != EXIT_AGAIN and not job.is_ending():
+    if code == EXIT_FINISHED or (code != EXIT_AGAIN and not job.is_ending()):
         file.unlink(missing_ok=True)
     return code
 
