@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
+from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
 
 STARTS_WITHOUT_PROGRESS = 3
@@ -23,7 +24,7 @@ _KEYS = ("reached", "cause", "time")
 def trained(run: Path) -> str:
     """How far a run has come, its branches included: what `note_start` calls `reached`."""
     steps = [(folder.parent.name, reached_step(folder)) for folder in sorted(run.glob("branches/*/checkpoints"))]
-    branches = "".join(f", or after step {step} of branch {name}" for name, step in steps)
+    branches = "".join(f", or after step {step} of branch {plain(name)}" for name, step in steps)
     return f"a checkpoint after step {reached_step(run / 'checkpoints')}{branches}"
 
 
@@ -100,4 +101,4 @@ def _read(file: Path, job: str) -> list[dict[str, str]]:
 
 
 def _is_start(start: object) -> bool:
-    return isinstance(start, dict) and all(isinstance(start.get(key), str) for key in _KEYS)
+    return isinstance(start, dict) and all(isinstance(t := start.get(key), str) and t == plain(t) for key in _KEYS)

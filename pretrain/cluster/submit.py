@@ -283,7 +283,7 @@ def job_environment(profile: Profile) -> dict[str, str]:
 
 def _record(step: Step, numbers: dict[str, str]) -> Record:
     number = numbers[step.name]
-    recipe, *overrides = step.arguments if step.script == "train" else [None]
+    trained = step.arguments if step.script == "train" else ()
     return Record(
         job=number,
         name=step.name,
@@ -291,8 +291,8 @@ def _record(step: Step, numbers: dict[str, str]) -> Record:
         run=str(Path(step.run).resolve()) if step.run else None,
         log=str(Path(step.log.replace("%j", number)).resolve()),
         time=time.time(),
-        recipe=str(Path(recipe).resolve()) if recipe is not None else None,
-        overrides=overrides,
+        recipe=str(Path(trained[0]).resolve()) if trained else None,
+        overrides=list(trained[1:]),
     )
 
 

