@@ -17,13 +17,10 @@ from data_prep.files import atomic_write, write_text
 from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
+from pretrain.finished import branch_path, branch_recipe
 from pretrain.plan import Branch, Plan, make_plan
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
-from pretrain.sections import Budget
-
-# Sections of a recipe that may change in the middle of a run.
-EXTENDABLE = ("budget.", "schedule.")
 
 
 @dataclass(frozen=True)
@@ -36,23 +33,6 @@ class Extension:
 
     before: Recipe
     start: int
-
-
-def branch_recipe(recipe: Recipe, amount: float, name: str, warmup: int, path: Path) -> Recipe:
-    """A trunk's recipe with another budget, in a folder of its own; `warmup` is the trunk's, in steps."""
-    return recipe.model_copy(
-        update={
-            "name": f"{recipe.name}-{name}",
-            "budget": Budget.model_validate({recipe.budget.unit: amount}),
-            "schedule": recipe.schedule.model_copy(update={"warmup": warmup}),
-            "run_dir": str(path),
-        }
-    )
-
-
-def branch_path(folder: RunFolder, branch: Branch) -> Path:
-    """Run folder of another budget of the run in `folder`."""
-    return folder.path / "branches" / branch.name
 
 
 def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterator
 
+from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
 
-_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
+# As many nodes as one Slurm cluster can have, and more digits than any of their numbers.
+_MOST_HOSTS = 65536
+_MOST_DIGITS = 18
+_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_NAME = re.compile(r"[A-Za-z0-9_.:-]*")
+_SHOWN = 100
 
 
 def expand_hostlist(text: str) -> list[str]:
@@ -17,11 +25,13 @@ def expand_hostlist(text: str) -> list[str]:
         text: what SLURM_JOB_NODELIST holds: comma-separated names, each with any number of bracketed ranges.
 
     Raises:
-        LaunchError: when `text` is not such a list.
+        LaunchError: when `text` is not such a list, or stands for more hosts than a cluster can have.
     """
     hosts: list[str] = []
     for word in _split(text):
-        hosts.extend(_expand(word, text))
+        parts = _parts(word.strip(), text)
+        _bound(len(hosts) + math.prod(len(part) for part in parts), text)
+        hosts.extend("".join(name) for name in itertools.product(*parts))
     return hosts
 
 
@@ -31,28 +41,58 @@ def _split(text: str) -> Iterator[str]:
     for index, letter in enumerate(text):
         depth += (letter == "[") - (letter == "]")
         if depth not in (0, 1):
-            raise LaunchError(f"'{text}' is not a Slurm host list: its brackets do not match.")
+            raise _refusal(text, "its brackets do not match")
         if letter == "," and depth == 0:
             yield text[start:index]
             start = index + 1
     if depth:
-        raise LaunchError(f"'{text}' is not a Slurm host list: its brackets do not match.")
+        raise _refusal(text, "its brackets do not match")
     yield text[start:]
 
 
-def _expand(word: str, text: str) -> Iterator[str]:
-    head, bracket, rest = word.partition("[")
-    if not bracket:
-        if not word.strip():
-            raise LaunchError(f"'{text}' is not a Slurm host list: a name in it is empty.")
-        yield word.strip()
-        return
-    inside, _, tail = rest.partition("]")
+def _parts(word: str, text: str) -> list[list[str]]:
+    """What a word is put together of, from left to right: at each place, what may stand there."""
+    if not word:
+        raise _refusal(text, "a name in it is empty")
+    parts: list[list[str]] = []
+    for number, piece in enumerate(re.split(r"[\[\]]", word)):
+        if number % 2:
+            parts.append(_numbers(piece, text))
+            # Before the next bracket is written out, or a list of many brackets would take for ever.
+            _bound(math.prod(len(part) for part in parts), text)
+        elif _NAME.fullmatch(piece):
+            parts.append([piece])
+        else:
+            raise _refusal(text, f"'{_short(piece)}' is not part of a host's name")
+    return parts
+
+
+def _numbers(inside: str, text: str) -> list[str]:
+    """The numbers of one pair of brackets."""
+    numbers: list[str] = []
     for part in inside.split(","):
-        match = _RANGE.match(part.strip())
+        match = _RANGE.fullmatch(part.strip())
         if not match:
-            raise LaunchError(f"'{text}' is not a Slurm host list: '{part}' is neither a number nor a range.")
-        first, last = match.group(1), match.group(2) or match.group(1)
-        for number in range(int(first), int(last) + 1):
-            name = f"{head.strip()}{number:0{len(first)}d}"
-            yield from _expand(name + tail, text) if tail else (name,)
+            raise _refusal(text, f"'{_short(part)}' is neither a number nor a range")
+        first, last = match[1], match[2] or match[1]
+        if max(len(first), len(last)) > _MOST_DIGITS:
+            raise _refusal(text, f"a number in it has more than {_MOST_DIGITS} digits")
+        count = int(last) - int(first) + 1
+        if count < 1:
+            raise _refusal(text, f"the range {part.strip()} ends before it begins")
+        _bound(len(numbers) + count, text)
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _bound(hosts: int, text: str) -> None:
+    if hosts > _MOST_HOSTS:
+        raise _refusal(text, f"it stands for more than {_MOST_HOSTS:,} hosts")
+
+
+def _refusal(text: str, problem: str) -> LaunchError:
+    return LaunchError(f"'{_short(text)}' is not a Slurm host list: {problem}.")
+
+
+def _short(text: str) -> str:
+    return plain(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

@@ -15,6 +15,7 @@ import torch
 from pretrain.ds_config import offload_device, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RunError
+from pretrain.finished import flatten
 from pretrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -111,16 +112,3 @@ def source_digest() -> str:
         for file in sorted((root / package).rglob("*.py")):
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections, and those in lists by their place, as one dictionary with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            flat |= flatten({str(place): item for place, item in enumerate(value)}, f"{prefix}{key}.")
-        elif isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

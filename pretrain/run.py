@@ -7,48 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
-from pretrain.branches import EXTENDABLE, Extension, branch_path, branch_recipe, extend, find_extension, seed_branch
+from pretrain.branches import Extension, extend, find_extension, seed_branch
 from pretrain.data import OpenedData, open_data
 from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError, RunError, UserError
+from pretrain.finished import begun_with, branch_path, branch_recipe, changed_keys, has_finished, unfinished
 from pretrain.partitioning import STAGES, explain
 from pretrain.plan import Branch, Plan, make_plan
-from pretrain.provenance import changes_since_last_start, describe_environment, flatten, identity
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.provenance import changes_since_last_start, describe_environment, identity
+from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
 from pretrain.stage import StageChoice, agree_on_stage, choose_stage, with_stage
 from pretrain.toolchain import accelerator_present
 from pretrain.watchdog import Watchdog
-
-# What may differ between the starts of one run without making it another run.
-_FREE = (
-    "run_dir",
-    "logging",
-    "checkpoint",
-    "evaluation",
-    "faults",
-    "limits",
-    "compile",
-    "checkpointing",
-    "deepspeed",
-    "data.path",
-    "data.verify",
-    "data.skip_samples",
-    "batch.micro_batch",
-)
-
-
-# Data is told by its contents, wherever it lies.
-_MOVED_SOURCE = re.compile(r"data\.sources\.\d+\.path")
 
 # What may lie in a run folder whose recipe is not written yet.
 _BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")
@@ -134,14 +113,7 @@ def _check_initial_weights(folder: str, config: ModelConfig) -> None:
 
 def is_finished(prepared: Prepared) -> bool:
     """True when this very run and all its branches have already come to their ends."""
-    branches = (RunFolder(branch_path(prepared.folder, branch)) for branch in prepared.plan.branches)
-    return all(_has_finished(folder) for folder in (prepared.folder, *branches)) and prepared.extension is None
-
-
-def _has_finished(folder: RunFolder) -> bool:
-    with contextlib.suppress(RunError):
-        return folder.status().get("state") == "finished"
-    return False  # damaged: the checkpoints tell where the run stands
+    return not unfinished(prepared.recipe)
 
 
 def prepare_branch(trunk: Prepared, branch: Branch, ranks: Ranks) -> Prepared:
@@ -234,7 +206,7 @@ def _train_one(
     def begin() -> list[str] | None:
         if prepared.extension is not None:
             print(extend(folder, prepared.extension), flush=True)
-        if _has_finished(folder):
+        if has_finished(prepared.recipe):
             return None
         changes = changes_since_last_start(folder, prepared, ranks, device)
         try:
@@ -426,22 +398,13 @@ def _check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedDat
     """Refuse to continue another run than the one that the folder holds; where its budget has changed, see whether and
     from where it can go on.
     """
-    if not folder.recipe_file.is_file():
+    begun = begun_with(recipe)
+    if begun is None:
         # A start that was killed at once leaves temporary files, whose names begin with a dot.
         entries = [entry.name for entry in folder.path.iterdir()] if folder.path.is_dir() else []
         if any(not name.startswith(".") and name not in _BEFORE_THE_RECIPE for name in entries):
             raise RunError(f"{folder}: is not empty and holds no run; choose another run_dir or empty it.")
         return None
-    begun = load_recipe(folder.recipe_file)
-    before, now = flatten(begun.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    changed = [key for key in changed if not key.startswith(_FREE) and not _MOVED_SOURCE.fullmatch(key)]
-    for key in changed:
-        if not key.startswith(EXTENDABLE):
-            raise RunError(
-                f"{folder}: holds a run with {key} = {before.get(key)!r}, but the recipe now says {now.get(key)!r}; "
-                "set run_dir to a new folder, change the recipe back, or remove the old run."
-            )
     if folder.plan_file.is_file():
         planned = folder.plan()
         for key, value, name in (
@@ -454,7 +417,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedDat
                     f"{value[:12]}); "
                     "bring the data set back, or start a new run in another run_dir."
                 )
-    return find_extension(folder, begun, recipe, plan) if changed else None
+    return find_extension(folder, begun, recipe, plan) if changed_keys(begun, recipe) else None
 
 
 def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:

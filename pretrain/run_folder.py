@@ -119,8 +119,19 @@ class RunFolder:
         return self.read_json(self.environment_file)
 
     def status(self) -> dict[str, Any]:
-        """The run's state; `{"state": "absent"}` before it has begun."""
-        return self.read_json(self.status_file) if self.status_file.is_file() else {"state": "absent"}
+        """The run's state; `{"state": "absent"}` before it has begun. `step` and `steps`, where given, are numbers."""
+        if not self.status_file.is_file():
+            return {"state": "absent"}
+        status = self.read_json(self.status_file)
+        wrong = f"{self.status_file}: is damaged: "
+        if not isinstance(status, dict) or not isinstance(status.get("state"), str):
+            raise RunError(f"{wrong}it is no object with a state; remove it, and start the run again.")
+        for key in ("step", "steps"):
+            if key in status and (type(status[key]) is not int or status[key] < 0):
+                raise RunError(f"{wrong}{key} is no whole number; remove it, and start the run again.")
+        if not isinstance(status.get("reason", ""), str):
+            raise RunError(f"{wrong}reason is no text; remove it, and start the run again.")
+        return status
 
     def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl in order, of one kind or all.

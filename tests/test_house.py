@@ -64,7 +64,9 @@ def test_no_room_reaches_into_the_evaluation_or_comparison_from_below():
             assert not [name for name in names if name.startswith("pretrain")], file
 
 
-@pytest.mark.parametrize("module", ["pretrain.cli.main", "mor_model.config", "mor_model.presets", "data_prep.errors"])
+@pytest.mark.parametrize(
+    "module", ["pretrain.cli.main", "mor_model.config", "mor_model.presets", "data_prep.errors", "pretrain.finished"]
+)
 def test_importing_the_command_is_cheap(module):
     code = f"import sys, {module}; print(' '.join(sorted({HEAVY!r} & set(sys.modules))))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -33,12 +33,15 @@ def _show(console: object, everything: bool) -> bool:
     """Print the table; whether a job has not ended yet."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    from data_prep.plain_text import plain
     from pretrain.cluster.jobs import view_jobs
     from pretrain.cluster.records import remembered
 
     assert isinstance(console, Console)
-    recent = [record for record in remembered() if everything or record.time > time.time() - 86400]
+    everyone = remembered(lambda text: typer.echo(plain(text), err=True))
+    recent = [record for record in everyone if everything or record.time > time.time() - 86400]
     views = view_jobs(recent)
     if not views:
         console.print("No jobs were submitted from here in the last day (mor jobs --all shows older ones).")
@@ -48,10 +51,13 @@ def _show(console: object, everything: bool) -> bool:
         table.add_column(head, justify="right" if head in ("step", "loss", "left") else "left", overflow="fold")
     for view in views:
         progress = f"{view.step or 0:,}/{view.steps:,}" if view.steps else ""
+        progress += f" of branch {view.branch}" if view.branch else ""
         state = f"{view.state} ({view.reason})" if view.reason and view.state != "RUNNING" else view.state
         loss = f"{view.loss:.4f}" if view.loss is not None else ""
         left = _duration(view.remaining) if view.remaining is not None else ""
-        table.add_row(view.record.job, view.record.name, state, progress, loss, left, view.record.log)
+        # What files and Slurm say is neither markup nor an escape.
+        cells = (view.record.job, view.record.name, state, progress, loss, left, view.record.log)
+        table.add_row(*(Text(plain(cell)) for cell in cells))
     console.print(table)
     return any(view.state in ("PENDING", "RUNNING", "COMPLETING") for view in views)
 

@@ -1,7 +1,8 @@
-"""An experiment as Slurm sees it: the names of its arms, and its text and recipe files made ready for training jobs."""
+"""An experiment as Slurm sees it: its arms and folders, and its text and recipe files made ready for training jobs."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def main(arguments: list[str]) -> int:
             raise LaunchError("usage: python -m pretrain.cluster.arms list|prepare EXPERIMENT [KEY=VALUE ...]")
         experiment = load_experiment(arguments[1], arguments[2:])
         if arguments[0] == "list":
-            print("\n".join(experiment.arms))
+            places = {"folder": str(experiment.folder), "data": str(experiment.data_path)}
+            print(json.dumps({"arms": list(experiment.arms), **places}))
         else:
             prepare(experiment)
     except Interrupted:

@@ -12,20 +12,26 @@ variables change what it does; all are optional:
 
 from __future__ import annotations
 
-import json
+import contextlib
+import glob
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from data_prep.errors import DataError
 from data_prep.files import write_text
-from pretrain.cluster.restarts import note_start
-from pretrain.environment import clean_environment, reachable_address, rendezvous_port
+from data_prep.json_input import parse_json
+from data_prep.plain_text import plain
+from pretrain.cluster.restarts import note_start, trained
+from pretrain.environment import clean_environment, free_port, reachable_address, rendezvous_port
 from pretrain.errors import LaunchError, UserError
 from pretrain.hostlist import expand_hostlist
 from pretrain.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_NO_PROGRESS, EXIT_USER
@@ -140,8 +146,9 @@ class Job:
         return bool(shown) and "JobState=RUNNING" not in shown
 
     def cancel_rest_of_array(self) -> None:
-        """Cancel the elements that wait behind this one."""
-        subprocess.run(["scancel", "--state=PENDING", str(self.array)], capture_output=True)
+        """Cancel the elements of a chain that wait behind this one; nothing outside an array."""
+        if self.array:
+            subprocess.run(["scancel", "--state=PENDING", self.array], capture_output=True)
 
     def _shown(self) -> list[str]:
         """This job's record as Slurm shows it, in words NAME=VALUE; empty where Slurm does not answer."""
@@ -170,7 +177,8 @@ class Job:
         try:
             if self.announced:
                 self._end_politely()
-            return self._child.wait()
+            code = self._child.wait()
+            return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
         finally:
             self._child = None
 
@@ -190,40 +198,116 @@ class Job:
 
 def train(job: Job, arguments: list[str]) -> int:
     """Train a recipe on all of the job's nodes, again and again until it is finished; returns the exit code."""
-    run = locate(job, arguments)
-    if _state(run) == "finished":
-        say(f"{run} is finished.")
-        return _finish(job)
-    cause = "first start" if job.restarts == 0 and not job.array else f"restart {job.restarts}"
-    if problem := note_start(run, job.array or job.identity, cause):
-        say(problem)
-        if job.array:
-            job.cancel_rest_of_array()
-        return EXIT_NO_PROGRESS
-    if job.environ.get("MOR_HEALTH") in ("check", "exclude"):
-        from pretrain.cluster.health import check_nodes
-
-        bad = check_nodes(job)
-        if bad:
+    try:
+        run, finished = locate(job, arguments)
+        if finished:
+            say(f"{run} is finished.")
+            code = EXIT_FINISHED
+        elif problem := _one_start_too_many(job, run):
+            say(problem)
+            code = EXIT_NO_PROGRESS
+        elif bad := _bad_nodes(job):
             return _leave_bad_nodes(job, bad)
-    polite = run.parent / f".{run.name}.exit-code"
-    polite.unlink(missing_ok=True)
-    os.environ["MOR_EXIT_CODE_FILE"] = str(polite)
+        else:
+            code = _start_ranks(job, run, arguments)
+    except UserError:
+        job.cancel_rest_of_array()
+        raise
+    if code in _NEVER_AGAIN:
+        job.cancel_rest_of_array()
+        return code
+    if job.is_ending():
+        return code
+    if job.array:
+        say(f"{job.why(code)}; the next element of array {job.array} continues {run}.")
+        return EXIT_FINISHED if code == EXIT_AGAIN else code
+    return job.start_again(code, f"to continue {run}")
+
+
+def _one_start_too_many(job: Job, run: Path) -> str | None:
+    # Beside the run folder, because a crash may come before there is one.
+    file = run.parent / f".{run.name}.restarts.json"
+    cause = "first start" if job.restarts == 0 and not job.array else f"restart {job.restarts}"
+    return note_start(file, str(run), trained(run), job.array or job.identity, cause, say)
+
+
+def _bad_nodes(job: Job) -> dict[str, str]:
+    if job.environ.get("MOR_HEALTH") not in ("check", "exclude"):
+        return {}
+    from pretrain.cluster.health import check_nodes
+
+    return check_nodes(job)
+
+
+def _start_ranks(job: Job, run: Path, arguments: list[str]) -> int:
+    """Train until the ranks end; returns what they ended with."""
+    words = run.parent / f".{run.name}.exit-code"
+    read_words(words)  # what an earlier job has left
+    os.environ["MOR_EXIT_CODE_FILE"] = str(words)
+    os.environ["MASTER_PORT"] = str(choose_port(job.environ))
     if job.environ.get("MOR_LAUNCHER", "srun") == "deepspeed":
         code = _deepspeed_step(job, run, arguments)
     else:
         code = job.step(job.inside([job.python, "-u", "-m", "pretrain.cluster.rank", "--config", *arguments]))
-    # After a node has failed srun may return 0; only the run itself knows that it is finished.
-    if _state(run) == "finished":
-        return _finish(job)
-    if polite.is_file():
-        code = int(polite.read_text(encoding="utf-8"))
-        polite.unlink()
-    return _again(job, run, code or EXIT_FAILED)
+    return outcome(read_words(words), code)
 
 
-def locate(job: Job, arguments: list[str]) -> Path:
-    """The run folder of a recipe, read where its packages are installed.
+def outcome(words: Mapping[int, int], code: int) -> int:
+    """What a start ended with, from what the ranks say (exit codes by rank) and from srun's code.
+
+    srun makes 143 of ranks that it has itself ended after the first one's code, and 0 of a node that has failed. So a
+    run is finished when its first rank says so, and a message for a person stops it whichever rank has it.
+    """
+    if words.get(0) == EXIT_FINISHED:
+        return EXIT_FINISHED
+    if EXIT_USER in words.values():
+        return EXIT_USER
+    return words.get(0) or code or EXIT_FAILED
+
+
+def read_words(prefix: Path) -> dict[int, int]:
+    """Exit codes by rank, as `pretrain.cluster.rank` has left them in PREFIX.<rank>; the files are removed."""
+    words = {}
+    for file in prefix.parent.glob(f"{glob.escape(prefix.name)}.*"):
+        with contextlib.suppress(OSError, ValueError):  # an empty one, from a full disk, says nothing
+            words[int(file.name.rpartition(".")[2])] = int(file.read_text(encoding="utf-8"))
+        file.unlink(missing_ok=True)
+    return words
+
+
+def choose_port(environ: Mapping[str, str]) -> int:
+    """A port of this host, where rank 0 will be, for the ranks to meet at: MASTER_PORT, or the job's own, or another
+    one when that is taken.
+
+    Raises:
+        LaunchError: MASTER_PORT is no port, or is taken.
+    """
+    given = environ.get("MASTER_PORT")
+    if given is None:
+        own = rendezvous_port(environ)
+        return own if own is not None and _is_free(own) else free_port()
+    if not (given.isascii() and given.isdecimal() and len(given) < 6 and 0 < int(given) < 65536):
+        raise LaunchError(f"MASTER_PORT={plain(given)} is not a port; unset it, and the job chooses one.")
+    if not _is_free(int(given)):
+        raise LaunchError(
+            f"MASTER_PORT={given} is taken on {socket.gethostname()}; unset it, and the job chooses one that is free."
+        )
+    return int(given)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As torch does: a connection of yesterday that is still being closed does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def locate(job: Job, arguments: list[str]) -> tuple[Path, bool]:
+    """The run folder of a recipe, read where its packages are installed, and whether the run is finished.
 
     Raises:
         LaunchError: when the recipe cannot be used; the reason has been printed.
@@ -239,28 +323,26 @@ def locate(job: Job, arguments: list[str]) -> Path:
     )
     if done.returncode:
         raise LaunchError("the recipe cannot be used; nothing was started.")
-    return Path(done.stdout.strip().splitlines()[-1])
+    found = said(done.stdout, command, "run", "finished")
+    return Path(found["run"]), found["finished"] is True
+
+
+def said(printed: str, command: Sequence[str], *keys: str) -> dict[str, Any]:
+    """The JSON object with `keys` in the last line that `command` has printed.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    with contextlib.suppress(LookupError, DataError):
+        found = parse_json(printed.strip().splitlines()[-1], "the last line")
+        if isinstance(found, dict) and found.keys() >= set(keys):
+            return found
+    raise LaunchError(f"`{shlex.join(command)}` did not answer as expected; nothing was started.")
 
 
 def say(text: str) -> None:
     """A line for the job's log."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {os.environ.get('SLURM_JOB_ID')}: {text}", flush=True)
-
-
-def _finish(job: Job) -> int:
-    if job.array:
-        job.cancel_rest_of_array()
-    return EXIT_FINISHED
-
-
-def _again(job: Job, run: Path, code: int) -> int:
-    """Go on after an announced end or a crash; at the next start `note_start` decides whether that was wise."""
-    if code in _NEVER_AGAIN or job.is_ending():
-        return code
-    if job.array:
-        say(f"{job.why(code)}; the next element of array {job.array} continues {run}.")
-        return EXIT_FINISHED if code == EXIT_AGAIN else code
-    return job.start_again(code, f"to continue {run}")
 
 
 def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
@@ -279,13 +361,6 @@ def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
     return EXIT_AGAIN
 
 
-def _state(run: Path) -> str:
-    try:
-        return json.loads((run / "status.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError):
-        return "absent"
-
-
 def _deepspeed_step(job: Job, run: Path, arguments: list[str]) -> int:
     """One DeepSpeed launcher on each node, told by a hostfile of the job's nodes how many ranks there are."""
     slots = job.environ.get("SLURM_NTASKS_PER_NODE") or job.environ.get("SLURM_GPUS_ON_NODE") or "1"
@@ -294,7 +369,7 @@ def _deepspeed_step(job: Job, run: Path, arguments: list[str]) -> int:
     options = {
         "hostfile": hostfile,
         "master_addr": os.environ.get("MASTER_ADDR") or reachable_address(job.hosts[0]),
-        "master_port": rendezvous_port(job.environ),
+        "master_port": os.environ["MASTER_PORT"],
     }
     launcher = [job.python, "-m", "deepspeed.launcher.runner", "--no_ssh", "--force_multi", "--no_local_rank"]
     launcher += [f"--{name}={value}" for name, value in options.items()]
@@ -306,22 +381,15 @@ def _deepspeed_step(job: Job, run: Path, arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """`python -m pretrain.cluster.job KIND ...`, as the scripts of slurm/ call it; returns the exit code."""
-    from pretrain.cluster.tasks import compare, evaluate, prep, prepare, report
+    from pretrain.cluster.tasks import TASKS, run_task
 
-    kinds = {
-        "train": train,
-        "prep": prep,
-        "eval": evaluate,
-        "compare": compare,
-        "prepare": prepare,
-        "report": report,
-    }
     try:
-        if len(arguments) < 2 or arguments[0] not in kinds:
+        if len(arguments) < 2 or arguments[0] not in ("train", *TASKS):
             raise LaunchError(
                 "the file to work on is missing; the first lines of the sbatch script say how to call it."
             )
-        return kinds[arguments[0]](Job(), arguments[1:])
+        kind, *rest = arguments
+        return train(Job(), rest) if kind == "train" else run_task(Job(), kind, rest)
     except UserError as error:
         print(f"slurm job: {error}", file=sys.stderr, flush=True)
         return EXIT_USER

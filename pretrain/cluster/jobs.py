@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from data_prep.errors import DataError
+from data_prep.json_input import parse_json
+from mor_model.errors import ConfigError
 from pretrain.cluster.records import Record
+from pretrain.errors import UserError
+from pretrain.finished import Part, parts
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.run_folder import RunFolder
 
 _TAIL_BYTES = 65536
 
 
 @dataclass(frozen=True)
 class JobView:
-    """One line of `mor jobs`. `remaining` is in seconds; `steps` and `loss` are None for what does not train."""
+    """One line of `mor jobs`.
+
+    Attributes:
+        step, steps, loss: of the part of the run that is trained now, None for what does not train; branch: its name,
+            None for the trunk.
+        remaining: seconds until the run and all its branches are finished.
+    """
 
     record: Record
     state: str
@@ -26,6 +38,16 @@ class JobView:
     steps: int | None = None
     loss: float | None = None
     remaining: float | None = None
+    branch: str | None = None
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far a part of a run has come: steps done, loss and seconds a step where they are known."""
+
+    step: int
+    loss: float | None
+    step_seconds: float | None
 
 
 def view_jobs(records: list[Record]) -> list[JobView]:
@@ -38,18 +60,52 @@ def _view(record: Record, states: dict[str, tuple[str, str]]) -> JobView:
     state, reason = states.get(record.job, ("", ""))
     if record.kind != "train" or record.run is None:
         return JobView(record, state or "ENDED", reason)
-    status = _json(Path(record.run) / "status.json")
-    last = last_training_record(Path(record.run) / "metrics.jsonl")
-    steps = status.get("steps")
-    step = last.get("step", status.get("step"))
+    try:
+        everything = parts(_recipe(record, record.run))
+        left = [part for part in everything if not part.finished]
+        current = left[0] if left else everything[0]
+        status = current.folder.status()
+        progress = [_progress(part) for part in everything]
+    except (UserError, ConfigError, OSError) as error:
+        return JobView(record, state or "ENDED", reason or str(error))
+    now = progress[everything.index(current)]
+    seconds = now.step_seconds or progress[0].step_seconds
     remaining = None
-    if state == "RUNNING" and steps and last.get("step_seconds"):
-        remaining = (steps - step) * last["step_seconds"]
+    if state == "RUNNING" and seconds is not None:
+        steps = (part.steps - done.step for part, done in zip(everything, progress) if part in left)
+        remaining = seconds * sum(steps)
     if not state:
         # Slurm forgets finished jobs after minutes; the run does not.
-        state = {"finished": "COMPLETED", "running": "GONE"}.get(status.get("state", ""), "ENDED")
-        reason = status.get("reason", "") or status.get("state", "")
-    return JobView(record, state, reason, step, steps, last.get("lm_loss"), remaining)
+        state = "COMPLETED" if not left else "GONE" if status["state"] == "running" else "ENDED"
+        reason = "" if not left else status.get("reason") or status["state"]
+    return JobView(record, state, reason, now.step, current.steps, now.loss, remaining, current.name)
+
+
+def _recipe(record: Record, run: str) -> Recipe:
+    """What the job was submitted to train; where that is gone, or not prepared yet, what the run was begun with."""
+    if record.recipe is not None and Path(record.recipe).is_file():
+        recipe = load_recipe(record.recipe, record.overrides)
+    else:
+        recipe = load_recipe(RunFolder(run).recipe_file)
+    return recipe.model_copy(update={"run_dir": run})
+
+
+def _progress(part: Part) -> _Progress:
+    status = part.folder.status()
+    if status["state"] == "absent":
+        # A branch's folder begins with the trunk's records, which go beyond where the branch leaves.
+        return _Progress(part.start, None, None)
+    last = last_training_record(part.folder.metrics_file)
+    step, loss, seconds = last.get("step", status.get("step")), last.get("lm_loss"), last.get("step_seconds")
+    return _Progress(
+        min(step, part.steps) if type(step) is int and step >= 0 else part.start,
+        float(loss) if _is_number(loss) else None,
+        float(seconds) if _is_number(seconds) and seconds > 0 else None,
+    )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def last_training_record(metrics: Path) -> dict[str, Any]:
@@ -63,10 +119,10 @@ def last_training_record(metrics: Path) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = parse_json(line, metrics)
+        except DataError:
             continue
-        if record.get("kind") == "train":
+        if isinstance(record, dict) and record.get("kind") == "train":
             return record
     return {}
 
@@ -78,22 +134,18 @@ def _slurm_states(numbers: list[str]) -> dict[str, tuple[str, str]]:
     # One unknown number would make squeue refuse them all, so it is asked about everything of this user's.
     command = ["squeue", "--me", "--noheader", "--states=all", "--array", "--format=%F|%T|%r"]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        shown = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
     order = ["RUNNING", "COMPLETING", "PENDING", "FAILED", "TIMEOUT", "NODE_FAIL", "COMPLETED", "CANCELLED"]
     states: dict[str, tuple[str, str]] = {}
     for line in shown.splitlines():
-        number, state, reason = line.split("|", 2)
+        number, *more = line.split("|", 2)
+        if len(more) != 2:
+            continue
+        state, reason = more
         rank = order.index(state) if state in order else len(order)
         known = states.get(number)
         if known is None or rank < (order.index(known[0]) if known[0] in order else len(order)):
             states[number] = (state, "" if reason == "None" else reason)
     return states
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -1,25 +1,31 @@
-"""Where a recipe's run lives, for a batch script that may itself run outside the container the recipe is read in."""
+"""A recipe's run and whether it is finished, for a batch script that may itself run outside the container the recipe is
+read in.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
+from pretrain.finished import unfinished
 from pretrain.recipe import load_recipe
 from pretrain.signals import EXIT_USER
 
 
 def main(arguments: list[str]) -> int:
-    """Print the absolute run folder of RECIPE [section.key=value ...]; returns the exit code."""
+    """Print the absolute run folder of RECIPE [section.key=value ...], and whether it and its branches are finished, as
+    a JSON object; returns the exit code.
+    """
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
-        recipe.network()
+        found = {"run": str(Path(recipe.run_folder).resolve()), "finished": not unfinished(recipe)}
     except (UserError, ConfigError) as error:
         print(f"train: {error}", file=sys.stderr)
         return EXIT_USER
-    print(Path(recipe.run_folder).resolve())
+    print(json.dumps(found))
     return 0
 
 

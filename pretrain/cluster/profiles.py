@@ -6,14 +6,17 @@ What the command line says goes before what a profile says.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pretrain.errors import LaunchError
+from data_prep.plain_text import plain
+from pretrain.errors import LaunchError, RecipeError
+from pretrain.yaml_input import read_yaml
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 EXAMPLE = Path(__file__).resolve().parents[2] / "slurm" / "clusters.yaml"
 
 
@@ -21,8 +24,8 @@ class Profile(BaseModel):
     """One cluster.
 
     Attributes:
-        partition, account, qos, constraint, time, nodes, gpus_per_node, tasks_per_node: as sbatch knows them;
-            tasks_per_node is one for each GPU unless given.
+        partition, account, qos, constraint, time, nodes, gpus_per_node, tasks_per_node: as sbatch knows them, a bare
+            number as time in minutes; tasks_per_node is one for each GPU unless given.
         setup: shell lines that make `python` the right one; the environment `mor` runs in unless given.
         container: image the ranks run in. environment: further variables, such as NCCL's.
         launcher: `srun` or `deepspeed`. health: look at the nodes before training (`check`), or also leave bad ones out
@@ -31,7 +34,7 @@ class Profile(BaseModel):
         options: further options of sbatch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     partition: str | None = None
     account: str | None = None
@@ -48,20 +51,33 @@ class Profile(BaseModel):
     health: Literal["none", "check", "exclude"] = "none"
     requeue: bool = True
     chain: int = Field(10, ge=1)
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = Field((), strict=False)
 
     @field_validator("time", mode="before")
     @classmethod
-    def _yaml_reads_times_as_numbers(cls, value: Any) -> Any:
-        # YAML 1.1 takes 24:00:00 for a number in base 60.
-        if isinstance(value, int) and not isinstance(value, bool):
-            return f"{value // 3600:02d}:{value // 60 % 60:02d}:{value % 60:02d}"
-        return value
+    def _a_bare_number_is_minutes(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
 
     @field_validator("environment", mode="before")
     @classmethod
     def _variables_are_text(cls, value: Any) -> Any:
-        return {name: str(text) for name, text in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        for name, text in value.items():
+            if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a variable")
+            if not isinstance(text, str) and type(text) is not int:
+                raise ValueError(f"{name} is {text!r}; write its value as text, in quotes")
+        return {name: str(text) for name, text in value.items()}
+
+    @field_validator("*")
+    @classmethod
+    def _text_that_programs_take(cls, value: Any) -> Any:
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        for text in texts:
+            if isinstance(text, str) and (plain(text, lines=True) != text or not text):
+                raise ValueError(f"{text!r} is empty, or holds characters that no program takes")
+        return value
 
     @property
     def ranks(self) -> int:
@@ -90,20 +106,16 @@ def load_profile(name: str | None, **changes: Any) -> Profile:
     """
     file = profiles_file()
     values: dict[str, Any] = {}
-    if file.is_file():
-        try:
-            content = _File.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-        except (OSError, yaml.YAMLError) as error:
-            raise LaunchError(f"{file}: cannot be read as YAML: {error}") from None
-        except ValidationError as error:
-            raise LaunchError(f"{file}: {_first_fault(error)}") from None
-        chosen = name or content.default
+    content = _read(file)
+    if content is not None:
+        chosen = name if name is not None else content.default
         if chosen is not None:
             if chosen not in content.clusters:
-                raise LaunchError(f"{file}: no cluster '{chosen}'; it describes {', '.join(content.clusters)}.")
+                known = plain(", ".join(content.clusters)) or "none"
+                raise LaunchError(f"{file}: no cluster '{plain(chosen)}'; it describes {known}.")
             values = content.clusters[chosen].model_dump(exclude_unset=True)
     elif name is not None:
-        raise LaunchError(f"cluster '{name}': there is no {file} that could describe it; copy {EXAMPLE} there.")
+        raise LaunchError(f"cluster '{plain(name)}': there is no {file} that could describe it; copy {EXAMPLE} there.")
     values |= {key: value for key, value in changes.items() if value is not None}
     try:
         return Profile.model_validate(values)
@@ -111,13 +123,31 @@ def load_profile(name: str | None, **changes: Any) -> Profile:
         raise LaunchError(_first_fault(error)) from None
 
 
+def _read(file: Path) -> _File | None:
+    try:
+        values = read_yaml(file)
+    except FileNotFoundError:
+        return None
+    except RecipeError as error:
+        raise LaunchError(str(error)) from None
+    try:
+        return _File.model_validate({} if values is None else values)
+    except ValidationError as error:
+        raise LaunchError(f"{file}: {_first_fault(error)}") from None
+
+
 def _first_fault(error: ValidationError) -> str:
     import difflib
 
     fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"])
+    place = plain(".".join(str(part) for part in fault["loc"]))
     if fault["type"] == "extra_forbidden":
         known = [*Profile.model_fields, "default", "clusters"]
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
         return f"unknown key '{place}'; " + (f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}.")
-    return f"{place}: {fault['msg']}."
+    if fault["type"] == "missing":
+        return f"'{place}' is missing."
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] != "value_error":
+        message = f"{message[:1].lower()}{message[1:]}, not {fault['input']!r:.100}"
+    return plain(f"{place or 'the file'}: {message}.")

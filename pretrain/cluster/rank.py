@@ -1,27 +1,32 @@
 """A rank under srun: polite ends count as success there, because srun kills the other ranks at the first other code.
 
-Rank 0 leaves the code it really ended with in the file that MOR_EXIT_CODE_FILE names.
+What it really ended with it writes into MOR_EXIT_CODE_FILE.<rank>, before srun can end the others: the first rank
+always, any other where starting again would end the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from pathlib import Path
 
-from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD
+from data_prep.files import write_text
+from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, EXIT_USER
+from pretrain.train import leave
 from pretrain.train import main as train
 
 
 def main(arguments: list[str]) -> int:
     """Train as `pretrain/train.py` does."""
     code = train(arguments)
-    if code not in (EXIT_AGAIN, EXIT_HELD):
-        return code
-    if os.environ["RANK"] == "0":
-        Path(os.environ["MOR_EXIT_CODE_FILE"]).write_text(str(code), encoding="utf-8")
-    return EXIT_FINISHED
+    # RANK is not set where the launcher's own variables could not be used.
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    if rank == "0" or code == EXIT_USER:
+        # On a full disk there is no such file, and srun's code has to do.
+        with contextlib.suppress(OSError):
+            write_text(f"{os.environ['MOR_EXIT_CODE_FILE']}.{rank}", str(code))
+    return EXIT_FINISHED if code in (EXIT_AGAIN, EXIT_HELD) else code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

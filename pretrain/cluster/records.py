@@ -5,20 +5,44 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_prep.errors import DataError
+from data_prep.json_input import parse_json
 
 
-@dataclass(frozen=True)
+def _usable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a character that no path has")
+    os.fsencode(text)  # as above, of lone surrogates
+    return text
+
+
+_Path = Annotated[str, AfterValidator(_usable)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Record:
-    """One submitted job: its number, the step's name and script, run folder, log file, and when (Unix time)."""
+    """One submitted job.
+
+    Attributes:
+        job: its number; name: the step's; kind: the script's; log: its file; time: when it was submitted (Unix time).
+        run: run folder; recipe, overrides: what it trains, where it trains.
+    """
 
     job: str
     name: str
     kind: str
-    run: str | None
-    log: str
+    run: _Path | None
+    log: _Path
     time: float
+    recipe: _Path | None = None
+    overrides: list[str] = dataclasses.field(default_factory=list)
 
 
 def records_file() -> Path:
@@ -28,23 +52,40 @@ def records_file() -> Path:
 
 
 def remember(record: Record) -> None:
-    """Add a job."""
+    """Add a job.
+
+    Raises:
+        OSError: as the file system says.
+    """
     file = records_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    line = json.dumps(dataclasses.asdict(record)).encode()
+    with file.open("a+b") as stream:
+        # What a full disk has left of an earlier line must not spoil this one.
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read(1) == b"\n" else b"\n" + line
+        stream.write(line + b"\n")
 
 
-def remembered() -> list[Record]:
-    """All jobs, the oldest first; lines that are no records are left out."""
+def remembered(say: Callable[[str], None]) -> list[Record]:
+    """All jobs, the oldest first. Lines that are no records are left out, and `say` is told where the first one is."""
+    file = records_file()
     try:
-        lines = records_file().read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    records = []
-    for line in lines:
+    except OSError as error:
+        say(f"{file}: cannot be read ({error.strerror or error}); it remembers the jobs that were submitted from here.")
+        return []
+    records, damaged = [], []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+            if line.strip():
+                records.append(Record(**parse_json(line, number)))
+        except (DataError, ValidationError, TypeError):
+            damaged.append(number)
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        say(f"{file}: line {damaged[0]}{more} is damaged and left out; remove it.")
     return records

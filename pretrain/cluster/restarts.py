@@ -2,56 +2,103 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+from data_prep.errors import DataError
 from data_prep.files import write_json
+from data_prep.json_input import read_json
+from data_prep.plain_text import plain
+from pretrain.errors import LaunchError
 
 STARTS_WITHOUT_PROGRESS = 3
-_LATEST = re.compile(r"step-(\d+)")
+_LATEST = re.compile(r"step-(\d{1,18})\s*")
+_RESULTS = ("evaluation/*.json", "evaluation/step-*/*.json", ".work/piece-*.json")
+# A run, its branches, and the runs of an experiment with theirs.
+_RUNS = ("", "branches/*/", "*/", "*/branches/*/")
+_KEYS = ("reached", "cause", "time")
 
 
-def reached_step(run: Path) -> int:
-    """Step of the newest checkpoint of a run folder; 0 before the first."""
+def trained(run: Path) -> str:
+    """How far a run has come, its branches included: what `note_start` calls `reached`."""
+    steps = [(folder.parent.name, reached_step(folder)) for folder in sorted(run.glob("branches/*/checkpoints"))]
+    branches = "".join(f", or after step {step} of branch {plain(name)}" for name, step in steps)
+    return f"a checkpoint after step {reached_step(run / 'checkpoints')}{branches}"
+
+
+def reached_step(checkpoints: Path) -> int:
+    """Step of the newest checkpoint of a folder of checkpoints; 0 before the first."""
     try:
-        match = _LATEST.match((run / "checkpoints" / "latest").read_text(encoding="utf-8"))
-    except OSError:
+        match = _LATEST.fullmatch((checkpoints / "latest").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return 0
     return int(match[1]) if match else 0
 
 
-def note_start(run: Path, job: str, cause: str) -> str | None:
-    """Write this start into a hidden file beside the run; says why it must not happen if it is one too many.
+def written(folders: Iterable[Path]) -> str:
+    """How far evaluations, preparations and comparisons have come that write below these folders: what `note_start`
+    calls `reached`. It changes whenever a checkpoint, a result or a finished piece of text is added.
+    """
+    patterns = [f"{place}{kind}" for place in _RUNS for kind in ("checkpoints/latest", *_RESULTS)]
+    files = {file for folder in folders for pattern in patterns for file in folder.glob(pattern)}
+    newest = max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
+    return (
+        f"anything new after {len(files)} checkpoints, results and finished pieces (the newest of {newest / 1e9:.3f})"
+    )
 
-    Beside it, because a crash may come before there is a run folder at all.
+
+def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: Callable[[str], None]) -> str | None:
+    """Write this start into `file`; says why it must not happen if it is one too many.
 
     Args:
-        run: run folder.
+        what: what is started, for the message; reached: how far it has come, as `trained` and `written` say it.
         job: what all automatic restarts of one submission share; a new one, by a person's hand, counts from zero.
         cause: why the job is started now, for the history.
+        say: told when the file is damaged.
+
+    Raises:
+        LaunchError: the start cannot be written down, so nothing would end a crash loop.
     """
-    file = run.parent / f".{run.name}.restarts.json"
-    step = reached_step(run)
-    starts = _read(file, job)
-    starts.append({"step": step, "cause": cause, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    write_json(file, {"job": job, "starts": starts})
-    moved = (index for index, start in enumerate(reversed(starts)) if start["step"] != step)
+    try:
+        starts = _read(file, job)
+    except DataError as error:
+        say(f"{error} Starts are counted anew.")
+        starts = []
+    starts.append({"reached": reached, "cause": cause, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    try:
+        write_json(file, {"job": job, "starts": starts})
+    except OSError as error:
+        raise LaunchError(f"{file}: this start cannot be written down ({error}); make room there.") from None
+    moved = (index for index, start in enumerate(reversed(starts)) if start["reached"] != reached)
     fruitless = next(moved, len(starts))
     if fruitless <= STARTS_WITHOUT_PROGRESS:
         return None
     history = "; ".join(f"{start['time']} {start['cause']}" for start in starts[-fruitless:])
     return (
-        f"{run}: started {fruitless} times without a checkpoint after step {step} ({history}). "
-        "Find the reason in the log above and in RUN/stacks, then submit again."
+        f"{what}: started {fruitless} times without {reached} ({history}). "
+        "Find the reason in the log above, of training also in RUN/stacks, then submit again."
     )
 
 
-def _read(file: Path, job: str) -> list[dict[str, Any]]:
+def _read(file: Path, job: str) -> list[dict[str, str]]:
+    """The starts of this job so far.
+
+    Raises:
+        DataError: the file is not what `note_start` writes.
+    """
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(file, maximum_bytes=1 << 24)
+    except FileNotFoundError:
         return []
-    return record["starts"] if record.get("job") == job else []
+    if not isinstance(record, dict) or not isinstance(record.get("job"), str):
+        raise DataError(f"{file}: is damaged: it is no object with a job.")
+    starts = record.get("starts")
+    if not isinstance(starts, list) or not all(_is_start(start) for start in starts):
+        raise DataError(f"{file}: is damaged: starts is no list of {', '.join(_KEYS)}.")
+    return starts if record["job"] == job else []
+
+
+def _is_start(start: object) -> bool:
+    return isinstance(start, dict) and all(isinstance(t := start.get(key), str) and t == plain(t) for key in _KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
+from data_prep.plain_text import plain
 from pretrain.cluster.profiles import Profile
 from pretrain.cluster.records import Record, remember
-from pretrain.environment import clean_environment
+from pretrain.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.errors import LaunchError, RecipeError
 from pretrain.toolchain import prepare_toolchain
+from pretrain.yaml_input import read_yaml
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -28,6 +29,8 @@ _SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 # Announcements of the scripts' --signal lines; a job must be able to last longer.
 _ANNOUNCED_SECONDS = {"train": 300, "compare": 300, "prep": 120, "eval": 60}
 _DEFAULT_SUITES = ("perplexity", "own", "routing")
+_ENOUGH_MEMORY = 1 << 60
+_TIME = re.compile(r"(?:[0-9]{1,9}-)?[0-9]{1,9}(?::[0-9]{1,9}){0,2}")
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ def is_experiment(path: str) -> bool:
         RecipeError: when it cannot be read.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+        values = read_yaml(path)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe or experiment; recipes/ holds examples to copy.") from None
     return isinstance(values, dict) and "arms" in values
 
 
@@ -79,7 +82,8 @@ def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[
     _check_held_out(recipe, suites or _DEFAULT_SUITES)
     logs = f"{recipe.run_folder}.logs"
     train = _training_step(recipe.name, path, overrides, recipe.run_folder, f"{logs}/train-%j.out", profile)
-    return [train, _evaluation_step(recipe.name, recipe.run_folder, train.name, logs, profile, suites)]
+    arguments = [recipe.run_folder, *(f"--suite={suite}" for suite in suites or _DEFAULT_SUITES)]
+    return [train, _evaluation_step(f"{recipe.name}-eval", arguments, train.name, logs, profile)]
 
 
 def plan_experiment(
@@ -92,6 +96,7 @@ def plan_experiment(
     """
     from pretrain.cluster.arms import recipe_file
     from pretrain.comparison.experiment import load_experiment
+    from pretrain.comparison.launch import evaluation_arguments
     from pretrain.comparison.plan import jobs
     from pretrain.comparison.plan import plan_experiment as plan
     from pretrain.evaluation.suites import check_suites
@@ -107,23 +112,22 @@ def plan_experiment(
     whole_node = slurm_options(dataclasses.replace(Shape.of(profile), nodes=1), profile, tasks=False)
     steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
     wanted = check_suites(suites or experiment.evaluation.suites)
-    for number, (run, *branches) in enumerate(runs):
+    for place, (run, *branches) in enumerate(runs):
         folder = str(run.trial.folder)
         label = f"{name}-{run.trial.folder.name}"
         step = _training_step(
             label, str(recipe_file(experiment, run.trial.folder.name)), [], folder, f"{logs}/{label}-%j.out", profile
         )
         after = [("afterok", f"{name}-prepare")]
-        if limit and number >= limit:
-            after.append(("afterany", f"{name}-{runs[number - limit][0].trial.folder.name}"))
+        if limit and place >= limit:
+            after.append(("afterany", f"{name}-{runs[place - limit][0].trial.folder.name}"))
         steps.append(dataclasses.replace(step, after=tuple(after)))
-        settings = experiment.evaluation
-        extra = [f"--limit={settings.limit}"] if settings.limit else []
-        extra += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes else []
         for member in (run, *branches):
-            where = f"{name}-{member.trial.name.replace('/', '-')}"
-            evaluation = _evaluation_step(where, str(member.trial.folder), step.name, logs, profile, wanted)
-            steps.append(dataclasses.replace(evaluation, arguments=(*evaluation.arguments, *extra)))
+            where = f"{name}-{member.trial.name.replace('/', '-')}-eval"
+            commands = evaluation_arguments(experiment.evaluation, member.trial.folder, wanted)
+            for number, arguments in enumerate(commands):
+                title = f"{where}-{number + 1}" if len(commands) > 1 else where
+                steps.append(_evaluation_step(title, arguments, step.name, logs, profile))
     ends = tuple(("afterany", step.name) for step in steps if step.script == "eval")
     small = slurm_options(Shape(1, 0, 1), profile)
     report = Step(f"{name}-report", "compare", ("report", path, *overrides), small, f"{logs}/report-%j.out", after=ends)
@@ -144,23 +148,32 @@ def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[
     for step in steps:
         alone = dataclasses.replace(step, after=())
         test = ["sbatch", "--test-only", *alone.command({})[2:]]
-        done = subprocess.run(test, env=environ, capture_output=True, text=True)
+        done = _sbatch(test, environ)
         if done.returncode:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1]
-            raise LaunchError(f"{step.name}: Slurm would refuse this job: {reason}\n  {shlex.join(test)}")
+            reason = ((done.stderr or done.stdout).strip().splitlines() or ["it gave no reason"])[-1]
+            raise LaunchError(f"{step.name}: Slurm would refuse this job: {plain(reason)}\n  {shlex.join(test)}")
     numbers: dict[str, str] = {}
     for step in steps:
         if not dry_run:
             # Slurm does not make the folders of its logs.
             Path(step.log).parent.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(step.command(numbers), env=environ, capture_output=True, text=True)
-            if done.returncode:
+            done = _sbatch(step.command(numbers), environ)
+            number = done.stdout.strip().split(";")[0]
+            if done.returncode or not number:
                 _take_back(numbers, environ)
-                raise LaunchError(f"{step.name}: sbatch: {done.stderr.strip()}; the jobs before it were cancelled.")
-            numbers[step.name] = done.stdout.strip().split(";")[0]
-            remember(_record(step, numbers))
+                said = plain(done.stderr.strip())
+                raise LaunchError(f"{step.name}: sbatch: {said}; the jobs before it were cancelled.")
+            numbers[step.name] = number
+            try:
+                remember(_record(step, numbers))
+            except OSError as error:
+                say(f"{step.name}: is submitted, but mor jobs will not know it: {error}")
         say(f"{numbers.get(step.name, 'would submit'):>12}  {shlex.join(step.command(numbers))}")
     return numbers
+
+
+def _sbatch(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace")
 
 
 def run_locally(steps: list[Step], profile: Profile, say: Callable[[str], None]) -> int:
@@ -194,11 +207,17 @@ def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     """Everything about a recipe that can be known without its nodes."""
     from pretrain.data import open_data
     from pretrain.ds_config import resolve_ds_config
+    from pretrain.finished import begun_with
     from pretrain.plan import make_plan
+    from pretrain.stage import choose_stage, with_stage
 
+    begun_with(recipe)
     known = recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": "bf16"})
     plan = make_plan(known)
-    resolve_ds_config(known, ranks)
+    # How much memory the nodes' devices have is not known here: enough for the first stage that is possible at all.
+    place = Ranks(0, ranks, 0, 1, 0, LOOPBACK, 1, "mor submit")
+    stage = choose_stage(known, known.network(), place, memory=_ENOUGH_MEMORY, on_cpu=False)
+    resolve_ds_config(with_stage(known, stage.config), ranks)
     if data:
         open_data(known, known.network(), plan)
 
@@ -225,12 +244,13 @@ def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: 
     return Step(name, "train", (recipe, *overrides), tuple(options), log, run=run)
 
 
-def _evaluation_step(name: str, run: str, after: str, logs: str, profile: Profile, suites: list[str] | None) -> Step:
-    arguments = (run, *(f"--suite={suite}" for suite in suites or _DEFAULT_SUITES))
+def _evaluation_step(name: str, arguments: Sequence[str], after: str, logs: str, profile: Profile) -> Step:
+    """`arguments` are those of `mor eval`, the run folder first."""
     options = slurm_options(Shape(1, min(1, profile.gpus_per_node or 0), 1), profile)
     # A chain's elements after the last one that trained are cancelled, which counts as neither success nor failure.
     condition = "afterok" if profile.requeue else "afterany"
-    return Step(f"{name}-eval", "eval", arguments, options, f"{logs}/eval-%j.out", run=run, after=((condition, after),))
+    log, run = f"{logs}/eval-%j.out", arguments[0]
+    return Step(name, "eval", tuple(arguments), options, log, run=run, after=((condition, after),))
 
 
 def slurm_options(shape: Shape, profile: Profile, *, tasks: bool = True) -> tuple[str, ...]:
@@ -263,6 +283,7 @@ def job_environment(profile: Profile) -> dict[str, str]:
 
 def _record(step: Step, numbers: dict[str, str]) -> Record:
     number = numbers[step.name]
+    trained = step.arguments if step.script == "train" else ()
     return Record(
         job=number,
         name=step.name,
@@ -270,6 +291,8 @@ def _record(step: Step, numbers: dict[str, str]) -> Record:
         run=str(Path(step.run).resolve()) if step.run else None,
         log=str(Path(step.log.replace("%j", number)).resolve()),
         time=time.time(),
+        recipe=str(Path(trained[0]).resolve()) if trained else None,
+        overrides=list(trained[1:]),
     )
 
 
@@ -321,10 +344,10 @@ def time_limit_seconds(text: str) -> float | None:
     """
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return None
+    if not _TIME.fullmatch(text):
+        raise LaunchError(f"--time {plain(text)}: not a time limit; write 24:00:00, 2-12:00:00 or minutes.")
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
-    if not all(part.isdecimal() for part in parts) or (dash and not days.isdecimal()) or len(parts) > 3:
-        raise LaunchError(f"--time {text}: not a time limit; write 24:00:00 or 2-12:00:00.")
     numbers = [int(part) for part in parts]
     if dash:
         hours, minutes, seconds = [*numbers, 0, 0][:3]

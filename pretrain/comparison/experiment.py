@@ -104,6 +104,10 @@ class EvaluationSection(Section):
     text_bytes: Whole | None = Field(default=None, ge=1, le=MOST_TEXT_BYTES)
     hub: bool = False
 
+    def limit_of(self, suite: str) -> int | None:
+        """Most questions of each task of this suite."""
+        return None if suite in WHOLE_TEXTS else self.limit
+
 
 class Experiment(Section):
     """One comparison.

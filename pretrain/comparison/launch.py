@@ -13,13 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from pretrain.comparison.experiment import LaunchSection
+from pretrain.comparison.experiment import EvaluationSection, LaunchSection
 from pretrain.environment import clean_environment, free_port
 
 _POLL_SECONDS = 0.5
@@ -43,6 +43,26 @@ def training_command(launch: LaunchSection, recipe_file: Path) -> list[str]:
         str(Path(__file__).resolve().parent.parent / "train.py"),
         "--config",
         str(recipe_file),
+    ]
+
+
+def evaluation_arguments(settings: EvaluationSection, run: Path, suites: Sequence[str]) -> list[list[str]]:
+    """The arguments of `mor eval` that evaluate one run on these suites: of one command for each limit among them.
+
+    Args:
+        suites: names of suites, `all` written out.
+    """
+    # In the order of the suites.
+    limits = dict.fromkeys(settings.limit_of(suite) for suite in suites)
+    return [
+        [
+            str(run),
+            *(f"--suite={suite}" for suite in suites if settings.limit_of(suite) == limit),
+            *([f"--limit={limit}"] if limit is not None else []),
+            *([f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []),
+            *(["--hub"] if settings.hub else []),
+        ]
+        for limit in limits
     ]
 
 

@@ -17,12 +17,14 @@ from rich.console import Console
 from data_prep.files import write_text
 from data_prep.manifest import read_manifest
 from pretrain.comparison.data import prepare_data
-from pretrain.comparison.experiment import WHOLE_TEXTS, Experiment
-from pretrain.comparison.launch import Interrupted, last_lines, run_child, training_command
+from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
 from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
 from pretrain.errors import RecipeError, RunError
+from pretrain.evaluation.suites import check_suites
+from pretrain.finished import has_finished
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
 
@@ -163,7 +165,7 @@ class _Following:
         while self.unfinished:
             run = self.unfinished[0]
             folder = RunFolder(run.trial.folder)
-            if folder.status()["state"] != "finished":
+            if not has_finished(run.recipe):
                 return
             del self.unfinished[0]
             if run is self._shown:
@@ -181,23 +183,10 @@ def _trained(folder: RunFolder, run: PlannedRun) -> str:
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
     folder, settings = RunFolder(run.trial.folder), experiment.evaluation
-    for whole_texts in (True, False):
-        suites = [suite for suite in settings.suites if (suite in WHOLE_TEXTS) == whole_texts]
-        limit = None if whole_texts else settings.limit
-        missing = [suite for suite in suites if not _is_current(folder, suite, limit)]
-        if not missing:
-            continue
-        command = [
-            sys.executable,
-            "-m",
-            "pretrain.cli.main",
-            "eval",
-            str(folder.path),
-            *(f"--suite={suite}" for suite in missing),
-        ]
-        command += [f"--limit={limit}"] if limit is not None else []
-        command += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []
-        command += ["--hub"] if settings.hub else []
+    suites = check_suites(settings.suites)
+    missing = [suite for suite in suites if not _is_current(folder, suite, settings.limit_of(suite))]
+    for arguments in evaluation_arguments(settings, folder.path, missing):
+        command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
         progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
         status = run_child(command, log, progress.refresh)

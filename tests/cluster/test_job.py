@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from pretrain.environment import clean_environment
-from pretrain.signals import EXIT_USER
-from tests.pretrain.support import ROOT
+from pretrain.cli.eval import app as mor_eval
+from pretrain.cluster import rank
+from pretrain.cluster.job import choose_port, outcome, read_words
+from pretrain.cluster.tasks import evaluation_arguments
+from pretrain.environment import clean_environment, rendezvous_port
+from pretrain.errors import LaunchError
+from pretrain.finished import parts
+from pretrain.recipe import Recipe, build_recipe, load_recipe
+from pretrain.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_USER
+from tests.pretrain.support import ROOT, recipe_values, tiny_model, write_recipe
 
 FOUR_TASKS = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "4", "SLURM_CPUS_ON_NODE": "4"}
 
 
+# Writes its arguments down, leaves the exit codes that WORDS holds by rank as ranks would, and ends with CODE.
+SRUN = """#!/bin/sh
+echo "srun $*" >>{calls}
+for word in $WORDS; do printf %s "${{word#*=}}" >"$MOR_EXIT_CODE_FILE.${{word%%=*}}"; done
+exit ${{CODE:-0}}
+"""
+# Nothing may be requeued here, or the script would wait to be ended.
+SCONTROL = """#!/bin/sh
+echo "scontrol $*" >>{calls}
+case "$*" in *show*) echo JobState=RUNNING ;; *) exit 1 ;; esac
+"""
+SCANCEL = """#!/bin/sh
+echo "scancel $*" >>{calls}
+"""
+
+
 @pytest.fixture
 def started(tmp_path):
-    """Runs a kind of job with an srun that only writes down its arguments; returns them and the exit code."""
+    """Runs a kind of job with Slurm's programs replaced; returns what it called them with, and the exit code."""
     calls = tmp_path / "calls"
-    calls.touch()
-    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$*" >>{calls}\n', encoding="utf-8")
-    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
+        (tmp_path / "bin" / name).write_text(text.format(calls=calls), encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
 
     def run(*arguments: str, **environ: str) -> tuple[list[str], int]:
-        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        calls.write_text("")
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         variables = {**clean_environment(), "PATH": path, **environ}
         done = subprocess.run([sys.executable, "-m", "pretrain.cluster.job", *arguments], env=variables, cwd=tmp_path)
         return calls.read_text(encoding="utf-8").splitlines(), done.returncode
@@ -66,3 +93,147 @@ def test_a_node_needs_no_packages_for_it():
     program += "\nimport pretrain.cluster.health\nprint(job.__file__)"
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == ROOT / "pretrain" / "cluster" / "job.py"
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    """A recipe of 16 steps with a branch of 8, whose trunk alone is finished."""
+    schedule = {"kind": "wsd", "warmup": 2, "decay": 0.25}
+    changes = {"budget": {"steps": 16, "branches": [8]}, "schedule": schedule, "model": tiny_model("vanilla")}
+    values = recipe_values(tmp_path / "data", tmp_path / "run", **changes)
+    leave(build_recipe(values), 0)
+    return str(write_recipe(tmp_path / "recipe.yaml", values))
+
+
+def leave(recipe: Recipe, number: int) -> None:
+    part = parts(recipe)[number]
+    part.folder.write_text(part.folder.recipe_file, part.recipe.to_yaml())
+    part.folder.write_json(part.folder.status_file, {"state": "finished", "step": part.steps, "steps": part.steps})
+
+
+TWO_TASKS = {**FOUR_TASKS, "SLURM_NTASKS": "2", "SLURM_CPUS_ON_NODE": "2"}
+ELEMENT = {**TWO_TASKS, "SLURM_ARRAY_JOB_ID": "16"}
+
+
+def programs(calls: list[str]) -> list[str]:
+    return [" ".join(call.split()[:2]) for call in calls if "srun" in call or "show" not in call]
+
+
+def test_a_run_whose_branch_is_not_finished_is_trained(started, recipe, tmp_path):
+    # The branch was interrupted, as its first rank says; srun knows nothing of it.
+    calls, code = started("train", recipe, **TWO_TASKS, WORDS=f"0={EXIT_AGAIN}")
+    assert programs(calls) == ["srun --kill-on-bad-exit=1", "scontrol requeue"] and code == EXIT_AGAIN
+    leave(load_recipe(recipe), 1)
+    calls, code = started("train", recipe, **ELEMENT)
+    assert (calls, code) == (["scancel --state=PENDING 16"], EXIT_FINISHED)
+    calls, code = started("train", recipe, "budget.steps=24", **ELEMENT, WORDS=f"0={EXIT_FINISHED}", CODE="1")
+    assert programs(calls) == ["srun --kill-on-bad-exit=1", "scancel --state=PENDING"], "a larger budget is trained"
+    assert code == EXIT_FINISHED, "the first rank knows better than srun"
+    assert not list(tmp_path.glob(".run.exit-code*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (f"0={EXIT_USER} 1={EXIT_USER}", "143", EXIT_USER),
+        (f"1={EXIT_USER}", "143", EXIT_USER),
+        (f"0={EXIT_HELD}", "0", EXIT_HELD),
+    ],
+)
+def test_what_would_end_the_same_way_ends_the_chain(started, recipe, words, code, expected):
+    calls, found = started("train", recipe, **ELEMENT, WORDS=words, CODE=code)
+    assert programs(calls) == ["srun --kill-on-bad-exit=1", "scancel --state=PENDING"] and found == expected
+
+
+def test_a_recipe_that_cannot_be_used_ends_the_chain(started, recipe):
+    assert started("train", recipe, "optim.learning=1", **ELEMENT) == (["scancel --state=PENDING 16"], EXIT_USER)
+
+
+def test_ranks_that_say_nothing_are_started_again(started, recipe):
+    # As a full disk leaves it: a file of rank 0 with nothing in it.
+    calls, code = started("train", recipe, **TWO_TASKS, WORDS="0=", CODE="1")
+    assert programs(calls) == ["srun --kill-on-bad-exit=1", "scontrol requeue"] and code == EXIT_FAILED
+    calls, code = started("train", recipe, **ELEMENT, CODE="0")
+    assert programs(calls) == ["srun --kill-on-bad-exit=1"] and code == EXIT_FAILED, "a node that failed is no success"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ({0: 0}, 143, 0),
+        ({1: 0}, 0, EXIT_FAILED),  # the first rank came to no end
+        ({0: 75, 3: 2}, 0, EXIT_USER),
+        ({0: 2, 1: 2}, 143, EXIT_USER),
+        ({0: 75}, 143, EXIT_AGAIN),
+        ({0: 76}, 0, EXIT_HELD),
+        ({}, 137, 137),
+        ({}, 0, EXIT_FAILED),
+    ],
+)
+def test_the_ranks_own_word_outranks_srun(words, code, expected):
+    assert outcome(words, code) == expected
+
+
+def test_ranks_leave_their_codes_where_the_job_reads_them(tmp_path, monkeypatch):
+    prefix = tmp_path / ".a[1].exit-code"
+    monkeypatch.setenv("MOR_EXIT_CODE_FILE", str(prefix))
+    for number, code, seen_by_srun in (("0", 75, 0), ("1", 75, 0), ("2", 2, 2), ("3", 0, 0)):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setattr(rank, "train", lambda arguments, code=code: code)
+        assert rank.main([]) == seen_by_srun
+    monkeypatch.delenv("RANK")  # the launcher's variables could not be used
+    monkeypatch.setenv("SLURM_PROCID", "4")
+    monkeypatch.setattr(rank, "train", lambda arguments: 2)
+    assert rank.main([]) == 2
+    for name, text in ((".a[1].exit-code.5", ""), (".a[1].exit-code.6", "x"), (".a[1].exit-code.7", "\xff")):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    assert read_words(prefix) == {0: 75, 2: 2, 4: 2}
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("MOR_EXIT_CODE_FILE", str(Path(__file__) / "below-a-file"))
+    assert rank.main([]) == 2, "a disk that takes nothing changes no exit code"
+
+
+def test_the_meeting_place_is_free(monkeypatch):
+    environ = {"SLURM_JOB_ID": "17"}
+    own = rendezvous_port(environ)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"MASTER_PORT={taken} is taken on"):
+            choose_port({**environ, "MASTER_PORT": str(taken)})
+        monkeypatch.setattr("pretrain.cluster.job.rendezvous_port", lambda environ: taken)
+        assert choose_port(environ) != taken
+    monkeypatch.undo()
+    assert choose_port({**environ, "MASTER_PORT": str(own)}) == own
+    for wrong in ("", "0", "65536", "9" * 5000, "x", "\u0661"):
+        with pytest.raises(LaunchError, match="is not a port"):
+            choose_port({"MASTER_PORT": wrong})
+
+
+def test_every_option_of_mor_eval_reaches_it_and_its_values_are_no_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    options = [
+        p for p in typer.main.get_command(mor_eval).params if p.name not in ("runs", "suite", "markdown", "help")
+    ]
+    assert len(options) >= 6
+    for option in options:
+        (name,) = option.opts
+        words = [name] if option.is_flag else [name, "there"]
+        assert evaluation_arguments(["a", *words, "b"]) == (
+            ["a", "b"],
+            ["perplexity", "own", "routing"],
+            ["=".join(words)],
+        )
+    assert evaluation_arguments(["-s", "own", "a", "--suite=blimp", "--data=there"])[:2] == (["a"], ["own", "blimp"])
+    for wrong in (["--limit=3"], ["a", "--lim", "3"], ["a", "--markdown", "there"], ["a", "--data"]):
+        with pytest.raises(LaunchError, match=r"^eval: "):
+            evaluation_arguments(wrong)
+
+
+@pytest.mark.parametrize("killed", ["", "137"])
+def test_a_killed_evaluation_is_no_success(started, killed):
+    calls, code = started("eval", "run", "-s", "own", **FOUR_TASKS, MOR_CONTAINER="/mor.sqsh", CODE=killed or "0")
+    assert code == int(killed or 0)
+    assert ("scontrol requeue 17" in calls) == bool(killed)

@@ -8,18 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.errors import DataError
-from pretrain.cluster.jobs import view_jobs
 from pretrain.cluster.profiles import EXAMPLE, Profile, load_profile
-from pretrain.cluster.records import Record, remember, remembered
-from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, reached_step
-from pretrain.cluster.submit import check_time, job_environment, plan_recipe, submit, time_limit_seconds
+from pretrain.cluster.submit import (
+    check_time,
+    job_environment,
+    plan_experiment,
+    plan_recipe,
+    submit,
+    time_limit_seconds,
+)
 from pretrain.environment import clean_environment
-from pretrain.errors import LaunchError, RecipeError, UserError
+from pretrain.errors import LaunchError, RecipeError, RunError, UserError
 from pretrain.evaluation.held_out import TEST_FILE
 from tests.pretrain.support import make_dataset, recipe_values, tiny_model, write_recipe
 from tests.slurm.corpus import prep_arguments, write_text_files
+from tests.slurm.test_tasks import write_experiment
 
 
 @pytest.fixture
@@ -72,6 +78,61 @@ def test_what_cannot_run_is_refused(recipe):
         plan_recipe(str(recipe), [], Profile(), None)
 
 
+def test_the_stage_may_be_left_to_the_nodes(recipe):
+    train, _ = plan_recipe(str(recipe), ["deepspeed.config=auto"], Profile(nodes=2, gpus_per_node=2), None)
+    assert train.arguments == (str(recipe), "deepspeed.config=auto")
+    # Stage 0 keeps no fp32 weights for bf16; Muon with a universal checkpoint is possible at no stage.
+    plan_recipe(str(recipe), ["deepspeed.config=auto", "precision=bf16"], Profile(), None)
+    impossible = ["deepspeed.config=auto", "optim.name=muon", "checkpoint.universal=true"]
+    with pytest.raises(RecipeError, match=r"checkpoint\.universal"):
+        plan_recipe(str(recipe), impossible, Profile(), None)
+    with pytest.raises(RecipeError, match=r"batch\.sequences: 8 is not micro_batch \(2\) x 8 ranks"):
+        plan_recipe(str(recipe), ["deepspeed.config=auto"], Profile(nodes=4, gpus_per_node=2), None)
+
+
+def test_a_folder_with_another_run_is_refused_before_the_queue(recipe):
+    run = recipe.parent / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(recipe.read_text())
+    plan_recipe(str(recipe), ["budget.steps=24", "logging.every=9"], Profile(), None)
+    with pytest.raises(RunError, match="holds a run with seed = 7, but the recipe now says 8"):
+        plan_recipe(str(recipe), ["seed=8"], Profile(), None)
+
+
+def test_an_experiment_is_evaluated_as_compare_run_does(tmp_path):
+    file = write_experiment(tmp_path / "experiment.yaml", tmp_path / "runs", tmp_path / "data")
+    values = yaml.safe_load(file.read_text())
+    values["base"]["model"]["vocab_size"] = 300
+    values["arms"] = {"vanilla": {}}
+    values["evaluation"] = {"suites": ["perplexity", "lambada", "routing"], "limit": 5, "text_bytes": 900, "hub": True}
+    file.write_text(yaml.safe_dump(values))
+    steps = plan_experiment(str(file), [], Profile(), None, 0)
+    assert [step.name for step in steps] == [
+        "tiny-prepare",
+        "tiny-vanilla",
+        "tiny-vanilla-eval-1",
+        "tiny-vanilla-eval-2",
+        "tiny-report",
+    ]
+    run = str(tmp_path / "runs" / "vanilla")
+    # The limit is one of questions: texts are read whole.
+    assert steps[2].arguments == (run, "--suite=perplexity", "--suite=routing", "--text-bytes=900", "--hub")
+    assert steps[3].arguments == (run, "--suite=lambada", "--limit=5", "--text-bytes=900", "--hub")
+    assert {name for _, name in steps[4].after} == {"tiny-vanilla-eval-1", "tiny-vanilla-eval-2"}
+
+
+def test_a_job_that_cannot_be_remembered_is_submitted_all_the_same(recipe, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 17\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("MOR_JOBS", str(recipe / "jobs.jsonl"))  # below a file
+    said: list[str] = []
+    numbers = submit(plan_recipe(str(recipe), [], Profile(), None), Profile(), dry_run=False, say=said.append)
+    assert set(numbers.values()) == {"17"}
+    assert "is submitted, but mor jobs will not know it" in said[0]
+
+
 def test_without_slurm_nothing_is_submitted(recipe, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(LaunchError, match="--local"):
@@ -86,7 +147,7 @@ def test_time_limits_as_slurm_reads_them(text, seconds):
     assert time_limit_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["tomorrow", "1:2:3:4", "-5", "1-x", ""])
+@pytest.mark.parametrize("text", ["tomorrow", "1:2:3:4", "-5", "1-x", "", "9" * 5000, "1\n", "\u0661"])
 def test_what_is_no_time_limit(text):
     with pytest.raises(LaunchError, match="time limit"):
         time_limit_seconds(text)
@@ -109,6 +170,14 @@ def test_profiles_give_way_to_the_command_line(clusters):
     assert load_profile("small").partition is None
 
 
+def test_a_profiles_time_is_read_as_sbatch_reads_it(clusters):
+    for written, seconds in (("1440", 86400), ("24:00:00", 86400), ("90:00", 5400), ("1-12", 129600)):
+        clusters.write_text(f"clusters: {{a: {{time: {written}}}}}")
+        profile = load_profile("a")
+        # 1440 and 24:00:00 are the same to sbatch, too.
+        assert profile.time == written and time_limit_seconds(profile.time) == seconds
+
+
 def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
     monkeypatch.setenv("SBATCH_ACCOUNT", "of somebody's shell")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as it is set on a login node without GPUs
@@ -129,6 +198,16 @@ def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
         ("clusters: {a: {}}", "b", "no cluster 'b'"),
         ("clusters: {a: {nodes: 0}}", "a", "nodes"),
         ("clusters: [", "a", "YAML"),
+        ("clusters: {a: {nodes: true}}", "a", r"clusters\.a\.nodes: input should be a valid integer, not True"),
+        ("clusters: {a: {time: true}}", "a", r"clusters\.a\.time"),
+        ("clusters: {a: {time: 1.5}}", "a", r"clusters\.a\.time"),
+        ("clusters: {a: {partition: [gpu]}}", "a", r"clusters\.a\.partition"),
+        ("clusters: {a: {environment: {A: yes}}}", "a", "A is True; write its value as text"),
+        ("clusters: {a: {environment: {A=B: x}}}", "a", "'A=B' is no name of a variable"),
+        ('clusters: {a: {options: ["--x=\\0"]}}', "a", "characters that no program takes"),
+        ("- a", "a", "the file: "),
+        ("default: a", "a", "'clusters' is missing"),
+        ("clusters: {a: {}, a: {}}", "a", "stands twice"),
     ],
 )
 def test_profiles_that_cannot_be_used(clusters, content, name, message):
@@ -147,42 +226,6 @@ def test_the_example_can_be_used(monkeypatch):
 def test_a_profile_without_a_file_is_named(clusters):
     with pytest.raises(LaunchError, match=str(clusters)):
         load_profile("juno")
-
-
-def test_a_crash_loop_is_recognised_by_its_steps(tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    for _ in range(STARTS_WITHOUT_PROGRESS):
-        assert note_start(run, "1", "crash") is None
-    assert "without a checkpoint after step 0" in note_start(run, "1", "crash")
-    assert note_start(run, "2", "by hand") is None, "a person's new submission starts counting anew"
-    (run / "checkpoints" / "latest").write_text("step-00000100\n")
-    assert reached_step(run) == 100
-    for _ in range(STARTS_WITHOUT_PROGRESS):
-        assert note_start(run, "2", "restart") is None
-    assert note_start(run, "2", "restart") is not None
-
-
-def test_jobs_are_followed_through_their_run_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOR_JOBS", str(tmp_path / "jobs.jsonl"))
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "status.json").write_text(json.dumps({"state": "running", "step": 0, "steps": 100}))
-    lines = [{"kind": "train", "step": 40, "lm_loss": 2.5, "step_seconds": 3.0}, {"kind": "event", "event": "x"}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
-    remember(Record("41", "tiny", "train", str(run), str(tmp_path / "log"), 0.0))
-    remember(Record("42", "tiny-eval", "eval", str(run), str(tmp_path / "log"), 0.0))
-    answer = "41|RUNNING|None\n42|PENDING|Dependency\n"
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\nprintf '{answer}'\n".replace("\n'", "\\n'"))
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    training, evaluation = view_jobs(remembered())
-    assert (training.state, training.step, training.steps, training.loss) == ("RUNNING", 40, 100, 2.5)
-    assert training.remaining == 180.0
-    assert (evaluation.state, evaluation.reason) == ("PENDING", "Dependency")
-    monkeypatch.setenv("PATH", "")
-    (run / "status.json").write_text(json.dumps({"state": "finished", "step": 100, "steps": 100}))
-    assert view_jobs(remembered())[0].state == "COMPLETED"
 
 
 @pytest.mark.slow

@@ -37,19 +37,17 @@ TRAINER = """
 import sys, pathlib, json
 sys.path.insert(0, {root!r})
 from pretrain.recipe import load_recipe
-from pretrain.plan import make_plan
+from pretrain.finished import parts
 from tests.comparison.synthetic import write_run
 recipe = load_recipe(sys.argv[1])
 with open({calls!r}, "a") as calls:
     calls.write(recipe.name + "\\n")
 if recipe.name in {broken!r}:
     sys.exit("no more memory")
-plan = make_plan(recipe)
-runs = [(pathlib.Path(recipe.run_folder), recipe.budget.amount)]
-runs += [(runs[0][0] / "branches" / branch.name, branch.amount) for branch in plan.branches]
-for folder, amount in runs:
+for part in parts(recipe):
+    folder, amount = part.folder.path, part.recipe.budget.amount
     write_run(folder, "any", config=recipe.network(), budget=amount, sequences=recipe.batch.sequences, evaluate=False)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "recipe.yaml").write_text(part.recipe.to_yaml())
     file = folder / "plan.json"
     file.write_text(json.dumps({{**json.loads(file.read_text()), "data_manifest": {digest!r}}}))
 """

@@ -148,10 +148,38 @@ def test_host_lists(text, hosts):
     assert expand_hostlist(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "a,,b", "a[1", "a]1[", "a[x]", "a[[1]]"])
-def test_what_is_no_host_list(text):
-    with pytest.raises(LaunchError, match="host list"):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "empty"),
+        ("a,,b", "empty"),
+        ("a[1", "brackets"),
+        ("a]1[", "brackets"),
+        ("a[[1]]", "brackets"),
+        ("a[x]", "neither a number nor a range"),
+        ("a[1\n]b[\u0661]", "neither a number nor a range"),
+        ("a b", "part of a host's name"),
+        ("\x1b[1]", "part of a host's name"),
+        ("a[5-1]", "ends before it begins"),
+        ("a[0-99999999]", "more than 65,536 hosts"),
+        ("a[1-300][1-300]", "more than 65,536 hosts"),
+        ("a[1-40000],b[1-40000]", "more than 65,536 hosts"),
+        ("a" + "[1-60000]" * 1000, "more than 65,536 hosts"),
+        ("a[" + ",".join(["1-60000"] * 1000) + "]", "more than 65,536 hosts"),
+        (f"a[{'9' * 5000}]", "digits"),
+        (f"a[1-{'9' * 5000}]", "digits"),
+        (f"a[{'0' * 5000}1]", "digits"),
+    ],
+    ids=lambda text: text[:20].encode("unicode_escape").decode(),
+)
+def test_what_is_no_host_list(text, problem):
+    with pytest.raises(LaunchError, match=f"(?s)is not a Slurm host list: .*{problem}") as refusal:
         expand_hostlist(text)
+    assert len(str(refusal.value)) < 500 and "\x1b" not in str(refusal.value)
+
+
+def test_as_many_brackets_as_one_likes_stand_for_one_host():
+    assert expand_hostlist("a" + "[1]" * 3000) == ["a" + "1" * 3000]
 
 
 def test_host_lists_are_read_as_slurm_reads_them(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,11 @@ from tests.slurm.cluster import most_at_once
 from tests.slurm.training import STEPS, log, reached, restarted, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+
+
+def state(run: Path) -> str | None:
+    file = run / "status.json"
+    return json.loads(file.read_text())["state"] if file.is_file() else None
 
 
 def test_two_nodes_train_one_recipe(cluster, undisturbed):
@@ -33,6 +39,23 @@ def test_an_announced_end_is_survived_with_the_same_losses(cluster, recipes, und
     assert losses(run) == undisturbed
 
 
+@pytest.mark.slow
+def test_an_end_announced_to_a_branch_is_not_the_end_of_the_run(cluster, recipes):
+    # The branch is half of the work, so that it can be interrupted.
+    steps, schedule = 4 * STEPS, {"kind": "wsd", "warmup": 2, "decay": 0.9}
+    recipe, run = recipes("branching", budget={"steps": steps, "branches": [steps - 2]}, schedule=schedule)
+    branch = run / "branches" / str(steps - 2)
+    job = submit(cluster, recipe)
+    cluster.until(lambda: "yes" if state(branch) == "running" else None, "the branch")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.until(lambda: restarted(cluster, job), "the requeue")
+    assert state(branch) == "stopped" and state(run) == "finished", "it was not interrupted in the branch"
+    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    assert state(branch) == "finished"
+    again = submit(cluster, recipe, "--open-mode=append")
+    assert cluster.wait(again) == "COMPLETED" and f"{run} is finished." in log(cluster, recipe)
+
+
 def test_a_recipe_that_cannot_be_used_ends_before_anything_starts(cluster, recipes):
     recipe, run = recipes("misspelt")
     recipe.write_text(recipe.read_text().replace("optim:", "optimm:"))
@@ -41,6 +64,17 @@ def test_a_recipe_that_cannot_be_used_ends_before_anything_starts(cluster, recip
     assert cluster.show(job)["ExitCode"] == f"{EXIT_USER}:0"
     assert "did you mean 'optim'" in log(cluster, recipe)
     assert not run.exists()
+
+
+@pytest.mark.slow
+def test_what_every_rank_ends_with_is_not_taken_for_a_crash(cluster, recipes):
+    # srun ends the other rank when the first one gives up, and returns 143.
+    recipe, _ = recipes("not-finite", optim={"lr": 1e30}, faults={"max_non_finite": 1})
+    job = submit(cluster, recipe, "--array=1-3%1", "--no-requeue")
+    cluster.until(lambda: "yes" if not cluster.run("squeue", "-h").stdout.strip() else None, "the chain's end")
+    record = cluster.show(f"{job}_1")
+    assert record["ExitCode"] == f"{EXIT_USER}:0", log(cluster, recipe)
+    assert log(cluster, recipe).count("not-finite: training") == 1, "the chain went on"
 
 
 @pytest.mark.slow

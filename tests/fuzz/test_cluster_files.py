@@ -1,0 +1,201 @@
+"""Files of submission: cluster profiles, remembered jobs, histories of starts and a run's status."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.cluster.jobs import view_jobs
+from pretrain.cluster.profiles import Profile, load_profile
+from pretrain.cluster.records import Record, remembered
+from pretrain.cluster.restarts import note_start
+from pretrain.cluster.submit import Shape, check_time, job_environment, slurm_options
+from pretrain.finished import unfinished
+from pretrain.recipe import build_recipe
+from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.pretrain.support import recipe_values, tiny_model
+
+CLUSTER = {
+    "partition": "gpu",
+    "account": "nlp",
+    "qos": "normal",
+    "constraint": "h100",
+    "time": "24:00:00",
+    "nodes": 4,
+    "gpus_per_node": 8,
+    "tasks_per_node": 8,
+    "setup": "module load cuda/12.4 && source ~/mor/.venv/bin/activate",
+    "container": "/images/mor.sif",
+    "environment": {"NCCL_DEBUG": 1, "NCCL_SOCKET_IFNAME": "ib0"},
+    "launcher": "srun",
+    "health": "exclude",
+    "requeue": False,
+    "chain": 10,
+    "options": ["--mail-type=END"],
+}
+RECORD = {
+    "job": "41",
+    "name": "tiny",
+    "kind": "train",
+    "run": "runs/tiny",
+    "log": "logs/41.out",
+    "time": 1.7e9,
+    "recipe": "tiny.yaml",
+    "overrides": ["budget.steps=24"],
+}
+START = {"reached": "a checkpoint after step 0", "cause": "restart 1", "time": "2026-01-01T00:00:00Z"}
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    """No Slurm, no other files than the test's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("MOR_CLUSTERS", str(tmp_path / "clusters.yaml"))
+    monkeypatch.setenv("MOR_JOBS", str(tmp_path / "jobs.jsonl"))
+
+
+def as_json(value: Any, source: random.Random) -> bytes:
+    """A value as a file, sometimes damaged once more."""
+    text = json.dumps(value).encode()
+    return mutate_bytes(text, source) if source.random() < 0.3 else text
+
+
+def as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, allow_unicode=False)
+
+
+def profile_of(content: str) -> Profile:
+    Path("clusters.yaml").write_text(content, encoding="utf-8", errors="surrogatepass")
+    profile = load_profile(None)
+    check_time(profile)
+    for word in (
+        *slurm_options(Shape.of(profile), profile),
+        *(part for pair in job_environment(profile).items() for part in pair),
+    ):
+        assert b"\0" not in os.fsencode(word), "no program could be started with this"
+    return profile
+
+
+@counts
+def test_profiles(count):
+    whole = {"default": "a", "clusters": {"a": CLUSTER, "b": {}}}
+
+    def make(source: random.Random) -> Any:
+        return mutate_value(whole, source)
+
+    def changed(given: Any, profile: Profile) -> str | None:
+        chosen = given["clusters"][given["default"]] if (given or {}).get("default") is not None else {}
+        for key, value in chosen.items():
+            found = getattr(profile, key)
+            wanted: Any = value
+            if key == "time" and value is not None:
+                wanted = str(value)
+            elif key == "options":
+                wanted = tuple(value)
+            elif key == "environment":
+                wanted = {name: str(text) for name, text in value.items()}
+            if found != wanted or type(found) is not type(wanted):
+                return f"{key}: {found!r} for {value!r}"
+        return None
+
+    outcome = drive(count, make, lambda given: profile_of(as_yaml(given)), changed=changed)
+    assert outcome.refused > 0.2 * count and outcome.used > 0.05 * count
+
+
+@counts
+def test_profiles_as_text(count):
+    text = as_yaml({"default": "a", "clusters": {"a": CLUSTER}})
+    outcome = drive(count, lambda source: mutate_text(text, source), profile_of, seed="text")
+    assert outcome.refused > 0.2 * count and outcome.used > 0.1 * count
+
+
+@counts
+def test_remembered_jobs(count):
+    def make(source: random.Random) -> bytes:
+        return as_json(RECORD, source) + b"\n" + as_json(mutate_value(RECORD, source), source) + b"\n"
+
+    def use(given: bytes) -> tuple[list[Record], list[str]]:
+        Path("jobs.jsonl").write_bytes(given)
+        said: list[str] = []
+        records = remembered(said.append)
+        assert len(view_jobs(records)) == len(records)
+        return records, said
+
+    def changed(given: bytes, result: tuple[list[Record], list[str]]) -> str | None:
+        records, said = result
+        lines = [line for line in given.split(b"\n") if line.strip()]
+        if len(records) < len(lines) and len(said) != 1:
+            return "a line is missing, and nothing is said"
+        meant = [value for line in lines if isinstance(value := json_or_none(line), dict)]
+        for record in records:
+            # A time may be written as a whole number; what a line leaves out has its default.
+            if not any(all(v == type(v)(value.get(k, v)) for k, v in vars(record).items() if v) for value in meant):
+                return str(record)
+        return None
+
+    assert drive(count, make, use, changed=changed).used == count
+
+
+def json_or_none(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+@counts
+def test_histories_of_starts(count):
+    file = Path(".run.restarts.json")
+
+    def make(source: random.Random) -> bytes:
+        starts = [START] * source.randrange(5)
+        return as_json(mutate_value({"job": "1", "starts": starts}, source), source)
+
+    def use(given: bytes) -> tuple[str | None, list[str]]:
+        file.write_bytes(given)
+        said: list[str] = []
+        return note_start(file, "RUN", START["reached"], "1", "restart 2", said.append), said
+
+    def changed(given: bytes, result: tuple[str | None, list[str]]) -> str | None:
+        problem, said = result
+        starts = json.loads(file.read_text())["starts"]
+        if said and len(starts) != 1:
+            return "called damaged, and used"
+        alike = [start["reached"] for start in starts] == [START["reached"]] * len(starts)
+        return "the wrong number of starts" if alike and (problem is not None) != (len(starts) > 3) else None
+
+    assert drive(count, make, use, changed=changed).used == count
+
+
+@counts
+def test_status_files(count, tmp_path):
+    run = build_recipe(recipe_values(Path("data"), tmp_path / "run", model=tiny_model("vanilla")))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(run.to_yaml())
+    (tmp_path / "recipe.yaml").write_text(run.to_yaml())
+    record = Record(**{**RECORD, "run": run.run_folder, "recipe": str(tmp_path / "recipe.yaml"), "overrides": []})
+
+    def make(source: random.Random) -> bytes:
+        status = {"state": source.choice(["finished", "running", "failed"]), "step": 12, "steps": 12, "reason": "no"}
+        return as_json(mutate_value(status, source), source)
+
+    def use(given: bytes) -> tuple[bool, str]:
+        (tmp_path / "run" / "status.json").write_bytes(given)
+        return not unfinished(run), view_jobs([record])[0].state
+
+    def changed(given: bytes, result: tuple[bool, str]) -> str | None:
+        finished, state = result
+        status = json_or_none(given)
+        says = isinstance(status, dict) and status.get("state") == "finished"
+        if finished and not says:
+            return "finished without saying so"
+        return None if (state == "COMPLETED") == finished else f"{state}, and finished: {finished}"
+
+    assert drive(count, make, use, changed=changed).used == count
