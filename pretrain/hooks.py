@@ -59,8 +59,9 @@ class SuiteRunner:
         lockstep: Lockstep,
     ) -> None:
         from data_prep.tokenizers import load_tokenizer
-        from pretrain.evaluation.evaluate import Settings, most_text
+        from pretrain.evaluation.evaluate import most_text
         from pretrain.evaluation.held_out import read_documents
+        from pretrain.evaluation.settings import Settings
 
         self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
         self._telemetry, self._lockstep = telemetry, lockstep
@@ -257,7 +258,7 @@ def check_suites_of(recipe: Recipe) -> None:
             f"evaluation.suites: {', '.join(harness)} run in lm-evaluation-harness, which is not installed here "
             "(pip install lm-eval); install it, or drop them."
         )
-    from pretrain.evaluation.harness import plan_tasks
+    from pretrain.evaluation.task_files import plan_tasks
 
     held_out_texts(recipe)
     for name in check_suites(suites.names):

@@ -11,15 +11,15 @@ import heapq
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
-import yaml
 import zstandard
 
 from data_prep.errors import DataError
-from pretrain.errors import RunError
+from pretrain.errors import RecipeError, RunError
 from pretrain.run_folder import RunFolder
+from pretrain.yaml_input import read_yaml
 
 TEST_FILE = Path("held_out", "test.jsonl.zst")
 
@@ -51,12 +51,12 @@ def held_out_files(run: RunFolder, data: Path | None = None) -> list[Path]:
 
 def _data_folders(run: RunFolder) -> list[Path]:
     try:
-        recipe = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+        recipe = read_yaml(run.recipe_file)
         data = recipe["data"]
         folders = [data["path"]] if data.get("path") else [source["path"] for source in data["sources"]]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        return [Path(folder) for folder in folders]
+    except (OSError, RecipeError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{run.recipe_file}: names no data set ({error}); give its folder with --data DIR.") from None
-    return [Path(folder) for folder in folders]
 
 
 def read_documents(files: Sequence[Path], most_bytes: int) -> tuple[list[Document], str]:
@@ -98,10 +98,26 @@ def _documents(file: Path) -> Iterator[Document]:
             for line in io.BufferedReader(stream):
                 number += 1
                 record = orjson.loads(line)
-                if record["text"].strip():
-                    yield Document(record["text"], record.get("source") or "")
-    except (zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                text, source = record["text"], record.get("source") or ""
+                if not isinstance(text, str) or not isinstance(source, str):
+                    raise TypeError("text and source must be strings")
+                if text.strip():
+                    yield Document(text, source)
+    except (OSError, zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: damaged at or after line {number} ({error!r}); prepare the data set again.") from None
+
+
+def text_identity(texts: Sequence[str]) -> dict[str, Any]:
+    """{text_bytes, text_sha256}: UTF-8 bytes of the texts together, and the SHA-256 of the texts in their order.
+
+    Figures compare only where these are equal.
+    """
+    digest, size = hashlib.sha256(), 0
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        size += len(encoded)
+    return {"text_bytes": size, "text_sha256": digest.hexdigest()}
 
 
 def choose(documents: Sequence[Document], most_bytes: int) -> list[Document]:

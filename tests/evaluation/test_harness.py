@@ -12,12 +12,14 @@ import pytest
 from data_prep.errors import DataError
 from pretrain.errors import UserError
 from pretrain.evaluation import suites
-from pretrain.evaluation.evaluate import Settings, evaluate_model
-from pretrain.evaluation.harness import TaskPlan, local_task_file, plan_tasks, run_tasks
+from pretrain.evaluation.evaluate import evaluate_model
+from pretrain.evaluation.harness import run_tasks
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.local_data import read_records
+from pretrain.evaluation.settings import Settings
 from pretrain.evaluation.suites import benchmarks, check_suites
+from pretrain.evaluation.task_files import TaskPlan, local_task_file, plan_tasks
 from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand, log_probabilities
 
 LIMIT = 12
