@@ -39,8 +39,8 @@ def ask(
 
 
 CHOICE = (
-    "output_type: multiple_choice\ntarget_delimiter: ''\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{options}}'\ndoc_to_target: right\n"
-    "metric_list:\n  - {metric: acc}\n  - {metric: acc_norm}\n"
+    "output_type: multiple_choice\ntarget_delimiter: ''\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{options}}'\n"
+    "doc_to_target: right\nmetric_list:\n  - {metric: acc}\n  - {metric: acc_norm}\n"
 )
 
 
