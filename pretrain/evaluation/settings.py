@@ -12,6 +12,7 @@ from pretrain.run_folder import RunFolder
 Routing = Literal["causal", "topk"]
 ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
 TEXT_BYTES = 500_000
+_MOST = 1 << 62
 
 
 def check_routing(name: str) -> Routing:
@@ -44,8 +45,8 @@ class Settings:
             value = getattr(self, name)
             if value is None and name != "text_bytes":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RunError(f"evaluation {name}: must be a whole number of at least 1, not {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MOST:
+                raise RunError(f"evaluation {name}: must be a whole number of at least 1, not {value!r:.50}.")
 
     @property
     def suffix(self) -> str:
