@@ -49,7 +49,7 @@ def evaluate(
     """Evaluate RUNS and write RUN/evaluation/<suite>.json; what was evaluated before, unchanged, is read again."""
     from data_prep.files import write_text
     from pretrain.errors import RunError
-    from pretrain.evaluation.evaluate import NotWritten, evaluate_run, require_writable
+    from pretrain.evaluation.evaluate import NotWritten, evaluate_run, require_writable_for_all
     from pretrain.evaluation.progress import suite_progress
     from pretrain.evaluation.ranks import evaluation_ranks
     from pretrain.evaluation.settings import TEXT_BYTES, Settings, check_routing
@@ -66,7 +66,7 @@ def evaluate(
     results, problems = {}, []
     with evaluation_ranks(device) as (place, reports):
         if markdown is not None:
-            require_writable(markdown.parent)
+            require_writable_for_all(markdown.parent)
         for run in folders:
             title = run.name if names.count(run.name) == 1 else str(run)
             with suite_progress(title, reports) as progress:

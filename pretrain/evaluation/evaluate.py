@@ -28,7 +28,7 @@ from pretrain.evaluation.suites import (
     hub_answers,
     shared_evaluation_data,
 )
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ def evaluate_run(
     missing = [name for name in names if name not in results]
     problems = []
     if missing:
-        require_writable(run.evaluation)
+        require_writable_for_all(run.evaluation)
         from mor_model.weights import load_model
 
         documents: Sequence[held_out.Document] = ()
@@ -163,22 +163,16 @@ def evaluate_run(
     return results
 
 
-def require_writable(folder: Path) -> None:
-    """Make `folder` where it is missing, and see whether a file can be written there; rank 0 finds out for all.
-
-    Raises:
-        RunError: it cannot.
-    """
+def require_writable_for_all(folder: Path) -> None:
+    """`run_folder.require_writable`, found out by rank 0 for all. Collective."""
     problem = None
     if rank_and_world()[0] == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as stream:
-                stream.write(bytes(4096))
-        except OSError as error:
-            problem = error.strerror or str(error)
+            require_writable(folder)
+        except RunError as error:
+            problem = str(error)
     if problem := from_rank_zero(problem):
-        raise RunError(f"{folder}: cannot be written ({problem}), so the results would be lost; nothing was computed.")
+        raise RunError(problem)
 
 
 @contextlib.contextmanager
