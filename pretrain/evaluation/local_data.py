@@ -111,8 +111,9 @@ def read_splits(splits: dict[str, str], where: dict[str, Any] | None = None, lim
         **_: the task's metadata, which the harness passes along.
 
     Raises:
-        DataError: as `read_records`, and when `where` leaves nothing.
+        DataError: as `read_records`, and when `where` leaves nothing or a field holds values of several kinds.
     """
+    import pyarrow as pa
     from datasets import Dataset, DatasetDict
 
     loaded = {}
@@ -122,5 +123,8 @@ def read_splits(splits: dict[str, str], where: dict[str, Any] | None = None, lim
             records = [record for record in records if all(record.get(key) == value for key, value in where.items())]
             if not records:
                 raise DataError(f"{path}: no record with {where}; copy the file again.")
-        loaded[name] = Dataset.from_list(records[:limit] if name in ("validation", "test") else records)
+        try:
+            loaded[name] = Dataset.from_list(records[:limit] if name in ("validation", "test") else records)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise DataError(f"{path}: a field holds values of several kinds ({error}); copy the file again.") from None
     return DatasetDict(loaded)
