@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-import zstandard
 
 from data_prep.errors import DataError
+from data_prep.sources.base import SourceError
+from data_prep.sources.streams import ByteStream
 from pretrain.errors import RecipeError, RunError
 from pretrain.run_folder import RunFolder
 from pretrain.yaml_input import read_yaml
 
 TEST_FILE = Path("held_out", "test.jsonl.zst")
+_LONGEST_LINE = 1 << 28
 
 
 class Document(NamedTuple):
@@ -94,17 +95,36 @@ def read_documents(files: Sequence[Path], most_bytes: int) -> tuple[list[Documen
 def _documents(file: Path) -> Iterator[Document]:
     number = 0
     try:
-        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-            for line in io.BufferedReader(stream):
-                number += 1
-                record = orjson.loads(line)
-                text, source = record["text"], record.get("source") or ""
-                if not isinstance(text, str) or not isinstance(source, str):
-                    raise TypeError("text and source must be strings")
-                if text.strip():
-                    yield Document(text, source)
-    except (OSError, zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: damaged at or after line {number} ({error!r}); prepare the data set again.") from None
+        for line in _lines(file):
+            number += 1
+            record = orjson.loads(line)
+            text, source = record["text"], record.get("source") or ""
+            if not isinstance(text, str) or not isinstance(source, str):
+                raise TypeError("text and source must be strings")
+            if text.strip():
+                yield Document(text, source)
+    except (SourceError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        problem = str(error) if isinstance(error, SourceError) else repr(error)
+        raise DataError(f"{file}: damaged at or after line {number} ({problem}); prepare the data set again.") from None
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """Lines of a compressed file; a file that ends early raises `SourceError`, as does damage."""
+    stream = ByteStream(file)
+    try:
+        rest = bytearray()
+        while data := stream.read():
+            rest += data
+            if b"\n" in data:
+                *lines, last = bytes(rest).split(b"\n")
+                yield from lines
+                rest = bytearray(last)
+            elif len(rest) > _LONGEST_LINE:
+                raise DataError(f"{file}: holds a line of more than {_LONGEST_LINE:,} bytes, which is no document.")
+        if rest:
+            yield bytes(rest)
+    finally:
+        stream.close()
 
 
 def text_identity(texts: Sequence[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
         unknown = list(dict.fromkeys(string for string in strings if string not in self._encoded))
         self._encoded.update(zip(unknown, (list(ids) for ids in self._tokenizer.encode_batch(unknown))))
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, float]]:  # type: ignore[override]
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, float]]:
         """(log-likelihood in nats, chance that greedy decoding gives it) of each request's continuation; NaN where the
         tokenizer makes nothing of a continuation. Which prompts were cut is kept in `cut`.
         """

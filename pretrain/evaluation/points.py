@@ -51,7 +51,7 @@ def with_shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Seq
         "acc_bytes": [value / max(len(choice.encode("utf-8")), 1) for value, choice in zip(nats, choices)],
         "acc_mutual_info": [value - without for value, without in zip(nats, alone)],
     }
-    shared = {name: share(values, right) for name, values in by_metric.items() if name in judged}
+    shared: dict[str, Any] = {name: share(values, right) for name, values in by_metric.items() if name in judged}
     if "exact_match" in judged:
         shared["exact_match"] = max((answers[number][1] for number in right if 0 <= number < len(choices)), default=0.0)
     tied = likeliest(nats)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import zstandard
 
 from data_prep.errors import DataError
 from data_prep.tokenizers import load_tokenizer
@@ -174,6 +175,13 @@ def test_held_out_text_is_checked_where_it_enters(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"damaged|no held-out documents"):
+        read_documents([file], 100)
+    # Cut where every line is whole: a reader that takes the end of the file for the end of the text sees one document.
+    file.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(b'{"text": "one"}\n')[:-4])
+    with pytest.raises(DataError, match="ends inside a frame"):
+        read_documents([file], 100)
+    file.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "one", "source": ["a"]}\n'))
+    with pytest.raises(DataError, match="text and source must be strings"):
         read_documents([file], 100)
     write_held_out(tmp_path, ["", "  "])
     with pytest.raises(DataError, match="no held-out documents"):
