@@ -136,11 +136,6 @@ def stored_result(
     return stored if {**now, "questions": asked} == {**then, "questions": asked} else None
 
 
-def is_current(run: RunFolder, suite: str, settings: Settings, data: Path | None = None) -> bool:
-    """Whether `mor eval` with these settings would only read the suite's result again. See `stored_result`."""
-    return stored_result(run, suite, settings, data) is not None
-
-
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

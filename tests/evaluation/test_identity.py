@@ -10,7 +10,7 @@ import pytest
 from mor_model.weights import load_model, save_weights
 from pretrain.evaluation import evaluate, identity
 from pretrain.evaluation.evaluate import evaluate_run
-from pretrain.evaluation.identity import is_current
+from pretrain.evaluation.identity import stored_result
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.run_folder import RunFolder
 from tests.evaluation.runs import make_run, write_held_out
@@ -33,6 +33,10 @@ def run(evaluated, tmp_path) -> RunFolder:
     """A copy, to be changed."""
     shutil.copytree(evaluated.path, tmp_path / "run")
     return RunFolder(tmp_path / "run")
+
+
+def is_current(run: RunFolder, suite: str, settings: Settings, **where) -> bool:
+    return stored_result(run, suite, settings, **where) is not None
 
 
 def current(run: RunFolder, settings: Settings = SETTINGS, **where) -> dict[str, bool]:
