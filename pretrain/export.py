@@ -19,7 +19,7 @@ def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
     One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone.
 
     Raises:
-        RunError: on all ranks, when rank 0 cannot write.
+        RunError: on all ranks, when rank 0 cannot write, or when a weight is not finite.
     """
     from deepspeed.utils import safe_get_full_fp32_param
     from safetensors import SafetensorError
@@ -34,6 +34,16 @@ def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
             assert whole is not None
             state[name] = whole.detach().to("cpu", torch.float32, copy=True)
     state |= {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()}
+
+    def check() -> None:
+        broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise RunError(
+                f"{folder}: not written, because {len(broken)} of {len(state)} weights are not finite ({broken[0]}): "
+                "training has diverged. Lower optim.lr in a new run_dir."
+            )
+
+    on_first_rank(check)
 
     def write() -> None:
         try:

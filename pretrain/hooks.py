@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import TrainState
-from pretrain.errors import RecipeError
+from pretrain.errors import RecipeError, RunError
 from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
 from pretrain.evaluation.lockstep import BrokenOff, EvaluationFailed, Lockstep
 from pretrain.plan import Plan, is_due
@@ -59,8 +59,9 @@ class SuiteRunner:
         lockstep: Lockstep,
     ) -> None:
         from data_prep.tokenizers import load_tokenizer
-        from pretrain.evaluation.evaluate import Settings, most_text
+        from pretrain.evaluation.evaluate import most_text
         from pretrain.evaluation.held_out import read_documents
+        from pretrain.evaluation.settings import Settings
 
         self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
         self._telemetry, self._lockstep = telemetry, lockstep
@@ -138,6 +139,9 @@ class EvaluationHooks:
 
         The best validation loss so far is kept in `state`, and so is what was not measured because of a stop.
 
+        Raises:
+            RunError: the validation loss after the last step is not finite.
+
         Args:
             asked: what the ranks are asked to do already; the return value is what they are asked to do by now.
         """
@@ -188,6 +192,8 @@ class EvaluationHooks:
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
         for kind, record in records:
             self._telemetry.record(kind, {**place, **record, "evaluation_share": share})
+        if state.step == self._plan.steps:
+            _require_numbers(records)
         return Asked()
 
     def _affordable(self, name: str, step: int) -> bool:
@@ -206,6 +212,20 @@ class EvaluationHooks:
             f"(evaluation.max_share is {self._max_share:.1%})."
         )
         return False
+
+
+def _require_numbers(records: Records) -> None:
+    """The weights that a run ends with are to give a validation loss.
+
+    Raises:
+        RunError: on all ranks alike, when it is not finite.
+    """
+    for kind, record in records:
+        if kind == "validation" and not math.isfinite(record["loss_causal"]):
+            raise RunError(
+                f"The validation loss of the final weights is not finite ({record['source']}), so training has "
+                "diverged; lower optim.lr in a new run_dir."
+            )
 
 
 def _validate(validator: Validator, state: TrainState) -> Records:
@@ -257,7 +277,7 @@ def check_suites_of(recipe: Recipe) -> None:
             f"evaluation.suites: {', '.join(harness)} run in lm-evaluation-harness, which is not installed here "
             "(pip install lm-eval); install it, or drop them."
         )
-    from pretrain.evaluation.harness import plan_tasks
+    from pretrain.evaluation.task_files import plan_tasks
 
     held_out_texts(recipe)
     for name in check_suites(suites.names):
@@ -282,6 +302,7 @@ def _headline(suite: str, result: dict[str, Any]) -> dict[str, Any]:
         "value": primary.get("value"),
         "stderr": primary.get("stderr"),
         "n": summary.get("n", 0),
+        **{name: summary.get(name, 0) for name in ("not_finite", "lost_bytes", "prompts_cut")},
         "metrics": summary.get("metrics", {}),
         "skipped": len(result["skipped"]),
         "seconds": result["seconds"],

@@ -360,7 +360,7 @@ class Trainer:
         self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool, spike: float | None
     ) -> None:
         """Count updates left out in a row, for a loss or gradient that is not finite or for a spike, and give up after
-        too many.
+        too many, or where the last loss of all is not finite: a run that diverged does not finish.
         """
         loss = report.scalars["loss"]
         finite = loss - loss == 0.0
@@ -380,14 +380,19 @@ class Trainer:
             self.telemetry.say(
                 f"Step {state.step}: loss or gradient is not finite; its update is left out (samples {samples})."
             )
-        if state.non_finite_in_row >= self.recipe.faults.max_non_finite:
-            fault = "had a non-finite loss or gradient" if spike is None else "were left out, the last for a loss spike"
-            advice = "" if spike is None else "(or raise faults.spike if that loss is no fault) "
-            raise RunError(
-                f"{state.non_finite_in_row} steps in a row {fault}, the last at step {state.step} (samples "
-                f"{samples[0]} to {samples[1]}). Leave the samples out with data.skip_samples {advice}and start again, "
-                "or lower optim.lr in a new run_dir."
-            )
+        if state.step == self.plan.steps and not finite:
+            fault = "The loss that the run ends with is not finite,"
+        elif state.non_finite_in_row < self.recipe.faults.max_non_finite:
+            return
+        elif spike is None:
+            fault = f"{state.non_finite_in_row} steps in a row had a non-finite loss or gradient, the last"
+        else:
+            fault = f"{state.non_finite_in_row} steps in a row were left out, the last for a loss spike"
+        advice = "" if spike is None else "(or raise faults.spike if that loss is no fault) "
+        raise RunError(
+            f"{fault} at step {state.step} (samples {samples[0]} to {samples[1]}). Leave the samples out with "
+            f"data.skip_samples {advice}and start again, or lower optim.lr in a new run_dir."
+        )
 
     def _log(self, state: TrainState, report: StepReport, interval: Interval) -> None:
         seconds, steps = time.perf_counter() - interval.since, interval.steps

@@ -17,12 +17,29 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_json, write_text
 from pretrain.errors import RunError
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` where it is missing, and see whether a file can be written there, before work whose result goes
+    there.
+
+    Raises:
+        RunError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(4096))
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{folder}: cannot be written ({reason}), so nothing was computed: it would be lost.") from None
 
 
 class RunFolder:

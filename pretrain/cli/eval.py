@@ -48,10 +48,11 @@ def evaluate(
 ) -> None:
     """Evaluate RUNS and write RUN/evaluation/<suite>.json; what was evaluated before, unchanged, is read again."""
     from data_prep.files import write_text
-    from pretrain.evaluation.evaluate import TEXT_BYTES, Settings, evaluate_run
-    from pretrain.evaluation.likelihood import check_routing
+    from pretrain.errors import RunError
+    from pretrain.evaluation.evaluate import NotWritten, evaluate_run, require_writable_for_all
     from pretrain.evaluation.progress import suite_progress
     from pretrain.evaluation.ranks import evaluation_ranks
+    from pretrain.evaluation.settings import TEXT_BYTES, Settings, check_routing
     from pretrain.evaluation.suites import check_suites
     from pretrain.evaluation.summary import markdown_summary, print_summary
     from pretrain.run_folder import RunFolder
@@ -62,16 +63,27 @@ def evaluate(
     suites = check_suites(suite or _DEFAULT)
     folders = [RunFolder.existing(path) for path in runs]
     names = [run.name for run in folders]
-    results = {}
+    results, problems = {}, []
     with evaluation_ranks(device) as (place, reports):
+        if markdown is not None:
+            require_writable_for_all(markdown.parent)
         for run in folders:
             title = run.name if names.count(run.name) == 1 else str(run)
             with suite_progress(title, reports) as progress:
-                results[title] = evaluate_run(
-                    run, suites, device=place, settings=settings, data=data, progress=progress
-                )
+                try:
+                    results[title] = evaluate_run(
+                        run, suites, device=place, settings=settings, data=data, progress=progress
+                    )
+                except NotWritten as error:
+                    results[title] = error.results
+                    problems.append(str(error))
     if not reports:
         return
     print_summary(results)
     if markdown is not None:
-        write_text(markdown, markdown_summary(results))
+        try:
+            write_text(markdown, markdown_summary(results))
+        except OSError as error:
+            problems.append(f"{markdown}: not written ({error.strerror or error}).")
+    if problems:
+        raise RunError(" ".join(problems))

@@ -18,7 +18,7 @@ def export(
 ) -> None:
     """Write the model of RUN to OUT: weights, configuration, tokenizer and, where needed, modelling code."""
     from pretrain.errors import RunError, UserError
-    from pretrain.run_folder import RunFolder
+    from pretrain.run_folder import RunFolder, require_writable
 
     if to != "hf":
         raise UserError(f"--to {to}: not a form of export; hf is the one there is.")
@@ -26,11 +26,17 @@ def export(
     if not folder.weights.is_dir():
         raise RunError(f"{folder}: holds no weights/ yet; `mor train` writes them when the run finishes.")
 
+    from safetensors import SafetensorError
+
     from mor_model.hub.export import export_hf
     from mor_model.hub.llama import is_llama
     from mor_model.weights import load_model
 
+    require_writable(out.parent)
     model = load_model(folder.weights)
-    export_hf(model, folder.tokenizer, out)
+    try:
+        export_hf(model, folder.tokenizer, out)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        raise RunError(f"{out}: not written ({error}); make room, or choose another folder.") from None
     how = "" if is_llama(model.config) else ", trust_remote_code=True"
     print(f'{out}: load it with AutoModelForCausalLM.from_pretrained("{out}"{how})')

@@ -35,12 +35,17 @@ def hf(
     ] = "stepwise",
 ) -> None:
     """Read a Llama checkpoint of Hugging Face transformers."""
-    from pretrain.errors import UserError
+    from safetensors import SafetensorError
+
+    from pretrain.errors import RunError, UserError
+    from pretrain.run_folder import require_writable
 
     if variant not in ("vanilla", "recursive", "mor"):
         raise UserError(f"--variant {variant}: not one of vanilla, recursive, mor.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; name a folder that does not.")
+
+    require_writable(out.parent)
 
     from mor_model.config import ExpertChoiceConfig
     from mor_model.flops import count_parameters
@@ -55,13 +60,17 @@ def hf(
         router=ExpertChoiceConfig() if variant == "mor" else None,
         initialization=initialization,  # type: ignore[arg-type]  # checked there
     )
-    save_weights(out / "weights", state, config)
     known = [checkpoint / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     present = [file for file in known if file.is_file()]
-    if present:
-        (out / "tokenizer").mkdir()
-    for file in present:
-        shutil.copyfile(file, out / "tokenizer" / file.name)
+    try:
+        save_weights(out / "weights", state, config)
+        if present:
+            (out / "tokenizer").mkdir()
+        for file in present:
+            shutil.copyfile(file, out / "tokenizer" / file.name)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        shutil.rmtree(out, ignore_errors=True)  # which was absent or empty, and half a model is none
+        raise RunError(f"{out}: not written ({error}); make room, or choose another folder.") from None
     count = count_parameters(config)
     print(
         f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers"

@@ -6,19 +6,21 @@ hand, for the training loop. Both may be called on every rank of a process group
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.files import sha256_file
 from pretrain.errors import RunError
 from pretrain.evaluation import held_out
-from pretrain.evaluation.likelihood import Progress, Routing, Scorer, from_rank_zero, rank_and_world
+from pretrain.evaluation.identity import identity, run_tokenizer, signed, stored_result
+from pretrain.evaluation.likelihood import Progress, Scorer, from_rank_zero, rank_and_world
 from pretrain.evaluation.lockstep import Lockstep
+from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.suites import (
     HELD_OUT_SUITES,
     benchmarks,
@@ -26,44 +28,21 @@ from pretrain.evaluation.suites import (
     hub_answers,
     shared_evaluation_data,
 )
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
-TEXT_BYTES = 500_000
 SuiteProgress = Callable[[str], Progress | None]
 """Given a suite's name when it begins; returns what is told of its progress."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides an evaluation's numbers, apart from the model and the data.
+class NotWritten(RunError):
+    """Results were computed, but could not all be written. Attributes: results: by suite, all of them."""
 
-    Attributes:
-        limit: at most so many documents (perplexity) or questions of each task; None takes all.
-        routing: see `likelihood.Scorer`; depth: recursion steps every token takes, None lets the routers decide.
-        text_bytes: UTF-8 bytes of held-out text that `perplexity` reads; routing analysis reads a fifth of it.
-        hub: benchmarks without local files may be read from the Hugging Face hub when it answers.
-    """
-
-    limit: int | None = None
-    routing: Routing = "causal"
-    depth: int | None = None
-    text_bytes: int = TEXT_BYTES
-    hub: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "text_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RunError(f"evaluation {name}: must be at least 1, not {value}.")
-
-    @property
-    def suffix(self) -> str:
-        """Told apart in file names, so that only causal figures at free depth carry a suite's plain name."""
-        return (".topk" if self.routing == "topk" else "") + (f".depth-{self.depth}" if self.depth else "")
+    def __init__(self, message: str, results: dict[str, dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 def evaluate_model(
@@ -89,8 +68,8 @@ def evaluate_model(
         lockstep: lets the ranks break off together; None never does.
 
     Returns:
-        By suite: {suite, tasks: {name: {metrics, stderr, n, routing, ...}}, skipped: [{task, why, how}], primary,
-            seconds}.
+        By suite: {suite, tasks: {name: {metrics, stderr, n, not_finite, routing, ...}}, skipped: [{task, why, how}],
+            primary, seconds}. A number that is not finite is None.
 
     Raises:
         UserError: an unknown suite, routing or depth.
@@ -128,58 +107,83 @@ def evaluate_run(
     data: Path | None = None,
     progress: SuiteProgress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a run's final weights and write RUN/evaluation/<suite>.json for each suite.
+    """Evaluate a run's final weights and write RUN/evaluation/<suite>.json for each suite, as soon as it is there.
 
-    A suite whose file is there already, made from the same weights and text with the same settings, is read instead.
+    A suite whose file holds what evaluating now would give (`identity.stored_result`) is read instead.
 
     Args:
         data: data set folder whose held-out text is read; by default the recipe's.
 
     Raises:
-        RunError: the run has no weights or tokenizer yet; UserError: as `evaluate_model`; DataError: damaged held-out
-            text.
+        RunError: the run has no weights or tokenizer yet, or its folder cannot be written. NotWritten: on rank 0, when
+            a result could not be written after all. UserError: as `evaluate_model`. DataError: damaged held-out text
+            or questions.
     """
     settings = settings or Settings()
     if limit is not None:
         settings = dataclasses.replace(settings, limit=limit)
     names = check_suites(suites)
-    identity = _identity(run, settings)
-    documents: Sequence[held_out.Document] = ()
-    if any(name in HELD_OUT_SUITES for name in names):
-        files = held_out.held_out_files(run, data)
-        documents, identity["held_out"] = held_out.read_documents(files, most_text(settings))
+    made_of = {name: identity(run, name, settings, data) for name in names}
     # Rank 0 decides for all: on a network file system the others may see its last results later.
     results = from_rank_zero(
-        {name: stored for name in names if (stored := _stored(run, name, settings, identity)) is not None}
+        {
+            name: stored
+            for name in names
+            if (stored := stored_result(run, name, settings, data, made_of[name])) is not None
+        }
     )
     missing = [name for name in names if name not in results]
+    problems = []
     if missing:
+        require_writable_for_all(run.evaluation)
         from mor_model.weights import load_model
 
-        tokenizer = _tokenizer(run)
+        documents: Sequence[held_out.Document] = ()
+        if any(name in HELD_OUT_SUITES for name in missing):
+            documents, _ = held_out.read_documents(held_out.held_out_files(run, data), most_text(settings))
+        tokenizer = run_tokenizer(run)
         model = load_model(run.weights, device=device)
         for name in missing:
-            made = evaluate_model(model, tokenizer, [name], documents=documents, settings=settings, progress=progress)
-            results[name] = {**made[name], **_relevant(name, identity), "format_version": FORMAT_VERSION}
+            with _scratch_space(name):
+                made = evaluate_model(
+                    model, tokenizer, [name], documents=documents, settings=settings, progress=progress
+                )
+            results[name] = signed(made[name], made_of[name])
             if rank_and_world()[0] == 0:
-                if name == "own":
-                    _keep_questions(run, documents)
-                run.write_json(result_file(run, name, settings), results[name])
-    return {name: results[name] for name in names}
+                file = result_file(run, name, settings)
+                try:
+                    if name == "own":
+                        _keep_questions(run, documents)
+                    run.write_json(file, results[name])
+                except OSError as error:
+                    problems.append(f"{file}: not written ({error.strerror or error})")
+    results = {name: results[name] for name in names}
+    if problems:
+        raise NotWritten(f"{'; '.join(problems)}. Make room and evaluate again to keep the results.", results)
+    return results
 
 
-def _tokenizer(run: RunFolder) -> Any:
-    """The run's tokenizer, which must be the one its plan names: another would score noise without a word."""
-    from data_prep.tokenizers import load_tokenizer
+def require_writable_for_all(folder: Path) -> None:
+    """`run_folder.require_writable`, found out by rank 0 for all. Collective."""
+    problem = None
+    if rank_and_world()[0] == 0:
+        try:
+            require_writable(folder)
+        except RunError as error:
+            problem = str(error)
+    if problem := from_rank_zero(problem):
+        raise RunError(problem)
 
-    tokenizer = load_tokenizer(run.tokenizer)
-    planned = run.plan().get("tokenizer_fingerprint") if run.plan_file.is_file() else None
-    if planned and planned != tokenizer.fingerprint:
+
+@contextlib.contextmanager
+def _scratch_space(suite: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # questions and task files are written to the temporary folder
         raise RunError(
-            f"{run.tokenizer}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the run was trained "
-            f"with ({planned[:12]}, plan.json); restore the folder from the data set's tokenizer/."
-        )
-    return tokenizer
+            f"{suite}: cannot be evaluated ({error}); see that {tempfile.gettempdir()} has room, or let TMPDIR name "
+            "another folder."
+        ) from None
 
 
 def most_text(settings: Settings) -> int:
@@ -189,17 +193,12 @@ def most_text(settings: Settings) -> int:
     return max(MOST_BYTES, settings.text_bytes)
 
 
-def result_file(run: RunFolder, suite: str, settings: Settings) -> Path:
-    """Where a suite's result lies."""
-    return run.evaluation / f"{suite}{settings.suffix}.json"
-
-
 def _keep_questions(run: RunFolder, documents: Sequence[held_out.Document]) -> None:
     """The own suite's questions and task files in RUN/evaluation/own, to be read, or run by any
     lm-evaluation-harness.
     """
     from pretrain.evaluation import own_suite
-    from pretrain.evaluation.harness import portable_task_file
+    from pretrain.evaluation.task_files import portable_task_file
 
     folder = run.evaluation / "own"
     for name, file in own_suite.write_questions(folder, _own_questions(documents)).items():
@@ -210,46 +209,6 @@ def _own_questions(documents: Sequence[held_out.Document]) -> dict[str, list[dic
     from pretrain.evaluation import own_suite
 
     return own_suite.questions(document.text for document in held_out.choose(documents, own_suite.MOST_BYTES))
-
-
-def _identity(run: RunFolder, settings: Settings) -> dict[str, Any]:
-    weights = run.weights / "model.safetensors"
-    for path, what in ((weights, "final weights"), (run.tokenizer, "tokenizer")):
-        if not path.exists():
-            raise RunError(f"{path}: the run has no {what} yet; let it finish (`mor train` on its recipe resumes it).")
-    return {
-        "weights_digest": sha256_file(weights),
-        "settings": {**dataclasses.asdict(settings), "lm_eval": importlib.metadata.version("lm-eval")},
-    }
-
-
-def _relevant(suite: str, identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of the identity that can change this suite's numbers."""
-    values = dict(identity)
-    if suite not in HELD_OUT_SUITES:
-        values.pop("held_out", None)
-        values["settings"] = {k: v for k, v in values["settings"].items() if k != "text_bytes"}
-    return values
-
-
-def _stored(run: RunFolder, suite: str, settings: Settings, identity: dict[str, Any]) -> dict[str, Any] | None:
-    file = result_file(run, suite, settings)
-    if not file.is_file():
-        return None
-    try:
-        stored = run.read_json(file)
-    except RunError:
-        return None  # written by hand or damaged: evaluating again replaces it
-    wanted = {**_relevant(suite, identity), "format_version": FORMAT_VERSION}
-    if any(stored.get(key) != value for key, value in wanted.items()):
-        return None
-    if stored["skipped"] and suite in benchmarks():
-        from pretrain.evaluation.harness import plan_tasks
-
-        plan = plan_tasks(benchmarks()[suite], shared_evaluation_data(), settings.hub and hub_answers())
-        if plan.skipped != stored["skipped"]:
-            return None
-    return stored
 
 
 def _perplexity(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
@@ -273,11 +232,10 @@ def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setting
 
 
 def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
-    import tempfile
-
     from pretrain.evaluation import own_suite
-    from pretrain.evaluation.harness import TaskPlan, local_task_file, run_tasks, summarise
+    from pretrain.evaluation.harness import run_tasks, summarise
     from pretrain.evaluation.lm_adapter import HarnessModel
+    from pretrain.evaluation.task_files import TaskPlan, local_task_file
 
     if not documents:
         return _without_text(suite)
@@ -310,13 +268,14 @@ def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: S
 
 
 def _benchmark(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
-    from pretrain.evaluation.harness import plan_tasks, run_tasks, summarise
+    from pretrain.evaluation.task_files import plan_tasks
 
     row = benchmarks()[suite]
     hub = settings.hub and hub_answers()
     plan = plan_tasks(row, shared_evaluation_data(), hub, settings.limit)
     tasks: dict[str, Any] = {}
     if plan.local or plan.hub:
+        from pretrain.evaluation.harness import run_tasks
         from pretrain.evaluation.lm_adapter import HarnessModel
 
         tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, fewshot=row.fewshot, limit=settings.limit)
@@ -328,6 +287,8 @@ def _benchmark(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setti
         ((name, task),) = tasks.items()
         tasks = {suite: {**task, "harness_task": name}}
     else:
+        from pretrain.evaluation.harness import summarise
+
         tasks = {suite: summarise(tasks), **tasks}
     return {"tasks": tasks, "skipped": plan.skipped, "primary": primary(suite, tasks[suite], row.metric)}
 
@@ -338,7 +299,7 @@ def primary(name: str, task: dict[str, Any], metric: str) -> dict[str, Any]:
     return {
         "task": name,
         "metric": metric,
-        "value": task["metrics"][metric],
+        "value": task["metrics"].get(metric),
         "stderr": task["stderr"].get(metric),
         "n": task["n"],
         "chance": task.get("chance"),

@@ -1,13 +1,13 @@
 """Few-shot suites through lm-evaluation-harness: its task files, our data, our network.
 
-A suite's tasks are the harness's own files, each included by a small task file that says where the data lies. The
-harness builds the questions and judges the answers; standard errors are computed here, because its bootstrap starts a
-process pool per metric.
+The harness builds the questions and judges the answers, except that ties share a point (`points`). Standard errors are
+computed here, because the harness's bootstrap starts a process pool per metric.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import statistics
@@ -15,103 +15,40 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 
+from data_prep.errors import DataError
+from mor_model.errors import ConfigError
+from pretrain.errors import UserError
+from pretrain.evaluation.held_out import text_identity
 from pretrain.evaluation.lm_adapter import HarnessModel
-from pretrain.evaluation.perplexity import jackknife
-from pretrain.evaluation.suites import Suite, skipped
+from pretrain.evaluation.perplexity import NEED_WHOLE_TEXT, jackknife
+from pretrain.evaluation.points import counting_ties, with_shared_points
+from pretrain.evaluation.suites import skipped
+from pretrain.evaluation.task_files import TaskPlan
 
-_ROLES = ("training", "validation", "test", "fewshot")
 
+@dataclass(frozen=True)
+class Sample:
+    """A question and its answers.
 
-def local_task_file(
-    source: Path,
-    splits: dict[str, Path],
-    settings: dict[str, Any],
-    where: dict[str, str] | None = None,
-    limit: int | None = None,
-) -> str:
-    """Text of a task file that includes `source` and reads its splits from files, through `local_data.read_splits`.
-
-    Args:
-        source: the task file that words the questions.
-        splits: file of each split by role (training, validation, test, fewshot).
-        settings: entries that replace those of `source`, the task's name at least.
-        where, limit: see `local_data.read_splits`.
+    Attributes:
+        requests: the harness's, answered. metrics: the value of each metric for this question alone.
     """
-    arguments = {"splits": {role: str(file) for role, file in splits.items()}, "where": where, "limit": limit}
-    text = {**_from_files(source, splits, settings), "dataset_kwargs": arguments}
-    # A tag is not something safe_dump writes for plain values.
-    return (
-        yaml.safe_dump(text, sort_keys=False) + "custom_dataset: !function pretrain.evaluation.local_data.read_splits\n"
-    )
 
+    doc: Any
+    requests: list[Any]
+    metrics: dict[str, Any]
 
-def portable_task_file(source: Path, splits: dict[str, Path]) -> str:
-    """As `local_task_file`, read through the `datasets` library: what a harness without this project can run."""
-    files = {role: str(file.resolve()) for role, file in splits.items()}
-    text = {**_from_files(source, splits, {}), "dataset_path": "json", "dataset_kwargs": {"data_files": files}}
-    return yaml.safe_dump(text, sort_keys=False)
-
-
-def _from_files(source: Path, splits: dict[str, Path], settings: dict[str, Any]) -> dict[str, Any]:
-    roles = {f"{role}_split": role if role in splits else None for role in _ROLES}
-    return {"include": str(source), "dataset_name": None, **roles, **settings}
-
-
-def task_settings(source: Path) -> dict[str, Any]:
-    """Entries of a harness task file itself, without what it includes."""
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: node.value)
-    return yaml.load(source.read_text(encoding="utf-8"), Loader=Loader)
-
-
-@dataclass
-class TaskPlan:
-    """Task files to run, by task name: `local` ones read files, `hub` ones the hub; `skipped` says what has neither."""
-
-    local: dict[str, str] = field(default_factory=dict)
-    hub: dict[str, str] = field(default_factory=dict)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-
-
-def plan_tasks(suite: Suite, data: Path | None, hub: bool, limit: int | None = None) -> TaskPlan:
-    """Where each task of a suite finds its questions.
-
-    Args:
-        data: folder with local evaluation sets; None when there is none.
-        hub: a task without local files may read the hub.
-        limit: see `local_data.read_splits`.
-    """
-    plan = TaskPlan()
-    for source in suite.task_files():
-        entries = task_settings(source)
-        name, dataset = entries["task"], str(entries.get("dataset_name"))
-        splits = {
-            role: data / pattern.format(dataset_name=dataset)
-            for role, pattern in suite.local.items()
-            if data is not None
-        }
-        absent = [file for file in splits.values() if not file.is_file()]
-        if splits and not absent:
-            where = {key: pattern.format(dataset_name=dataset) for key, pattern in suite.where.items()}
-            plan.local[name] = local_task_file(source, splits, {**suite.settings, "task": name}, where, limit)
-        elif hub:
-            plan.hub[name] = yaml.safe_dump({"include": str(source), "task": name})
-        elif absent:
-            plan.skipped.append(skipped(name, f"{absent[0]} is missing"))
-        else:
-            plan.skipped.append(
-                skipped(name, "MOR_SHARED_DATA is not set and the hub was not asked for or does not answer")
-            )
-    return plan
+    @property
+    def nats(self) -> list[float]:
+        """Log-likelihoods of the answers; none of generated text."""
+        values = [request.resps[0] for request in self.requests]
+        return [value[0] if isinstance(value, tuple) else value for value in values if not isinstance(value, str)]
 
 
 def run_tasks(
@@ -124,37 +61,97 @@ def run_tasks(
         limit: only the first so many documents of each task.
 
     Returns:
-        By task: metrics, stderr (None where there is none), n, split, fewshot and higher_is_better.
+        By task: metrics (NaN where the network gives no numbers), stderr (None where there is none), n, not_finite
+        (questions without a finite likelihood), lost_bytes (of scored text, see `perplexity`), prompts_cut (questions
+        whose prompt did not fit), text_bytes and text_sha256 (of what was asked), split, fewshot, higher_is_better.
+
+    Raises:
+        DataError: questions that a task cannot be made of, naming their file.
     """
     with _quiet(), tempfile.TemporaryDirectory(prefix="mor-tasks-") as folder:
-        from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
 
         for name, text in (plan.local | plan.hub).items():
             (Path(folder) / f"{name}.yaml").write_text(text, encoding="utf-8")
         # Indexing the harness's thousands of task files would take seven seconds.
         manager = TaskManager(include_path=folder, include_defaults=False)
-        tasks: dict[str, Any] = manager.load(list(plan.local))["tasks"]
+        tasks: dict[str, Any] = {}
+        for name in plan.local:
+            with _records_of(name, plan):
+                tasks |= manager.load([name])["tasks"]
         for name in plan.hub:
             try:
                 tasks |= manager.load([name])["tasks"]
             except Exception as error:  # the hub's libraries raise whatever their transport does
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 plan.skipped.append(skipped(name, f"the hub did not give its data ({reason[0]})"))
-        if not tasks:
-            return {}
-        for task in tasks.values():
+        for name, task in tasks.items():
             task.set_config(key="num_fewshot", value=fewshot)
             task.set_fewshot_seed(seed=1234)
-        results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
-        return {
-            name: {
-                **_figures(task, results["samples"][name], results["results"][name], model),
+            with _records_of(name, plan):
+                task.build_all_requests(limit=limit, rank=0, world_size=1)
+        _answer(model, tasks)
+        made = {}
+        for name, task in tasks.items():
+            with _records_of(name, plan):
+                samples = _judge(task)
+            made[name] = {
+                **_figures(task, samples, model),
+                "prompts_cut": sum((name, sample.requests[0].doc_id) in model.cut for sample in samples),
                 "split": "test" if task.has_test_docs() else "validation",
                 "fewshot": fewshot,
             }
-            for name, task in tasks.items()
-        }
+        return made
+
+
+@contextmanager
+def _records_of(name: str, plan: TaskPlan) -> Iterator[None]:
+    """Whatever the harness makes of records that are not what the task wants becomes a `DataError`."""
+    try:
+        yield
+    except (DataError, UserError, ConfigError):
+        raise
+    except Exception as error:
+        places = ", ".join(map(str, plan.files.get(name, []))) or "its data on the hub"
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{name}: {places}: not the records that this task asks about ({problem:.500}); copy the files again."
+        ) from None
+
+
+def _answer(model: HarnessModel, tasks: dict[str, Any]) -> None:
+    """Put every request's answer into it; requests of one kind go to the model together, whatever their task."""
+    by_kind: dict[str, list[Any]] = {}
+    for task in tasks.values():
+        for request in task.instances:
+            by_kind.setdefault(request.request_type, []).append(request)
+    for kind, requests in by_kind.items():
+        for request, answer in zip(requests, getattr(model, kind)(requests), strict=True):
+            request.resps.append(answer)
+
+
+def _judge(task: Any) -> list[Sample]:
+    task.apply_filters()
+    by_document: dict[int, list[Any]] = {}
+    for request in task.instances:
+        by_document.setdefault(request.doc_id, []).append(request)
+    samples = []
+    for requests in by_document.values():
+        requests.sort(key=lambda request: request.idx)
+        doc = requests[0].doc
+        answers = [next(iter(request.filtered_resps.values())) for request in requests]
+        with np.errstate(all="ignore"):  # where the network gives no numbers, which `_figures` says
+            metrics = task.process_results(doc, answers)
+        sample = Sample(doc, requests, metrics)
+        if not all(map(math.isfinite, sample.nats)):
+            samples.append(sample)
+            continue
+        if task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
+            metrics = with_shared_points(metrics, task, doc, answers)
+        elif task.OUTPUT_TYPE == "loglikelihood" and "acc" in metrics:
+            metrics = {**metrics, "acc": float(answers[0][1])}
+        samples.append(Sample(doc, requests, metrics))
+    return samples
 
 
 def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -168,57 +165,88 @@ def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
         errors = [task["stderr"].get(name) for task in tasks.values()]
         known = all(error is not None for error in errors)
         stderr[name] = math.sqrt(sum((e * t["n"]) ** 2 for e, t in zip(errors, tasks.values()))) / n if known else None
-    return {**first, "metrics": metrics, "stderr": stderr, "n": n, "tasks": len(tasks)}
+    totals = {
+        name: sum(task[name] for task in tasks.values())
+        for name in ("not_finite", "lost_bytes", "prompts_cut", "scored_bytes", "text_bytes")
+    }
+    text = hashlib.sha256("".join(task["text_sha256"] for task in tasks.values()).encode()).hexdigest()
+    return {
+        **first,
+        "metrics": metrics,
+        "stderr": stderr,
+        "n": n,
+        **totals,
+        "text_sha256": text,
+        "tasks": len(tasks),
+    }
 
 
-def _figures(
-    task: Any, samples: Sequence[dict[str, Any]], results: dict[str, Any], model: HarnessModel
-) -> dict[str, Any]:
+def _figures(task: Any, samples: Sequence[Sample], model: HarnessModel) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     stderr: dict[str, float | None] = {}
     documents: dict[str, Any] = {}
-    for key, value in results.items():
-        name, comma, _filter = key.partition(",")
-        if not comma or name.endswith("_stderr"):
-            continue
-        items = [sample[name] for sample in samples]
-        metrics[name] = float(value)
-        if all(isinstance(item, (int, float)) for item in items) and math.isclose(
-            value, statistics.fmean(items), rel_tol=1e-9
-        ):
-            stderr[name] = statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else None
-        else:
-            stderr[name] = jackknife(task.aggregation()[name], items)
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        nats, tokens = zip(
-            *((sample["resps"][0][0], model.count_tokens(sample["arguments"][0][0])) for sample in samples)
-        )
-        documents = {"documents": {"nats": [-value for value in nats], "tokens": list(tokens)}}
-        metrics["token_perplexity"] = math.exp(-math.fsum(nats) / sum(tokens))
-        stderr["token_perplexity"] = jackknife(_token_perplexity, list(zip(nats, tokens)))
+    rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
+    not_finite = sum(not all(map(math.isfinite, sample.nats)) for sample in samples)
+    for name in samples[0].metrics:
+        items = [sample.metrics[name] for sample in samples]
+        metrics[name], stderr[name] = _aggregate(task.aggregation()[name], items) if not not_finite else _NO_NUMBER
+    if rolling:
+        scored = [sample.requests[0].args[0] for sample in samples]
+        tokens = [model.count_tokens(text) for text in scored]
+        nats = [sample.nats[0] for sample in samples]
+        documents = {"documents": {"nats": [-value for value in nats], "tokens": tokens}}
+        figure = _aggregate(_token_perplexity, list(zip(nats, tokens))) if not not_finite else _NO_NUMBER
+        metrics["token_perplexity"], stderr["token_perplexity"] = figure
     else:
         answers = [answer for sample in samples if (answer := _right_answer(task, sample)) is not None]
+        scored = [text for _, text in answers]
         if answers:
-            metrics["bits_per_byte"] = _bits_per_byte(answers)
-            stderr["bits_per_byte"] = jackknife(_bits_per_byte, answers)
+            sizes = [(nats, len(text.encode("utf-8"))) for nats, text in answers]
+            figure = _aggregate(_bits_per_byte, sizes) if not not_finite else _NO_NUMBER
+            metrics["bits_per_byte"], stderr["bits_per_byte"] = figure
+    lost = model.lost_bytes(scored)
+    for name in NEED_WHOLE_TEXT if lost else ():
+        if name in metrics:
+            metrics[name], stderr[name] = _NO_NUMBER
+    asked = [
+        part for sample in samples for request in sample.requests for part in request.args if isinstance(part, str)
+    ]
     higher = {name: bool(value) for name, value in task.higher_is_better().items()}
     return {
         "metrics": metrics,
         "stderr": stderr,
         "n": len(samples),
+        "not_finite": not_finite,
+        "lost_bytes": lost,
+        "scored_bytes": sum(len(text.encode("utf-8")) for text in scored),
+        **text_identity(asked),
         "higher_is_better": {"bits_per_byte": False, **higher},
         **documents,
     }
 
 
-def _right_answer(task: Any, sample: dict[str, Any]) -> tuple[float, int] | None:
-    """(log-likelihood in nats, UTF-8 bytes) of the right answer; None where there is not exactly one."""
-    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+_NO_NUMBER = (math.nan, None)
+
+
+def _aggregate(aggregation: Any, items: Sequence[Any]) -> tuple[float, float | None]:
+    """(a metric over all questions, its standard error)"""
+    statistic = counting_ties(aggregation)
+    value = statistic(items)
+    if all(isinstance(item, (int, float)) for item in items) and math.isclose(
+        value, statistics.fmean(items), rel_tol=1e-9
+    ):
+        return value, statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else None
+    return value, jackknife(statistic, items)
+
+
+def _right_answer(task: Any, sample: Sample) -> tuple[float, str] | None:
+    """(log-likelihood in nats, text) of the right answer; None where there is not exactly one."""
+    gold = task.doc_to_text(sample.doc) if task.multiple_input else task.doc_to_target(sample.doc)
     if task.OUTPUT_TYPE == "loglikelihood":
         gold = 0
-    if not isinstance(gold, int) or not 0 <= gold < len(sample["resps"]):
+    if not isinstance(gold, int) or not 0 <= gold < len(sample.requests) or task.OUTPUT_TYPE == "generate_until":
         return None
-    return float(sample["resps"][gold][0][0]), len(sample["arguments"][gold][1].encode("utf-8"))
+    return sample.nats[gold], sample.requests[gold].args[1]
 
 
 def _bits_per_byte(answers: Sequence[tuple[float, int]]) -> float:

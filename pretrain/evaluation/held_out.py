@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
-import yaml
-import zstandard
 
 from data_prep.errors import DataError
-from pretrain.errors import RunError
+from data_prep.sources.base import SourceError
+from data_prep.sources.streams import ByteStream
+from pretrain.errors import RecipeError, RunError
 from pretrain.run_folder import RunFolder
+from pretrain.yaml_input import read_yaml
 
 TEST_FILE = Path("held_out", "test.jsonl.zst")
+_LONGEST_LINE = 1 << 28
 
 
 class Document(NamedTuple):
@@ -51,12 +52,12 @@ def held_out_files(run: RunFolder, data: Path | None = None) -> list[Path]:
 
 def _data_folders(run: RunFolder) -> list[Path]:
     try:
-        recipe = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+        recipe = read_yaml(run.recipe_file)
         data = recipe["data"]
         folders = [data["path"]] if data.get("path") else [source["path"] for source in data["sources"]]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        return [Path(folder) for folder in folders]
+    except (OSError, RecipeError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{run.recipe_file}: names no data set ({error}); give its folder with --data DIR.") from None
-    return [Path(folder) for folder in folders]
 
 
 def read_documents(files: Sequence[Path], most_bytes: int) -> tuple[list[Document], str]:
@@ -94,14 +95,49 @@ def read_documents(files: Sequence[Path], most_bytes: int) -> tuple[list[Documen
 def _documents(file: Path) -> Iterator[Document]:
     number = 0
     try:
-        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-            for line in io.BufferedReader(stream):
-                number += 1
-                record = orjson.loads(line)
-                if record["text"].strip():
-                    yield Document(record["text"], record.get("source") or "")
-    except (zstandard.ZstdError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: damaged at or after line {number} ({error!r}); prepare the data set again.") from None
+        for line in _lines(file):
+            number += 1
+            record = orjson.loads(line)
+            text, source = record["text"], record.get("source") or ""
+            if not isinstance(text, str) or not isinstance(source, str):
+                raise TypeError("text and source must be strings")
+            if text.strip():
+                yield Document(text, source)
+    except (SourceError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        problem = str(error) if isinstance(error, SourceError) else repr(error)
+        raise DataError(f"{file}: damaged at or after line {number} ({problem}); prepare the data set again.") from None
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """Lines of a compressed file; a file that ends early raises `SourceError`, as does damage."""
+    stream = ByteStream(file)
+    try:
+        rest = bytearray()
+        while data := stream.read():
+            rest += data
+            if b"\n" in data:
+                *lines, last = bytes(rest).split(b"\n")
+                yield from lines
+                rest = bytearray(last)
+            elif len(rest) > _LONGEST_LINE:
+                raise DataError(f"{file}: holds a line of more than {_LONGEST_LINE:,} bytes, which is no document.")
+        if rest:
+            yield bytes(rest)
+    finally:
+        stream.close()
+
+
+def text_identity(texts: Sequence[str]) -> dict[str, Any]:
+    """{text_bytes, text_sha256}: UTF-8 bytes of the texts together, and the SHA-256 of the texts in their order.
+
+    Figures compare only where these are equal.
+    """
+    digest, size = hashlib.sha256(), 0
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        size += len(encoded)
+    return {"text_bytes": size, "text_sha256": digest.hexdigest()}
 
 
 def choose(documents: Sequence[Document], most_bytes: int) -> list[Document]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ import torch.distributed as dist
 
 from pretrain.errors import UserError
 from pretrain.evaluation.lockstep import Lockstep
+from pretrain.evaluation.settings import Routing, check_routing
 
-Routing = Literal["causal", "topk"]
-ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
 # The logits of a batch are its largest tensor: 64 MiB on a CPU, where larger ones cost more in fresh memory than they
 # gain, and 2 GiB on an accelerator (fp32).
 _LOGITS_CPU = 1 << 24
@@ -70,14 +69,6 @@ def split_windows(context: Sequence[int], targets: Sequence[int], max_length: in
         earlier = tuple(targets[max(0, start - room) : start])
         windows.append(Window((before + earlier)[-room:] if len(earlier) < room else earlier, piece))
     return windows
-
-
-def check_routing(name: str) -> Routing:
-    """`name` as a routing; UserError when it is none."""
-    for routing in ROUTINGS:
-        if name == routing:
-            return routing
-    raise UserError(f"routing: {name!r} is not one of {', '.join(ROUTINGS)}.")
 
 
 def documents_of(inputs_BT: torch.Tensor, eod_id: int) -> torch.Tensor:
@@ -157,12 +148,14 @@ class Scorer:
         return self.model(inputs_BT, routing=self.routing, depth=self.depth, **options)
 
     def score(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihood of each window's targets and whether greedy decoding would produce them.
+        """Log-likelihood of each window's targets, and how likely greedy decoding would produce them.
 
         Every rank must call this with the same windows; each computes its share and all receive the whole result.
 
         Returns:
-            (natural logarithms as float64, booleans), both of length len(windows).
+            (natural logarithms, chances), both float64 of length len(windows). A chance is 1 where every target is the
+            one most likely token, 0 where one is not; k tokens that are equally likely share theirs, 1/k each. Where
+            the network gives no numbers the logarithm is not finite and the chance 0.
         """
         rank, world = rank_and_world()
         # Answers of one token to the same question read the same inputs: one row of the batch serves them all.
@@ -194,7 +187,7 @@ class Scorer:
             if world > 1:
                 dist.all_reduce(result)
         likelihood, greedy = result.cpu().numpy()
-        return likelihood, greedy.astype(bool)
+        return likelihood, greedy
 
     def _batches(self, rows: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         """Rows, longest first, in batches of about the same number of logits."""
@@ -221,11 +214,13 @@ class Scorer:
 
 
 def _likelihood(logits_NV: torch.Tensor, targets: tuple[int, ...]) -> torch.Tensor:
-    """(sum of log-probabilities, 1.0 where every target is the most likely token) as float64."""
+    """(sum of log-probabilities, chance that greedy decoding gives the targets) as float64; see `Scorer.score`."""
     target_N = torch.tensor(targets, device=logits_NV.device)
     logits_NV = logits_NV.float()
-    top_N, best_N = logits_NV.max(dim=-1)
+    top_N = logits_NV.amax(dim=-1)
     # The sum over the vocabulary is taken in float64: in float32 it costs about 1e-5 nats a token.
     normaliser_N = (logits_NV - top_N[:, None]).exp().sum(dim=-1, dtype=torch.float64).log()
     chosen_N = (logits_NV.gather(-1, target_N[:, None])[:, 0] - top_N).double()
-    return torch.stack([(chosen_N - normaliser_N).sum(), (best_N == target_N).all().double()])
+    equally_likely_N = (logits_NV == top_N[:, None]).sum(dim=-1).clamp(min=1)  # none where there is a NaN
+    greedy_N = (chosen_N == 0.0).double() / equally_likely_N
+    return torch.stack([(chosen_N - normaliser_N).sum(), greedy_N.prod()])

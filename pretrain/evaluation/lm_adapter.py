@@ -6,12 +6,14 @@ process, and a task with fewer questions than ranks is no special case.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from data_prep.tokenizers.loss import lost_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation.likelihood import Scorer, evaluating, split_windows
 
@@ -22,6 +24,9 @@ class HarnessModel(TemplateLM):
     Args:
         tokenizer: `encode_batch(list of str) -> list of ids`, `decode(ids) -> str` and `eod_id`. END_OF_DOCUMENT
             stands where a request has no context, and before every rolling document.
+
+    Attributes:
+        cut: (task, number of the document) of every question whose prompt did not fit and lost its beginning.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Any) -> None:
@@ -29,6 +34,7 @@ class HarnessModel(TemplateLM):
         self.scorer = scorer
         self._tokenizer = tokenizer
         self._encoded: dict[str, list[int]] = {}
+        self.cut: set[tuple[str, int]] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -46,42 +52,60 @@ class HarnessModel(TemplateLM):
     def count_tokens(self, string: str) -> int:
         return len(self.tok_encode(string))
 
+    def lost_bytes(self, strings: Sequence[str]) -> int:
+        """UTF-8 bytes of texts that their tokens do not hold."""
+        encoded = self._tokenizer.encode_batch(list(strings))
+        return sum(lost_bytes(self._tokenizer, text, ids) for text, ids in zip(strings, encoded))
+
     def _encode(self, strings: Sequence[str]) -> None:
         unknown = list(dict.fromkeys(string for string in strings if string not in self._encoded))
         self._encoded.update(zip(unknown, (list(ids) for ids in self._tokenizer.encode_batch(unknown))))
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each request's continuation."""
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, float]]:
+        """(log-likelihood in nats, chance that greedy decoding gives it) of each request's continuation; NaN where the
+        tokenizer makes nothing of a continuation. Which prompts were cut is kept in `cut`.
+        """
         pairs = [request.args for request in requests]
         # The harness asks string by string; encoded together, they go through the tokenizer's batched path.
         self._encode([text for context, continuation in pairs for text in (context + continuation, context.rstrip())])
-        answers = super().loglikelihood(requests, disable_tqdm=True)
+        split = []
+        for request, (context, continuation) in zip(requests, pairs):
+            before, targets = self._encode_pair(context, continuation) if context else ([], [])
+            # A token that spans the border, or a tokenizer that drops bytes, can leave the continuation without a
+            # token of its own.
+            targets = targets or self.tok_encode(continuation)
+            split.append((before or [self.eot_token_id], targets))
+            if before and len(before) + len(targets) > self.max_length + 1:
+                self._note_cut(request)
+        answers = self._score(split)
         self._encoded.clear()
         return answers
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
+    def _note_cut(self, request: Instance) -> None:
+        if request.task_name is not None and request.doc_id is not None:
+            self.cut.add((request.task_name, request.doc_id))
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return self._score([(context, continuation) for _, context, continuation in requests])
+
+    def _score(self, split: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
+        """Of (tokens before, targets) each."""
         windows, owner = [], []
-        for number, ((_, text), context, continuation) in enumerate(requests):
-            # A token that spans the border, or a tokenizer that drops bytes, can leave the continuation without a
-            # token of its own.
-            pieces = split_windows(
-                context or [self.eot_token_id], continuation or self.tok_encode(text), self.max_length
-            )
+        for number, (context, targets) in enumerate(split):
+            pieces = split_windows(context, targets, self.max_length)
             windows.extend(pieces)
             owner.extend([number] * len(pieces))
-        answers = [(0.0, True)] * len(requests)
+        # What has no tokens has no likelihood; a sum over none would be that of a certainty.
+        answers = [(0.0, 1.0) if targets else (math.nan, 0.0) for _, targets in split]
         for number, nats, greedy in zip(owner, *self.scorer.score(windows)):
-            answers[number] = (answers[number][0] + float(nats), answers[number][1] and bool(greedy))
+            answers[number] = (answers[number][0] + float(nats), answers[number][1] * float(greedy))
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each request's whole text, in rolling windows after one END_OF_DOCUMENT."""
         texts = [request.args[0] for request in requests]
         self._encode(texts)
-        whole = [((("", text)), [self.eot_token_id], self._encoded[text]) for text in texts]
-        return [nats for nats, _ in self._loglikelihood_tokens(whole)]
+        return [nats for nats, _ in self._score([([self.eot_token_id], self._encoded[text]) for text in texts])]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy (or sampled, as the task says) continuations, cut at the task's stop strings.
@@ -95,10 +119,15 @@ class HarnessModel(TemplateLM):
             raise UserError("text is generated token by token, which top-k routing cannot do; use routing=causal.")
         texts = []
         with evaluating(self.scorer.model), self.scorer.lockstep.passes():
-            for context, options in (request.args for request in requests):
+            for request in requests:
+                context, options = request.args
                 self.scorer.lockstep.meet()
                 length = int(options.get("max_gen_toks", 256))
-                prompt = (self.tok_encode(context) if context else [])[-max(1, self.max_length - length) :]
+                room = max(1, self.max_length - length)
+                prompt = self.tok_encode(context) if context else []
+                if len(prompt) > room:
+                    self._note_cut(request)
+                    prompt = prompt[-room:]
                 made = generate(
                     self.scorer.model,
                     [prompt or [self.eot_token_id]],

@@ -45,7 +45,21 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number}: a JSON object was expected, found {type(record).__name__}.")
             records.append(record)
+            # A question would be asked with "None" in the place of what is missing.
+            if fault := _difference(records[0], record):
+                raise DataError(f"{path}:{number}: {fault}; the file is damaged, copy it again.")
     return records
+
+
+def _difference(first: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """What sets a record apart from the first of its file: a field that is missing, new, or of another kind."""
+    for name in first.keys() | record.keys():
+        if name not in record or name not in first:
+            return f"{'lacks' if name not in record else 'has'} the field {name!r}, unlike the first record"
+        kinds = [type(value[name]).__name__.replace("int", "float") for value in (first, record)]
+        if kinds[0] != kinds[1]:
+            return f"the field {name!r} holds {record[name]!r:.80}, which is of another kind than in the first record"
+    return None
 
 
 def _pages(path: Path) -> list[dict[str, Any]]:
@@ -55,13 +69,23 @@ def _pages(path: Path) -> list[dict[str, Any]]:
 _READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {".jsonl": _json_lines, ".raw": _pages}
 
 
-@functools.lru_cache(maxsize=8)
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Records of a `.jsonl` file, or the pages (field `page`) of a raw WikiText file (`.raw`).
 
     Raises:
-        DataError: a line that is not a JSON object, an ending that is not known, or no records at all.
+        DataError: a line that is not a JSON object with the fields of the others, an ending that is not known, or no
+            records at all.
     """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from None
+    return _read_records(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_records(path: Path, changed_ns: int, size: int) -> list[dict[str, Any]]:
+    """`read_records` of a file as it is while its time and size stay the same."""
     if path.suffix not in _READERS:
         raise DataError(
             f"{path}: evaluation sets are .jsonl or .raw files, not {path.suffix or 'files without an ending'}."
@@ -87,8 +111,9 @@ def read_splits(splits: dict[str, str], where: dict[str, Any] | None = None, lim
         **_: the task's metadata, which the harness passes along.
 
     Raises:
-        DataError: as `read_records`, and when `where` leaves nothing.
+        DataError: as `read_records`, and when `where` leaves nothing or a field holds values of several kinds.
     """
+    import pyarrow as pa
     from datasets import Dataset, DatasetDict
 
     loaded = {}
@@ -98,5 +123,8 @@ def read_splits(splits: dict[str, str], where: dict[str, Any] | None = None, lim
             records = [record for record in records if all(record.get(key) == value for key, value in where.items())]
             if not records:
                 raise DataError(f"{path}: no record with {where}; copy the file again.")
-        loaded[name] = Dataset.from_list(records[:limit] if name in ("validation", "test") else records)
+        try:
+            loaded[name] = Dataset.from_list(records[:limit] if name in ("validation", "test") else records)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise DataError(f"{path}: a field holds values of several kinds ({error}); copy the file again.") from None
     return DatasetDict(loaded)

@@ -6,8 +6,10 @@ Every document is scored on its own, after one END_OF_DOCUMENT token, in the rol
     token perplexity = exp(-L / tokens)      word perplexity = exp(-L / words)
     byte perplexity  = exp(-L / bytes)       bits per byte   = -L / (bytes ln 2)
 
-Words are white-space separated, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer; token
-perplexity does, and is comparable only between models that share one.
+Words are white-space separated, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer as long as
+its tokens hold the whole text; where they do not (an unknown token, a normalisation), these figures would divide the
+likelihood of less by the size of all, and are NaN. Token perplexity depends on the tokenizer, and is comparable only
+between models that share one.
 """
 
 from __future__ import annotations
@@ -20,40 +22,48 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.evaluation.held_out import Document
+from data_prep.tokenizers.loss import lost_bytes
+from pretrain.evaluation.held_out import Document, text_identity
 from pretrain.evaluation.likelihood import Scorer, Window, split_windows
 
 Item = TypeVar("Item")
 METRICS = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+# Figures that divide by a size of the text, which the tokens have to hold.
+NEED_WHOLE_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 _JACKKNIFE_BLOCKS = 50
 
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """One document: summed log-likelihood in nats, and what it is divided by."""
+    """One document: summed log-likelihood in nats, what it is divided by, and UTF-8 bytes that no token holds."""
 
     log_likelihood: float
     tokens: int
     words: int
     bytes: int
+    lost_bytes: int = 0
 
 
 def perplexities(scores: Sequence[DocumentScore]) -> dict[str, float]:
-    """The figures of `METRICS` over all documents together.
+    """The figures of `METRICS` over all documents together; NaN without a token, and those of `NEED_WHOLE_TEXT` where
+    bytes are lost.
 
     Raises:
-        ValueError: no documents, or none with a token, a word and a byte.
+        ValueError: no documents, or none with a word.
     """
     nats = -math.fsum(score.log_likelihood for score in scores)
-    tokens, words, size = (sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes"))
-    if not (tokens and words and size):
-        raise ValueError("perplexity needs at least one document with a token and a word in it.")
-    return {
-        "token_perplexity": _exp(nats / tokens),
+    tokens, words, size, lost = (
+        sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes", "lost_bytes")
+    )
+    if not (words and size):
+        raise ValueError("perplexity needs at least one document with a word in it.")
+    figures = {
+        "token_perplexity": _exp(nats / tokens) if tokens else math.nan,
         "word_perplexity": _exp(nats / words),
         "byte_perplexity": _exp(nats / size),
         "bits_per_byte": nats / size / math.log(2),
     }
+    return figures if not lost else {**figures, **dict.fromkeys(NEED_WHOLE_TEXT, math.nan)}
 
 
 def _figure(name: str, scores: Sequence[DocumentScore]) -> float:
@@ -62,7 +72,7 @@ def _figure(name: str, scores: Sequence[DocumentScore]) -> float:
 
 def _exp(exponent: float) -> float:
     # Word perplexity of an untrained model can pass the largest float.
-    return math.exp(exponent) if exponent < 700.0 else math.inf
+    return math.inf if exponent >= 700.0 else math.exp(exponent)
 
 
 def jackknife(statistic: Callable[[Sequence[Item]], float], items: Sequence[Item]) -> float | None:
@@ -84,7 +94,7 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
     """Score every text on its own.
 
     Args:
-        tokenizer: has `encode_batch(list of str)`, giving one list of ids a text.
+        tokenizer: has `encode_batch(list of str)`, giving one list of ids a text, and `decode(ids)`.
     """
     encoded = [list(ids) for ids in tokenizer.encode_batch(list(texts))]
     windows: list[Window] = []
@@ -96,7 +106,9 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
     likelihood, _ = scorer.score(windows)
     sums = np.bincount(np.asarray(owner, dtype=np.int64), weights=likelihood, minlength=len(texts))
     return [
-        DocumentScore(float(nats), len(ids), len(text.split()), len(text.encode("utf-8")))
+        DocumentScore(
+            float(nats), len(ids), len(text.split()), len(text.encode("utf-8")), lost_bytes(tokenizer, text, ids)
+        )
         for nats, ids, text in zip(sums, encoded, texts)
     ]
 
@@ -104,15 +116,17 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
 def evaluate_perplexity(scorer: Scorer, tokenizer: Any, documents: Sequence[Document]) -> dict[str, Any]:
     """Perplexities of the documents that hold a word, with standard errors over documents, and what each document
     adds, so that two models can be compared document by document. Several sources are also told apart.
+
+    Of the whole and of every source also: not_finite (documents without a finite likelihood), lost_bytes, text_bytes
+    and text_sha256 of what was read.
     """
     documents = [document for document in documents if document.text.split()]
     scores = score_documents(scorer, tokenizer, [document.text for document in documents])
+    scored = list(zip(documents, scores))
     sources = sorted({document.source for document in documents})
-    by_source = {
-        source: [score for score, document in zip(scores, documents) if document.source == source] for source in sources
-    }
+    by_source = {source: [pair for pair in scored if pair[0].source == source] for source in sources}
     return {
-        **_summary(scores),
+        **_summary(scored),
         "documents": {
             "nats": [-score.log_likelihood for score in scores],
             **{name: [getattr(score, name) for score in scores] for name in ("tokens", "words", "bytes")},
@@ -121,10 +135,17 @@ def evaluate_perplexity(scorer: Scorer, tokenizer: Any, documents: Sequence[Docu
     }
 
 
-def _summary(scores: Sequence[DocumentScore]) -> dict[str, Any]:
+def _summary(scored: Sequence[tuple[Document, DocumentScore]]) -> dict[str, Any]:
+    scores = [score for _, score in scored]
+    totals = {
+        name: sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes", "lost_bytes")
+    }
     return {
         "metrics": perplexities(scores),
         "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
         "n": len(scores),
-        **{name: sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes")},
+        **totals,
+        "scored_bytes": totals["bytes"],
+        "not_finite": sum(not math.isfinite(score.log_likelihood) for score in scores),
+        **text_identity([document.text for document, _ in scored]),
     }

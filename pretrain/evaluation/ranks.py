@@ -19,13 +19,19 @@ def evaluation_ranks(device: str | None) -> Iterator[tuple[str, bool]]:
         (device of this rank, whether this rank reports).
 
     Raises:
-        LaunchError: the launcher's variables contradict one another or are incomplete.
+        UserError: another device, or `cuda` where there is none. LaunchError: the launcher's variables contradict one
+            another or are incomplete.
     """
     import torch
     import torch.distributed as dist
 
     from pretrain.environment import discover_ranks, prepare_environment
+    from pretrain.errors import UserError
 
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device}: is neither cpu nor cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that PyTorch can use; leave the option out.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if discover_ranks().world_size == 1:
         yield device, True

@@ -18,7 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.evaluation.likelihood import ROUTINGS, Progress, Scorer, evaluating, rank_and_world
+from data_prep.tokenizers.loss import lost_bytes
+from pretrain.errors import UserError
+from pretrain.evaluation.held_out import text_identity
+from pretrain.evaluation.likelihood import Progress, Scorer, evaluating, rank_and_world
+from pretrain.evaluation.settings import ROUTINGS
 
 TOKEN_CLASSES = ("end of document", "white space", "number", "punctuation", "word start", "word inside", "other")
 _DEEPEST_SHOWN = 20
@@ -84,12 +88,18 @@ def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> di
     Returns:
         metrics (nats per token, recursion steps) and their standard errors over windows, depth_histogram by routing
         (share of tokens at 0, 1, ... R steps), loss_at_depth (causal), token_classes (causal: share of tokens, mean
-        depth, mean loss of predicting what follows) and deepest_tokens.
+        depth, mean loss of predicting what follows) and deepest_tokens; not_finite (windows without a finite loss),
+        lost_bytes (where there are any, bits_per_byte is NaN), text_bytes and text_sha256.
+
+    Raises:
+        UserError: the tokenizer makes no token of the texts.
     """
     config = scorer.model.config
-    windows = pack([list(ids) for ids in tokenizer.encode_batch(list(texts))], scorer.eod_id, scorer.max_length)
+    encoded = [list(ids) for ids in tokenizer.encode_batch(list(texts))]
+    lost = sum(lost_bytes(tokenizer, text, ids) for text, ids in zip(texts, encoded))
+    windows = pack(encoded, scorer.eod_id, scorer.max_length)
     if not len(windows):
-        raise ValueError("routing analysis needs held-out text of at least two tokens.")
+        raise UserError("routing: the tokenizer makes no token of the held-out text, so there is nothing to route.")
     routed = config.router is not None
     readings = {
         routing: read_windows(dataclasses.replace(scorer, routing=routing), windows, scorer.progress)
@@ -101,7 +111,11 @@ def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> di
     if routed:
         per_window["leak"] = per_window["loss_causal"] - per_window["loss_topk"]
     metrics = {name: float(values.mean()) for name, values in per_window.items()}
-    metrics["bits_per_byte"] = _bits_per_byte(causal.losses, windows[:, 1:], scorer.eod_id, tokenizer)
+    metrics["bits_per_byte"] = (
+        math.nan if lost else _bits_per_byte(causal.losses, windows[:, 1:], scorer.eod_id, tokenizer)
+    )
+    finite = np.isfinite([values for name, values in per_window.items() if name.startswith("loss_")]).all(axis=0)
+    text = text_identity(texts)
     stderr = {
         name: float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         for name, values in per_window.items()
@@ -110,6 +124,10 @@ def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> di
         "metrics": metrics,
         "stderr": stderr,
         "n": len(windows),
+        "not_finite": int((~finite).sum()),
+        "lost_bytes": lost,
+        "scored_bytes": text["text_bytes"],
+        **text,
         "tokens": int(windows[:, 1:].size),
         "recursions": config.recursions,
         "routed": routed,

@@ -13,32 +13,33 @@ import importlib.util
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pretrain.errors import UserError
+from pretrain.errors import RecipeError, UserError
+from pretrain.yaml_input import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 HELD_OUT_SUITES = ("perplexity", "own", "routing")
 _HUB_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class Suite:
+class Suite(BaseModel):
     """A row of benchmarks.yaml, where each field is explained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     tasks: tuple[str, ...]
     local: dict[str, str]
     metric: str
     chance: float | None = None
-    where: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    fewshot: int = 0
+    where: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    fewshot: int = Field(default=0, ge=0)
 
     def task_files(self) -> list[Path]:
         """The harness's task files of this suite; a leading underscore marks groups and templates.
@@ -69,9 +70,24 @@ def harness_tasks() -> Path:
 
 @functools.cache
 def benchmarks() -> dict[str, Suite]:
-    """Every published benchmark by its suite's name."""
-    table = yaml.safe_load((TASKS / "benchmarks.yaml").read_text(encoding="utf-8"))
-    return {name: Suite(name=name, **{**row, "tasks": tuple(row["tasks"])}) for name, row in table.items()}
+    """Every published benchmark by its suite's name.
+
+    Raises:
+        RecipeError: benchmarks.yaml is not what its head says.
+    """
+    file = TASKS / "benchmarks.yaml"
+    table = read_yaml(file)
+    if not isinstance(table, dict):
+        raise RecipeError(f"{file}: benchmarks are a mapping from a suite's name to its row.")
+    rows = {}
+    for name, row in table.items():
+        try:
+            rows[name] = Suite.model_validate({"name": name, **row} if isinstance(row, dict) else row)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, (name, *fault["loc"])))
+            raise RecipeError(f"{file}: {place}: {fault['msg']}; the head of the file says what a row holds.") from None
+    return rows
 
 
 def suite_names() -> list[str]:

@@ -50,12 +50,50 @@ def _shown(result: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
 def _cell(figure: dict[str, Any] | None, result: dict[str, Any] | None) -> str:
     if figure is None:
         return "skipped" if result and result["primary"] is None else ""
+    task = (result or {}).get("tasks", {}).get(figure["task"], {})
     if figure["value"] is None:
-        return "not finite"
+        if lost := task.get("lost_bytes"):
+            return f"refused ({_percent(lost, task['scored_bytes'])} of the text lost)"
+        counted = f" ({task['not_finite']} of {task['n']})" if task.get("not_finite") else ""
+        return f"not finite{counted}"
     error = figure["stderr"]
     digits = 4 if error is None or error <= 0 else min(6, max(2, 1 - math.floor(math.log10(error))))
     value = f"{figure['value']:.{digits}f}"
-    return value if error is None else f"{value} ± {error:.{digits}f}"
+    cut = f" ({task['prompts_cut']} of {task['n']} prompts cut)" if task.get("prompts_cut") else ""
+    return f"{value}{cut}" if error is None else f"{value} ± {error:.{digits}f}{cut}"
+
+
+def _percent(part: int, whole: int) -> str:
+    share = 100 * part / max(whole, 1)
+    return f"{share:.2g} %" if share < 10 else f"{share:.0f} %"
+
+
+def warning_lines(results: Results) -> list[str]:
+    """One sentence for every result that is not what its name promises: no numbers, text that the tokenizer lost,
+    prompts that were cut.
+    """
+    lines = []
+    for run, by_suite in results.items():
+        for suite, result in by_suite.items():
+            task = result["tasks"].get(suite, {})
+            where = f"Warning: {run}: {suite}"
+            if count := task.get("not_finite"):
+                lines.append(
+                    f"{where}: the network gives no finite likelihood for {count} of {task['n']}; what is counted from "
+                    "them is 'not finite'. Its training has diverged: lower optim.lr in a new run."
+                )
+            if lost := task.get("lost_bytes"):
+                lines.append(
+                    f"{where}: the tokenizer loses {_percent(lost, task['scored_bytes'])} of the text's bytes (unknown "
+                    "or changed characters), so bits per byte, byte and word perplexity say nothing and are refused."
+                )
+            if cut := task.get("prompts_cut"):
+                examples = f", so fewer than the {task['fewshot']} examples were read" if task.get("fewshot") else ""
+                lines.append(
+                    f"{where}: {cut} of {task['n']} prompts are longer than the context and lost their "
+                    f"beginning{examples}."
+                )
+    return lines
 
 
 def skipped_lines(results: Results) -> list[str]:
@@ -70,14 +108,15 @@ def skipped_lines(results: Results) -> list[str]:
 
 
 def markdown_summary(results: Results) -> str:
-    """The table and the skipped suites in Markdown."""
+    """The table, the warnings and the skipped suites in Markdown."""
     header, rows = summary_rows(results)
     lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join([*lines, "", *(f"- {line}" for line in skipped_lines(results))]).rstrip() + "\n"
+    notes = [*warning_lines(results), *skipped_lines(results)]
+    return "\n".join([*lines, "", *(f"- {line}" for line in notes)]).rstrip() + "\n"
 
 
 def print_summary(results: Results) -> None:
-    """Print the table to standard output and, below it, what was skipped."""
+    """Print the table to standard output and, below it, warnings and what was skipped."""
     from rich.console import Console
     from rich.table import Table
 
@@ -87,5 +126,5 @@ def print_summary(results: Results) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    for line in skipped_lines(results):
+    for line in [*warning_lines(results), *skipped_lines(results)]:
         console.print(line, style="yellow", markup=False, highlight=False)

@@ -36,6 +36,10 @@ def train_tokenizer(folder: Path) -> Path:
         vocab_size=512,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",  # nothing of the text is lost
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
         control_symbols=[END],
         hard_vocab_limit=False,
         minloglevel=2,

@@ -21,6 +21,7 @@ class ByteTokenizer:
     eod_id = EOD
     vocab_size = VOCABULARY
     fingerprint = "bytes"
+    unk_id = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))

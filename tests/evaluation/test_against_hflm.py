@@ -11,10 +11,11 @@ from data_prep.tokenizers import load_tokenizer
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.hub.export import export_hf
 from mor_model.model import RecursiveTransformer
-from pretrain.evaluation.harness import TaskPlan, plan_tasks, run_tasks
+from pretrain.evaluation.harness import run_tasks
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.suites import benchmarks
+from pretrain.evaluation.task_files import TaskPlan, plan_tasks
 
 SHAPE = {
     "vocab_size": 600,
@@ -70,6 +71,7 @@ def both(request, tokenizer_file, tmp_path_factory):
         )  # fmt: skip
     # run_tasks asks its model for what the harness's interface has, and for token counts.
     theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
+    theirs.lost_bytes, theirs.cut = lambda texts: 0, set()
     tokenizer = load_tokenizer(tokenizer_file)
     return HarnessModel(Scorer(network, tokenizer.eod_id), tokenizer), theirs
 

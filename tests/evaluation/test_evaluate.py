@@ -9,14 +9,16 @@ import sys
 
 import pytest
 import torch
+import zstandard
 
 from data_prep.errors import DataError
 from data_prep.tokenizers import load_tokenizer
 from mor_model.weights import load_model
 from pretrain.errors import RunError, UserError
 from pretrain.evaluation import held_out
-from pretrain.evaluation.evaluate import Settings, evaluate_model, evaluate_run, result_file
+from pretrain.evaluation.evaluate import evaluate_model, evaluate_run
 from pretrain.evaluation.held_out import Document, choose, read_documents
+from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.summary import markdown_summary, skipped_lines, summary_rows
 from pretrain.run_folder import RunFolder
 from tests.evaluation.runs import make_run, write_held_out
@@ -42,7 +44,7 @@ def test_results_are_written_labelled_and_read_again(run, monkeypatch):
             (run.evaluation / f"{suite}.json").read_text(), parse_constant=lambda name: pytest.fail(name)
         )
         assert stored == json.loads(json.dumps(results[suite]))
-        assert len(stored["weights_digest"]) == 64 and stored["seconds"] > 0
+        assert len(stored["identity"]["weights"]) == 64 and stored["seconds"] > 0
         for task in stored["tasks"].values():
             assert task["n"] > 0 and math.isfinite(task["metrics"]["bits_per_byte"])
             assert task["routing"] == ("causal and topk" if suite == "routing" else "causal")
@@ -53,8 +55,7 @@ def test_results_are_written_labelled_and_read_again(run, monkeypatch):
 
 def test_what_changes_the_numbers_evaluates_again(run, tmp_path):
     def digest_of(**changes):
-        result = evaluate_run(run, ["perplexity"], **changes)["perplexity"]
-        return {key: result[key] for key in ("settings", "held_out", "weights_digest")}
+        return evaluate_run(run, ["perplexity"], **changes)["perplexity"]["identity"]
 
     first = digest_of(limit=2)
     assert digest_of(limit=3) != first
@@ -175,10 +176,17 @@ def test_held_out_text_is_checked_where_it_enters(tmp_path):
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"damaged|no held-out documents"):
         read_documents([file], 100)
+    # Cut where every line is whole: a reader that takes the end of the file for the end of the text sees one document.
+    file.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(b'{"text": "one"}\n')[:-4])
+    with pytest.raises(DataError, match="ends inside a frame"):
+        read_documents([file], 100)
+    file.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "one", "source": ["a"]}\n'))
+    with pytest.raises(DataError, match="text and source must be strings"):
+        read_documents([file], 100)
     write_held_out(tmp_path, ["", "  "])
     with pytest.raises(DataError, match="no held-out documents"):
         read_documents([file], 100)
-    with pytest.raises(RunError, match="must be at least 1"):
+    with pytest.raises(RunError, match="at least 1, not 0"):
         Settings(limit=0)
     with pytest.raises(UserError, match="did you mean 'perplexity'"):
         evaluate_run(RunFolder(tmp_path), ["perplexty"])

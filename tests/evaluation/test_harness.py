@@ -12,12 +12,15 @@ import pytest
 from data_prep.errors import DataError
 from pretrain.errors import UserError
 from pretrain.evaluation import suites
-from pretrain.evaluation.evaluate import Settings, evaluate_model
-from pretrain.evaluation.harness import TaskPlan, local_task_file, plan_tasks, run_tasks
+from pretrain.evaluation.evaluate import evaluate_model
+from pretrain.evaluation.harness import run_tasks
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.local_data import read_records
+from pretrain.evaluation.settings import Settings
 from pretrain.evaluation.suites import benchmarks, check_suites
+from pretrain.evaluation.summary import summary_rows, warning_lines
+from pretrain.evaluation.task_files import TaskPlan, local_task_file, plan_tasks, task_settings
 from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand, log_probabilities
 
 LIMIT = 12
@@ -241,3 +244,103 @@ def test_f1_and_its_error_are_those_of_the_counts(model, tmp_path):
     expected = 2 * hit / (sum(said) + sum(labels)) if sum(said) + sum(labels) else 0.0
     assert task["metrics"]["f1"] == pytest.approx(expected)
     assert task["stderr"]["f1"] is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"sentence": "a _ b", "option1": "x", "option2": "y"}, r":3: lacks the field 'answer'"),
+        ({"sentence": None, "option1": "x", "option2": "y", "answer": "1"}, r":3: the field 'sentence' holds None"),
+        ({"sentence": ["a"], "option1": "x", "option2": "y", "answer": "1"}, r":3: the field 'sentence' holds \['a'\]"),
+        ({"sentence": "no gap", "option1": "x", "option2": "y", "answer": "1"}, "not the records that this task asks"),
+        ({"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "3"}, "not the records that this task asks"),
+    ],
+)
+def test_questions_of_another_kind_are_refused_with_their_place(model, tmp_path, monkeypatch, line, message):
+    file = tmp_path / "eval" / "winogrande.validation.jsonl"
+    file.parent.mkdir()
+    good = {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "1"}
+    file.write_text("".join(json.dumps(record) + "\n" for record in (good, good, line)))
+    monkeypatch.setenv("MOR_SHARED_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=message) as refused:
+        evaluate_model(model, ByteTokenizer(), ["winogrande"])
+    assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("copa: 5", "benchmarks.yaml: copa"),
+        ("- copa", "a mapping"),
+        ("copa: {tasks: x, local: {}, metric: acc}", r"copa\.tasks: Input should be a valid tuple"),
+        ("copa: {tasks: [x], local: {validation: 1}, metric: acc}", r"copa\.local\.validation"),
+        ("copa: {tasks: [x], local: {}, metric: acc, chanse: 1}", r"copa\.chanse"),
+        ("copa: {tasks: [x], local: {}}", r"copa\.metric: Field required"),
+        ("copa: {tasks: [x", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_row_of_the_benchmarks_is_named(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(suites, "TASKS", tmp_path)
+    (tmp_path / "benchmarks.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        benchmarks.__wrapped__()
+
+
+@pytest.mark.parametrize("text", ["- 1", "task: [a]", "dataset_name: x", "task: {", "task: !other x"])
+def test_a_task_file_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"wrong\.yaml: (is no task file|cannot be read as a task file)"):
+        task_settings(tmp_path / "wrong.yaml")
+
+
+def test_prompts_that_do_not_fit_are_counted_and_warned_of(tmp_path, monkeypatch):
+    """Questions of 60 bytes behind five examples, in a context that holds one."""
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    record = {"subject": "anatomy", "choices": list("wxyz"), "answer": 1}
+    for split, count in (("dev", 5), ("test", 3)):
+        lines = ({**record, "question": f"{n} " + "q" * 20} for n in range(count))
+        (folder / f"mmlu.{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setenv("MOR_SHARED_DATA", str(tmp_path))
+    row = benchmarks()["mmlu"].model_copy(update={"tasks": ("mmlu/default/mmlu_anatomy.yaml",)})
+    monkeypatch.setattr("pretrain.evaluation.evaluate.benchmarks", lambda: {"mmlu": row})
+    results = {
+        length: evaluate_model(BigramModel(context_length=length), ByteTokenizer(), ["mmlu"])["mmlu"]
+        for length in (128, 4096)
+    }
+    assert [results[length]["tasks"]["mmlu"]["prompts_cut"] for length in (128, 4096)] == [3, 0]
+    assert results[128]["tasks"]["mmlu"]["fewshot"] == 5 and results[128]["tasks"]["mmlu"]["n"] == 3
+    _, [row_of_table] = summary_rows({"short": {"mmlu": results[128]}, "long": {"mmlu": results[4096]}})
+    assert row_of_table[4].endswith("(3 of 3 prompts cut)") and "cut" not in row_of_table[5]
+    [warning] = warning_lines({"short": {"mmlu": results[128]}, "long": {"mmlu": results[4096]}})
+    assert "short: mmlu: 3 of 3 prompts" in warning and "fewer than the 5 examples" in warning
+
+
+class Narrow(ByteTokenizer):
+    """Knows the letters a to e; everything else is its unknown token, whose name is shown as `?`."""
+
+    unk_id = ord("?")
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) if character in "abcde" else self.unk_id for character in text]
+
+
+def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(model, tmp_path):
+    source = tmp_path / "lines.yaml"
+    source.write_text(
+        "task: lines\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n"
+        "  - {metric: word_perplexity}\n  - {metric: byte_perplexity}\n  - {metric: bits_per_byte}\n"
+    )
+    file = tmp_path / "lines.jsonl"
+
+    def bits(text: str) -> dict:
+        file.write_text(json.dumps({"text": text}) + "\n")
+        plan = TaskPlan({"lines": local_task_file(source, {"test": file}, {"task": "lines"})})
+        return run_tasks(HarnessModel(Scorer(model, EOD), Narrow()), plan)["lines"]
+
+    whole, lossy = bits("abcde" * 4), bits("abcüx" * 4)
+    assert whole["lost_bytes"] == 0 and math.isfinite(whole["metrics"]["bits_per_byte"])
+    assert lossy["lost_bytes"] == 4 * 3 and lossy["scored_bytes"] == 4 * 6
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert math.isnan(lossy["metrics"][name]) and lossy["stderr"][name] is None
+    assert math.isfinite(lossy["metrics"]["token_perplexity"])

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.evaluation.evaluate import evaluate_model
 from pretrain.evaluation.held_out import Document
 from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.local_data import wikitext_pages
 from pretrain.evaluation.perplexity import DocumentScore, evaluate_perplexity, jackknife, perplexities
+from pretrain.evaluation.summary import markdown_summary, warning_lines
 from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand
 
 TEXTS = [
@@ -105,3 +107,41 @@ def test_wikitext_has_the_pages_words_and_bytes_it_is_known_to_have(shared_data:
     assert sum(len(page.encode()) for page in pages) == 1_290_590 - 61 - 2
     # The harness counts words by splitting at white space, which also counts what is empty at a page's ends.
     assert sum(len(re.split(r"\s+", page)) for page in pages) == 241_335
+
+
+class Lossy(ByteTokenizer):
+    """Every byte that is not ASCII becomes `?`, its unknown token."""
+
+    unk_id = ord("?")
+
+    def encode(self, text: str) -> list[int]:
+        return [byte if byte < 128 else self.unk_id for byte in text.encode()]
+
+
+def test_what_the_tokenizer_loses_is_counted_and_its_figures_are_refused():
+    """Only the text without a loss has bits per byte, also among several sources."""
+    mixed = [Document("plain text", "ascii"), Document("süß", "german")]
+    result = evaluate_perplexity(Scorer(BigramModel(), EOD), Lossy(), mixed)
+    assert (result["lost_bytes"], result["scored_bytes"]) == (4, 15)
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert math.isnan(result["metrics"][name]) and result["stderr"][name] is None
+    assert math.isfinite(result["metrics"]["token_perplexity"])
+    ascii_part, german = result["sources"]["ascii"], result["sources"]["german"]
+    assert math.isfinite(ascii_part["metrics"]["bits_per_byte"]) and math.isnan(german["metrics"]["bits_per_byte"])
+    found = evaluate_model(BigramModel(), Lossy(), ["perplexity", "routing"], documents=mixed)
+    assert {suite: found[suite]["tasks"][suite]["metrics"]["bits_per_byte"] for suite in found} == {
+        "perplexity": None,
+        "routing": None,
+    }
+    assert "refused (27 % of the text lost)" in markdown_summary({"run": found})
+    [warning, _] = warning_lines({"run": found})
+    assert "the tokenizer loses 27 %" in warning
+
+
+def test_what_was_read_is_told_by_its_bytes_and_digest():
+    scorer = Scorer(BigramModel(), EOD)
+    first, same, other = (
+        evaluate_perplexity(scorer, ByteTokenizer(), documents(*texts)) for texts in (TEXTS, TEXTS, TEXTS[:2])
+    )
+    assert first["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert first["text_sha256"] == same["text_sha256"] != other["text_sha256"]

@@ -41,14 +41,14 @@ def markov_documents(count: int, seed: int) -> list[list[int]]:
     return documents
 
 
-def make_dataset(folder: Path, *, documents: int = 300, fingerprint: str = "f" * 64, seed: int = 0) -> Path:
-    """A data set with a training and a validation split."""
+def make_dataset(
+    folder: Path, *, documents: int = 300, fingerprint: str = "f" * 64, seed: int = 0, validation: bool = True
+) -> Path:
+    """A data set with a training and, unless told otherwise, a validation split."""
+    held_out = {"validation": [("a", markov_documents(20, seed + 1)), ("b", markov_documents(20, seed + 2))]}
     write_dataset(
         folder,
-        {
-            "train": [("a", markov_documents(documents, seed))],
-            "validation": [("a", markov_documents(20, seed + 1)), ("b", markov_documents(20, seed + 2))],
-        },
+        {"train": [("a", markov_documents(documents, seed))], **(held_out if validation else {})},
         fingerprint=fingerprint,
         vocabulary=VOCABULARY,
     )

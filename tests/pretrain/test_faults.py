@@ -209,6 +209,30 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path: Path, tiny_dat
     assert status["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": {"steps": 5}}, "The loss that the run ends with is not finite, at step 5"),
+        # The one update is so large that only what is measured afterwards tells.
+        ({"budget": {"steps": 1}}, "The validation loss of the final weights is not finite (a)"),
+        ({"budget": {"steps": 1}, "optim": {"lr": 1e39}}, "weights are not finite"),
+    ],
+)
+def test_a_run_that_diverged_does_not_finish(
+    tmp_path: Path, one_rank: Workers, changes: dict[str, Any], message: str
+) -> None:
+    """And starting it again does not finish it either."""
+    data = make_dataset(tmp_path / "data", documents=50, validation="validation" in message)
+    how = {"schedule": {"kind": "constant"}, "optim": {"lr": 1e20}, "checkpoint": {"every": 0}, **changes}
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(data, tmp_path / "run", **how))
+    for _ in range(2):
+        code, printed = one_rank.run("--config", str(recipe))
+        assert code == 2 and message in printed, printed
+        status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+        assert status["state"] == "failed" and message in status["reason"]
+    assert not (tmp_path / "run" / "weights").exists()
+
+
 @pytest.mark.parametrize("action", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
 def test_a_loss_spike_is_skipped_or_rolled_back(tmp_path: Path, tiny_data: Path, nursery: Nursery, action: str) -> None:
     faults = {"spike": 2.0, "spike_window": 3, "on_spike": action}

@@ -1,0 +1,92 @@
+"""Which answer a model gives to a question with options, and what it earns: equally likely options share the point.
+
+lm-evaluation-harness takes the first of the likeliest options. A network that finds all options alike, or that gives no
+numbers at all, would then earn every point of a task whose right answer stands first, such as BLiMP.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Answer = tuple[float, float]
+"""Log-likelihood in nats, and the chance that greedy decoding gives the option."""
+
+
+_ROUNDING = 1e-12  # of a sum of some hundred float64 numbers, relative to it
+
+
+def likeliest(values: Sequence[float]) -> list[int]:
+    """Numbers of the options with the largest value; several where they tie, but for the rounding of sums."""
+    best = max(values)
+    return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=_ROUNDING)]
+
+
+def share(values: Sequence[float], right: Sequence[int]) -> float:
+    """What the likeliest options earn of the point: the share of right ones among them."""
+    tied = likeliest(values)
+    return sum(number in right for number in tied) / len(tied)
+
+
+def with_shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The harness's judgement of a question with options (`process_results`), with the points of ties shared.
+
+    Metrics that count predictions, such as F1, become `Tied` where options tie.
+
+    Args:
+        answers: of every option; for mutual information, followed by those without the question.
+    """
+    choices = task.doc_to_choice(doc)
+    nats = [value for value, _ in answers[: len(choices)]]
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str):
+        gold = choices.index(gold) if gold in choices else -1
+    right = list(gold) if isinstance(gold, list) else [gold]
+    alone = [value for value, _ in answers[len(choices) :]]
+    by_metric = {
+        "acc": nats,
+        "acc_norm": [value / max(len(choice), 1) for value, choice in zip(nats, choices)],
+        "acc_bytes": [value / max(len(choice.encode("utf-8")), 1) for value, choice in zip(nats, choices)],
+        "acc_mutual_info": [value - without for value, without in zip(nats, alone)],
+    }
+    shared: dict[str, Any] = {name: share(values, right) for name, values in by_metric.items() if name in judged}
+    if "exact_match" in judged:
+        shared["exact_match"] = max((answers[number][1] for number in right if 0 <= number < len(choices)), default=0.0)
+    tied = likeliest(nats)
+    if len(tied) > 1:
+        shared |= {
+            name: Tied([(judged[name][0], number) for number in tied]) for name in ("f1", "mcc") if name in judged
+        }
+    return {**judged, **shared}
+
+
+class Tied(tuple[tuple[int, int], ...]):
+    """(right option, predicted option) for each of the options that tie; each counts as one of them."""
+
+
+def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], float]:
+    """An aggregation of the harness over items of which some are `Tied`; infinite where the result is too large,
+    NaN where it is of nothing.
+
+    Every item counts as often as the least common multiple of all ties, and each part of a tie as its share of that.
+    """
+
+    def apply(items: Sequence[Any]) -> float:
+        sizes = [len(item) for item in items if isinstance(item, Tied)]
+        if sizes:
+            times = math.lcm(*sizes)
+            items = [part for item in items for part in _repeated(item, times)]
+        try:
+            return float(aggregate(items))
+        except OverflowError:  # perplexity of a model that is far off
+            return math.inf
+        except ZeroDivisionError:  # nothing but empty answers
+            return math.nan
+
+    return functools.wraps(aggregate)(apply)
+
+
+def _repeated(item: Any, times: int) -> list[Any]:
+    return [part for part in item for _ in range(times // len(item))] if isinstance(item, Tied) else [item] * times

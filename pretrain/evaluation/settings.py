@@ -1,0 +1,59 @@
+"""What decides an evaluation's numbers, apart from the model and the data, and where its results lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from pretrain.errors import RunError, UserError
+from pretrain.run_folder import RunFolder
+
+Routing = Literal["causal", "topk"]
+ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
+TEXT_BYTES = 500_000
+_MOST = 1 << 62
+
+
+def check_routing(name: str) -> Routing:
+    """`name` as a routing; UserError when it is none."""
+    for routing in ROUTINGS:
+        if name == routing:
+            return routing
+    raise UserError(f"routing: {name!r} is not one of {', '.join(ROUTINGS)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides an evaluation's numbers, apart from the model and the data.
+
+    Attributes:
+        limit: at most so many documents (perplexity) or questions of each task; None takes all.
+        routing: see `likelihood.Scorer`; depth: recursion steps every token takes, None lets the routers decide.
+        text_bytes: UTF-8 bytes of held-out text that `perplexity` reads; routing analysis reads a fifth of it.
+        hub: benchmarks without local files may be read from the Hugging Face hub when it answers.
+    """
+
+    limit: int | None = None
+    routing: Routing = "causal"
+    depth: int | None = None
+    text_bytes: int = TEXT_BYTES
+    hub: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "depth", "text_bytes"):
+            value = getattr(self, name)
+            if value is None and name != "text_bytes":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MOST:
+                raise RunError(f"evaluation {name}: must be a whole number of at least 1, not {value!r:.50}.")
+
+    @property
+    def suffix(self) -> str:
+        """Told apart in file names, so that only causal figures at free depth carry a suite's plain name."""
+        return (".topk" if self.routing == "topk" else "") + (f".depth-{self.depth}" if self.depth else "")
+
+
+def result_file(run: RunFolder, suite: str, settings: Settings) -> Path:
+    """Where a suite's result lies."""
+    return run.evaluation / f"{suite}{settings.suffix}.json"
