@@ -15,14 +15,17 @@ status.json       running, finished, stopped or failed, and at which step
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import DataError
 from data_prep.files import write_json, write_text
+from data_prep.json_input import parse_json, read_json
 from pretrain.errors import RunError
+
+_KINDS = {int: "a whole number", str: "text", dict: "an object"}
 
 
 class RunFolder:
@@ -95,13 +98,22 @@ class RunFolder:
     def read_json(self, file: Path) -> Any:
         """The value in one of this folder's JSON files."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
         except FileNotFoundError:
             raise RunError(f"{file}: missing; the run has not come that far, or was copied without it.") from None
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{file}: cannot be read as JSON ({error}); restore it or start the run in a new folder."
-            ) from None
+        except DataError as error:
+            raise RunError(f"{error} Restore it or start the run in a new folder.") from None
+
+    def _read_object(self, file: Path, **kinds: type) -> dict[str, Any]:
+        """The object in a file; each of the named keys that it has must be of its kind."""
+        value = self.read_json(file)
+        if not isinstance(value, dict):
+            raise RunError(f"{file}: is not a JSON object. Restore it or start the run in a new folder.")
+        for key, kind in kinds.items():
+            if key in value and type(value[key]) is not kind:
+                wanted = _KINDS[kind]
+                raise RunError(f"{file}: {key} must be {wanted}. Restore it or start the run in a new folder.")
+        return value
 
     def write_json(self, file: Path, value: Any) -> None:
         write_json(file, value)
@@ -110,17 +122,21 @@ class RunFolder:
         write_text(file, text)
 
     def plan(self) -> dict[str, Any]:
-        return self.read_json(self.plan_file)
+        return self._read_object(self.plan_file, steps=int, tokenizer_fingerprint=str, data_manifest=str)
 
     def model(self) -> dict[str, Any]:
-        return self.read_json(self.model_file)
+        return self._read_object(self.model_file)
 
     def environment(self) -> dict[str, Any]:
-        return self.read_json(self.environment_file)
+        return self._read_object(
+            self.environment_file, versions=dict, device=str, world_size=int, launcher=str, code=str
+        )
 
     def status(self) -> dict[str, Any]:
         """The run's state; `{"state": "absent"}` before it has begun."""
-        return self.read_json(self.status_file) if self.status_file.is_file() else {"state": "absent"}
+        if not self.status_file.is_file():
+            return {"state": "absent"}
+        return self._read_object(self.status_file, state=str, step=int, steps=int, reason=str)
 
     def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl in order, of one kind or all.
@@ -134,8 +150,8 @@ class RunFolder:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    record = json.loads(line)
-                except ValueError:
+                    record = parse_json(line, self.metrics_file)
+                except DataError:
                     record = None
                 if not isinstance(record, dict):
                     raise RunError(
