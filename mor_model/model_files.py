@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -86,4 +87,8 @@ def plain_name(name: object, where: Path) -> str:
     """
     if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name or name == "..":
         raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.") from None
     return name

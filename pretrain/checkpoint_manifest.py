@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -71,7 +71,7 @@ class Manifest(BaseModel):
 
     model_config = _STRICT
 
-    format_version: Literal[1]
+    format_version: Annotated[int, Field(ge=1, le=1)]
     world_size: Annotated[int, Field(ge=1)]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     precision: str

@@ -27,15 +27,17 @@ def to_universal(checkpoint: Path) -> Path:
     target = checkpoint.parent / f".{checkpoint.name}.universal"
     temporary = checkpoint.parent / f".{checkpoint.name}.converting"
     for leftover in (target, temporary):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()  # not what somebody else put there, such as a link to another folder
+        _remove(leftover)
+    temporary.mkdir()
+    written = temporary / target.name  # the tool writes a file beside it too
     command = [sys.executable, "-m", "pretrain.conversion", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(written)]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"{checkpoint}: could not be converted to a universal checkpoint: {reason}")
-    temporary.rename(target)
+    written.rename(target)
+    shutil.rmtree(temporary)
     return target
 
 
@@ -57,8 +59,16 @@ def to_weights(checkpoint: Path, zero_stage: int) -> Path:
     else:
         file = sorted(checkpoint.glob("*model_states.pt"))[0]
         state = load_restricted(file, map_location="cpu")["module"]
+    _remove(target)
     save_weights(target, state, config)
     return target
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an earlier start, or somebody else, has left under a name; a link, not what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_tool() -> None:

@@ -22,17 +22,6 @@ from data_prep.plain_text import plain
 from pretrain.errors import RunError
 
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-# What the restricted reader raises for a file that torch.save has not written.
-_NOT_A_CHECKPOINT = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)
 
 
 @contextmanager
@@ -72,7 +61,9 @@ def load_restricted(file: Path, map_location: Any = None, mmap: bool = False) ->
     _allow_classes()
     try:
         return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
-    except _NOT_A_CHECKPOINT as error:
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a file can make torch's reader stumble over
         raise _refusal(file, error) from None
 
 
@@ -102,7 +93,8 @@ def _refusal(where: Path, error: Exception) -> RunError:
             f"{where}: wants to run {plain(named[1])[:200]}, which no checkpoint needs: it was changed, or not written "
             "by this project. Nothing of it was run. Remove that checkpoint, or restore it from a copy that you trust."
         )
+    reason = plain((str(error).splitlines() or [""])[0])[:200]
     return RunError(
-        f"{where}: is not a file that a checkpoint consists of ({type(error).__name__}). Remove that checkpoint, or "
-        "restore it from a copy that you trust."
+        f"{where}: is not a file that a checkpoint consists of ({type(error).__name__}: {reason}). Remove that "
+        "checkpoint, or restore it from a copy that you trust."
     )

@@ -16,12 +16,14 @@ from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from pretrain.branches import seed_branch
 from pretrain.checkpoint import find_damage, list_checkpoints
-from pretrain.checkpoint_manifest import read_manifest, write_manifest
+from pretrain.checkpoint_manifest import read_manifest
 from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
 from pretrain.restricted_loading import load_restricted, restricted_loading
-from tests.pretrain.checkpoints import SHAPE, Payload, fake_checkpoint, plant, rewrite_manifest
+from pretrain.run_folder import RunFolder
+from tests.pretrain.checkpoints import Payload, fake_checkpoint, forge, plant, rewrite_manifest
 from tests.pretrain.support import Workers, recipe_values, write_recipe
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -92,6 +94,34 @@ def test_converting_runs_nothing_either(planted: Any, stage: str, kind: str) -> 
     assert not (checkpoint.parent / f".{checkpoint.name}.universal").exists()
     with pytest.raises(RunError, match=r"wants to run \w+\.mkdir"):
         to_weights(checkpoint, int(stage[-1]))
+
+
+def test_what_is_made_of_a_checkpoint_is_written_beside_it_and_nowhere_else(runs: Path, tmp_path: Path) -> None:
+    """Also where links wait under the names that are written to."""
+    shutil.copytree(runs / "zero1", tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("mine", encoding="utf-8")
+    for ending in ("universal", "converting", "weights"):
+        (checkpoint.parent / f".{checkpoint.name}.{ending}").symlink_to(elsewhere)
+    (checkpoint.parent / "latest_universal").symlink_to(elsewhere / "file")
+    universal, weights = to_universal(checkpoint), to_weights(checkpoint, 1)
+    assert (universal / "zero" / "optimizer_state.pt").is_file() and (weights / "model.safetensors").is_file()
+    assert [file.name for file in elsewhere.iterdir()] == ["file"]
+    assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_branch_takes_a_link_along_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    trunk, branch = RunFolder(tmp_path / "trunk"), RunFolder(tmp_path / "branch")
+    checkpoint = fake_checkpoint(trunk.checkpoints, 4)
+    trunk.metrics_file.touch()
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "file").touch()
+    (checkpoint / "link").symlink_to(tmp_path / "all")
+    seed_branch(trunk, branch, 4)
+    assert (branch.checkpoints / checkpoint.name / "a.pt").is_file()
+    assert (branch.checkpoints / checkpoint.name / "link").is_symlink()
 
 
 @pytest.mark.parametrize(("stage", "kind"), WRITTEN)
@@ -232,7 +262,7 @@ def test_a_file_on_the_list_lies_in_the_checkpoint(tmp_path: Path, name: str) ->
     checkpoint = fake_checkpoint(tmp_path, 4)
     shutil.copy(checkpoint / "a.pt", tmp_path)
     content = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))
-    write_manifest(checkpoint, SHAPE, content["state"], {name: content["files"]["a.pt"]})
+    forge(checkpoint, {**content, "files": {name: content["files"]["a.pt"]}})
     assert "checkpoint.json" in str(find_damage(checkpoint))
 
 
