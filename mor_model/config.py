@@ -13,49 +13,59 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from mor_model.errors import ConfigError, refuse_unknown_keys
-from mor_model.schedule import LayerSchedule, layer_schedule
+from mor_model.errors import ConfigError, refuse_unknown_keys, shown
+from mor_model.schedule import MAX_LAYERS, LayerSchedule, layer_schedule
 
 RouterNetwork = Literal["linear", "mlp", "wide_mlp", "random"]
 KVSharing = Literal["recursion_wise", "shared", "hybrid"]
 
-_WHOLE_NUMBERS = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "intermediate_size",
-    "context_length",
-    "recursions",
-)
+# The largest size of each kind, far above those of any network: a file that says more is damaged or hostile, and is
+# refused before anything is made of it.
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "num_layers": MAX_LAYERS,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "intermediate_size": 1 << 20,
+    "head_dim": 1 << 14,
+    "context_length": 1 << 30,
+    "recursions": MAX_LAYERS,
+}
 
 
 def _check_choice(where: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}.")
+        raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(repr, choices))}.")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _check_not_negative(where: str, **values: object) -> None:
     for name, value in values.items():
         if not (_is_number(value) and value >= 0):  # type: ignore[operator]
-            raise ConfigError(f"{where}.{name}: must be a finite number of at least 0, not {value!r}.")
+            raise ConfigError(f"{where}.{name}: must be a finite number of at least 0, not {shown(value)}.")
 
 
-def _check_whole(where: str, **values: object) -> None:
+def check_sizes(where: str, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}.{name}: must be a whole number of at least 1, not {value!r}.")
+            raise ConfigError(f"{where}.{name}: must be a whole number of at least 1, not {shown(value)}.")
+        if value > _LARGEST[name]:
+            raise ConfigError(f"{where}.{name}: must be at most {_LARGEST[name]:,}, not {shown(value)}.")
 
 
 def _check_flag(where: str, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
-            raise ConfigError(f"{where}.{name}: must be true or false, not {value!r}.")
+            raise ConfigError(f"{where}.{name}: must be true or false, not {shown(value)}.")
 
 
 def _refuse_idle_options(router: ExpertChoiceConfig | TokenChoiceConfig, names: tuple[str, ...], why: str) -> None:
@@ -63,7 +73,7 @@ def _refuse_idle_options(router: ExpertChoiceConfig | TokenChoiceConfig, names: 
     defaults = {field.name: field.default for field in dataclasses.fields(router)}
     for name in names:
         if getattr(router, name) != defaults[name]:
-            raise ConfigError(f"model.router.{name}: {getattr(router, name)!r} has no effect {why}; leave it out.")
+            raise ConfigError(f"model.router.{name}: {shown(getattr(router, name))} has no effect {why}; leave it out.")
 
 
 def _check_target_depth(router: ExpertChoiceConfig | TokenChoiceConfig) -> None:
@@ -71,7 +81,7 @@ def _check_target_depth(router: ExpertChoiceConfig | TokenChoiceConfig) -> None:
         _refuse_idle_options(router, ("target_depth_coefficient",), "without a target_depth")
     elif not _is_number(router.target_depth):
         raise ConfigError(
-            f"model.router.target_depth: must be a number of recursion steps or null, not {router.target_depth!r}."
+            f"model.router.target_depth: must be a number of recursion steps or null, not {shown(router.target_depth)}."
         )
 
 
@@ -125,7 +135,7 @@ class ExpertChoiceConfig:
         if self.capacities is not None:
             if not isinstance(self.capacities, (tuple, list)):
                 raise ConfigError(
-                    f"{where}.capacities: must be a list with one share per recursion, not {self.capacities!r}."
+                    f"{where}.capacities: must be a list with one share per recursion, not {shown(self.capacities)}."
                 )
             check_capacities(f"{where}.capacities", self.capacities)
             object.__setattr__(self, "capacities", tuple(float(capacity) for capacity in self.capacities))
@@ -145,7 +155,7 @@ def check_capacities(where: str, capacities: tuple[float, ...] | list[float]) ->
     """
     for capacity in capacities:
         if not (_is_number(capacity) and 0.0 < capacity <= 1.0):
-            raise ConfigError(f"{where}: each must lie in (0, 1], not {capacity!r}.")
+            raise ConfigError(f"{where}: each must lie in (0, 1], not {shown(capacity)}.")
     for earlier, later in itertools.pairwise(capacities):
         if later > earlier:
             raise ConfigError(
@@ -257,9 +267,10 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_whole("model", **{name: getattr(self, name) for name in _WHOLE_NUMBERS})
-        if self.head_dim is not None:
-            _check_whole("model", head_dim=self.head_dim)
+        sizes = {name: getattr(self, name) for name in _LARGEST}
+        if self.head_dim is None:
+            del sizes["head_dim"]
+        check_sizes("model", **sizes)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model: hidden_size ({self.hidden_size}) is not a multiple of num_heads ({self.num_heads}); "
@@ -273,7 +284,8 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim: {self.head_width} is odd; rotary embeddings turn pairs of channels.")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"model.{name}: must be a positive number, not {getattr(self, name)!r}.")
+                raise ConfigError(f"model.{name}: must be a positive number, not {shown(getattr(self, name))}.")
+            object.__setattr__(self, name, float(getattr(self, name)))
         _check_choice("model.kv_sharing", self.kv_sharing, get_args(KVSharing))
         _check_flag("model", tie_embeddings=self.tie_embeddings, document_masking=self.document_masking)
         _check_flag("model", reset_positions=self.reset_positions)
@@ -306,7 +318,8 @@ class ModelConfig:
         router = self.router
         if not isinstance(router, (ExpertChoiceConfig, TokenChoiceConfig)):
             raise ConfigError(
-                f"model.router: {router!r} is not a router; give its fields, for example kind: expert_choice, or null."
+                f"model.router: {shown(router)} is not a router; give its fields, for example kind: expert_choice, or "
+                "null."
             )
         if self.recursions < 2:
             raise ConfigError(
@@ -361,7 +374,7 @@ class ModelConfig:
             ConfigError: for an unknown key (naming the nearest known one), a missing one, or an impossible combination.
         """
         if not isinstance(values, dict):
-            raise ConfigError(f"model: must be a mapping of fields to values, not {values!r}.")
+            raise ConfigError(f"model: must be a mapping of fields to values, not {shown(values)}.")
         values = dict(values)
         refuse_unknown_keys("model", values, [field.name for field in dataclasses.fields(cls)])
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]

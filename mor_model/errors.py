@@ -17,4 +17,13 @@ def refuse_unknown_keys(where: str, given: Iterable[str], known: Iterable[str]) 
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(sorted(known))}."
-            raise ConfigError(f"{where}: unknown key '{key}'; {hint}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}; {hint}")
+
+
+def shown(value: object) -> str:
+    """A value from a file as a message shows it: its representation, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return "a value that is too large to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."

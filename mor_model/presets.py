@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from mor_model.config import ExpertChoiceConfig, ModelConfig
-from mor_model.errors import ConfigError
+from mor_model.config import ExpertChoiceConfig, ModelConfig, check_sizes
+from mor_model.errors import ConfigError, shown
 from mor_model.schedule import valid_depth
 
 Variant = Literal["vanilla", "recursive", "mor"]
@@ -53,11 +53,12 @@ def preset(name: str, variant: Variant = "vanilla", recursions: int = 3, **overr
         ConfigError: for an unknown preset or variant, or an override that makes the model impossible.
     """
     if name not in _SHAPES:
-        raise ConfigError(f"model.preset: there is no {name!r}; choose one of {', '.join(PRESETS)}.")
+        raise ConfigError(f"model.preset: there is no {shown(name)}; choose one of {', '.join(PRESETS)}.")
     values: dict[str, Any] = {"vocab_size": _SMOLLM_VOCABULARY, **_SHAPES[name]}
     if variant not in ("vanilla", "recursive", "mor"):
-        raise ConfigError(f"model.variant: {variant!r} is not one of 'vanilla', 'recursive', 'mor'.")
+        raise ConfigError(f"model.variant: {shown(variant)} is not one of 'vanilla', 'recursive', 'mor'.")
     if variant != "vanilla":
+        check_sizes("model", recursions=recursions)
         values["sharing"] = "middle_cycle"
         values["recursions"] = recursions
         values["num_layers"] = valid_depth(values["num_layers"], recursions, "middle_cycle")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mor_model.errors import ConfigError
+from mor_model.errors import ConfigError, shown
 
+# Layer applications; the deepest networks that were trained have about as many.
+MAX_LAYERS = 1024
 SHARING_STRATEGIES = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
 
 
@@ -55,13 +57,15 @@ def layer_schedule(depth: int, recursions: int, sharing: str) -> LayerSchedule:
         sharing: one of `SHARING_STRATEGIES`; `none` is the vanilla transformer and wants one recursion.
 
     Raises:
-        ConfigError: when the strategy is unknown or the depth cannot be divided; the message names the nearest valid
-            depths.
+        ConfigError: when the strategy is unknown, the depth exceeds `MAX_LAYERS` or cannot be divided; the message
+            names the nearest valid depths.
     """
     if sharing not in SHARING_STRATEGIES:
-        raise ConfigError(f"model.sharing: {sharing!r} is not one of {', '.join(SHARING_STRATEGIES)}.")
+        raise ConfigError(f"model.sharing: {shown(sharing)} is not one of {', '.join(SHARING_STRATEGIES)}.")
     if depth < 1 or recursions < 1:
         raise ConfigError(f"model: num_layers ({depth}) and recursions ({recursions}) must both be at least 1.")
+    if depth > MAX_LAYERS or recursions > MAX_LAYERS:
+        raise ConfigError(f"model: num_layers and recursions must each be at most {MAX_LAYERS:,}.")
     if sharing == "none":
         if recursions != 1:
             raise ConfigError(

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mor_model.config import ModelConfig
-from mor_model.errors import ConfigError
+from mor_model.errors import ConfigError, shown
 from mor_model.initialization import Gathered, whole
 from mor_model.model import RecursiveTransformer
+from mor_model.model_files import opened_tensors, read_json, read_tensors
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"
 TIED_HEAD = "head.weight"
+_AGAIN = "copy or export the model again"
+_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What may differ between stored weights and the network that starts from them: it changes no weight's meaning. Routers
 # are compared by their weights.
 _FREE = {"context_length", "init_std", "router", "kv_sharing", "document_masking", "reset_positions"}
@@ -58,17 +58,13 @@ def load_model(
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise ConfigError(f"{folder / WEIGHTS_FILE} is missing; name a folder that holds a saved model.") from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{folder / WEIGHTS_FILE} cannot be read ({error}); copy or export the model again."
-        ) from None
+    tensors = read_tensors(folder / WEIGHTS_FILE, _AGAIN)
     with torch.device("meta"):
         model = RecursiveTransformer(config)
-    _check_fit(folder, _expected_shapes(model), {name: tensor.shape for name, tensor in tensors.items()})
+    _check_fit(folder, _expected_shapes(model), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for name, _ in model.named_parameters():
+        if name in tensors and tensors[name].dtype not in _PRECISIONS:
+            raise ConfigError(f"{folder}: {name} holds {tensors[name].dtype}, which no weight does; {_AGAIN}.")
     if config.tie_embeddings:
         tensors[TIED_HEAD] = tensors["embedding.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -94,9 +90,9 @@ def check_start(folder: str | Path, config: ModelConfig) -> None:
                 f"model.{key}: is {wanted[key]!r}, but the weights in {folder} are those of a network with "
                 f"{stored[key]!r}; use the same or start from other weights."
             )
-    with _opened(folder / WEIGHTS_FILE) as file:
+    with opened_tensors(folder / WEIGHTS_FILE, _AGAIN) as file:
         names = list(file.keys())
-        given = {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+        given = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     with torch.device("meta"):
         model = RecursiveTransformer(config)
     _check_fit(folder, _expected_shapes(model), given)
@@ -109,24 +105,13 @@ def start_from(model: RecursiveTransformer, folder: str | Path, gathered: Gather
         model: on every rank alike. folder: what `save_weights` wrote.
         gathered: as for `mor_model.initialization.initialize`.
     """
-    with _opened(Path(folder) / WEIGHTS_FILE) as file, torch.no_grad():
+    with opened_tensors(Path(folder) / WEIGHTS_FILE, _AGAIN) as file, torch.no_grad():
         for name, parameter in model.named_parameters():
             with gathered(parameter):
                 parameter.copy_(file.get_tensor(name))
         buffers = dict(model.named_buffers())
         for name in buffers.keys() & set(file.keys()):
             buffers[name].copy_(file.get_tensor(name))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; name a folder that holds a saved model.") from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); copy or export the model again.") from None
 
 
 def _expected_shapes(model: RecursiveTransformer) -> dict[str, torch.Size]:
@@ -137,26 +122,24 @@ def _expected_shapes(model: RecursiveTransformer) -> dict[str, torch.Size]:
 
 
 def _read_config(path: Path) -> ModelConfig:
+    values = read_json(path, _AGAIN)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; name a folder that holds a saved model.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}); copy or export the model again.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} does not hold a configuration; copy or export the model again.")
-    return ModelConfig.from_dict(values)
+        return ModelConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def _check_fit(folder: Path, expected: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
+def _check_fit(folder: Path, expected: Mapping[str, torch.Size], given: Mapping[str, tuple[int, ...]]) -> None:
     missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or surplus:
-        said = "; ".join(f"{what} {names[0]}" for what, names in (("missing", missing), ("unknown", surplus)) if names)
+        said = "; ".join(
+            f"{what} {shown(names[0])}" for what, names in (("missing", missing), ("unknown", surplus)) if names
+        )
         raise ConfigError(f"{folder}: {WEIGHTS_FILE} does not fit the network ({said}); export the model again.")
     for name, shape in expected.items():
         if shape != given[name]:
             raise ConfigError(
-                f"{folder}: {name} has shape {tuple(given[name])} where the network has {tuple(shape)}; export the "
+                f"{folder}: {name} has shape {shown(given[name])} where the network has {tuple(shape)}; export the "
                 "model again."
             )
 

@@ -14,7 +14,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from data_prep.files import atomic_write, write_text
-from pretrain.checkpoint import checkpoint_name, find_damage, list_checkpoints
+from pretrain.checkpoint import find_damage, list_checkpoints
+from pretrain.checkpoint_manifest import checkpoint_name
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
 from pretrain.finished import branch_path, branch_recipe
@@ -127,7 +128,7 @@ def extend(folder: RunFolder, extension: Extension) -> str:
                 shutil.copy2(file, temporary)
         for place in (folder.tokenizer, folder.weights, folder.evaluation):
             if place.is_dir():
-                shutil.copytree(place, temporary / place.name, copy_function=_link)
+                shutil.copytree(place, temporary / place.name, symlinks=True, copy_function=_link)
         target = RunFolder(temporary)
         recipe = branch_recipe(before, old.amount, old.name, plan.learning_rate.warmup, branch)
         target.write_text(target.recipe_file, recipe.to_yaml())
@@ -168,10 +169,12 @@ def _describe(recipe: Recipe) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Link a folder's files, which are never written again; `target` is whole or absent."""
+    """Link a folder's files, which are never written again; `target` is whole or absent. Symbolic links stay links: one
+    could lead to any folder.
+    """
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=_link)
+    shutil.copytree(source, temporary, symlinks=True, copy_function=_link)
     temporary.rename(target)
 
 

@@ -11,8 +11,6 @@ with checkpoint.json.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import re
 import shutil
@@ -25,62 +23,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep.files import sha256_file, sync_folder, write_json, write_text
+from data_prep.files import sha256_file, sync_folder, write_text
+from data_prep.plain_text import plain
 from pretrain.agreement import on_first_rank
+from pretrain.checkpoint_manifest import MANIFEST, Manifest, TrainState, checkpoint_name, read_manifest, write_manifest
 from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
+from pretrain.restricted_loading import load_restricted, refuse_code, restricted_loading
 from pretrain.run_folder import RunFolder
 from pretrain.sections import Checkpointing
 
-_NAME = re.compile(r"step-(\d{8,})")
-_MANIFEST = "checkpoint.json"
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 _READ_AGAIN_SECONDS = (0.5, 2.0, 5.0)
-
-
-@dataclass
-class TrainState:
-    """Where a run stands; together with DeepSpeed's state all that resuming needs.
-
-    Attributes:
-        step: finished optimiser steps; position: number of the next sample; tokens: trained on; flops: training FLOPs
-            counted from measured active shares.
-        skipped: ranges [first, last] of sample numbers that are left out.
-        non_finite_in_row: non-finite steps up to now without a sound one between.
-        recent_losses: language-model loss of the last steps, for spotting spikes.
-        best_validation: lowest causal validation loss so far, and its step.
-        unfinished: evaluations due after `step` that a request to stop has broken off.
-    """
-
-    step: int = 0
-    position: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    skipped: tuple[tuple[int, int], ...] = ()
-    non_finite_in_row: int = 0
-    recent_losses: tuple[float, ...] = ()
-    best_validation: tuple[float, int] | None = None
-    unfinished: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        best = values["best_validation"]
-        return cls(
-            **{
-                **values,
-                "skipped": tuple((first, last) for first, last in values["skipped"]),
-                "recent_losses": tuple(values["recent_losses"]),
-                "best_validation": None if best is None else (best[0], best[1]),
-                "unfinished": tuple(values["unfinished"]),
-            }
-        )
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
-    return f"step-{step:08d}"
 
 
 @dataclass(frozen=True)
@@ -89,14 +43,14 @@ class Selected:
 
     Attributes:
         folder: where its files are; origin: the checkpoint itself, where `folder` is made of it.
-        state: the `TrainState` as plain values; universal: whether DeepSpeed must read it as a universal checkpoint.
+        state: where the run stood; universal: whether DeepSpeed must read it as a universal checkpoint.
         weights_only: whether `folder` holds plain weights, for the network to be built with.
         warnings: what was passed over on the way to it, and what of it is not carried.
     """
 
     folder: Path
     origin: Path
-    state: dict[str, Any]
+    state: TrainState
     universal: bool
     weights_only: bool
     warnings: tuple[str, ...]
@@ -111,7 +65,8 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
             where the ZeRO stage does.
 
     Raises:
-        RunError: on all ranks, when checkpoints are there but none is sound, or the newest is of another shape.
+        RunError: on all ranks, when checkpoints are there but none is sound, or the newest sound one is of another
+            shape or holds code.
     """
 
     def select() -> Selected | None:
@@ -126,15 +81,17 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
             refusal = refuse_shape(folder / name, manifest, describe, settings)
             if refusal is not None:
                 raise RunError(refusal)
+            for file in manifest.files:
+                refuse_code(folder / name / file)
             wrong = _differences(manifest, describe)
-            origin, state = folder / name, manifest["state"]
+            origin, state = folder / name, manifest.state
             if wrong == ["world_size"] and not describe["zero_stage"]:
                 # One file holds everything, and every rank reads it.
                 return Selected(origin, origin, state, False, False, tuple(warnings))
             if wrong == ["world_size"]:
                 return Selected(to_universal(origin), origin, state, True, False, tuple(warnings))
             if wrong:
-                weights = to_weights(origin, manifest["zero_stage"])
+                weights = to_weights(origin, manifest.zero_stage)
                 warnings.append(_not_carried(origin, manifest, describe))
                 return Selected(weights, origin, state, False, True, tuple(warnings))
             return Selected(origin, origin, state, False, False, tuple(warnings))
@@ -148,9 +105,7 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
     return on_first_rank(select)
 
 
-def refuse_shape(
-    checkpoint: Path, manifest: dict[str, Any], describe: dict[str, Any], settings: Checkpointing
-) -> str | None:
+def refuse_shape(checkpoint: Path, manifest: Manifest, describe: dict[str, Any], settings: Checkpointing) -> str | None:
     """Why a start with `describe` cannot go on from a checkpoint, as a sentence; None where it can, see
     `select_checkpoint`.
     """
@@ -159,12 +114,12 @@ def refuse_shape(
         return None
     if "zero_stage" in wrong and set(wrong) <= {"zero_stage", "world_size"} and settings.weights_only:
         return None
-    key, then = wrong[-1], manifest.get(wrong[-1])
+    key, then = wrong[-1], getattr(manifest, wrong[-1])
     return f"{checkpoint}: written with {key} {then}, but this start has {describe[key]}; {_shape_advice(key, then)}"
 
 
-def _differences(manifest: dict[str, Any], describe: dict[str, Any]) -> list[str]:
-    return [key for key, now in describe.items() if manifest.get(key) != now]
+def _differences(manifest: Manifest, describe: dict[str, Any]) -> list[str]:
+    return [key for key, now in describe.items() if getattr(manifest, key) != now]
 
 
 class CheckpointStore:
@@ -283,11 +238,12 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 write_text(self.folder / "latest", selected.origin.name + "\n")
         if selected.weights_only:
-            return TrainState.from_dict(selected.state)
+            return selected.state
         folder = selected.folder
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        with restricted_loading(folder):
+            self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if selected.universal:
             # DeepSpeed gives every group the first one's settings, and all of Adam's states one step counter, which
             # every one of them then advances.
@@ -296,14 +252,14 @@ class CheckpointStore:
             for moments in self._engine.optimizer.optimizer.state.values():
                 moments["step"] = torch.as_tensor(moments["step"]).clone()
             self._load_buffers(selected.origin)
-        return TrainState.from_dict(selected.state)
+        return selected.state
 
     def _load_buffers(self, origin: Path) -> None:
         """Buffers, which a universal checkpoint leaves out, from the checkpoint that it was made of."""
         buffers = dict(self._engine.module.named_buffers())
         if buffers:
             file = sorted(origin.glob("*model_states.pt"))[0]
-            saved = torch.load(file, map_location="cpu", weights_only=False)["module"]
+            saved = load_restricted(file, map_location="cpu")["module"]
             for name, buffer in buffers.items():
                 if name in saved:
                     buffer.copy_(saved[name])
@@ -318,9 +274,7 @@ class CheckpointStore:
         if not RunFolder(self.folder.parent).recipe_file.is_file():
             # Removed or moved while training: what is written from now on is a run that can be started again.
             self._restore()
-        write_json(
-            temporary / _MANIFEST, {"format_version": 1, **self._describe, "state": opened["state"], "files": files}
-        )
+        write_manifest(temporary, self._describe, opened["state"], files)
         sync_folder(temporary)
         if final.exists():
             # Only after a fall back past it: the damaged or superseded one makes room.
@@ -358,19 +312,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, str]]:
     if not folder.is_dir():
         return []
     matches = ((_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir())
-    return [(int(match[1]), entry.name) for match, entry in matches if match and (entry / _MANIFEST).is_file()]
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """checkpoint.json of one checkpoint.
-
-    Raises:
-        RunError: when it cannot be read.
-    """
-    try:
-        return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{checkpoint / _MANIFEST}: cannot be read ({error}).") from None
+    return [(int(match[1]), entry.name) for match, entry in matches if match and (entry / MANIFEST).is_file()]
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -389,18 +331,20 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def _compare_files(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{checkpoint / _MANIFEST}: cannot be read ({error!r})."
+        files = read_manifest(checkpoint).files
+    except RunError as error:
+        return str(error).removesuffix(".")
     for name, facts in files.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        if sha256_file(file) != facts["sha256"]:
+        if file.stat().st_size != facts.bytes:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts.bytes}"
+        if sha256_file(file) != facts.sha256:
             return f"{name} does not match its checksum"
-    return None
+    # DeepSpeed takes what lies there by patterns of names.
+    strangers = sorted(entry.name for entry in checkpoint.glob("*.pt") if entry.name not in files)
+    return f"{plain(strangers[0])!r} was put there later; remove it" if strangers else None
 
 
 def _shape_advice(key: str, then: Any) -> str:
@@ -414,11 +358,11 @@ def _shape_advice(key: str, then: Any) -> str:
     return f"set {key} back to {then}."
 
 
-def _not_carried(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> str:
+def _not_carried(checkpoint: Path, then: Manifest, now: dict[str, Any]) -> str:
     half = now["precision"] in ("bf16", "fp16")
     rounded = f" (rounded to {now['precision']})" if half else ""
     return (
-        f"{checkpoint} was written at ZeRO stage {then['zero_stage']}, and this start is at stage {now['zero_stage']}: "
+        f"{checkpoint} was written at ZeRO stage {then.zero_stage}, and this start is at stage {now['zero_stage']}: "
         f"the weights{rounded}, the step, the position in the data and the routing state are carried over; the "
         "optimiser's moments and the loss scale are not and begin anew, so the loss will differ for some steps."
     )

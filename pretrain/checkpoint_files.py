@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from pretrain.restricted_loading import load_restricted
+
 _RETRY_SECONDS = (0.5, 2.0, 5.0)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -86,8 +88,7 @@ class CheckpointFiles(CheckpointEngine):
             self._pending.append(self._thread.submit(self._write, _copy_to_memory(state_dict), Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        # DeepSpeed's states hold plain Python objects beside tensors; the files are this project's own and checksummed.
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return load_restricted(Path(path), map_location=map_location)
 
     def _write(self, state: Any, path: Path) -> None:
         for pause in (*_RETRY_SECONDS, None):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.checkpoint import list_checkpoints, read_manifest, refuse_shape
+from pretrain.checkpoint import list_checkpoints, refuse_shape
+from pretrain.checkpoint_manifest import read_manifest
 from pretrain.ds_config import zero_stage
 from pretrain.engine import peak_flops
 from pretrain.environment import Ranks

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_prep.plain_text import plain
 from pretrain.ds_config import offload_device, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RunError
@@ -50,17 +51,19 @@ def changes_since_last_start(folder: RunFolder, prepared: Prepared, ranks: Ranks
     except RunError:
         return []
     now = describe_environment(prepared, ranks, device)
+    versions = before.get("versions", {})
     changes = [
-        f"{name} was {before['versions'][name]} and is {version}"
+        f"{name} was {versions[name]} and is {version}"
         for name, version in now["versions"].items()
-        if before["versions"].get(name, version) != version
+        if versions.get(name, version) != version
     ]
-    if before["device"] != now["device"]:
+    if before.get("device", now["device"]) != now["device"]:
         changes.append(f"the device was {before['device']} and is {now['device']}")
     if before.get("code", now["code"]) != now["code"]:
-        changes.append(f"the code was that of commit {before['commit']} and is that of {now['commit']}")
+        changes.append(f"the code was that of commit {before.get('commit')} and is that of {now['commit']}")
     if not changes:
         return []
+    changes = [plain(change)[:200] for change in changes]
     return [f"Since the last start {'; '.join(changes)}. Losses need not be those of an undisturbed run any more."]
 
 

@@ -15,15 +15,18 @@ status.json       running, finished, stopped or failed, and at which step
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import DataError
 from data_prep.files import write_json, write_text
+from data_prep.json_input import parse_json, read_json
 from pretrain.errors import RunError
+
+_KINDS = {int: "a whole number, not negative", str: "text", dict: "an object"}
 
 
 def require_writable(folder: Path) -> None:
@@ -112,13 +115,22 @@ class RunFolder:
     def read_json(self, file: Path) -> Any:
         """The value in one of this folder's JSON files."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
         except FileNotFoundError:
             raise RunError(f"{file}: missing; the run has not come that far, or was copied without it.") from None
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{file}: cannot be read as JSON ({error}); restore it or start the run in a new folder."
-            ) from None
+        except DataError as error:
+            raise RunError(f"{error} Restore it or start the run in a new folder.") from None
+
+    def _read_object(self, file: Path, **kinds: type) -> dict[str, Any]:
+        """The object in a file; each of the named keys that it has must be of its kind."""
+        value = self.read_json(file)
+        if not isinstance(value, dict):
+            raise RunError(f"{file}: is not a JSON object. Restore it or start the run in a new folder.")
+        for key, kind in kinds.items():
+            if key in value and (type(value[key]) is not kind or (kind is int and value[key] < 0)):
+                wanted = _KINDS[kind]
+                raise RunError(f"{file}: {key} must be {wanted}. Restore it or start the run in a new folder.")
+        return value
 
     def write_json(self, file: Path, value: Any) -> None:
         write_json(file, value)
@@ -127,27 +139,23 @@ class RunFolder:
         write_text(file, text)
 
     def plan(self) -> dict[str, Any]:
-        return self.read_json(self.plan_file)
+        return self._read_object(self.plan_file, steps=int, tokenizer_fingerprint=str, data_manifest=str)
 
     def model(self) -> dict[str, Any]:
-        return self.read_json(self.model_file)
+        return self._read_object(self.model_file)
 
     def environment(self) -> dict[str, Any]:
-        return self.read_json(self.environment_file)
+        return self._read_object(
+            self.environment_file, versions=dict, device=str, world_size=int, launcher=str, code=str
+        )
 
     def status(self) -> dict[str, Any]:
-        """The run's state; `{"state": "absent"}` before it has begun. `step` and `steps`, where given, are numbers."""
+        """The run's state; `{"state": "absent"}` before it has begun."""
         if not self.status_file.is_file():
             return {"state": "absent"}
-        status = self.read_json(self.status_file)
-        wrong = f"{self.status_file}: is damaged: "
-        if not isinstance(status, dict) or not isinstance(status.get("state"), str):
-            raise RunError(f"{wrong}it is no object with a state; remove it, and start the run again.")
-        for key in ("step", "steps"):
-            if key in status and (type(status[key]) is not int or status[key] < 0):
-                raise RunError(f"{wrong}{key} is no whole number; remove it, and start the run again.")
-        if not isinstance(status.get("reason", ""), str):
-            raise RunError(f"{wrong}reason is no text; remove it, and start the run again.")
+        status = self._read_object(self.status_file, state=str, step=int, steps=int, reason=str)
+        if "state" not in status:
+            raise RunError(f"{self.status_file}: has no state. Remove it, and start the run again.")
         return status
 
     def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
@@ -162,8 +170,8 @@ class RunFolder:
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    record = json.loads(line)
-                except ValueError:
+                    record = parse_json(line, self.metrics_file)
+                except DataError:
                     record = None
                 if not isinstance(record, dict):
                     raise RunError(

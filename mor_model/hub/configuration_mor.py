@@ -31,6 +31,9 @@ class MorConfig(PretrainedConfig):
 
     def __init__(self, network: dict[str, Any] | None = None, **others: Any) -> None:
         if network is not None:
+            missing = [ours for ours in _REPEATED.values() if not isinstance(network, dict) or ours not in network]
+            if missing:
+                raise ValueError(f"config.json: its network has no {missing[0]}; export the model again.")
             others |= {name: network[ours] for name, ours in _REPEATED.items()}
         super().__init__(**others)
         self.network = network

@@ -6,23 +6,22 @@ Initialisation of shared layers: Bae et al. 2024, "Relaxed Recursive Transformer
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mor_model.config import ModelConfig, RouterConfig
 from mor_model.errors import ConfigError
 from mor_model.hub.llama import State, config_from_llama, from_llama
 from mor_model.model import RecursiveTransformer
+from mor_model.model_files import plain_name, read_json, read_tensors
 
 Initialization = Literal["stepwise", "average"]
 _LAYER = "layers."
+_AGAIN = "download the checkpoint again"
 
 
 def import_hf(
@@ -52,7 +51,7 @@ def import_hf(
         ConfigError: when the checkpoint is incomplete or no plain Llama, or its depth cannot be shared so.
     """
     folder = Path(path)
-    vanilla = config_from_llama(_read_json(folder / "config.json"), str(folder / "config.json"))
+    vanilla = config_from_llama(read_json(folder / "config.json", _AGAIN), str(folder / "config.json"))
     config = dataclasses.replace(vanilla, sharing=sharing, recursions=recursions, router=router)
     state = from_llama(_read_tensors(folder), vanilla, str(folder))
     if initialization not in ("stepwise", "average"):
@@ -99,31 +98,15 @@ def _new_router(config: ModelConfig, seed: int) -> State:
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith("router.")}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; name a folder with a transformers checkpoint.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not readable JSON ({error}); download the checkpoint again.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} does not hold a JSON object; download the checkpoint again.")
-    return values
-
-
 def _read_tensors(folder: Path) -> State:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        places = read_json(index, _AGAIN).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ConfigError(f"{index}: its weight_map names no files; {_AGAIN}.")
+        files = sorted({plain_name(name, index) for name in places.values()})
     tensors: State = {}
     for name in files:
-        try:
-            tensors |= load_file(folder / name)
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{folder / name} is missing; the checkpoint is incomplete or not in safetensors."
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{folder / name} cannot be read ({error}); download it again.") from None
+        tensors |= read_tensors(folder / name, _AGAIN)
     return tensors

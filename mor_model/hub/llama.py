@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mor_model.config import ModelConfig
-from mor_model.errors import ConfigError
+from mor_model.errors import ConfigError, shown
 
 State = dict[str, Tensor]
 
@@ -78,7 +78,7 @@ def config_from_llama(values: dict[str, Any], where: str) -> ModelConfig:
     """
     if values.get("model_type") != "llama":
         raise ConfigError(
-            f"{where}: model_type is {values.get('model_type')!r}; only checkpoints of the Llama architecture "
+            f"{where}: model_type is {shown(values.get('model_type'))}; only checkpoints of the Llama architecture "
             "(model_type 'llama') can be imported."
         )
     for name in ("attention_bias", "mlp_bias"):
@@ -86,30 +86,36 @@ def config_from_llama(values: dict[str, Any], where: str) -> ModelConfig:
             raise ConfigError(
                 f"{where}: {name} is set, but this network has no biases; the checkpoint does not fit it."
             )
-    if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{where}: hidden_act is {values['hidden_act']!r}; only 'silu' (SwiGLU) fits this network.")
+    activation = values.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"{where}: hidden_act is {shown(activation)}; only 'silu' (SwiGLU) fits this network.")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: the rotary positions are {shown(rope)}; expected a JSON object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ConfigError(f"{where}: rotary positions are scaled ({kind!r}); only unscaled ones ('default') fit.")
+        raise ConfigError(f"{where}: rotary positions are scaled ({shown(kind)}); only unscaled ones ('default') fit.")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; it is not a complete Llama configuration.")
-    return ModelConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-        intermediate_size=values["intermediate_size"],
-        head_dim=values.get("head_dim"),
-        context_length=values.get("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        tie_embeddings=values.get("tie_word_embeddings", False),
-        init_std=values.get("initializer_range", 0.02),
-    )
+    try:
+        return ModelConfig(
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=values["num_attention_heads"],
+            num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+            intermediate_size=values["intermediate_size"],
+            head_dim=values.get("head_dim"),
+            context_length=values.get("max_position_embeddings", 2048),
+            rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
+            norm_eps=values.get("rms_norm_eps", 1e-6),
+            tie_embeddings=values.get("tie_word_embeddings", False),
+            init_std=values.get("initializer_range", 0.02),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def to_llama(state: State, config: ModelConfig) -> State:
@@ -178,6 +184,6 @@ def from_llama(llama: State, config: ModelConfig, where: str) -> State:
             state[f"layers.{layer}.{ours}"] = torch.cat(taken)
     if left:
         raise ConfigError(
-            f"{where}: tensor {next(iter(left))} has no place in this network; the checkpoint does not fit."
+            f"{where}: tensor {shown(next(iter(left)))} has no place in this network; the checkpoint does not fit."
         )
     return state

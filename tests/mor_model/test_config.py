@@ -10,6 +10,8 @@ import pytest
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
+from mor_model.presets import preset
+from mor_model.schedule import layer_schedule
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -57,6 +59,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown gate": (routed(gate="softmax"), r"model\.router\.gate: 'softmax' is not one of"),
     "unknown causal rule": (routed(causal="top"), r"model\.router\.causal: 'top' is not one of"),
     "negative scale": (routed(alpha=-1.0), r"model\.router\.alpha: must be a finite number of at least 0"),
+    "recursions without end": (
+        {**SMALL, "sharing": "cycle", "recursions": 10**30},
+        "recursions: must be at most 1,024",
+    ),
+    "layers without end": ({**SMALL, "num_layers": 10**12}, "num_layers: must be at most 1,024"),
+    "a vocabulary without end": ({**SMALL, "vocab_size": 10**30}, "vocab_size: must be at most 16,777,216"),
+    "a width without end": ({**SMALL, "hidden_size": 2**40}, "hidden_size: must be at most 262,144"),
+    "heads without end": ({**SMALL, "head_dim": 2**40}, "head_dim: must be at most 16,384"),
+    "more digits than Python writes": ({**SMALL, "num_layers": 10**5000}, "not a value that is too large to show"),
+    "a number beyond every float": ({**SMALL, "rope_theta": 10**400}, "rope_theta: must be a positive number"),
+    "a key without end": ({**SMALL, "x" * 10_000: 1}, r"unknown key 'x{199}\.\.\.; known keys are"),
     "scale that is none": (routed(alpha=math.nan), r"model\.router\.alpha: must be a finite number of at least 0"),
     "coefficient as text": (routed(z_loss="1e-3"), r"model\.router\.z_loss: must be a finite number"),
     "capacity of zero": (routed(capacities=[1.0, 0.5, 0.0]), r"capacities: each must lie in \(0, 1\], not 0\.0"),
@@ -124,6 +137,18 @@ def test_an_impossible_configuration_is_refused_in_one_sentence(name):
     assert message.endswith((".", "?"))
     assert "\n" not in message
     assert ". " not in message
+
+
+@pytest.mark.parametrize("recursions", [10**30, 0, -3, "3", None, [3], 2.0])
+def test_recursions_of_a_preset_are_a_size(recursions):
+    with pytest.raises(ConfigError, match=r"model\.recursions: must be"):
+        preset("tiny", "mor", recursions)
+
+
+def test_a_schedule_without_end_is_refused_before_it_is_built():
+    for depth, recursions, sharing in ((10**12, 1, "none"), (10**12, 10**11, "cycle"), (10**30 + 2, 10**30, "cycle")):
+        with pytest.raises(ConfigError, match=r"at most 1,024"):
+            layer_schedule(depth, recursions, sharing)
 
 
 def test_a_configuration_that_is_no_mapping_is_refused():

@@ -147,8 +147,11 @@ def changed(folder: Path, copy: Path, **changes) -> Path:
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions are scaled"),
         ({"intermediate_size": 57}, r"mlp\.down_proj\.weight has shape \(32, 56\)"),
         ({"num_hidden_layers": 9}, r"tensor model\.layers\.8\.\S+ is missing"),
-        ({"num_hidden_layers": 7}, r"tensor model\.layers\.7\.\S+ has no place"),
+        ({"num_hidden_layers": 7}, r"tensor 'model\.layers\.7\.\S+ has no place"),
         ({"num_attention_heads": 5}, "not a multiple"),
+        ({"num_hidden_layers": 10**30}, r"config\.json: model\.num_layers: must be at most 1,024"),
+        ({"rope_parameters": ["default"]}, "rotary positions are"),
+        ({"rope_theta": "large", "rope_parameters": None}, r"rope_theta: must be a positive number, not 'large'"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(llama, tmp_path, changes, message):
@@ -173,6 +176,23 @@ def test_a_damaged_checkpoint_is_refused(llama, tmp_path):
         import_hf(llama[1], sharing="middle_cycle", recursions=4)
     with pytest.raises(ConfigError, match="'lower' is not 'stepwise' or 'average'"):
         import_hf(llama[1], sharing="cycle", recursions=2, initialization="lower")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "", "a/../model.safetensors", "a\0", 3])
+def test_an_index_names_files_of_its_own_folder(llama, tmp_path, name):
+    checkpoint = changed(llama[1], tmp_path / "checkpoint")
+    (checkpoint / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ConfigError, match=r"index\.json: .* is not the name of a file in that folder"):
+        import_hf(checkpoint)
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": []}', "{}", "[" * 100_000, "9" * 5000, "\xff"])
+def test_an_index_that_is_none(llama, tmp_path, text):
+    checkpoint = changed(llama[1], tmp_path / "checkpoint")
+    (checkpoint / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"index\.json"):
+        import_hf(checkpoint)
 
 
 def run_mor(monkeypatch, capsys, *arguments: str | Path) -> tuple[int, str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mor_model.config import ExpertChoiceConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
@@ -87,8 +87,8 @@ def test_a_truncated_file(saved):
     ("change", "message"),
     [
         ({"vocab_size": 23}, r"embedding\.weight has shape \(19, 8\) where the network has \(23, 8\)"),
-        ({"router": None}, "unknown router"),
-        ({"tie_embeddings": False}, "missing head"),
+        ({"router": None}, "unknown 'router"),
+        ({"tie_embeddings": False}, "missing 'head"),
         ({"vocab_sice": 19}, "did you mean 'vocab_size'"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_configuration_of_another_model(saved, change, message):
         load_model(saved)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", "\x00", "[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}", '{"a": NaN}'])
 def test_a_configuration_that_is_no_json_object(saved, text):
     (saved / "model.json").write_text(text)
     with pytest.raises(ConfigError, match=r"model\.json"):
@@ -122,8 +122,8 @@ def test_a_network_starts_from_stored_weights(name, tmp_path):
     ("change", "message"),
     [
         ({"rope_theta": 5e5}, r"model\.rope_theta: is 500000\.0, but the weights in .* 10000\.0"),
-        ({"router": None}, "unknown router"),
-        ({"router": ExpertChoiceConfig(capacities=(1.0, 0.5, 0.2), network="mlp")}, "missing router"),
+        ({"router": None}, "unknown 'router"),
+        ({"router": ExpertChoiceConfig(capacities=(1.0, 0.5, 0.2), network="mlp")}, "missing 'router"),
     ],
 )
 def test_weights_of_another_network_are_no_start(saved, change, message):
@@ -145,3 +145,24 @@ def test_damaged_weights_are_no_start(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
         check_start(saved, CONFIGS["expert"])
+
+
+def write_header(file, header, data=b""):
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("shape", [[2**40, 2**40], [2**62], [0, 2**63], [2**64]])
+def test_tensors_larger_than_their_file_are_refused_before_they_are_made(saved, shape):
+    header = {"embedding.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    write_header(saved / "model.safetensors", header)
+    for use in (lambda: load_model(saved), lambda: check_start(saved, CONFIGS["expert"])):
+        with pytest.raises(ConfigError):
+            use()
+
+
+def test_weights_that_are_no_fractions_are_refused(saved):
+    stored = load_file(saved / "model.safetensors")
+    save_file({**stored, "final_norm.weight": stored["final_norm.weight"].long()}, saved / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"final_norm\.weight holds torch\.int64"):
+        load_model(saved)

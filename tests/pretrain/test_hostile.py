@@ -32,6 +32,7 @@ from pretrain.run import is_finished, prepare
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Request, StopRequest
 from pretrain.telemetry import Telemetry, rewind_metrics
+from tests.pretrain.checkpoints import fake_checkpoint
 from tests.pretrain.support import (
     ALONE,
     ROOT,
@@ -391,9 +392,7 @@ def test_a_second_job_that_has_waited_takes_nothing_back(
 def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a.pt").write_bytes(b"weights")
-    facts = {"a.pt": {"bytes": 7, "sha256": sha256_file(tmp_path / "a.pt")}}
-    (tmp_path / "checkpoint.json").write_text(json.dumps({"files": facts}), encoding="utf-8")
+    folder = fake_checkpoint(tmp_path, 4)
     troubles = [errno.ESTALE, errno.EIO]
 
     def flaky(file: Path) -> str:
@@ -403,9 +402,9 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
 
     monkeypatch.setattr(checkpoint, "sha256_file", flaky)
     monkeypatch.setattr(checkpoint, "_READ_AGAIN_SECONDS", (0.0, 0.0))
-    assert checkpoint.find_damage(tmp_path) is None
+    assert checkpoint.find_damage(folder) is None
     troubles = [errno.EIO] * 3
-    assert "a.pt cannot be read" in str(checkpoint.find_damage(tmp_path))
+    assert "a.pt cannot be read" in str(checkpoint.find_damage(folder))
 
 
 # Pools of libraries fork, and end their processes with SIGTERM.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.pretrain.checkpoints import Payload, rewrite_manifest
 from tests.pretrain.support import (
     Job,
     Nursery,
@@ -224,6 +225,12 @@ def test_the_stop_file_holds_a_run_and_the_checkpoint_file_does_not(
     ]
 
 
+def replace_text(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers
 ) -> None:
@@ -232,6 +239,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     damages = {
         "flipped": lambda file: file.write_bytes(file.read_bytes()[:-100] + b"?" * 100),
         "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        "moved": lambda file: replace_text(file.with_name("checkpoint.json"), '"position": 64', '"position": 56'),
         "gone": lambda file: file.unlink(),
     }
     for name, damage in damages.items():
@@ -284,10 +292,7 @@ def test_the_best_checkpoint_is_written_and_stays(tmp_path: Path, tiny_data: Pat
     assert causal[12] < causal[10] < causal[5], "it learns"
     assert finished_checkpoints(run) == [5, 8, 10, 12], "8 is where the learning rate begins to fall"
     file = stop_after(two_ranks, values, tmp_path, 5)
-    manifest = run / "checkpoints" / "step-00000005" / "checkpoint.json"
-    facts = json.loads(manifest.read_text(encoding="utf-8"))
-    facts["state"]["best_validation"] = [0.0, 5]
-    manifest.write_text(json.dumps(facts), encoding="utf-8")
+    rewrite_manifest(run / "checkpoints" / "step-00000005", best_validation=[0.0, 5])
     code, printed = two_ranks.run("--config", str(file))
     assert code == 0 and "resuming at step 5" in printed, printed
     assert finished_checkpoints(run) == [5, 8, 12], "nothing after it was better"
@@ -301,12 +306,19 @@ def test_another_shape_is_refused_and_another_world_size_converted(
     values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9}, model=model)
     whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
     file = stop_after(two_ranks, values, tmp_path, 8)
+    # Somebody else's, which looks as if it had been converted already.
+    converted = tmp_path / "run" / "checkpoints" / ".step-00000008.universal"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000008", converted)
+    (converted / "zero").mkdir()
+    for planted in (*converted.glob("*.pt"), converted / "zero" / "optimizer_state.pt"):
+        torch.save(Payload(tmp_path / "was-run"), planted)
     code, printed = one_rank.run("--config", str(file))
     assert code == 2 and "world_size 2" in printed and "checkpoint.universal=true" in printed
     code, printed = two_ranks.run("--config", str(file), "deepspeed.config=zero2")
     assert code == 2 and "zero_stage 3" in printed
     code, printed = one_rank.run("--config", str(file), "checkpoint.universal=true")
     assert code == 0 and "resuming at step 8" in printed, printed
+    assert not (tmp_path / "was-run").exists()
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-5)
     for name, tensor in final_weights(tmp_path / "run").items():
         torch.testing.assert_close(tensor, final_weights(whole)[name], atol=1e-4, rtol=1e-3)

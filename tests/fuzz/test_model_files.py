@@ -1,0 +1,257 @@
+"""Models, Llama checkpoints, DeepSpeed checkpoints, a part of them changed: refused in a sentence or used as given."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mor_model import ModelConfig, RecursiveTransformer, load_model, save_weights
+from mor_model.config import ExpertChoiceConfig
+from mor_model.hub.importing import import_hf
+from mor_model.hub.llama import llama_config, to_llama
+from pretrain.checkpoint import find_damage
+from pretrain.checkpoint_manifest import Manifest, read_manifest
+from pretrain.errors import RunError
+from pretrain.restricted_loading import load_restricted
+from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.pretrain.checkpoints import fake_checkpoint, forge
+
+SMALL = {"vocab_size": 7, "hidden_size": 8, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
+
+
+def mutate_json(value: Any, source: random.Random) -> bytes:
+    """JSON text of a changed value, or changed JSON text."""
+    if source.random() < 0.7:
+        return json.dumps(mutate_value(value, source)).encode()
+    text = json.dumps(value)
+    if source.random() < 0.5:
+        return mutate_text(text, source).encode("utf-8", "surrogatepass")
+    return mutate_bytes(text.encode(), source)
+
+
+def same(given: Any, used: Any) -> bool:
+    """Equal, and of the same kind: 1 is 1.0, also where that is rounded, but not true and not "1"."""
+    if isinstance(given, dict) and isinstance(used, dict):
+        return given.keys() <= used.keys() and all(same(given[key], used[key]) for key in given)
+    if isinstance(given, list) and isinstance(used, (list, tuple)):
+        return len(given) == len(used) and all(map(same, given, used))
+    if isinstance(given, float) and given != given:
+        return isinstance(used, float) and used != used
+    if type(given) is int and isinstance(used, float):
+        return float(given) == used
+    return given == used and isinstance(given, bool) == isinstance(used, bool)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A routed model's folder."""
+    folder = tmp_path_factory.mktemp("model")
+    config = ModelConfig.from_dict(
+        {**SMALL, "sharing": "cycle", "recursions": 3, "router": {"capacities": [1.0, 0.5, 0.5]}}
+    )
+    assert isinstance(config.router, ExpertChoiceConfig)
+    save_weights(folder, RecursiveTransformer(config).state_dict(), config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama checkpoint in two parts."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = ModelConfig.from_dict(SMALL)
+    state = {
+        name: tensor.clone() for name, tensor in to_llama(RecursiveTransformer(config).state_dict(), config).items()
+    }
+    (folder / "config.json").write_text(json.dumps(llama_config(config)))
+    names = sorted(state)
+    places = {name: f"part-{place % 2}.safetensors" for place, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: state[name] for name in names if places[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    """Copies of a folder whose one file can be written anew."""
+
+    def copy(original: Path) -> Path:
+        shutil.copytree(original, tmp_path / "copy")
+        return tmp_path / "copy"
+
+    return copy
+
+
+@counts
+def test_a_models_configuration(count: int, model: Path, copied: Any) -> None:
+    folder = copied(model)
+    original = json.loads((model / "model.json").read_text())
+
+    def use(content: bytes) -> dict[str, Any]:
+        (folder / "model.json").write_bytes(content)
+        return load_model(folder).config.to_dict()
+
+    def changed(content: bytes, used: dict[str, Any]) -> str | None:
+        return None if same(json.loads(content), used) else f"used as {used}"
+
+    outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
+    assert outcome.used > count / 50 and outcome.refused > count / 4
+
+
+def pack(header: Any, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def unpack(content: bytes) -> tuple[dict[str, Any], bytes]:
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@counts
+def test_a_models_weights(count: int, model: Path, copied: Any) -> None:
+    """What is used is what NumPy reads at the places that the header names."""
+    folder = copied(model)
+    original = (model / "model.safetensors").read_bytes()
+    header, data = unpack(original)
+
+    def make(source: random.Random) -> bytes:
+        return pack(mutate_value(header, source), data) if source.random() < 0.6 else mutate_bytes(original, source)
+
+    def use(content: bytes) -> dict[str, torch.Tensor]:
+        (folder / "model.safetensors").write_bytes(content)
+        return load_model(folder).state_dict()
+
+    def changed(content: bytes, used: dict[str, torch.Tensor]) -> str | None:
+        header, data = unpack(content)
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] == "F32":
+                begin, end = entry["data_offsets"]
+                expected = np.frombuffer(data[begin:end], "<f4").reshape(entry["shape"])
+                if not np.array_equal(used[name].numpy(), expected, equal_nan=True):
+                    return name
+        return None
+
+    outcome = drive(count, make, use, changed=changed)
+    assert outcome.refused > count / 2
+
+
+@counts
+def test_a_llamas_configuration(count: int, llama: Path, copied: Any) -> None:
+    folder = copied(llama)
+    original = json.loads((llama / "config.json").read_text())
+
+    def use(content: bytes) -> ModelConfig:
+        (folder / "config.json").write_bytes(content)
+        return import_hf(folder)[0]
+
+    def changed(content: bytes, used: ModelConfig) -> str | None:
+        given, found = json.loads(content), llama_config(used)
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        return next((name for name in sizes if not same(given[name], found[name])), None)
+
+    outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
+    assert outcome.used > count / 50 and outcome.refused > count / 4
+
+
+@counts
+def test_an_index_of_weights(count: int, llama: Path, copied: Any) -> None:
+    """Whatever it says, no file outside its folder is opened: there the whole checkpoint lies under other names."""
+    folder = copied(llama)
+    for file in folder.glob("*.safetensors"):
+        shutil.copy(file, folder.parent / file.name)
+    original = json.loads((llama / "model.safetensors.index.json").read_text())
+
+    def make(source: random.Random) -> bytes:
+        if source.random() < 0.3:
+            place = source.choice(["../part-0.safetensors", str(folder.parent / "part-0.safetensors"), "./../part-0"])
+            return json.dumps({"weight_map": {**original["weight_map"], "lm_head.weight": place}}).encode()
+        return mutate_json(original, source)
+
+    def use(content: bytes) -> object:
+        (folder / "model.safetensors.index.json").write_bytes(content)
+        return import_hf(folder)
+
+    def changed(content: bytes, used: object) -> str | None:
+        named = set(json.loads(content)["weight_map"].values())
+        return None if named == {"part-0.safetensors", "part-1.safetensors"} else f"opened {named}"
+
+    outcome = drive(count, make, use, changed=changed)
+    assert outcome.refused > count / 4
+
+
+@counts
+def test_a_checkpoints_description(count: int, tmp_path: Path) -> None:
+    """As a file that was damaged or edited: it is found, or says what it said before."""
+    checkpoint = fake_checkpoint(tmp_path, 4, skipped=((1, 2),), recent_losses=(1.5, 2.5), best_validation=(1.0, 3))
+    original = json.loads((checkpoint / "checkpoint.json").read_text())
+
+    def use(content: bytes) -> None:
+        (checkpoint / "checkpoint.json").write_bytes(content)
+        damage = find_damage(checkpoint)
+        if damage is not None:
+            raise RunError(damage)
+
+    def changed(content: bytes, used: None) -> str | None:
+        return None if json.loads(content) == original else "accepted"
+
+    outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
+    assert outcome.refused > count / 2
+
+
+@counts
+def test_a_checkpoints_description_by_somebody_who_knows_its_checksum(count: int, tmp_path: Path) -> None:
+    checkpoint = fake_checkpoint(tmp_path, 4, skipped=((1, 2),), recent_losses=(1.5, 2.5), best_validation=(1.0, 3))
+    original = json.loads((checkpoint / "checkpoint.json").read_text())
+    del original["checksum"]
+
+    def make(source: random.Random) -> dict[str, Any]:
+        changed = mutate_value(original, source)
+        return changed if isinstance(changed, dict) else {**original, "x": changed}
+
+    def use(content: dict[str, Any]) -> Manifest:
+        forge(checkpoint, content)
+        return read_manifest(checkpoint)
+
+    def changed(content: dict[str, Any], used: Manifest) -> str | None:
+        found = {**used.model_dump(), "state": used.state.to_dict()}
+        return None if same(content, found) else f"used as {found}"
+
+    outcome = drive(count, make, use, changed=changed)
+    assert outcome.used > count / 50 and outcome.refused > count / 4
+
+
+@counts
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_file_of_a_checkpoint(count: int, tmp_path: Path, inner: bool) -> None:
+    """Changed anywhere, or in the pickle that it holds."""
+    file = tmp_path / "a.pt"
+    torch.save({"step": torch.tensor(4.0), "groups": [{"lr": 0.1, "params": [0, 1]}], "shape": torch.Size([2])}, file)
+    original = file.read_bytes()
+
+    def make(source: random.Random) -> bytes:
+        if not inner:
+            return mutate_bytes(original, source)
+        content = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(original)) as archive, zipfile.ZipFile(content, "w") as copy:
+            for name in archive.namelist():
+                data = archive.read(name)
+                copy.writestr(name, mutate_bytes(data, source) if name.endswith("data.pkl") else data)
+        return content.getvalue()
+
+    def use(content: bytes) -> Any:
+        file.write_bytes(content)
+        return load_restricted(file, map_location="cpu")
+
+    outcome = drive(count, make, use)
+    assert outcome.refused > count / 4
