@@ -179,7 +179,8 @@ def check_ds_config(values: Mapping[str, Any], where: str = "deepspeed.config") 
 def without_auto(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Checked values without the keys that are left to the recipe."""
     return {
-        key: without_auto(value, f"{above}{key}.") if isinstance(value, Mapping) else value
+        # Only the first two levels hold such keys.
+        key: without_auto(value, f"{key}.") if isinstance(value, Mapping) and not above else value
         for key, value in values.items()
         if not (value == AUTO_VALUE and f"{above}{key}" in FROM_THE_RECIPE)
     }
