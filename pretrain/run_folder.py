@@ -15,13 +15,16 @@ status.json       running, finished, stopped or failed, and at which step
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
+from data_prep.errors import DataError
 from data_prep.files import write_json, write_text
+from data_prep.json_input import read_json
 from pretrain.errors import RunError
 
 
@@ -95,13 +98,18 @@ class RunFolder:
     def read_json(self, file: Path) -> Any:
         """The value in one of this folder's JSON files."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
         except FileNotFoundError:
             raise RunError(f"{file}: missing; the run has not come that far, or was copied without it.") from None
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{file}: cannot be read as JSON ({error}); restore it or start the run in a new folder."
-            ) from None
+        except DataError as error:
+            raise RunError(f"{error} Restore it or start the run in a new folder.") from None
+
+    def read_object(self, file: Path) -> dict[str, Any]:
+        """The JSON object in one of this folder's files."""
+        value = self.read_json(file)
+        if not isinstance(value, dict):
+            raise RunError(f"{file}: is not a JSON object; restore it or start the run in a new folder.")
+        return value
 
     def write_json(self, file: Path, value: Any) -> None:
         write_json(file, value)
@@ -110,17 +118,25 @@ class RunFolder:
         write_text(file, text)
 
     def plan(self) -> dict[str, Any]:
-        return self.read_json(self.plan_file)
+        return self.read_object(self.plan_file)
 
     def model(self) -> dict[str, Any]:
-        return self.read_json(self.model_file)
+        return self.read_object(self.model_file)
 
     def environment(self) -> dict[str, Any]:
-        return self.read_json(self.environment_file)
+        return self.read_object(self.environment_file)
 
     def status(self) -> dict[str, Any]:
         """The run's state; `{"state": "absent"}` before it has begun."""
-        return self.read_json(self.status_file) if self.status_file.is_file() else {"state": "absent"}
+        if not self.status_file.is_file():
+            return {"state": "absent"}
+        status = self.read_object(self.status_file)
+        if not isinstance(status.get("state", ""), str):
+            raise RunError(f"{self.status_file}: state is {status['state']!r:.100}, not a word.")
+        for key in ("step", "steps"):
+            if not _is_count(status.get(key, 0)):
+                raise RunError(f"{self.status_file}: {key} is {status[key]!r:.100}, not a number of steps.")
+        return {"state": "absent", **status}
 
     def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl in order, of one kind or all.
@@ -129,17 +145,38 @@ class RunFolder:
         """
         if not self.metrics_file.is_file():
             raise RunError(f"{self.metrics_file}: missing; the run has not logged a step yet.")
-        with self.metrics_file.open("rb") as stream:
+        try:
+            stream = self.metrics_file.open("rb")
+        except OSError as error:
+            raise RunError(f"{self.metrics_file}: cannot be read: {error.strerror or error}.") from None
+        with stream:
             for number, line in enumerate(stream, 1):
                 if not line.endswith(b"\n"):
                     return
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = None
-                if not isinstance(record, dict):
+                record = parse_record(line)
+                if record is None:
                     raise RunError(
-                        f"{self.metrics_file}:{number}: not a JSON object; the file is damaged at this line."
+                        f"{self.metrics_file}:{number}: not a JSON object with a kind and a step; the file is damaged "
+                        "at this line."
                     )
-                if kind is None or record.get("kind") == kind:
+                if kind is None or record["kind"] == kind:
                     yield record
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that is damaged or not whole.
+
+    A record has at least a `kind` and a `step`. A number that is not finite, for which JSON has no word, is None.
+    """
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_count(record.get("step"))
+    return record if whole else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
