@@ -6,8 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from rich.console import Console
 from data_prep.files import write_text
 from data_prep.manifest import read_manifest
 from pretrain.comparison.data import prepare_data
-from pretrain.comparison.experiment import WHOLE_TEXTS, Experiment
-from pretrain.comparison.launch import Interrupted, last_lines, run_child, training_command
+from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.launch import Interrupted, evaluation_commands, last_lines, run_child, training_command
 from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
+from pretrain.comparison.report.records import read_run
 from pretrain.errors import RecipeError, RunError
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
@@ -168,38 +167,22 @@ class _Following:
             del self.unfinished[0]
             if run is self._shown:
                 self._progress.follow(folder)
-                self._progress.say(_trained(folder, run))
+                self._progress.say(_trained(run))
             self._progress.end(self._ordered.index(run))
 
 
-def _trained(folder: RunFolder, run: PlannedRun) -> str:
-    validation = None
-    for record in folder.metrics("validation"):
-        validation = record.get("loss_causal", validation)
-    return f"{run.trial.name}: trained {run.plan.steps} steps, validation loss {numbers.fixed(validation, 4)}"
+def _trained(run: PlannedRun) -> str:
+    record = read_run(run.trial, run.label)
+    loss = numbers.fixed(record.final_validation("causal"), 4)
+    text = f"{run.trial.name}: trained {run.plan.steps} steps, validation loss {loss}"
+    return f"{text}; {record.problem}" if record.problem else text
 
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
-    folder, settings = RunFolder(run.trial.folder), experiment.evaluation
-    for whole_texts in (True, False):
-        suites = [suite for suite in settings.suites if (suite in WHOLE_TEXTS) == whole_texts]
-        limit = None if whole_texts else settings.limit
-        missing = [suite for suite in suites if not _is_current(folder, suite, limit)]
-        if not missing:
-            continue
-        command = [
-            sys.executable,
-            "-m",
-            "pretrain.cli.main",
-            "eval",
-            str(folder.path),
-            *(f"--suite={suite}" for suite in missing),
-        ]
-        command += [f"--limit={limit}"] if limit is not None else []
-        command += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []
-        command += ["--hub"] if settings.hub else []
+    """Ask `mor eval` for every suite: it alone knows whether what was evaluated before still holds."""
+    for suites, command in evaluation_commands(experiment.evaluation, run.trial.folder):
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
-        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
+        progress.activity(run.trial.name, f"evaluating: {', '.join(suites)}")
         status = run_child(command, log, progress.refresh)
         if status != 0:
             return Failure(
@@ -210,14 +193,3 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
 
 def _file_name(run: PlannedRun) -> str:
     return run.trial.name.replace("/", "-")
-
-
-def _is_current(folder: RunFolder, suite: str, limit: int | None) -> bool:
-    """Whether `mor eval` has nothing to add: the suite was evaluated on these weights, this limit, and nothing it
-    skipped may have come within reach.
-    """
-    file, weights = folder.evaluation / f"{suite}.json", folder.weights / "model.safetensors"
-    if not file.is_file() or not weights.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
-        return False
-    content = folder.read_json(file)
-    return content["settings"]["limit"] == limit and not (content["skipped"] and os.environ.get("MOR_SHARED_DATA"))

@@ -11,7 +11,7 @@ import pytest
 
 from mor_model.presets import preset
 from pretrain.comparison.experiment import Experiment
-from pretrain.comparison.report.build import print_results, write_report
+from pretrain.comparison.report.build import write_report
 from pretrain.comparison.report.findings import findings
 from pretrain.comparison.report.records import Curve
 from pretrain.comparison.report.results import read_results

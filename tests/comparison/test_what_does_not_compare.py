@@ -27,7 +27,7 @@ ARMS = ("vanilla", "recursive", "mor")
 
 
 def experiment(root: Path, **changes: Any) -> Experiment:
-    values = {"name": "small", "runs": str(root), "base": {"seed": 1}, "arms": dict.fromkeys(ARMS, {})}
+    values = {"name": "small", "runs": str(root), "base": {"seed": 1}, "arms": {name: {} for name in ARMS}}
     return Experiment.model_validate({**values, "evaluation": {"suites": ["perplexity", "routing"]}, **changes})
 
 
@@ -134,7 +134,7 @@ def test_figures_of_different_text_are_no_table(tmp_path: Path, field: str) -> N
     file = tmp_path / "mor" / "evaluation" / "perplexity.json"
     change(file, lambda content: content["tasks"]["perplexity"].update({field: other[field]}))
     change(tmp_path / "vanilla" / "evaluation" / "blimp.json", lambda content: content["tasks"]["blimp"].update(n=20))
-    results, page, markdown, _ = written(experiment(tmp_path))
+    results, _, markdown, _ = written(experiment(tmp_path))
     assert "**Held-out test text" not in markdown and "**Loss by routing" in markdown
     text = " ".join(findings(results))
     assert "Held-out test text: not compared, because it is of different text (vanilla, recursive read 90,000" in text

@@ -167,7 +167,7 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
             "counted_flops": last.amount("flops"),
             "tokens_per_second": _median(steady, "tokens_per_second"),
             "step_seconds": _median(steady, "step_seconds"),
-            "memory_peak_bytes": max((record.amount("memory_peak_bytes", None) or 0 for record in train)) or None,
+            "memory_peak_bytes": max(record.amount("memory_peak_bytes", None) or 0 for record in train) or None,
         }
         found |= _validation(run)
         if shares := _shares_of(last.shares("active")):

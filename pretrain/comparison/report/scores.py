@@ -18,7 +18,8 @@ class Score:
     """One number of an evaluation.
 
     Attributes:
-        value: the number, nan when it is not finite; stderr: its standard error over the examples, None where the evaluation gave none.
+        value: the number, nan when it is not finite; stderr: its standard error over the examples, None where the
+            evaluation gave none.
         n: examples; routing: `causal` or `topk`; chance: what guessing would score, None where that means nothing.
         higher_is_better: which way is good.
         headline: whether this is the one figure that stands for its suite.
