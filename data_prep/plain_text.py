@@ -42,7 +42,8 @@ def cell(text: object, style: str = "") -> Text:
 
 def markdown_text(text: object) -> str:
     """`text` in one line of Markdown, GitHub's included: nothing in it is emphasis, a link, a table's or HTML."""
-    escaped = re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", plain(text))
+    # An underscore within a word is one.
+    escaped = re.sub(r"([\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", plain(text))
     # What means something at the beginning of a line alone: headings, rules, lists.
     return re.sub(r"^(\s*)([#+=-]+(?=\s|$))|^(\s*\d+)([.)](?=\s|$))", r"\1\3\\\2\4", escaped)
 

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_prep.plain_text import say
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from pretrain.branches import EXTENDABLE, Extension, branch_path, branch_recipe, extend, find_extension, seed_branch
@@ -233,7 +234,7 @@ def _train_one(
 
     def begin() -> list[str] | None:
         if prepared.extension is not None:
-            print(extend(folder, prepared.extension), flush=True)
+            say(extend(folder, prepared.extension))
         if _has_finished(folder):
             return None
         changes = changes_since_last_start(folder, prepared, ranks, device)

@@ -27,6 +27,8 @@ from data_prep.files import write_json, write_text
 from data_prep.json_input import read_json
 from pretrain.errors import RunError
 
+_KINDS = {int: "a whole number", str: "text", dict: "an object"}
+
 
 class RunFolder:
     """Paths of one run and checked, atomic access to its files.
@@ -104,11 +106,15 @@ class RunFolder:
         except DataError as error:
             raise RunError(f"{error} Restore it or start the run in a new folder.") from None
 
-    def read_object(self, file: Path) -> dict[str, Any]:
-        """The JSON object in one of this folder's files."""
+    def _read_object(self, file: Path, **kinds: type) -> dict[str, Any]:
+        """The object in a file; each of the named keys that it has must be of its kind."""
         value = self.read_json(file)
         if not isinstance(value, dict):
-            raise RunError(f"{file}: is not a JSON object; restore it or start the run in a new folder.")
+            raise RunError(f"{file}: is not a JSON object. Restore it or start the run in a new folder.")
+        for key, kind in kinds.items():
+            if key in value and type(value[key]) is not kind:
+                wanted = _KINDS[kind]
+                raise RunError(f"{file}: {key} must be {wanted}. Restore it or start the run in a new folder.")
         return value
 
     def write_json(self, file: Path, value: Any) -> None:
@@ -118,25 +124,21 @@ class RunFolder:
         write_text(file, text)
 
     def plan(self) -> dict[str, Any]:
-        return self.read_object(self.plan_file)
+        return self._read_object(self.plan_file, steps=int, tokenizer_fingerprint=str, data_manifest=str)
 
     def model(self) -> dict[str, Any]:
-        return self.read_object(self.model_file)
+        return self._read_object(self.model_file)
 
     def environment(self) -> dict[str, Any]:
-        return self.read_object(self.environment_file)
+        return self._read_object(
+            self.environment_file, versions=dict, device=str, world_size=int, launcher=str, code=str
+        )
 
     def status(self) -> dict[str, Any]:
         """The run's state; `{"state": "absent"}` before it has begun."""
         if not self.status_file.is_file():
             return {"state": "absent"}
-        status = self.read_object(self.status_file)
-        if not isinstance(status.get("state", ""), str):
-            raise RunError(f"{self.status_file}: state is {status['state']!r:.100}, not a word.")
-        for key in ("step", "steps"):
-            if not _is_count(status.get(key, 0)):
-                raise RunError(f"{self.status_file}: {key} is {status[key]!r:.100}, not a number of steps.")
-        return {"state": "absent", **status}
+        return self._read_object(self.status_file, state=str, step=int, steps=int, reason=str)
 
     def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl in order, of one kind or all.

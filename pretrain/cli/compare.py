@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from data_prep.plain_text import say
 
 if TYPE_CHECKING:
     from pretrain.comparison.experiment import Experiment
@@ -48,7 +49,7 @@ def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> 
     try:
         failures = run_experiment(loaded, _split(arms))
     except Interrupted:
-        print("Stopped; the same command continues where this one was.", file=sys.stderr)
+        say("Stopped; the same command continues where this one was.", error=True)
         raise typer.Exit(EXIT_AGAIN) from None
     _report(loaded, experiment)
     if failures:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from data_prep.plain_text import say
+
 app = typer.Typer(add_completion=False)
 
 
@@ -33,4 +35,4 @@ def export(
     model = load_model(folder.weights)
     export_hf(model, folder.tokenizer, out)
     how = "" if is_llama(model.config) else ", trust_remote_code=True"
-    print(f'{out}: load it with AutoModelForCausalLM.from_pretrained("{out}"{how})')
+    say(f'{out}: load it with AutoModelForCausalLM.from_pretrained("{out}"{how})')

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from data_prep.plain_text import say
+
 app = typer.Typer(add_completion=False)
 
 
@@ -63,6 +65,4 @@ def hf(
     for file in present:
         shutil.copyfile(file, out / "tokenizer" / file.name)
     count = count_parameters(config)
-    print(
-        f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers"
-    )
+    say(f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers")

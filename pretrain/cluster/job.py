@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_prep.files import write_text
+from data_prep.plain_text import plain
 from pretrain.cluster.restarts import note_start
 from pretrain.environment import clean_environment, reachable_address, rendezvous_port
 from pretrain.errors import LaunchError, UserError
@@ -244,7 +245,8 @@ def locate(job: Job, arguments: list[str]) -> Path:
 
 def say(text: str) -> None:
     """A line for the job's log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {os.environ.get('SLURM_JOB_ID')}: {text}", flush=True)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"{now} job {os.environ.get('SLURM_JOB_ID')}: {plain(text, lines=True)}", flush=True)
 
 
 def _finish(job: Job) -> int:
@@ -323,7 +325,7 @@ def main(arguments: list[str]) -> int:
             )
         return kinds[arguments[0]](Job(), arguments[1:])
     except UserError as error:
-        print(f"slurm job: {error}", file=sys.stderr, flush=True)
+        print(f"slurm job: {plain(error, lines=True)}", file=sys.stderr, flush=True)
         return EXIT_USER
 
 

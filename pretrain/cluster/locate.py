@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
 from pretrain.recipe import load_recipe
@@ -17,7 +18,7 @@ def main(arguments: list[str]) -> int:
         recipe = load_recipe(arguments[0], arguments[1:])
         recipe.network()
     except (UserError, ConfigError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        say(f"train: {error}", error=True)
         return EXIT_USER
     print(Path(recipe.run_folder).resolve())
     return 0

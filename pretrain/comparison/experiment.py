@@ -89,6 +89,10 @@ class EvaluationSection(_Section):
     text_bytes: int | None = Field(default=None, ge=1)
     hub: bool = False
 
+    def limit_of(self, suite: str) -> int | None:
+        """Most questions of each task of this suite."""
+        return None if suite in WHOLE_TEXTS else self.limit
+
 
 class Experiment(_Section):
     """One comparison.

@@ -14,13 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from pretrain.comparison.experiment import WHOLE_TEXTS, EvaluationSection, LaunchSection
+from data_prep.plain_text import say
+from pretrain.comparison.experiment import EvaluationSection, LaunchSection
 from pretrain.environment import clean_environment, free_port
 
 _POLL_SECONDS = 0.5
@@ -48,19 +49,24 @@ def training_command(launch: LaunchSection, recipe_file: Path) -> list[str]:
     ]
 
 
-def evaluation_commands(settings: EvaluationSection, run: Path) -> list[tuple[list[str], list[str]]]:
-    """Suites and the command that evaluates a run on them; two, since a limit is for questions and not for texts."""
-    commands = []
-    for whole_texts in (True, False):
-        suites = [suite for suite in settings.suites if (suite in WHOLE_TEXTS) == whole_texts]
-        if not suites:
-            continue
-        command = [sys.executable, "-m", "pretrain.cli.main", "eval", str(run), *(f"--suite={name}" for name in suites)]
-        command += [f"--limit={settings.limit}"] if settings.limit is not None and not whole_texts else []
-        command += [f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []
-        command += ["--hub"] if settings.hub else []
-        commands.append((suites, command))
-    return commands
+def evaluation_arguments(settings: EvaluationSection, run: Path, suites: Sequence[str]) -> list[list[str]]:
+    """The arguments of `mor eval` that evaluate one run on these suites: of one command for each limit among them.
+
+    Args:
+        suites: names of suites, `all` written out.
+    """
+    # In the order of the suites.
+    limits = dict.fromkeys(settings.limit_of(suite) for suite in suites)
+    return [
+        [
+            str(run),
+            *(f"--suite={suite}" for suite in suites if settings.limit_of(suite) == limit),
+            *([f"--limit={limit}"] if limit is not None else []),
+            *([f"--text-bytes={settings.text_bytes}"] if settings.text_bytes is not None else []),
+            *(["--hub"] if settings.hub else []),
+        ]
+        for limit in limits
+    ]
 
 
 def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = lambda: None) -> int:
@@ -101,9 +107,9 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
                 tick()
             if signals and forwarded == 0:
                 forwarded = 1
-                print(
+                say(
                     "\nStopping: the ranks finish their step and write a checkpoint (Ctrl-C again ends at once).",
-                    file=sys.stderr,
+                    error=True,
                 )
                 for process in _ranks(child.pid):
                     with contextlib.suppress(psutil.NoSuchProcess):

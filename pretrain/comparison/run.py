@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from data_prep.files import write_text
 from data_prep.manifest import read_manifest
 from pretrain.comparison.data import prepare_data
 from pretrain.comparison.experiment import Experiment
-from pretrain.comparison.launch import Interrupted, evaluation_commands, last_lines, run_child, training_command
+from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
 from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
 from pretrain.comparison.report.records import read_run
 from pretrain.errors import RecipeError, RunError
+from pretrain.evaluation.suites import check_suites
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
 
@@ -134,7 +136,7 @@ def _train(
     if not following.unfinished:
         return None
     last = RunFolder(following.unfinished[0].trial.folder)
-    if last.status()["state"] == "stopped":
+    if last.status().get("state") == "stopped":
         raise Interrupted
     return Failure(run.trial.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
 
@@ -162,7 +164,7 @@ class _Following:
         while self.unfinished:
             run = self.unfinished[0]
             folder = RunFolder(run.trial.folder)
-            if folder.status()["state"] != "finished":
+            if folder.status().get("state") != "finished":
                 return
             del self.unfinished[0]
             if run is self._shown:
@@ -180,7 +182,9 @@ def _trained(run: PlannedRun) -> str:
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
     """Ask `mor eval` for every suite: it alone knows whether what was evaluated before still holds."""
-    for suites, command in evaluation_commands(experiment.evaluation, run.trial.folder):
+    suites = check_suites(experiment.evaluation.suites)
+    for arguments in evaluation_arguments(experiment.evaluation, run.trial.folder, suites):
+        command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
         progress.activity(run.trial.name, f"evaluating: {', '.join(suites)}")
         status = run_child(command, log, progress.refresh)

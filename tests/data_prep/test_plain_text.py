@@ -39,6 +39,7 @@ def test_square_brackets_in_a_table_are_text() -> None:
         ("*x* _y_ `z` ~w~ $v$", r"\*x\* \_y\_ \`z\` \~w\~ \$v\$"),
         ("[text](javascript:x)", r"\[text\](javascript:x)"),
         ("<script>", r"\<script\>"),
+        ("MOR_SHARED_DATA __x__", r"MOR_SHARED_DATA \_\_x\_\_"),
         ("# head", r"\# head"),
         ("- item", r"\- item"),
         ("---", r"\---"),

@@ -15,9 +15,9 @@ from mor_model.errors import ConfigError
 from mor_model.flops import count_parameters, kv_bytes_per_token
 from pretrain.comparison.experiment import Trial
 from pretrain.comparison.report import numbers, scores
-from pretrain.comparison.report.fields import Fields
 from pretrain.comparison.report.scores import Score
 from pretrain.errors import RunError
+from pretrain.fields import Fields
 from pretrain.run_folder import RunFolder
 
 
@@ -130,7 +130,7 @@ def read_run(trial: Trial, label: str, suites: tuple[str, ...] = ()) -> RunRecor
         return RunRecord(trial, label, "absent", f"{run}: not trained yet.")
     try:
         status = run.status()
-        record = RunRecord(trial, label, status["state"], None, **_training_files(run))
+        record = RunRecord(trial, label, status.get("state", "absent"), None, **_training_files(run))
         record = dataclasses.replace(record, **_evaluation_files(run, record.depths))
     except (RunError, ConfigError) as error:
         return RunRecord(trial, label, "unreadable", plain(f"{run}: {str(error).removeprefix(f'{run}: ')}"))
@@ -212,7 +212,7 @@ def _evaluation_files(run: RunFolder, depths: dict[str, list[float]]) -> dict[st
     """Figures with causal routing at free depth, the only ones whose files carry a suite's plain name."""
     found: dict[str, Any] = {"scores": [], "skipped": [], "evaluated": [], "depths": depths}
     for file in sorted(run.evaluation.glob("*.json")):
-        content = Fields(run.read_object(file), file)
+        content = Fields(run.read_json(file), file)
         suite = content.text("suite")
         if file.stem == suite:
             _add_suite(content, suite, file, found)
@@ -234,7 +234,7 @@ def _add_suite(content: Fields, suite: str, file: Path, found: dict[str, Any]) -
 
 def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: tuple[str, ...]) -> str | None:
     """Why numbers of this run are missing, or are none."""
-    state = status["state"]
+    state = record.state
     steps = record.plan.get("steps")
     where = f" at step {record.step} of {steps}" if record.step is not None and steps else ""
     if state == "failed":
