@@ -90,7 +90,7 @@ def test_names_and_reasons_are_shown_as_they_are(tmp_path: Path) -> None:
     names = ["[/red]", "[bold]x", "\x1b[31mred", "\udcff"]
     for name in names:
         run = make_run(tmp_path / name, "failed")
-        run.write_json(run.status_file, {"state": "failed", "step": 3, "reason": f"[/path]: \x1b[2J"})
+        run.write_json(run.status_file, {"state": "failed", "step": 3, "reason": "[/path]: \x1b[2J"})
     printed = CliRunner().invoke(app, [str(tmp_path)], env={"COLUMNS": "300"})
     assert printed.exit_code == 0, printed.output
     assert printed.output.count("[/path]") == 4 and "\x1b" not in printed.output
