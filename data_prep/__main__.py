@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from data_prep.plain_text import say
+
 if __name__ == "__main__":
     from data_prep.cli import app
     from data_prep.errors import DataError
@@ -11,5 +13,5 @@ if __name__ == "__main__":
     try:
         app(prog_name="python -m data_prep")
     except DataError as error:
-        print(f"data_prep: {error}", file=sys.stderr)
+        say(f"data_prep: {error}", error=True)
         sys.exit(2)

@@ -22,6 +22,7 @@ import numpy as np
 from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
+from data_prep.plain_text import say
 from data_prep.plan import Plan, read_plan
 from data_prep.schedule import Key, Schedule
 
@@ -265,7 +266,7 @@ class Ranks:
         elif word == Word.REFUSED:
             raise DataError(detail)
         else:
-            print(f"rank {rank} failed ({detail}); its work is done by others.", file=sys.stderr)
+            say(f"rank {rank} failed ({detail}); its work is done by others.", error=True)
             if key in failures:
                 raise OSError(int(message["errno"]), detail)
             failures.add(key)

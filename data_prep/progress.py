@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from data_prep.piece import Progress as Step
+from data_prep.plain_text import plain
 from data_prep.plan import Plan
 from data_prep.schedule import Key, Schedule
 from data_prep.sources import SourceError
@@ -98,6 +99,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print one line for a person."""
+        message = plain(message, lines=True)
         if self._bar is None:
             print(message, file=sys.stderr)
         else:
@@ -115,7 +117,7 @@ class Display:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
@@ -144,7 +146,7 @@ class Display:
             + " ".join(text for _, text in sorted(self._workers.items())[:8])
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._share(), what=what)
+            self._bar.update(self._task, completed=self._share(), what=plain(what))
             return
         self._told, done = now, self._share()
         then, before = self._first_line = self._first_line or (now, done)

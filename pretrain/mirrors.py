@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.files import atomic_write
 from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
 
 Flat = dict[str, float]
 
@@ -36,20 +37,25 @@ class Mirrors:
         """One record, as metrics.jsonl has it; of a source or suite under its name."""
         if not self._open:
             return
-        name = values.get({"validation": "source", "evaluation": "suite"}.get(kind, ""))
-        prefix = f"{kind}/{name}" if name else kind
-        flat = {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
-        for name, mirror in list(self._open.items()):
-            try:
-                mirror.show(flat, values["step"])
-            except Exception as error:
-                self._leave(name, error)
+        flat = _flat(kind, values)
+        self._each(lambda mirror: mirror.show(flat, values["step"]))
+
+    def rewind(self) -> None:
+        """The run went back to a checkpoint: metrics.jsonl has lost what came after it, and so do the mirrors."""
+        self._each(lambda mirror: mirror.rewind())
+
+    def flush(self) -> None:
+        """What was shown is there even if the process is killed now."""
+        self._each(lambda mirror: mirror.flush())
 
     def close(self) -> None:
         """Finish what the mirrors still have to write."""
+        self._each(lambda mirror: mirror.close())
+
+    def _each(self, do: Callable[[Any], None]) -> None:
         for name, mirror in list(self._open.items()):
             try:
-                mirror.close()
+                do(mirror)
             except Exception as error:
                 self._leave(name, error)
 
@@ -60,17 +66,45 @@ class Mirrors:
 
 
 class _TensorBoard:
-    def __init__(self, run: Path, recipe: Recipe) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    """After a restart or a rewind the steps from the last one in metrics.jsonl on are hidden in the older files, and
+    what metrics.jsonl still has of them is shown again.
+    """
 
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        self._run = RunFolder(run)
+        self._folder = run / "tensorboard"
+        self._begin()
 
     def show(self, flat: Flat, step: int) -> None:
         for name, value in flat.items():
             self._writer.add_scalar(name, value, step)
 
+    def rewind(self) -> None:
+        self._writer.close()
+        self._begin()
+
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
+
+    def _begin(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not any(self._folder.glob("events.*")):
+            self._writer = SummaryWriter(str(self._folder))
+            return
+        last, kept = 0, []
+        for record in self._run.metrics() if self._run.metrics_file.is_file() else ():
+            if record["kind"] != "event" and record["step"] > last:
+                last = record["step"]
+                kept = [earlier for earlier in kept if earlier["step"] >= last]
+            kept.append(record)
+        self._writer = SummaryWriter(str(self._folder), purge_step=last)
+        for record in kept:
+            values = {name: value for name, value in record.items() if name != "kind"}
+            self.show(_flat(record["kind"], values), record["step"])
 
 
 class _Wandb:
@@ -87,14 +121,29 @@ class _Wandb:
             resume="allow",
             settings=wandb.Settings(silent=True),
         )
+        self._reached = self._run.starting_step
 
     def show(self, flat: Flat, step: int) -> None:
-        # Steps behind a checkpoint are told again after a restart; wandb keeps the first and would warn of every one.
-        if step >= self._run.starting_step:
+        # Steps behind a checkpoint are told again after a restart or rewind; wandb keeps the first and would warn of
+        # every one.
+        if step >= self._reached:
             self._run.log(flat, step=step)
+            self._reached = step
+
+    def rewind(self) -> None:
+        """wandb cannot take back what it was told."""
+
+    def flush(self) -> None:
+        """Its own process writes without delay."""
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _flat(kind: str, values: dict[str, Any]) -> Flat:
+    name = values.get({"validation": "source", "evaluation": "suite"}.get(kind, ""))
+    prefix = f"{kind}/{name}" if name else kind
+    return {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_prep.plain_text import say
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from pretrain.branches import Extension, extend, find_extension, seed_branch
@@ -205,7 +206,7 @@ def _train_one(
 
     def begin() -> list[str] | None:
         if prepared.extension is not None:
-            print(extend(folder, prepared.extension), flush=True)
+            say(extend(folder, prepared.extension))
         if has_finished(prepared.recipe):
             return None
         changes = changes_since_last_start(folder, prepared, ranks, device)

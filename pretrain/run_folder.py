@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from data_prep.errors import DataError
 from data_prep.files import write_json, write_text
-from data_prep.json_input import parse_json, read_json
+from data_prep.json_input import read_json
 from pretrain.errors import RunError
 
 _KINDS = {int: "a whole number, not negative", str: "text", dict: "an object"}
@@ -165,17 +167,38 @@ class RunFolder:
         """
         if not self.metrics_file.is_file():
             raise RunError(f"{self.metrics_file}: missing; the run has not logged a step yet.")
-        with self.metrics_file.open("rb") as stream:
+        try:
+            stream = self.metrics_file.open("rb")
+        except OSError as error:
+            raise RunError(f"{self.metrics_file}: cannot be read: {error.strerror or error}.") from None
+        with stream:
             for number, line in enumerate(stream, 1):
                 if not line.endswith(b"\n"):
                     return
-                try:
-                    record = parse_json(line, self.metrics_file)
-                except DataError:
-                    record = None
-                if not isinstance(record, dict):
+                record = parse_record(line)
+                if record is None:
                     raise RunError(
-                        f"{self.metrics_file}:{number}: not a JSON object; the file is damaged at this line."
+                        f"{self.metrics_file}:{number}: not a JSON object with a kind and a step; the file is damaged "
+                        "at this line."
                     )
-                if kind is None or record.get("kind") == kind:
+                if kind is None or record["kind"] == kind:
                     yield record
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that is damaged or not whole.
+
+    A record has at least a `kind` and a `step`. A number that is not finite, for which JSON has no word, is None.
+    """
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_count(record.get("step"))
+    return record if whole else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

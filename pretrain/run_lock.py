@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from data_prep.plain_text import say
 from pretrain.agreement import on_first_rank
 from pretrain.environment import Ranks
 from pretrain.errors import RunError
@@ -87,7 +87,7 @@ def take(folder: Path, patience: float) -> tuple[IO[str], str]:
                     f"{folder}: another job is training there ({holder}); wait for it, or end it, and start again."
                 )
             if not waiting:
-                print(f"{folder}: waiting for a job that is training there ({holder}).", file=sys.stderr, flush=True)
+                say(f"{folder}: waiting for a job that is training there ({holder}).", error=True)
             waiting = True
             time.sleep(_POLL_SECONDS)
         mine = {

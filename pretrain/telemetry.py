@@ -7,6 +7,7 @@ unfinished line.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import sys
@@ -20,9 +21,10 @@ import orjson
 import torch
 
 from data_prep.files import atomic_write
+from data_prep.plain_text import plain
 from pretrain.mirrors import Mirrors
 from pretrain.recipe import Recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, parse_record
 
 # Kind of record by evaluation (`TrainState.unfinished`).
 _RECORDED_AS = {"validation": "validation", "suites": "evaluation"}
@@ -189,13 +191,14 @@ class Telemetry:
         """Drop the records after `step`, because the run went back there."""
         if not self._active:
             return
-        waiting = ((line, _parse(line)) for line in self._unwritten.splitlines(keepends=True))
+        waiting = ((line, parse_record(line)) for line in self._unwritten.splitlines(keepends=True))
         self._unwritten = b"".join(line for line, record in waiting if record and not _is_undone(record, step, set()))
         try:
             rewind_metrics(self._run, step)
             self._reopen()
         except OSError as error:
             self.say(f"{self._run.metrics_file}: {error}; it still holds the steps after {step}.")
+        self._mirrors.rewind()
 
     def sync(self) -> None:
         """Make everything recorded so far survive a power cut; called when a checkpoint is complete."""
@@ -205,6 +208,7 @@ class Telemetry:
                 if not os.path.exists(self._run.metrics_file):
                     self._reopen()  # removed or moved: what follows must not go where nobody finds it
                 os.fsync(self._stream.fileno())
+            self._mirrors.flush()
 
     def _reopen(self) -> None:
         before, self._stream = self._stream, self._run.metrics_file.open("ab", buffering=0)
@@ -234,7 +238,7 @@ def rewind_metrics(run: RunFolder, step: int, unfinished: Sequence[str] = ()) ->
     kept = []
     changed = False
     for line in run.metrics_file.read_bytes().splitlines(keepends=True):
-        record = _parse(line)
+        record = parse_record(line)
         if record is None or _is_undone(record, step, again):
             changed = True
         else:
@@ -245,18 +249,8 @@ def rewind_metrics(run: RunFolder, step: int, unfinished: Sequence[str] = ()) ->
 
 
 def _is_undone(record: dict[str, Any], step: int, again: set[str]) -> bool:
-    kind, at = record.get("kind"), record.get("step", 0)
+    kind, at = record["kind"], record["step"]
     return kind != "event" and (at > step or (at == step and kind in again))
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 class _Progress:
@@ -267,7 +261,7 @@ class _Progress:
     _PLAIN_SECONDS = 30.0
 
     def __init__(self, name: str, steps: int) -> None:
-        self._name = name
+        self._name = plain(name)
         self._steps = steps
         self._printed = 0.0
         self._bar: Any = None
@@ -276,20 +270,20 @@ class _Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 console=Console(stderr=True),
                 transient=False,
             )
-            self._task = self._bar.add_task(name, total=steps, detail="")
+            self._task = self._bar.add_task(self._name, total=steps, detail="")
             self._bar.start()
 
     def update(self, step: int, loss: float | None, tokens_per_second: float | None, seconds_per_step: float) -> None:
         parts = []
         if loss is not None:
-            parts.append(f"loss {loss:.4f}")
+            parts.append(f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite")
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:,.0f} tokens/s")
         parts.append(f"{format_seconds((self._steps - step) * seconds_per_step)} left")
@@ -302,6 +296,7 @@ class _Progress:
             self.say(f"{self._name}: step {step}/{self._steps} · {detail}")
 
     def say(self, text: str) -> None:
+        text = plain(text, lines=True)
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)

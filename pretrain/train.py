@@ -20,6 +20,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.errors import DataError
+from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.environment import Ranks, prepare_environment
 from pretrain.errors import UserError
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks is None or ranks.local_rank == 0:
             place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
             with contextlib.suppress(OSError):
-                print(f"train{place}: {error}", file=sys.stderr, flush=True)
+                say(f"train{place}: {error}", error=True)
         return EXIT_USER
 
 
@@ -88,11 +89,11 @@ def train(
         from pretrain.dry_run import describe
 
         if ranks.rank == 0:
-            print(describe(prepared, ranks), flush=True)
+            say(describe(prepared, ranks))
         return EXIT_FINISHED
     if is_finished(prepared):
         if ranks.rank == 0:
-            print(f"{recipe.name}: already finished; its weights are in {prepared.folder.weights}. Nothing to do.")
+            say(f"{recipe.name}: already finished; its weights are in {prepared.folder.weights}. Nothing to do.")
         return EXIT_FINISHED
     return execute(prepared, ranks, profiled)
 

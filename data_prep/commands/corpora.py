@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_prep.commands import options as o
+from data_prep.plain_text import say
 
 if TYPE_CHECKING:
     from data_prep.sources import ReadOptions
@@ -41,10 +42,10 @@ def import_(
     with _shown(out) as show:
         report = import_files(kind, files, out, tokenizer, eod=eod, dtype=dtype, progress=show)
     for name, split in report.manifest.splits.items():
-        print(f"{out}: {name}: {split.documents:,} documents, {split.tokens:,} tokens in {len(split.shards)} shard(s)")
+        say(f"{out}: {name}: {split.documents:,} documents, {split.tokens:,} tokens in {len(split.shards)} shard(s)")
     if report.unended or report.empty:
-        print(f"{report.unended:,} documents got their END_OF_DOCUMENT, {report.empty:,} empty ones were left out")
-    print(f"The first document begins (is it readable?): {report.sample[:200]!r}")
+        say(f"{report.unended:,} documents got their END_OF_DOCUMENT, {report.empty:,} empty ones were left out")
+    say(f"The first document begins (is it readable?): {report.sample[:200]!r}")
 
 
 @app.command()
@@ -59,8 +60,8 @@ def export(
         report = export_megatron(path, out, show)
     for split, prefix in report.prefixes.items():
         summary = report.summaries[split]
-        print(f"{split}: {prefix} ({summary.documents:,} documents, {summary.tokens:,} tokens)")
-    print(f"tokenizer: {report.tokenizer}")
+        say(f"{split}: {prefix} ({summary.documents:,} documents, {summary.tokens:,} tokens)")
+    say(f"tokenizer: {report.tokenizer}")
 
 
 @app.command()
@@ -84,7 +85,7 @@ def dedup(
     options = _options(text_field, format, separator, subset_field, subset)
     with _shown(out) as show:
         report = deduplicate(sources, out, options, threshold=near, workers=workers or o.processors(), progress=show)
-    print(
+    say(
         f"{out}: {report.kept:,} of {report.documents:,} documents kept; {report.exact_copies:,} exact and "
         f"{report.near_copies:,} near copies removed, listed in {out / 'removed.jsonl.zst'}"
     )
@@ -115,10 +116,10 @@ def decontaminate(
         report = run(
             sources, against, out, options, n=n, matches=matches, workers=workers or o.processors(), progress=show
         )
-    print(f"{out}: {report.kept:,} of {report.documents:,} documents kept, {report.removed:,} removed")
+    say(f"{out}: {report.kept:,} of {report.documents:,} documents kept, {report.removed:,} removed")
     for found in report.evaluation:
         if found.contaminated:
-            print(f"{found.name}: half or more found of {found.contaminated:,} of {found.items:,} items")
+            say(f"{found.name}: half or more found of {found.contaminated:,} of {found.items:,} items")
     print(f"{out / 'report.md'} names the items and documents")
     _finish(report.rejects, report.documents, out)
 
@@ -140,7 +141,7 @@ def _finish(rejects: dict[str, int], documents: int, out: Path) -> None:
     if not rejects:
         return
     counts = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
-    print(f"could not be read: {counts}; examples are in {out / 'report.json'}")
+    say(f"could not be read: {counts}; examples are in {out / 'report.json'}")
     if sum(rejects.values()) > 0.01 * documents or {"broken_compression", "unreadable_file"} & set(rejects):
         raise typer.Exit(1)
 

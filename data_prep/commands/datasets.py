@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from data_prep.commands import options as o
 from data_prep.errors import DataError
+from data_prep.plain_text import say
 
 app = typer.Typer()
 Folder = Annotated[Path, typer.Argument(metavar="DATA", help="Data set folder.", show_default=False)]
@@ -23,10 +23,10 @@ def verify(out: Folder) -> None:
 
     report = verify_dataset(out)
     for problem in report.problems:
-        print(problem, file=sys.stderr)
+        say(problem, error=True)
     if not report.ok:
         raise typer.Exit(1)
-    print(f"{out}: in order; {report.shards:,} shards, {report.documents:,} documents, {report.tokens:,} tokens.")
+    say(f"{out}: in order; {report.shards:,} shards, {report.documents:,} documents, {report.tokens:,} tokens.")
 
 
 @app.command()
@@ -39,11 +39,11 @@ def stats(
     from data_prep.statistics import draw_lengths, report
 
     manifest = read_manifest(out)
-    print(report(manifest))
+    say(report(manifest))
     if picture is not None:
         with o.writing(picture):
             draw_lengths(manifest, picture)
-        print(f"document lengths are drawn in {picture}")
+        say(f"document lengths are drawn in {picture}")
 
 
 @app.command()
@@ -63,7 +63,7 @@ def inspect(
     if (document is None) == (sequence is None):
         raise DataError("name either --document N or --sequence N.")
     if document is not None:
-        print(show_document(out, split, document, ids))
+        say(show_document(out, split, document, ids))
     else:
         assert sequence is not None
-        print(show_sequence(out, split, sequence, length, ids))
+        say(show_sequence(out, split, sequence, length, ids))

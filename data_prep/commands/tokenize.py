@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from data_prep.commands import options as o
 from data_prep.errors import DataError
+from data_prep.plain_text import say
 
 app = typer.Typer()
 
@@ -137,29 +137,29 @@ def describe(out: Path) -> None:
 
     manifest = read_manifest(out)
     for name, split in manifest.splits.items():
-        print(
+        say(
             f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.text_bytes / 1e6:,.1f} MB, "
             f"{len(split.shards)} shard(s)"
         )
     packing = manifest.statistics.get("packing", {}).get("train")
     if packing:
-        print(
+        say(
             f"{manifest.settings['packing']} packing: {packing['sequences']:,} training sequences, "
             f"{packing['padding']:.2%} padding, {packing['truncation']:.2%} of the documents cut"
         )
     if manifest.rejects:
         listed = ", ".join(f"{count} {reason}" for reason, count in manifest.rejects.items())
-        print(f"rejected: {listed}; listed in {out / 'rejects.jsonl'}", file=sys.stderr)
+        say(f"rejected: {listed}; listed in {out / 'rejects.jsonl'}", error=True)
     if manifest.statistics.get("forced_cuts"):
-        print(
+        say(
             f"note: {manifest.statistics['forced_cuts']} cut(s) inside documents without any white space for 4 million "
             "characters; the ids around them may differ from those of the uncut document.",
-            file=sys.stderr,
+            error=True,
         )
     sentence = describe_round_trip(manifest.statistics.get("round_trip", {}))
     if sentence:
-        print(f"note: {sentence}", file=sys.stderr)
-    print(f"encoder {manifest.engine.get('name')}; {out} is ready.")
+        say(f"note: {sentence}", error=True)
+    say(f"encoder {manifest.engine.get('name')}; {out} is ready.")
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def _reported(display: object, out: Path) -> Iterator[None]:
         with o.writing(out):
             yield
     except KeyboardInterrupt:
-        print("stopped; the same command continues where this one was.", file=sys.stderr)
+        say("stopped; the same command continues where this one was.", error=True)
         raise typer.Exit(130) from None
     finally:
         getattr(display, "close", lambda: None)()

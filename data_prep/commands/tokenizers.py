@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from data_prep.commands import options as o
+from data_prep.plain_text import say
 
 app = typer.Typer(help="Train or check a tokenizer.", no_args_is_help=True)
 
@@ -64,7 +65,7 @@ def train(
         trained, counts = train_tokenizer(
             replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes, Path(scratch)
         )
-    print(
+    say(
         f"{out}: {kind}, {trained.vocab_size:,} entries, trained on {counts['documents']:,} documents "
         f"({counts['bytes'] / 1e6:,.1f} MB; {counts['held_out']:,} held out, {counts['left_out']:,} left out)."
     )
@@ -87,8 +88,8 @@ def check(
     from data_prep.tokenizers import load_tokenizer
 
     loaded = load_tokenizer(tokenizer, eod)
-    print(f"{tokenizer}: {loaded.kind}, {loaded.vocab_size:,} ids, fingerprint {loaded.fingerprint[:16]}")
-    print(f"END_OF_DOCUMENT: {loaded.eod_token} = {loaded.eod_id}")
+    say(f"{tokenizer}: {loaded.kind}, {loaded.vocab_size:,} ids, fingerprint {loaded.fingerprint[:16]}")
+    say(f"END_OF_DOCUMENT: {loaded.eod_token} = {loaded.eod_id}")
     texts: list[str] = []
     if sources:
         with tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
@@ -98,15 +99,15 @@ def check(
             texts = sample_documents(plan_groups(found, options), options, Path(scratch))
     engine, report = choose_engine(loaded, texts)
     for name, why in report["refused"].items():
-        print(f"encoder {name} is refused: {why}")
-    print(f"encoder {report['name']} gives the reference's ids")
+        say(f"encoder {name} is refused: {why}")
+    say(f"encoder {report['name']} gives the reference's ids")
     for what, sample in (("sample", texts), ("nasty texts", list(nasty_texts()))):
         if sample:
             result = round_trip(engine, sample)
             lost = describe_round_trip(result)
-            print(
+            say(
                 f"{what}: {result['exact']} of {result['documents']} come back as they were"
                 + (f"; {lost}" * bool(lost))
             )
             if what == "sample" and result["words"]:
-                print(f"{result['tokens'] / result['words']:.3f} tokens per word")
+                say(f"{result['tokens'] / result['words']:.3f} tokens per word")

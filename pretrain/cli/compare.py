@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from data_prep.plain_text import say
+
+if TYPE_CHECKING:
+    from pretrain.comparison.experiment import Experiment
 
 app = typer.Typer(
     help="Plan, run and report a FLOPs-matched comparison.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -36,11 +40,8 @@ def plan(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) ->
 @app.command()
 def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> None:
     """Prepare data, train and evaluate every arm, and write the report. Started again, it continues."""
-    from rich.console import Console
-
     from pretrain.comparison.experiment import load_experiment
     from pretrain.comparison.launch import Interrupted
-    from pretrain.comparison.report.build import build_report, print_report
     from pretrain.comparison.run import run_experiment
     from pretrain.signals import EXIT_AGAIN
 
@@ -48,10 +49,9 @@ def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> 
     try:
         failures = run_experiment(loaded, _split(arms))
     except Interrupted:
-        print("Stopped; the same command continues where this one was.", file=sys.stderr)
+        say("Stopped; the same command continues where this one was.", error=True)
         raise typer.Exit(EXIT_AGAIN) from None
-    results, index = build_report(loaded, experiment)
-    print_report(results, index, Console())
+    _report(loaded, experiment)
     if failures:
         raise typer.Exit(1)
 
@@ -59,13 +59,22 @@ def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> 
 @app.command()
 def report(experiment: _File, overrides: _Overrides = None) -> None:
     """Write the report again from the run folders. Arms that are missing are named in it."""
+    from pretrain.comparison.experiment import load_experiment
+
+    _report(load_experiment(experiment, overrides), experiment)
+
+
+def _report(experiment: Experiment, file: str) -> None:
+    """Print the results before the report is drawn and written: they are there even when it cannot be."""
     from rich.console import Console
 
-    from pretrain.comparison.experiment import load_experiment
-    from pretrain.comparison.report.build import build_report, print_report
+    from data_prep.plain_text import say
+    from pretrain.comparison.report.build import print_results, write_report
+    from pretrain.comparison.report.results import read_results
 
-    results, index = build_report(load_experiment(experiment, overrides), experiment)
-    print_report(results, index, Console())
+    results = read_results(experiment)
+    print_results(results, Console())
+    say(f"report: {write_report(results, file)}")
 
 
 def _split(arms: list[str] | None) -> list[str] | None:

@@ -9,11 +9,12 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from pretrain.cluster.profiles import Profile
 
 app = typer.Typer(add_completion=False)
-_MARKS = {"ok": "[green]ok[/green]", "absent": "[yellow]--[/yellow]", "broken": "[red]XX[/red]"}
+_MARKS = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("XX", "red")}
 # Of a larger cluster only the nodes that are not sound have a line: the page stays one page.
 _EACH_HAS_A_LINE = 16
 _MEASURED = {
@@ -39,17 +40,17 @@ def doctor(
 ) -> None:
     """Look at this machine; exits with 1 when something is broken without which training fails."""
     from rich.console import Console
-    from rich.markup import escape
 
+    from data_prep.plain_text import cell
     from pretrain.doctor import examine
 
     console = Console(highlight=False, soft_wrap=True)
     findings = examine()
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        console.print(f"{_MARKS[finding.state]}  {finding.name:<{width}}  {escape(finding.detail)}")
+        console.print(_marked(finding.state, f"{finding.name:<{width}}  {finding.detail}"))
         if finding.advice:
-            console.print(f"    {'':<{width}}  -> {escape(finding.advice)}")
+            console.print(cell(f"    {'':<{width}}  -> {finding.advice}"))
     sound = not any(finding.state == "broken" for finding in findings)
     if cluster:
         from pretrain.cluster.profiles import load_profile
@@ -65,8 +66,7 @@ def _examine_cluster(console: Console, profile: Profile) -> bool:
     import shutil
     from pathlib import Path
 
-    from rich.markup import escape
-
+    from data_prep.plain_text import cell
     from pretrain.cluster.health import examine_cluster, judge
     from pretrain.cluster.submit import Shape, job_environment, slurm_options
     from pretrain.errors import LaunchError
@@ -76,7 +76,8 @@ def _examine_cluster(console: Console, profile: Profile) -> bool:
     # The examination takes minutes, whatever the profile's jobs take.
     options = list(slurm_options(Shape.of(profile), profile.model_copy(update={"time": None}), tasks=False))
     folder = Path.cwd() / f".health-{time.time_ns()}"
-    console.print(f"\n{profile.nodes} nodes: srun {escape(' '.join(options))}")
+    console.print()
+    console.print(cell(f"{profile.nodes} nodes: srun {' '.join(options)}"))
     try:
         reports, said = examine_cluster(folder, options, profile.nodes, job_environment(profile))
     finally:
@@ -84,21 +85,28 @@ def _examine_cluster(console: Console, profile: Profile) -> bool:
     problems = judge(reports, list(reports))
     for host, report in sorted(reports.items()):
         if host in problems or len(reports) <= _EACH_HAS_A_LINE:
-            console.print(f"{_MARKS['broken' if host in problems else 'ok']}  {host}  {escape(_facts(report))}")
+            console.print(_marked("broken" if host in problems else "ok", f"{host}  {_facts(report)}"))
         if host in problems:
-            console.print(f"      -> {escape(problems[host])}")
+            console.print(cell(f"      -> {problems[host]}"))
     for key, name in _MEASURED.items():
         found = [report[key] for report in reports.values() if key in report]
         if found and len(reports) > 1:
             console.print(f"    {name} from {min(found):.3g} to {max(found):.3g}")
     if len(reports) < profile.nodes:
-        console.print(
-            f"{_MARKS['broken']}  {len(reports)} of {profile.nodes} nodes wrote a report into {folder.parent}; "
-            f"srun said: {escape(said.strip())}"
-        )
+        missing = f"{len(reports)} of {profile.nodes} nodes wrote a report into {folder.parent}; srun said:"
+        console.print(_marked("broken", missing))
+        for line in said.strip().splitlines():
+            console.print(cell(f"    {line}"))
     fit = len(reports) - len(problems)
     console.print(f"{fit} of {profile.nodes} nodes are fit to train together.")
     return fit == profile.nodes
+
+
+def _marked(state: str, text: str) -> Text:
+    from data_prep.plain_text import cell
+
+    mark, colour = _MARKS[state]
+    return cell(mark, style=colour).append_text(cell(f"  {text}", style="default"))
 
 
 def _facts(report: dict[str, Any]) -> str:

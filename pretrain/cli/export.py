@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from data_prep.plain_text import say
+
 app = typer.Typer(add_completion=False)
 
 
@@ -39,4 +41,4 @@ def export(
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise RunError(f"{out}: not written ({error}); make room, or choose another folder.") from None
     how = "" if is_llama(model.config) else ", trust_remote_code=True"
-    print(f'{out}: load it with AutoModelForCausalLM.from_pretrained("{out}"{how})')
+    say(f'{out}: load it with AutoModelForCausalLM.from_pretrained("{out}"{how})')

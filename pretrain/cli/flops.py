@@ -46,17 +46,19 @@ def _print_counts(models: dict[str, tuple[ModelConfig, int]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from data_prep.plain_text import cell
+
     counts = {name: _describe(config, length) for name, (config, length) in models.items()}
     table = Table(caption="Attention is counted as the causal half; training is 3 x forward.")
     table.add_column("")
     for name in models:
-        table.add_column(name, justify="right")
+        table.add_column(cell(name), justify="right")
     for section in next(iter(counts.values())):
         fullest_first = sorted(counts.values(), key=lambda count: -len(count[section]))
         rows = dict.fromkeys(row for count in fullest_first for row in count[section])
-        table.add_row(f"[bold]{section}[/bold]")
+        table.add_row(cell(section, style="bold"))
         for row in rows:
-            table.add_row(f"  {row}", *(count[section].get(row, "-") for count in counts.values()))
+            table.add_row(cell(f"  {row}"), *(count[section].get(row, "-") for count in counts.values()))
         table.add_section()
     Console().print(table)
 

@@ -114,9 +114,11 @@ def spell(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], depths: li
 def _coloured(prompt: str, pieces: list[tuple[str, int]]) -> Text:
     from rich.text import Text
 
-    text = Text(prompt, style="bold")
+    from data_prep.plain_text import plain
+
+    text = Text(plain(prompt, lines=True), style="bold")
     for piece, depth in pieces:
-        text.append(piece, style=f"not bold {_COLOURS[depth % len(_COLOURS)]}")
+        text.append(plain(piece, lines=True), style=f"not bold {_COLOURS[depth % len(_COLOURS)]}")
     return text
 
 

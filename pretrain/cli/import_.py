@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from data_prep.plain_text import say
+
 app = typer.Typer(add_completion=False)
 
 
@@ -72,6 +74,4 @@ def hf(
         shutil.rmtree(out, ignore_errors=True)  # which was absent or empty, and half a model is none
         raise RunError(f"{out}: not written ({error}); make room, or choose another folder.") from None
     count = count_parameters(config)
-    print(
-        f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers"
-    )
+    say(f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers")

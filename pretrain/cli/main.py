@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 
 from data_prep.errors import DataError
+from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
 
@@ -60,7 +61,7 @@ def main() -> None:
     try:
         importlib.import_module(_COMMANDS[name][0]).app(args=arguments, prog_name=f"mor {name}")
     except (ConfigError, DataError, UserError) as error:
-        print(f"mor {name}: {error}", file=sys.stderr)
+        say(f"mor {name}: {error}", error=True)
         sys.exit(2)
 
 

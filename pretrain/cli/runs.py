@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 import time
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pretrain.fields import Fields
     from pretrain.run_folder import RunFolder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="List run folders.")
 
 _SILENT_SECONDS = 900.0
 _REASON_LENGTH = 100
+_NOT_FINITE = "not finite"
 
 
 @app.command()
@@ -27,15 +30,18 @@ def runs(
     from rich.console import Console
     from rich.table import Table
 
+    from data_prep.plain_text import cell, say
+
     found = find_runs(folder)
     if not found:
-        typer.echo(f"{folder}: holds no run folders (a run folder has a recipe.yaml).")
+        say(f"{folder}: holds no run folders (a run folder has a recipe.yaml).")
         return
     table = Table()
     for name in ("run", "state", "step", "loss", "validation", "tokens/s", "left"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
     for run in found:
-        table.add_row(*describe(run, str(run.path.relative_to(folder)) if run.path != folder else str(folder)))
+        row = describe(run, str(run.path.relative_to(folder)) if run.path != folder else str(folder))
+        table.add_row(*map(cell, row))
     Console().print(table)
 
 
@@ -64,41 +70,46 @@ def describe(run: RunFolder, name: str) -> list[str]:
 
     try:
         return [name, *_facts(run)]
-    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # One damaged folder must not hide the others, whatever its files hold instead of what they should.
-        what = error if isinstance(error, (RunError, OSError)) else f"a file holds what it should not ({error!r})"
-        return [name, f"damaged: {what}", *["-"] * 5]
+    except (RunError, OSError) as error:
+        # One damaged folder must not hide the others.
+        return [name, f"damaged: {error}", *["-"] * 5]
 
 
 def _facts(run: RunFolder) -> list[str]:
+    from pretrain.fields import Fields
     from pretrain.telemetry import format_seconds
 
     status = run.status()
-    steps = int(run.plan()["steps"]) if run.plan_file.is_file() else 0
+    steps = int(Fields(run.plan(), run.plan_file).amount("steps")) if run.plan_file.is_file() else 0
     last: dict[str, dict[str, Any]] = {}
     if run.metrics_file.is_file():
         for record in run.metrics():
             last[record["kind"]] = record
-    train = last.get("train", {})
-    state = str(status["state"])
+    train, validation = (Fields(last.get(kind, {}), f"{run.metrics_file}: {kind}") for kind in ("train", "validation"))
+    state, loss = status.get("state", "absent"), _loss(train, "lm_loss")
     if state == "running" and run.metrics_file.is_file():
         silent = time.time() - run.metrics_file.stat().st_mtime
         if silent > _SILENT_SECONDS:
             state = f"silent for {format_seconds(silent)}"
+    if state == "finished" and loss == _NOT_FINITE:
+        state = "finished, its loss is not finite"
     if "reason" in status:
-        state += f": {textwrap.shorten(status['reason'], _REASON_LENGTH, placeholder=' ...')}"
-    step = int(train.get("step", status.get("step", 0)))
-    left = (steps - step) * float(train.get("step_seconds", 0.0))
+        state += f": {textwrap.shorten(str(status['reason']), _REASON_LENGTH, placeholder=' ...')}"
+    step = train.values.get("step", status.get("step", 0))
+    speed, seconds = train.amount("tokens_per_second", None), train.amount("step_seconds", None)
+    going = state == "running" and seconds is not None
     return [
         state,
         f"{step}/{steps}" if steps else "-",
-        _loss(train, "lm_loss"),
-        _loss(last.get("validation", {}), "loss_causal"),
-        f"{train['tokens_per_second']:,.0f}" if train else "-",
-        format_seconds(left) if state == "running" and train else "-",
+        loss,
+        _loss(validation, "loss_causal"),
+        f"{speed:,.0f}" if speed is not None else "-",
+        format_seconds((steps - step) * seconds) if going else "-",
     ]
 
 
-def _loss(record: dict[str, Any], key: str) -> str:
-    # JSON has no number for a loss that is not finite; records hold null there.
-    return "-" if key not in record else "not finite" if record[key] is None else f"{record[key]:.4f}"
+def _loss(record: Fields, key: str) -> str:
+    loss = record.number(key, None)
+    if loss is None:
+        return "-"
+    return (f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.3g}") if math.isfinite(loss) else _NOT_FINITE

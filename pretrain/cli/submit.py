@@ -33,6 +33,7 @@ def submit(
     local: Annotated[bool, typer.Option("--local", help="Run the same chain on this machine, without Slurm.")] = False,
 ) -> None:
     """Submit the chain: (prepare,) train, evaluate(, report). `mor jobs` follows it."""
+    from data_prep.plain_text import say
     from pretrain.cluster.profiles import load_profile
     from pretrain.cluster.submit import check_time, is_experiment, plan_experiment, plan_recipe, run_locally
     from pretrain.cluster.submit import submit as send
@@ -56,12 +57,12 @@ def submit(
     else:
         steps = plan_recipe(file, overrides or [], profile, suite)
     if local and not dry_run:
-        raise typer.Exit(run_locally(steps, profile, typer.echo))
-    numbers = send(steps, profile, dry_run=dry_run, say=typer.echo)
+        raise typer.Exit(run_locally(steps, profile, say))
+    numbers = send(steps, profile, dry_run=dry_run, say=say)
     if dry_run:
         typer.echo("Slurm would accept every job; nothing was submitted.")
         return
     typer.echo(f"{len(numbers)} jobs are submitted, each started when those before it are done: mor jobs follows them.")
     for step in steps:
         if step.script == "train":
-            typer.echo(f"  {step.name}: log {step.log.replace('%j', numbers[step.name])}, run {step.run}")
+            say(f"  {step.name}: log {step.log.replace('%j', numbers[step.name])}, run {step.run}")

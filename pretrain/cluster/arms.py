@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.files import write_text
+from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.comparison.experiment import Experiment, load_experiment
 from pretrain.errors import LaunchError, UserError
@@ -35,7 +36,7 @@ def prepare(experiment: Experiment) -> None:
     for run, *_branches in jobs(plan_experiment(experiment)):
         file = recipe_file(experiment, run.trial.folder.name)
         write_text(file, run.recipe.to_yaml())
-        print(f"{file}: {run.plan.steps} steps, {run.plan.training_flops:.3g} FLOPs", flush=True)
+        say(f"{file}: {run.plan.steps} steps, {run.plan.training_flops:.3g} FLOPs")
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
     except Interrupted:
         return EXIT_AGAIN
     except (UserError, DataError, ConfigError) as error:
-        print(f"compare: {error}", file=sys.stderr)
+        say(f"compare: {error}", error=True)
         return EXIT_USER
     return EXIT_FINISHED
 

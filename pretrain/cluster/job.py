@@ -342,7 +342,8 @@ def said(printed: str, command: Sequence[str], *keys: str) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """A line for the job's log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {os.environ.get('SLURM_JOB_ID')}: {text}", flush=True)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"{now} job {os.environ.get('SLURM_JOB_ID')}: {plain(text, lines=True)}", flush=True)
 
 
 def _leave_bad_nodes(job: Job, bad: dict[str, str]) -> int:
@@ -391,7 +392,7 @@ def main(arguments: list[str]) -> int:
         kind, *rest = arguments
         return train(Job(), rest) if kind == "train" else run_task(Job(), kind, rest)
     except UserError as error:
-        print(f"slurm job: {error}", file=sys.stderr, flush=True)
+        print(f"slurm job: {plain(error, lines=True)}", file=sys.stderr, flush=True)
         return EXIT_USER
 
 

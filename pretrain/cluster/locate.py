@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
 from pretrain.finished import unfinished
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
         recipe = load_recipe(arguments[0], arguments[1:])
         found = {"run": str(Path(recipe.run_folder).resolve()), "finished": not unfinished(recipe)}
     except (UserError, ConfigError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        say(f"train: {error}", error=True)
         return EXIT_USER
     print(json.dumps(found))
     return 0

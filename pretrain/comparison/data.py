@@ -13,6 +13,7 @@ from rich.console import Console
 
 from data_prep.files import write_json
 from data_prep.manifest import FILE_NAME
+from data_prep.plain_text import cell
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment
 from pretrain.comparison.launch import run_child
 from pretrain.errors import RecipeError, RunError
@@ -50,7 +51,7 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
         if tokenizer == TRAIN_TOKENIZER:
             tokenizer = str(path.with_name(f"{path.name}-tokenizer.model"))
             if not Path(tokenizer).is_file():
-                console.print(f"Training a tokenizer of {data.vocab_size} entries on {data.corpus}", highlight=False)
+                console.print(cell(f"Training a tokenizer of {data.vocab_size} entries on {data.corpus}"))
                 _data_prep(
                     [
                         "tokenizer",
@@ -63,7 +64,7 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
                         *_shares(experiment),
                     ]
                 )
-        console.print(f"Tokenizing {data.corpus} into {path}", highlight=False)
+        console.print(cell(f"Tokenizing {data.corpus} into {path}"))
         limit = ["--max-tokens", str(data.max_tokens)] if data.max_tokens else []
         _data_prep(
             ["tokenize", data.corpus, "--out", str(path), "--tokenizer", tokenizer, *limit, *_shares(experiment)]

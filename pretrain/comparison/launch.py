@@ -3,7 +3,8 @@ can save.
 
 A terminal sends Ctrl-C to every process of its foreground group at once, and DeepSpeed's launcher answers it by
 killing its ranks. So children get a group (session) of their own, and the first Ctrl-C or SIGTERM reaches the ranks
-alone, which finish their step, write a checkpoint and end. A second one ends everything at once.
+alone, which finish their step, write a checkpoint and end. A second one ends everything at once, and so does the end of
+this process, whatever it dies of (see `supervise`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from types import FrameType
 
 import psutil
 
+from data_prep.plain_text import say
 from pretrain.comparison.experiment import EvaluationSection, LaunchSection
 from pretrain.environment import clean_environment, free_port
 
 _POLL_SECONDS = 0.5
+_SUPERVISE = Path(__file__).with_name("supervise.py")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -86,13 +89,15 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
             output = stack.enter_context(log.open("ab"))
         signals = stack.enter_context(_counting_signals())
         child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", str(_SUPERVISE), *command],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=None if output is None else subprocess.STDOUT,
             start_new_session=True,
             env=_environment(),
         )
+        # Nothing of the child survives this call.
+        stack.callback(_end, child)
         forwarded = 0
         while True:
             try:
@@ -102,17 +107,16 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
                 tick()
             if signals and forwarded == 0:
                 forwarded = 1
-                print(
+                say(
                     "\nStopping: the ranks finish their step and write a checkpoint (Ctrl-C again ends at once).",
-                    file=sys.stderr,
+                    error=True,
                 )
                 for process in _ranks(child.pid):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.send_signal(signal.SIGINT)
             elif len(signals) > 1 and forwarded == 1:
                 forwarded = 2
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+                _end(child)
     if signals:
         raise Interrupted
     return status
@@ -127,6 +131,16 @@ def last_lines(log: Path, count: int = 15) -> str:
     return "\n".join(line for line in lines[-count:])
 
 
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and everything in its group, at once; nothing where it has ended."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
+
+
 def _environment() -> dict[str, str]:
     """The child's variables: no rank that this process may itself have been given, and unbuffered output for the
     log.
@@ -134,18 +148,19 @@ def _environment() -> dict[str, str]:
     return {**clean_environment(), "PYTHONUNBUFFERED": "1"}
 
 
-def _ranks(launcher: int) -> list[psutil.Process]:
-    """The ranks below `launcher`: the first processes on each branch to which a rank was given; itself where none
-    was.
+def _ranks(supervisor: int) -> list[psutil.Process]:
+    """The ranks below `supervisor`: the first processes on each branch to which a rank was given; the supervised
+    command where none was.
     """
     try:
-        root = psutil.Process(launcher)
+        root = psutil.Process(supervisor)
         below = root.children(recursive=True)
+        command = root.children()
     except psutil.NoSuchProcess:
         return []
     with_rank = {process.pid: process for process in below if _has_rank(process)}
     ranks = [process for process in with_rank.values() if process.ppid() not in with_rank]
-    return ranks or [root]
+    return ranks or command
 
 
 def _has_rank(process: psutil.Process) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from data_prep.manifest import FILE_NAME, read_manifest
+from data_prep.plain_text import cell
 from data_prep.tokenizers import load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
@@ -99,7 +100,7 @@ def plan_table(runs: Iterable[PlannedRun]) -> Table:
     for run in runs:
         plan = run.plan
         table.add_row(
-            run.trial.name,
+            cell(run.trial.name),
             numbers.si(plan.parameters["total_stored"]),
             numbers.si(plan.parameters["applied"]),
             numbers.si(plan.flops_per_sequence / plan.sequence_length),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from data_prep.plain_text import cell, plain
 from pretrain.comparison.report import numbers
-from pretrain.run_folder import RunFolder
+from pretrain.errors import RunError
+from pretrain.fields import Fields
+from pretrain.run_folder import RunFolder, parse_record
 
 _PLAIN_SECONDS = 20.0
 
@@ -38,10 +39,10 @@ class Progress:
         self._printed = 0.0
         self._offset = 0
         self._bars = Bars(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -63,7 +64,9 @@ class Progress:
         self._number, self._name, self._steps = number, name, steps
         self._offset, self._share, self._first_share = 0, 0.0, None
         title = f"{number + 1}/{len(self._flops)} {name}"
-        self._bars.update(self._one, description=title, total=steps, completed=0, detail="starting", visible=True)
+        self._bars.update(
+            self._one, description=plain(title), total=steps, completed=0, detail="starting", visible=True
+        )
         if not self._console.is_terminal:
             self.say(title)
 
@@ -72,22 +75,22 @@ class Progress:
         record = self._latest(run)
         if record is None:
             return
-        self._share = min(1.0, record["step"] / self._steps)
+        step = record.values["step"]
+        self._share = min(1.0, step / self._steps)
         if self._first_share is None:
             # What an earlier invocation trained, and what a branch has from its trunk, costs no time in this one.
             self._first_share = self._share
-        loss = record.get("lm_loss", record["loss"])
-        detail = f"loss {loss:.3f} · {record.get('tokens_per_second', 0):,.0f} tokens/s"
-        self._bars.update(self._one, completed=record["step"], detail=detail)
+        detail = _detail(record)
+        self._bars.update(self._one, completed=step, detail=detail)
         self._show_whole()
         if not self._console.is_terminal and time.monotonic() - self._printed > _PLAIN_SECONDS:
             self._printed = time.monotonic()
-            parts = [f"{self._name}: step {record['step']} of {self._steps}", detail]
+            parts = [f"{self._name}: step {step} of {self._steps}", detail]
             self.say(" · ".join([*parts, remaining] if (remaining := self._remaining()) else parts))
 
     def activity(self, name: str, text: str) -> None:
         """Say what is going on in run `name` apart from training."""
-        self._bars.update(self._one, description=name, completed=self._steps, detail=text, visible=True)
+        self._bars.update(self._one, description=plain(name), completed=self._steps, detail=plain(text), visible=True)
         if not self._console.is_terminal:
             self.say(f"{name}: {text}")
 
@@ -105,7 +108,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        for line in text.split("\n"):
+            self._console.print(cell(line), soft_wrap=True)
 
     def _show_whole(self) -> None:
         self._bars.update(self._all, completed=self._spent, detail=self._remaining())
@@ -122,7 +126,7 @@ class Progress:
         seconds = (time.monotonic() - self._started) * (sum(self._flops) - self._spent) / worked
         return f"experiment: about {numbers.duration(seconds)} left"
 
-    def _latest(self, run: RunFolder) -> dict[str, Any] | None:
+    def _latest(self, run: RunFolder) -> Fields | None:
         """The newest complete training record after what was read before."""
         try:
             size = run.metrics_file.stat().st_size
@@ -135,12 +139,17 @@ class Progress:
             return None
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
-        latest = None
-        for line in complete.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("kind") == "train":
-                latest = record
-        return latest
+        for line in reversed(complete.splitlines(keepends=True)):
+            record = parse_record(line)
+            if record is not None and record["kind"] == "train":
+                return Fields(record, run.metrics_file)
+        return None
+
+
+def _detail(record: Fields) -> str:
+    """Loss and speed; the report complains of a record that does not have them, training goes on."""
+    try:
+        loss = record.number("lm_loss", None) if "lm_loss" in record.values else record.number("loss", None)
+        return f"loss {numbers.fixed(loss)} · {numbers.whole(record.amount('tokens_per_second', None))} tokens/s"
+    except RunError as error:
+        return plain(error)

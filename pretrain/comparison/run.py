@@ -6,7 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_l
 from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
+from pretrain.comparison.report.records import read_run
 from pretrain.errors import RecipeError, RunError
 from pretrain.evaluation.suites import check_suites
 from pretrain.finished import has_finished
@@ -137,7 +137,7 @@ def _train(
     if not following.unfinished:
         return None
     last = RunFolder(following.unfinished[0].trial.folder)
-    if last.status()["state"] == "stopped":
+    if last.status().get("state") == "stopped":
         raise Interrupted
     return Failure(run.trial.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
 
@@ -170,25 +170,24 @@ class _Following:
             del self.unfinished[0]
             if run is self._shown:
                 self._progress.follow(folder)
-                self._progress.say(_trained(folder, run))
+                self._progress.say(_trained(run))
             self._progress.end(self._ordered.index(run))
 
 
-def _trained(folder: RunFolder, run: PlannedRun) -> str:
-    validation = None
-    for record in folder.metrics("validation"):
-        validation = record.get("loss_causal", validation)
-    return f"{run.trial.name}: trained {run.plan.steps} steps, validation loss {numbers.fixed(validation, 4)}"
+def _trained(run: PlannedRun) -> str:
+    record = read_run(run.trial, run.label)
+    loss = numbers.fixed(record.final_validation("causal"), 4)
+    text = f"{run.trial.name}: trained {run.plan.steps} steps, validation loss {loss}"
+    return f"{text}; {record.problem}" if record.problem else text
 
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
-    folder, settings = RunFolder(run.trial.folder), experiment.evaluation
-    suites = check_suites(settings.suites)
-    missing = [suite for suite in suites if not _is_current(folder, suite, settings.limit_of(suite))]
-    for arguments in evaluation_arguments(settings, folder.path, missing):
+    """Ask `mor eval` for every suite: it alone knows whether what was evaluated before still holds."""
+    suites = check_suites(experiment.evaluation.suites)
+    for arguments in evaluation_arguments(experiment.evaluation, run.trial.folder, suites):
         command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
-        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
+        progress.activity(run.trial.name, f"evaluating: {', '.join(suites)}")
         status = run_child(command, log, progress.refresh)
         if status != 0:
             return Failure(
@@ -199,14 +198,3 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
 
 def _file_name(run: PlannedRun) -> str:
     return run.trial.name.replace("/", "-")
-
-
-def _is_current(folder: RunFolder, suite: str, limit: int | None) -> bool:
-    """Whether `mor eval` has nothing to add: the suite was evaluated on these weights, this limit, and nothing it
-    skipped may have come within reach.
-    """
-    file, weights = folder.evaluation / f"{suite}.json", folder.weights / "model.safetensors"
-    if not file.is_file() or not weights.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
-        return False
-    content = folder.read_json(file)
-    return content["settings"]["limit"] == limit and not (content["skipped"] and os.environ.get("MOR_SHARED_DATA"))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from data_prep.plain_text import plain
 from pretrain.evaluation.evaluate import SuiteProgress
 from pretrain.evaluation.likelihood import Progress
 
@@ -20,11 +21,11 @@ def suite_progress(title: str, wanted: bool = True) -> Iterator[SuiteProgress | 
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(file=sys.stderr), transient=True) as bars:
 
         def begin(suite: str) -> Progress:
-            bar = bars.add_task(f"{title}: {suite}", total=None)
+            bar = bars.add_task(plain(f"{title}: {suite}"), total=None)
 
             def advance(done: int, total: int) -> None:
                 bars.update(bar, completed=done, total=total)

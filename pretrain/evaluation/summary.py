@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from data_prep.plain_text import cell, markdown_text
+
 Results = dict[str, dict[str, dict[str, Any]]]
 """By run name, by suite: what `evaluate.evaluate_run` returns."""
 
@@ -110,9 +112,9 @@ def skipped_lines(results: Results) -> list[str]:
 def markdown_summary(results: Results) -> str:
     """The table, the warnings and the skipped suites in Markdown."""
     header, rows = summary_rows(results)
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in [header, [":---"] * len(header), *rows]]
     notes = [*warning_lines(results), *skipped_lines(results)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in notes)]).rstrip() + "\n"
+    return "\n".join([*lines, "", *(f"- {markdown_text(line)}" for line in notes)]).rstrip() + "\n"
 
 
 def print_summary(results: Results) -> None:
@@ -121,10 +123,12 @@ def print_summary(results: Results) -> None:
     from rich.table import Table
 
     header, rows = summary_rows(results)
-    table = Table(*header)
+    table = Table()
+    for name in header:
+        table.add_column(cell(name))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     console = Console()
     console.print(table)
     for line in [*warning_lines(results), *skipped_lines(results)]:
-        console.print(line, style="yellow", markup=False, highlight=False)
+        console.print(cell(line, style="yellow"))

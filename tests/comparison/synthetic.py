@@ -171,6 +171,11 @@ def _write_evaluation(folder: Path, config: ModelConfig, final: float, leak: flo
         "stderr": {"token_perplexity": 0.011 * math.exp(final)},
         "n": 212,
         "routing": "causal",
+        "not_finite": 0,
+        "lost_bytes": 0,
+        "scored_bytes": 90_000,
+        "text_bytes": 90_000,
+        "text_sha256": "a" * 64,
     }
     _suite(folder, "perplexity", {"perplexity": perplexity}, "bits_per_byte")
     routed = config.router is not None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain.comparison.experiment import LaunchSection
@@ -96,6 +98,42 @@ def test_a_second_signal_ends_everything_at_once(tmp_path):
     output, _ = parent.communicate(timeout=120)
     assert output.strip() == "interrupted"
     assert not list(tmp_path.glob("saved-*"))
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_nothing_outlives_a_parent_that_is_killed(tmp_path):
+    parent = start_parent(tmp_path, write_scripts(tmp_path))
+    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    below = [process.pid for process in psutil.Process(parent.pid).children(recursive=True)]
+    assert len(below) >= 6  # launcher, ranks and their helpers, and what watches over them
+    parent.kill()
+    parent.communicate(timeout=120)
+    wait_for(lambda: not any(map(alive, below)))
+    assert not list(tmp_path.glob("asked-*"))
+
+
+def test_nothing_outlives_an_error_of_the_parent(tmp_path):
+    code = "import os, pathlib, signal\npathlib.Path('pid').write_text(str(os.getpid()))\nsignal.pause()\n"
+    (tmp_path / "child.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
+
+    def tick() -> None:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        raise KeyError("in the display")
+
+    with pytest.raises(KeyError):
+        run_child([sys.executable, str(tmp_path / "child.py")], tmp_path / "log", tick)
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not alive(pid))
+
+
+def test_a_child_that_dies_of_a_signal_has_a_status(tmp_path):
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    assert run_child(command, tmp_path / "log") == 128 + signal.SIGKILL
 
 
 def test_output_goes_to_the_log_and_the_status_comes_back(tmp_path):

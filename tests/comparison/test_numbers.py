@@ -20,7 +20,7 @@ from pretrain.comparison.report import numbers
         (numbers.fixed(-0.00001, 3), "0.000"),
         (numbers.fixed(-0.25, 2), "−0.25"),
         (numbers.fixed(49741.96, 1), "49 742"),
-        (numbers.fixed(float("nan")), "–"),
+        (numbers.signed(12345.6), "+12 346"),
         (numbers.signed(0.04, 2), "+0.04"),
         (numbers.signed(-0.04, 2), "−0.04"),
         (numbers.signed(0.0001, 2), "0.00"),
@@ -39,3 +39,21 @@ from pretrain.comparison.report import numbers
 )
 def test_numbers_are_written_for_people(written, expected):
     assert written.replace("\u202f", " ").replace("\xa0", " ") == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_said_to_be_so(value):
+    written = [numbers.plus_minus(value, 0.1), numbers.signed_plus_minus(value, 0.1), numbers.accuracy(value, 0.1)]
+    for write in (
+        numbers.si,
+        numbers.power_of_ten,
+        numbers.fixed,
+        numbers.signed,
+        numbers.percent,
+        numbers.gibibytes,
+        numbers.duration,
+        numbers.whole,
+    ):
+        written.append(write(value))
+        assert write(None) == "–"
+    assert set(written) == {"not finite"}

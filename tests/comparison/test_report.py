@@ -11,7 +11,7 @@ import pytest
 
 from mor_model.presets import preset
 from pretrain.comparison.experiment import Experiment
-from pretrain.comparison.report.build import build_report
+from pretrain.comparison.report.build import write_report
 from pretrain.comparison.report.findings import findings
 from pretrain.comparison.report.records import Curve
 from pretrain.comparison.report.results import read_results
@@ -23,6 +23,11 @@ ARMS = {"vanilla": {}, "recursive": {}, "mor": {}}
 def experiment(root, **changes) -> Experiment:
     values = {"name": "small", "runs": str(root), "base": {"seed": 1}, "arms": ARMS, "labels": {"mor": "MoR, R=3"}}
     return Experiment.model_validate({**values, "evaluation": {"suites": ["perplexity", "routing"]}, **changes})
+
+
+def build_report(made: Experiment, file: str = "recipes/small.yaml"):
+    results = read_results(made)
+    return results, write_report(results, file)
 
 
 @pytest.fixture(scope="module")

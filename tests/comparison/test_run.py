@@ -205,7 +205,8 @@ def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared, monkeypat
         runner.run_experiment(made)
 
 
-def test_evaluation_is_asked_for_what_is_missing_only(trainer, prepared, monkeypatch):
+def test_evaluation_decides_by_itself_what_is_missing(trainer, prepared, monkeypatch):
+    """Results of other settings, which only `mor eval` can tell, are not taken for these."""
     commands = []
     original = runner.run_child
 
@@ -216,29 +217,48 @@ def test_evaluation_is_asked_for_what_is_missing_only(trainer, prepared, monkeyp
         return 0
 
     monkeypatch.setattr(runner, "run_child", run_child)
-    monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
     made = experiment(evaluation={"suites": ["perplexity", "own", "lambada"], "limit": 7, "text_bytes": 900})
     runner.run_experiment(made, ["vanilla"])
     run = made.folder / "vanilla"
-    assert commands == [
+    wanted = [
         [str(run), "--suite=perplexity", "--text-bytes=900"],
         [str(run), "--suite=own", "--suite=lambada", "--limit=7", "--text-bytes=900"],
     ]
+    assert commands == wanted
     (run / "weights").mkdir()
     (run / "weights" / "model.safetensors").touch()
     (run / "evaluation").mkdir()
-    skipped = [{"task": "lambada", "why": "", "how": ""}]
-    for suite, limit, left_out in (("perplexity", None, []), ("own", 5, []), ("lambada", 7, skipped)):
-        content = {"suite": suite, "tasks": {}, "skipped": left_out, "settings": {"limit": limit}}
+    for suite, limit in (("perplexity", None), ("own", 7), ("lambada", 7)):
+        settings = {"limit": limit, "text_bytes": 300}
+        content = {"suite": suite, "tasks": {}, "skipped": [], "settings": settings}
         (run / "evaluation" / f"{suite}.json").write_text(json.dumps(content))
     commands.clear()
     runner.run_experiment(made, ["vanilla"])
-    assert commands == [[str(run), "--suite=own", "--limit=7", "--text-bytes=900"]]
-    # What was out of reach may be within it now.
-    monkeypatch.setenv("MOR_SHARED_DATA", str(prepared))
-    commands.clear()
-    runner.run_experiment(made, ["vanilla"])
-    assert commands == [[str(run), "--suite=own", "--suite=lambada", "--limit=7", "--text-bytes=900"]]
+    assert commands == wanted
+
+
+def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsys):
+    """Records have null there."""
+    made = experiment()
+    script = prepared / "trainer.py"
+    script.write_text(
+        script.read_text()
+        + """
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in lines:
+        record.update({name: None for name in ("loss", "lm_loss", "loss_causal", "loss_topk") if name in record})
+    file.write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+    )
+    assert runner.run_experiment(made, ["vanilla"]) == []
+    shown = capsys.readouterr().err
+    assert "validation loss not finite" in shown and "ended with a training loss that is not finite" in shown
+    output = io.StringIO()
+    with Progress([1.0], Console(file=output, width=200)) as progress:
+        progress.begin(0, "first", 10)
+        progress.follow(RunFolder(made.folder / "vanilla"))
+    assert "loss not finite" in output.getvalue()
 
 
 def test_the_estimate_counts_only_what_this_process_did(tmp_path, monkeypatch):

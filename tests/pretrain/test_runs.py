@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pretrain.cli.main import main
 from pretrain.cli.runs import app, describe, find_runs
 from pretrain.dry_run import describe as describe_plan
 from pretrain.dry_run import estimate_speed
@@ -66,6 +67,45 @@ def test_a_damaged_run_and_a_loss_that_is_not_finite_leave_the_table_whole(tmp_p
     assert rows["nan"][0].startswith("failed: 5 steps on on") and rows["nan"][0].endswith(" ...")
     assert rows["nan"][1:] == ["4/12", "not finite", "not finite", "1", "-"]
     assert rows["one"][0] == "running" and "torn/status.json: cannot be read" in rows["torn"][0]
+
+
+def test_a_run_that_ends_without_a_number_is_not_finished_in_silence(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", "finished")
+    telemetry = Telemetry(run, build_recipe(recipe_values(tmp_path, run.path)), 12, active=True)
+    telemetry.record("train", {"step": 12, "lm_loss": math.nan, "tokens_per_second": 1.0, "step_seconds": 1.0})
+    telemetry.close()
+    assert describe(run, "one") == [
+        "one",
+        "finished, its loss is not finite",
+        "12/12",
+        "not finite",
+        "2.5000",
+        "1",
+        "-",
+    ]
+
+
+def test_names_and_reasons_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Folders with names that rich would read as markup, that a terminal would obey, or that are no UTF-8."""
+    names = ["[/red]", "[bold]x", "\x1b[31mred", "\udcff"]
+    for name in names:
+        run = make_run(tmp_path / name, "failed")
+        run.write_json(run.status_file, {"state": "failed", "step": 3, "reason": "[/path]: \x1b[2J"})
+    printed = CliRunner().invoke(app, [str(tmp_path)], env={"COLUMNS": "300"})
+    assert printed.exit_code == 0, printed.output
+    assert printed.output.count("[/path]") == 4 and "\x1b" not in printed.output
+    for shown in ("[/red]", "[bold]x", r"\x1b[31mred", r"\udcff"):
+        assert shown in printed.output
+
+
+def test_an_error_is_printed_without_what_a_terminal_obeys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mor", "flops", str(tmp_path / "\x1b[2J\udcff.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "\x1b" not in said and r"\x1b[2J\udcff.yaml" in said
 
 
 def test_times_are_told_in_units_a_person_reads() -> None:

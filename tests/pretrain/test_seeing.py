@@ -21,7 +21,7 @@ from pretrain.errors import LaunchError
 from pretrain.profiling import parse_steps
 from pretrain.recipe import build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
-from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
+from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes, rewind_metrics
 from tests.conftest import skip_or_fail
 from tests.pretrain.support import LENGTH, Job, Workers, metrics, recipe_values, write_recipe
 
@@ -223,6 +223,43 @@ def test_mirrors_hold_the_records_under_one_identity(profiled: tuple[Path, str],
     again.close()
     after = sorted((run / "wandb").glob("offline-run-*"))
     assert after and all(folder.name.endswith(f"-{identity}") for folder in after)
+
+
+def test_tensorboard_shows_every_step_once_after_kills_and_rewinds(tmp_path: Path, tiny_data: Path) -> None:
+    """A run that is killed at step 6 and resumes from the checkpoint of step 4, whose validation it repeats."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder(tmp_path / "run")
+    recipe = build_recipe(recipe_values(tiny_data, run.path, logging={"tensorboard": True}))
+
+    def show(telemetry: Telemetry, steps: range, value: float) -> None:
+        for step in steps:
+            telemetry.record("train", {"step": step, "loss": value + step})
+        telemetry.record("validation", {"step": steps[-1], "source": "a", "loss_causal": value})
+
+    def shown(tag: str) -> list[tuple[int, float]]:
+        board = EventAccumulator(str(run.path / "tensorboard"))
+        board.Reload()
+        return [(event.step, event.value) for event in board.Scalars(tag)]
+
+    killed = Telemetry(run, recipe, 12, active=True)
+    show(killed, range(1, 5), 100.0)
+    killed.sync()  # the checkpoint
+    show(killed, range(5, 7), 100.0)
+    killed.event("spike", 6, loss=1.0)
+    killed.sync()
+    rewind_metrics(run, 4, ["validation"])
+    resumed = Telemetry(run, recipe, 12, active=True)
+    resumed.record("validation", {"step": 4, "source": "a", "loss_causal": 200.0})
+    show(resumed, range(5, 8), 200.0)
+    resumed.rewind(5)
+    show(resumed, range(6, 9), 300.0)
+    resumed.close()
+    expected = [101.0, 102.0, 103.0, 104.0, 205.0, 306.0, 307.0, 308.0]
+    assert shown("train/loss") == list(zip(range(1, 9), expected))
+    assert shown("validation/a/loss_causal") == [(4, 200.0), (8, 300.0)]
+    assert shown("event/loss") == [(6, 1.0)]
+    assert [record["loss"] for record in metrics(run.path, "train")] == expected
 
 
 def test_a_mirror_that_fails_is_left_behind(

@@ -58,7 +58,7 @@ def compose(results: Results, experiment_file: str) -> Document:
         title=experiment.title or experiment.name,
         subtitle=_subtitle(results),
         description=experiment.description.strip(),
-        labels=[experiment.label(name) for name in experiment.arms],
+        labels=[results.label(name) for name in experiment.arms],
         findings=findings(results),
         problems=results.problems,
         sections=[*(_measurements(results) if arms else []), _how(results, experiment_file)],

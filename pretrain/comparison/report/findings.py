@@ -4,10 +4,13 @@ carry.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from pretrain.comparison.report import numbers
-from pretrain.comparison.report.results import Arm, Results
+from pretrain.comparison.report.results import VALIDATION, Arm, Results
 from pretrain.comparison.report.statistics import Difference, difference_of_seeds, wilson_interval
-from pretrain.comparison.report.tables import HELD_OUT, TASK_NAMES, few_shot_scores
+from pretrain.comparison.report.tables import HELD_OUT, few_shot_scores, refusals, task_name
 
 
 def findings(results: Results) -> list[str]:
@@ -20,13 +23,16 @@ def findings(results: Results) -> list[str]:
     reference = results.reference(budget)
     if reference is None:
         sentences.append(
-            f"{results.experiment.label(results.experiment.reference_arm)}, the arm to compare with, has not finished."
+            f"{results.label(results.experiment.reference_arm)}, the arm to compare with, has not finished."
         )
     else:
         sentences += [_against(results, arm, reference) for arm in arms if arm.name != reference.name]
     if reference is not None:
         sentences += [_smaller_budgets(results, arm.name) for arm in arms if arm.name != reference.name]
-    sentences += [_few_shot(results, arms)] if few_shot_scores(results, budget) else []
+    sentences += refusals(results, budget)
+    sentences += [_not_finite(arm) for arm in arms]
+    sentences += [_few_shot(results)] if few_shot_scores(results, budget) else []
+    sentences += [_cut(arm) for arm in arms] + [_lost(arm) for arm in arms]
     sentences += [_depth(arm) for arm in arms]
     if len(arms) > 1:
         sentences.append(_agreement(arms))
@@ -36,11 +42,15 @@ def findings(results: Results) -> list[str]:
 
 def test_difference(results: Results, arm: Arm, reference: Arm) -> tuple[Difference, str] | None:
     """Difference of the causal loss, and the text it is on: the held-out test text, or the validation split where
-    that is missing.
+    that is missing. None where neither compares, or a loss on them is not finite.
     """
     tested = results.difference(arm, reference, HELD_OUT, "loss")
     if tested is not None:
         return tested, "the held-out test text"
+    if any(where for side in (arm, reference) for where in _losses_not_finite(side)):
+        return None
+    if len(arm.texts(VALIDATION) | reference.texts(VALIDATION)) > 1:
+        return None
     values, references = (
         {run.trial.seed: loss for run in side.runs if (loss := run.final_validation("causal")) is not None}
         for side in (arm, reference)
@@ -71,10 +81,18 @@ def _alike(amounts: list[float | None]) -> bool:
 def _against(results: Results, arm: Arm, reference: Arm) -> str:
     found = test_difference(results, arm, reference)
     if found is None:
+        broken = [side.label for side in (arm, reference) if any(_losses_not_finite(side))]
+        if broken:
+            return (
+                f"{arm.label} and {reference.label} are not compared: a loss of {_list(broken)} is not finite. "
+                f"{_terms(arm, reference)}"
+            )
         return f"{arm.label} and {reference.label} have no loss in common to compare."
     difference, text = found
     cost = equal_cost([arm, reference])
-    if difference.half_width is None:
+    if difference.value == 0.0:
+        sentence = f"{arm.label} and {reference.label} have exactly the same loss on {text} {cost}: neither is better"
+    elif difference.half_width is None:
         size = f"{abs(difference.value):.3f} nats per token {_direction(difference.value)} than"
         sentence = f"{arm.label} is {size} {reference.label} on {text} {cost}"
         sentence += "; no uncertainty of this difference was measured"
@@ -87,6 +105,54 @@ def _against(results: Results, arm: Arm, reference: Arm) -> str:
             f"{numbers.signed(difference.value)} nats per token ({_interval(difference)})"
         )
     return f"{sentence}. {_terms(arm, reference)}"
+
+
+def _losses_not_finite(arm: Arm) -> Iterator[str]:
+    """Where a loss of the arm is not finite: in training, in validation, on a text."""
+    for run in arm.runs:
+        name = run.trial.name
+        if run.training and not math.isfinite(run.training.values[-1]):
+            yield f"at the end of training ({name})"
+        for routing in run.validation:
+            if not math.isfinite(run.final_validation(routing) or 0.0):
+                yield f"on the validation text with {routing} routing ({name})"
+        score = run.score(HELD_OUT, "loss")
+        if score is not None and not math.isfinite(score.value):
+            yield f"on the held-out test text ({name})"
+
+
+def _not_finite(arm: Arm) -> str:
+    """Says which figures are no numbers, and how many likelihoods made them so."""
+    losses = list(dict.fromkeys(_losses_not_finite(arm)))
+    tasks = {
+        score.task: score.not_finite
+        for run in arm.runs
+        for score in run.scores
+        if score.not_finite or (not math.isfinite(score.value) and score.task != HELD_OUT)
+    }
+    parts = [f"its loss {_list(losses)}"] if losses else []
+    if tasks:
+        counted = [task_name(task) + (f" ({n} of its examples)" if n else "") for task, n in tasks.items()]
+        parts.append(f"figures of {_list(counted)}")
+    if not parts:
+        return ""
+    return f"{arm.label} is not finite: {'; '.join(parts)}. Such figures are worth nothing, and are ranked nowhere."
+
+
+def _cut(arm: Arm) -> str:
+    cut = {score.task: (score.prompts_cut, score.n) for score in arm.first.scores if score.prompts_cut}
+    if not cut:
+        return ""
+    listed = _list([f"{task_name(task)} ({count} of {n})" for task, (count, n) in cut.items()])
+    return f"Prompts longer than the context of {arm.label} lost their beginning: {listed}."
+
+
+def _lost(arm: Arm) -> str:
+    lost = {score.task: score.lost for score in arm.first.scores if score.lost}
+    if not lost:
+        return ""
+    listed = _list([f"{numbers.percent(share, 2)} of {task_name(task)}" for task, share in lost.items()])
+    return f"The tokens of {arm.label} do not hold all bytes ({listed}), so its bits per byte are not given."
 
 
 def _direction(value: float) -> str:
@@ -115,7 +181,7 @@ def _smaller_budgets(results: Results, name: str) -> str:
     parts = []
     for budget in sorted(budget for budget in results.budgets if budget is not None and budget != results.main_budget):
         arm, reference = results.arm(name, budget), results.reference(budget)
-        if not arm.runs or reference is None:
+        if not arm.runs or reference is None or results.different_texts(budget, VALIDATION):
             continue
         loss, _ = arm.mean(lambda run: run.final_validation("causal"))
         against, _ = reference.mean(lambda run: run.final_validation("causal"))
@@ -123,7 +189,7 @@ def _smaller_budgets(results: Results, name: str) -> str:
             parts.append(f"{numbers.signed(loss - against)} at {numbers.power_of_ten(budget)} training FLOPs")
     if not parts:
         return ""
-    names = (results.experiment.label(name), results.experiment.label(results.experiment.reference_arm))
+    names = (results.label(name), results.label(results.experiment.reference_arm))
     return f"Validation loss of {names[0]} against {names[1]}, in nats per token: {_list(parts)}."
 
 
@@ -140,14 +206,14 @@ def _depth(arm: Arm) -> str:
     )
 
 
-def _few_shot(results: Results, arms: list[Arm]) -> str:
+def _few_shot(results: Results) -> str:
     above: list[str] = []
     at_chance: list[str] = []
     for task, scores in few_shot_scores(results, results.main_budget).items():
-        lowest = [(wilson_interval(s.value, s.n or 0)[0], s.chance) for s in scores if s is not None]
-        known = [low - chance for low, chance in lowest if chance is not None]
+        finite = [score for score in scores if score is not None and math.isfinite(score.value)]
+        known = [wilson_interval(s.value, s.n or 0)[0] - s.chance for s in finite if s.chance is not None]
         if known:
-            (above if max(known) > 0 else at_chance).append(TASK_NAMES.get(task, task))
+            (above if max(known) > 0 else at_chance).append(task_name(task))
     parts = []
     if above:
         parts.append(f"At least one arm is above chance on {_list(above)} (its 95 % interval leaves chance out).")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from data_prep.plain_text import markdown_text, plain
 from pretrain.comparison.report.document import Document, Section
 from pretrain.comparison.report.pictures import Picture
 from pretrain.comparison.report.tables import Table
@@ -9,44 +12,51 @@ from pretrain.comparison.report.tables import Table
 
 def markdown(document: Document) -> str:
     """The whole report as text."""
-    parts = [f"# {document.title}", document.subtitle]
+    parts = [f"# {markdown_text(document.title)}", markdown_text(document.subtitle)]
     if document.description:
-        parts.append(document.description)
+        parts.append("\n".join(markdown_text(line) for line in document.description.splitlines()))
     if document.problems:
         parts.append(
             "**Incomplete.** What follows is about the arms that finished.\n\n"
-            + "\n".join(f"- {p}" for p in document.problems)
+            + "\n".join(f"- {markdown_text(p)}" for p in document.problems)
         )
-    parts += document.findings
+    parts += [markdown_text(sentence) for sentence in document.findings]
     for section in document.sections:
         parts += _section(section)
-    return "\n\n".join([*parts, "---", document.footer]) + "\n"
+    return "\n\n".join([*parts, "---", markdown_text(document.footer)]) + "\n"
 
 
 def _section(section: Section) -> list[str]:
-    parts = [f"## {section.title}", *section.paragraphs]
+    parts = [f"## {section.title}", *map(markdown_text, section.paragraphs)]
     for block in section.blocks:
         if isinstance(block, Picture):
-            parts.append(f"*{block.title}* (drawn in index.html): {block.alternative}.")
+            parts.append(f"*{block.title}* (drawn in index.html): {markdown_text(block.alternative)}.")
         elif isinstance(block, Table):
             parts.append(_table(block))
         elif isinstance(block, dict):
-            parts.append("\n".join(f"- {key}: {value}" for key, value in block.items()))
+            parts.append("\n".join(f"- {key}: {markdown_text(value)}" for key, value in block.items()))
         else:
-            parts.append(f"```\n{block}\n```")
+            text = plain(block, lines=True)
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            parts.append(f"{fence}\n{text}\n{fence}")
     return parts
 
 
 def _table(table: Table) -> str:
-    head = [f"{column.head} ({column.unit})" if column.unit else column.head for column in table.columns]
+    head = [markdown_text(f"{column.head} ({column.unit})" if column.unit else column.head) for column in table.columns]
     rules = [":---" if column.text else "---:" for column in table.columns]
     rows = [
-        [f"**{cell}**" if (row_number, number) in table.best else cell for number, cell in enumerate(row)]
+        [
+            f"**{cell}**" if (row_number, number) in table.best else cell
+            for number, cell in enumerate(map(markdown_text, row))
+        ]
         for row_number, row in enumerate(table.rows)
     ]
     lines = [_row(head), _row(rules), *(_row(row) for row in rows)]
-    return "\n\n".join([f"**{table.title}**", "\n".join(lines), *([table.note] if table.note else [])])
+    return "\n\n".join(
+        [f"**{markdown_text(table.title)}**", "\n".join(lines), *([markdown_text(table.note)] if table.note else [])]
+    )
 
 
 def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(cells)} |"

@@ -1,81 +1,99 @@
-"""How numbers are written: for people, with the same digits in every table."""
+"""How numbers are written: for people, with the same digits in every table.
+
+What was not measured is a dash; what was measured and is no finite number is said to be so.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_MISSING = "–"
+MISSING = "–"
+NOT_FINITE = "not finite"
+Options = ParamSpec("Options")
 
 
-def si(value: float | None, unit: str = "", digits: int = 3) -> str:
+def _number(write: Callable[Concatenate[float, Options], str]) -> Callable[Concatenate[float | None, Options], str]:
+    """`write`, which knows finite numbers alone, for None and for what is not finite."""
+
+    @functools.wraps(write)
+    def written(value: float | None, *args: Options.args, **kwargs: Options.kwargs) -> str:
+        if value is None:
+            return MISSING
+        return write(value, *args, **kwargs) if math.isfinite(value) else NOT_FINITE
+
+    return written
+
+
+@_number
+def si(value: float, unit: str = "", digits: int = 3) -> str:
     """`12 345 678` as `12.3 M`."""
-    if value is None:
-        return _MISSING
     for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power * (1 - 0.5 * 10**-digits):
             return f"{_significant(value / power, digits)} {prefix}{unit}"
     return f"{_significant(value, digits)}{f' {unit}' if unit else ''}"
 
 
-def power_of_ten(value: float | None, digits: int = 3) -> str:
+@_number
+def power_of_ten(value: float, digits: int = 3) -> str:
     """`2.0e15` as `2.00 × 10¹⁵`."""
-    if value is None:
-        return _MISSING
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
 
 
-def fixed(value: float | None, digits: int = 3) -> str:
+@_number
+def fixed(value: float, digits: int = 3) -> str:
     """Fixed decimals with a real minus sign."""
-    if value is None or math.isnan(value):
-        return _MISSING
     if abs(value) >= 10_000:
         return whole(value)
     text = f"{value:.{digits}f}"
     return f"−{text[1:]}" if text.startswith("-") and float(text) else text.removeprefix("-")
 
 
-def signed(value: float | None, digits: int = 3) -> str:
+@_number
+def signed(value: float, digits: int = 3) -> str:
     """As `fixed`, with a plus sign where positive."""
     text = fixed(value, digits)
-    return f"+{text}" if value is not None and value > 0 and float(text) > 0 else text
+    return f"+{text}" if value > 0 and text.strip("0.") else text
 
 
 def plus_minus(value: float | None, spread: float | None, digits: int = 3) -> str:
-    return (
-        fixed(value, digits) if spread is None or value is None else f"{fixed(value, digits)} ± {fixed(spread, digits)}"
-    )
+    return _with_spread(fixed(value, digits), value, spread, digits)
 
 
 def signed_plus_minus(value: float | None, spread: float | None, digits: int = 3) -> str:
-    return (
-        signed(value, digits)
-        if spread is None or value is None
-        else f"{signed(value, digits)} ± {fixed(spread, digits)}"
-    )
+    return _with_spread(signed(value, digits), value, spread, digits)
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    return _MISSING if share is None else f"{fixed(100 * share, digits)} %"
+def _with_spread(text: str, value: float | None, spread: float | None, digits: int) -> str:
+    known = spread is not None and value is not None and math.isfinite(value)
+    return f"{text} ± {fixed(spread, digits)}" if known else text
+
+
+@_number
+def percent(share: float, digits: int = 1) -> str:
+    return f"{fixed(100 * share, digits)} %"
 
 
 def accuracy(share: float | None, error: float | None) -> str:
     """In per cent, without the sign: a table's heading says it."""
     # All examples right, or all wrong, give a standard error of zero, which is no measure of anything.
-    return _MISSING if share is None else plus_minus(100 * share, 100 * error if error else None, 1)
+    return plus_minus(None if share is None else 100 * share, 100 * error if error else None, 1)
 
 
-def gibibytes(value: float | None) -> str:
-    return _MISSING if value is None else f"{value / 2**30:.2f} GiB"
+@_number
+def gibibytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB"
 
 
-def duration(seconds: float | None) -> str:
+@_number
+def duration(seconds: float) -> str:
     """`95` as `1 min 35 s`."""
-    if seconds is None:
-        return _MISSING
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -86,9 +104,10 @@ def duration(seconds: float | None) -> str:
     return f"{whole / 86400:.1f} days"
 
 
-def whole(value: float | None) -> str:
+@_number
+def whole(value: float) -> str:
     """Thousands set apart: `12 345`."""
-    return _MISSING if value is None else f"{round(value):,}".replace(",", " ")
+    return f"{round(value):,}".replace(",", " ")
 
 
 def _significant(value: float, digits: int) -> str:

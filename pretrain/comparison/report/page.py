@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
+import html
 from importlib import resources
 
+from data_prep.plain_text import plain
 from pretrain.comparison.report.document import Document, Section
 from pretrain.comparison.report.pictures import ARM_COLOURS, Picture
 from pretrain.comparison.report.tables import Column, Table
@@ -70,7 +71,7 @@ def _section(section: Section, swatches: dict[str, int]) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    label = escape(f"{picture.title}. {picture.alternative}", quote=True)
+    label = escape(f"{picture.title}. {picture.alternative}")
     drawings = "".join(
         f'<div class="{width}" role="img" aria-label="{label}">{drawing}</div>'
         for width, drawing in (("wide", picture.wide), ("narrow", picture.narrow))
@@ -99,7 +100,7 @@ def _table(table: Table, swatches: dict[str, int]) -> str:
             cells.append(f"<td{classes}>{escape(cell)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    title = escape(table.title, quote=True)
+    title = escape(table.title)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
         f"<table><caption><b>{title}.</b></caption>"
@@ -112,6 +113,11 @@ def _heading(column: Column, swatches: dict[str, int]) -> str:
     names = " ".join(name for name, wanted in (("text", column.text), ("arm", column.head in swatches)) if wanted)
     classes = f' class="{names}"' if names else ""
     return f'<th scope="col"{classes}>{_arm(column.head, swatches)}{unit}</th>'
+
+
+def escape(text: str) -> str:
+    """`text` in an element or an attribute."""
+    return html.escape(plain(text, lines=True))
 
 
 def _arm(text: str, swatches: dict[str, int]) -> str:

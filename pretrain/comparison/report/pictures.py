@@ -9,20 +9,23 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from pretrain.comparison.report import numbers
-from pretrain.comparison.report.records import Curve, RunRecord, Score
-from pretrain.comparison.report.results import Arm, Results
+from pretrain.comparison.report.records import Curve, RunRecord
+from pretrain.comparison.report.results import VALIDATION, Arm, Results
+from pretrain.comparison.report.scores import Score
 from pretrain.comparison.report.statistics import wilson_interval
-from pretrain.comparison.report.tables import TASK_NAMES, few_shot_scores
+from pretrain.comparison.report.tables import few_shot_scores, task_name
 
 ARM_COLOURS = 8
 _INK, _FAINT, _RULE, _PAPER = "#b00001", "#b00002", "#b00003", "#b00004"
@@ -51,8 +54,10 @@ class Picture:
 
 
 def loss_picture(results: Results, budget: float | None) -> Picture | None:
-    """Loss against counted training FLOPs: the whole run, and its end magnified. None where nothing was logged."""
-    arms = [arm for arm in results.arms(budget) if arm.first.training]
+    """Loss against counted training FLOPs: the whole run, and its end magnified. None where nothing was logged, or
+    arms were validated on different texts.
+    """
+    arms = _with_curves(results, budget)
     if not arms:
         return None
     largest = max(arm.first.training.flops[-1] for arm in arms)
@@ -68,7 +73,7 @@ def loss_picture(results: Results, budget: float | None) -> Picture | None:
 
 def tokens_picture(results: Results, budget: float | None) -> Picture | None:
     """The same losses against tokens seen."""
-    arms = [arm for arm in results.arms(budget) if arm.first.training]
+    arms = _with_curves(results, budget)
     if not arms:
         return None
     largest = max(arm.first.training.tokens[-1] for arm in arms)
@@ -80,6 +85,12 @@ def tokens_picture(results: Results, budget: float | None) -> Picture | None:
     )
 
 
+def _with_curves(results: Results, budget: float | None) -> list[Arm]:
+    if results.different_texts(budget, VALIDATION):
+        return []
+    return [arm for arm in results.arms(budget) if arm.first.training]
+
+
 def depth_picture(results: Results, budget: float | None) -> Picture | None:
     """Share of tokens by recursion steps taken: a bar per arm, and two where routing may differ from training's."""
     bars: list[tuple[str, list[float]]] = []
@@ -88,7 +99,8 @@ def depth_picture(results: Results, budget: float | None) -> Picture | None:
         wanted = ("causal", "topk") if run.routed else ("causal",)
         kinds = [kind for kind in wanted if kind in run.depths] or list(run.depths)
         bars += [
-            (f"{arm.label}, {_DEPTH_KINDS[kind]}" if run.routed else arm.label, run.depths[kind]) for kind in kinds
+            (f"{arm.label}, {_DEPTH_KINDS.get(kind, kind)}" if run.routed else arm.label, run.depths[kind])
+            for kind in kinds
         ]
     if not bars:
         return None
@@ -106,8 +118,12 @@ def depth_picture(results: Results, budget: float | None) -> Picture | None:
 
 
 def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
-    """Accuracy per task with 95 % intervals and chance level. None where no task was scored."""
-    scores = few_shot_scores(results, budget)
+    """Accuracy per task with 95 % intervals and chance level. None where no task was scored alike."""
+    scores = {
+        task: values
+        for task, values in few_shot_scores(results, budget).items()
+        if not results.different_texts(budget, task)
+    }
     if not scores:
         return None
     arms = results.arms(budget)
@@ -120,22 +136,24 @@ def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
 
 
 def budget_picture(results: Results, value: Callable[[Arm], float | None]) -> Picture | None:
-    """Loss of every arm at every budget. None with fewer than two budgets."""
+    """Loss of every arm at every budget. None with fewer than two budgets, or where arms were validated on different
+    texts.
+    """
     budgets = sorted(budget for budget in results.budgets if budget is not None)
-    if len(budgets) < 2:
+    if len(budgets) < 2 or any(results.different_texts(budget, VALIDATION) for budget in budgets):
         return None
     lines: dict[str, list[tuple[float, float]]] = {}
     for name in results.experiment.arms:
         points = [
             (budget, loss)
             for budget in budgets
-            if (arm := results.arm(name, budget)).runs and (loss := value(arm)) is not None
+            if (arm := results.arm(name, budget)).runs and (loss := value(arm)) is not None and 0 < loss < math.inf
         ]
         if points:
             lines[name] = points
     if not lines:
         return None
-    labels = {name: results.experiment.label(name) for name in lines}
+    labels = {name: results.label(name) for name in lines}
     order = list(results.experiment.arms)
     return _picture(
         "Loss at every budget",
@@ -156,6 +174,7 @@ def _picture(title: str, caption: str, alternative: str, draw: Callable[[int], F
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 12.5,
     "axes.titlesize": 12.5,
     "axes.labelsize": 12.5,
@@ -198,7 +217,8 @@ def _draw_curves(
     narrow = width < 600
     figure = _figure(width, 620 if narrow else 350)
     panels = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
-    exponent = math.floor(math.log10(largest))
+    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
+    largest = largest or 1.0
     unit = 10.0**exponent
     for panel, start in zip(panels, (0.0, 0.6)):
         # A run's first steps, far above everything, would flatten the rest.
@@ -211,7 +231,9 @@ def _draw_curves(
                 curve = _draw_run(panel, record, index, unit, axis, main)
                 if main:
                     ends.append((curve.values[-1], index, arm.label))
-                heights += [value for place, value in zip(axis(curve), curve.values) if place >= visible]
+                points = zip(axis(curve), curve.values)
+                heights += [value for place, value in points if place >= visible and math.isfinite(value)]
+        heights = heights or [0.0, 1.0]
         margin = 0.06 * (max(heights) - min(heights)) or 0.1
         panel.set_ylim(min(heights) - margin, max(heights) + margin)
         panel.set_xlim(start * largest / unit, 1.03 * largest / unit)
@@ -248,7 +270,8 @@ def _draw_run(
 
 def _legend(panel: Axes, ends: list[tuple[float, int, str]]) -> None:
     """Names in the order of the final losses, in the corner that a falling curve leaves empty."""
-    for row, (_, index, label) in enumerate(sorted(ends, reverse=True)):
+    lowest_last = sorted(ends, key=lambda end: end[0] if math.isfinite(end[0]) else math.inf, reverse=True)
+    for row, (_, index, label) in enumerate(lowest_last):
         top = 0.97 - 0.085 * row
         style: dict[str, Any] = {
             "color": _arm_colour(index),
@@ -310,9 +333,10 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
     figure = _figure(width, 70 + row * len(scores))
     panel = figure.subplots()
     step = 0.72 / max(1, len(arms))
+    marks: dict[int, Artist] = {}
     for place, values in enumerate(scores.values()):
         for index, score in enumerate(values):
-            if score is None:
+            if score is None or not math.isfinite(score.value):
                 continue
             y = place - 0.36 + step * (index + 0.5)
             interval = [100 * end for end in wilson_interval(score.value, score.n or 0)]
@@ -324,7 +348,7 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
                 linewidth=1.6,
                 solid_capstyle="round",
             )
-            panel.plot(
+            (marks[index],) = panel.plot(
                 [100 * score.value],
                 [y],
                 color=colour,
@@ -332,22 +356,34 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
                 markersize=6,
                 markeredgecolor=_PAPER,
                 linestyle="none",
-                label=arms[index].label if place == 0 else None,
             )
         chance = next((score.chance for score in values if score is not None), None)
         if chance is not None:
             panel.plot([100 * chance] * 2, [place - 0.42, place + 0.42], color=_FAINT, linewidth=1.4)
-    panel.set_yticks(range(len(scores)), [TASK_NAMES.get(task, task) for task in scores])
+    panel.set_yticks(range(len(scores)), [task_name(task) for task in scores])
     panel.set_ylim(len(scores) - 0.45, -0.55)
     panel.tick_params(axis="y", length=0, labelcolor=_INK)
     panel.tick_params(axis="x", length=3)
     panel.spines["left"].set_visible(False)
     panel.grid(axis="x")
     panel.set_xlabel("accuracy, %")
-    figure.legend(
-        loc="outside upper left", ncols=2 if narrow else len(arms), frameon=False, handletextpad=0.3, borderpad=0
+    legend = figure.legend(
+        list(marks.values()),
+        [" "] * len(marks),
+        loc="outside upper left",
+        ncols=2 if narrow else len(arms),
+        frameon=False,
+        handletextpad=0.3,
+        borderpad=0,
     )
+    _name(legend, [arms[index].label for index in marks])
     return figure
+
+
+def _name(legend: Legend, labels: Sequence[str]) -> None:
+    """Write the names afterwards: a legend leaves those out that begin with an underscore."""
+    for text, label in zip(legend.get_texts(), labels):
+        text.set_text(label)
 
 
 def _draw_budgets(
@@ -365,7 +401,7 @@ def _draw_budgets(
             markersize=6,
             markeredgecolor=_PAPER,
             linewidth=1.6,
-            label=labels[name],
+            label=" ",
         )
     panel.set_xscale("log")
     panel.set_yscale("log")
@@ -378,7 +414,7 @@ def _draw_budgets(
     panel.grid(axis="y")
     panel.set_xlabel("training FLOPs")
     panel.set_title("nats per token", loc="left", color=_FAINT)
-    panel.legend(frameon=False)
+    _name(panel.legend(frameon=False), list(labels.values()))
     return figure
 
 
@@ -433,5 +469,5 @@ def _ten(exponent: int) -> str:
 def _describe(arm: Arm) -> str:
     validation = arm.first.validation.get("causal")
     if not validation:
-        return f"{arm.label} ends at a training loss of {arm.first.training.values[-1]:.3f}"
-    return f"{arm.label} ends at {validation.values[-1]:.3f} after {validation.flops[-1]:.3g} FLOPs"
+        return f"{arm.label} ends at a training loss of {numbers.fixed(arm.first.training.values[-1])}"
+    return f"{arm.label} ends at {numbers.fixed(validation.values[-1])} after {validation.flops[-1]:.3g} FLOPs"

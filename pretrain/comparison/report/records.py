@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from data_prep.plain_text import plain
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from mor_model.flops import count_parameters, kv_bytes_per_token
 from pretrain.comparison.experiment import Trial
+from pretrain.comparison.report import numbers, scores
+from pretrain.comparison.report.scores import Score
 from pretrain.errors import RunError
+from pretrain.fields import Fields
 from pretrain.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Curve:
     """One measured quantity along a run: equally long lists of tokens, counted training FLOPs and the value, in
-    order of steps.
+    order of steps. Values may be nan: not finite.
     """
 
     tokens: list[float]
@@ -43,33 +49,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Score:
-    """One number of an evaluation.
-
-    Attributes:
-        value: the number; stderr: its standard error over the examples, None where the evaluation gave none.
-        n: examples; routing: `causal` or `topk`; chance: what guessing would score, None where that means nothing.
-        higher_is_better: which way is good.
-        headline: whether this is the one figure that stands for its suite.
-        sums, weights: where the evaluation kept them, what each example adds to the numerator and the denominator of
-            `value`, so that two arms can be compared example by example.
-    """
-
-    suite: str
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int | None
-    routing: str
-    chance: float | None = None
-    higher_is_better: bool = True
-    headline: bool = False
-    sums: tuple[float, ...] = ()
-    weights: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """One run as far as it has come.
 
@@ -80,8 +59,11 @@ class RunRecord:
         config: the network; None when the folder does not say.
         plan, environment: the files' contents, empty when absent.
         training: training language-model loss; validation: per routing (`causal`, `topk`), summed up over sources by
-            the trainer.
-        last_training: the last training record.
+            the trainer; validated_on: the sources and how much of each was read.
+        step: of the last training record; tokens, counted_flops: seen and spent by then, as counted step by step from
+            the tokens that were active.
+        parameters: counts of `mor_model.flops.count_parameters`, empty when the network is not known; kv_bytes: of the
+            cache, per token.
         tokens_per_second, step_seconds: medians over the records after the first tenth.
         memory_peak_bytes: largest of any record.
         scores: all evaluation numbers; skipped: what evaluation left out, with reason and remedy.
@@ -98,7 +80,12 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     training: Curve = Curve([], [], [])
     validation: dict[str, Curve] = field(default_factory=dict)
-    last_training: dict[str, Any] = field(default_factory=dict)
+    validated_on: str = ""
+    step: int | None = None
+    tokens: float | None = None
+    counted_flops: float | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    kv_bytes: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
     memory_peak_bytes: float | None = None
@@ -112,15 +99,6 @@ class RunRecord:
         return self.state == "finished"
 
     @property
-    def counted_flops(self) -> float | None:
-        """Training FLOPs as counted step by step from the tokens that were active."""
-        return self.last_training.get("flops")
-
-    @property
-    def tokens(self) -> float | None:
-        return self.last_training.get("tokens")
-
-    @property
     def routed(self) -> bool:
         """Whether routers decide how deep a token goes."""
         return self.config is not None and self.config.router is not None
@@ -129,15 +107,6 @@ class RunRecord:
         """Mean recursion steps per token; see `depths`."""
         shares = self.depths.get(looked_at)
         return sum(depth * share for depth, share in enumerate(shares)) if shares else None
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Counts of `mor_model.flops.count_parameters`; empty when the network is not known."""
-        return dataclasses.asdict(count_parameters(self.config)) if self.config else {}
-
-    @property
-    def kv_bytes(self) -> float | None:
-        return kv_bytes_per_token(self.config) if self.config else None
 
     def score(self, task: str, metric: str) -> Score | None:
         return next((score for score in self.scores if score.task == task and score.metric == metric), None)
@@ -162,161 +131,148 @@ def read_run(trial: Trial, label: str, suites: tuple[str, ...] = ()) -> RunRecor
     try:
         status = run.status()
         record = RunRecord(trial, label, status.get("state", "absent"), None, **_training_files(run))
-        record = dataclasses.replace(record, **_evaluation_files(run))
-        problem = _why_incomplete(run, status, record, suites)
-    except (RunError, ConfigError, KeyError, TypeError, ValueError) as error:
-        return RunRecord(trial, label, "unreadable", f"{run}: {_reason(error)}")
-    return dataclasses.replace(record, problem=problem)
+        record = dataclasses.replace(record, **_evaluation_files(run, record.depths))
+    except (RunError, ConfigError) as error:
+        return RunRecord(trial, label, "unreadable", plain(f"{run}: {str(error).removeprefix(f'{run}: ')}"))
+    return dataclasses.replace(record, state=plain(record.state), problem=_problem(run, status, record, suites))
 
 
 def _training_files(run: RunFolder) -> dict[str, Any]:
-    plan = run.plan()
+    plan = Fields(run.plan(), run.plan_file)
+    for name in ("steps", "flops_per_token_forward"):
+        plan.amount(name)
+    for name in ("tokens_per_step", "sequence_length", "training_flops", "decay_steps"):
+        plan.amount(name, None)
+    environment = Fields(run.environment(), run.environment_file)
+    environment.object("versions")
     config = ModelConfig.from_dict(run.model())
-    train = _by_step(run.metrics("train")) if run.metrics_file.is_file() else []
-    found: dict[str, Any] = {"plan": plan, "config": config, "environment": run.environment()}
+    found: dict[str, Any] = {
+        "plan": plan.values,
+        "environment": environment.values,
+        "config": config,
+        "parameters": dataclasses.asdict(count_parameters(config)),
+        "kv_bytes": kv_bytes_per_token(config),
+    }
+    train = _records(run, "train") if run.metrics_file.is_file() else []
     if train:
+        train = _by_step(train)
         # The first steps pay for warming up (compilation, caches, page faults) and would pull the median of a short
         # run.
         steady = train[len(train) // 10 :]
+        last = train[-1]
         found |= {
-            "training": _curve(train, [record.get("lm_loss", record["loss"]) for record in train]),
-            "last_training": train[-1],
-            "tokens_per_second": _median(
-                [record["tokens_per_second"] for record in steady if "tokens_per_second" in record]
-            ),
-            "step_seconds": _median([record["step_seconds"] for record in steady if "step_seconds" in record]),
-            "memory_peak_bytes": max((record.get("memory_peak_bytes") or 0 for record in train), default=0) or None,
+            "training": _curve(train, [_training_loss(record) for record in train]),
+            "step": last.values["step"],
+            "tokens": last.amount("tokens"),
+            "counted_flops": last.amount("flops"),
+            "tokens_per_second": _median(steady, "tokens_per_second"),
+            "step_seconds": _median(steady, "step_seconds"),
+            "memory_peak_bytes": max(record.amount("memory_peak_bytes", None) or 0 for record in train) or None,
         }
-        found |= {"validation": _validation(run)}
-        if shares := _shares_of(train[-1].get("active")):
+        found |= _validation(run)
+        if shares := _shares_of(last.shares("active")):
             found |= {"depths": {"training": shares}}
     return found
 
 
-def _validation(run: RunFolder) -> dict[str, Curve]:
-    """One curve per routing. Several sources of one step are averaged by the tokens evaluated."""
-    by_step: dict[int, dict[str, dict[str, Any]]] = {}
-    for record in run.metrics("validation"):
-        by_step.setdefault(record["step"], {})[str(record.get("source"))] = record
+def _records(run: RunFolder, kind: str) -> list[Fields]:
+    return [
+        Fields(record, f"{run.metrics_file}: {kind} record of step {record['step']}") for record in run.metrics(kind)
+    ]
+
+
+def _training_loss(record: Fields) -> float:
+    """Of the language model, without the router's share where the record tells them apart."""
+    return record.number("lm_loss") if "lm_loss" in record.values else record.number("loss")
+
+
+def _validation(run: RunFolder) -> dict[str, Any]:
+    """One curve per routing, and what was read. Several sources of one step are averaged by the tokens evaluated."""
+    by_step: dict[int, dict[str, Fields]] = {}
+    for record in _records(run, "validation"):
+        by_step.setdefault(record.values["step"], {})[str(record.values.get("source"))] = record
     curves = {}
     for routing in ("causal", "topk"):
         key, rows, values = f"loss_{routing}", [], []
         for _, sources in sorted(by_step.items()):
-            parts = [record for record in sources.values() if record.get(key) is not None]
+            parts = [record for record in sources.values() if key in record.values]
             if not parts:
                 continue
-            weights = [record.get("tokens_evaluated") or 1 for record in parts]
+            weights = [record.amount("tokens_evaluated", None) or 1 for record in parts]
             rows.append(parts[0])
-            values.append(sum(weight * part[key] for weight, part in zip(weights, parts)) / sum(weights))
+            values.append(sum(weight * part.number(key) for weight, part in zip(weights, parts)) / sum(weights))
         if rows:
             curves[routing] = _curve(rows, values)
-    return curves
+    last = by_step[max(by_step)] if by_step else {}
+    read = (f"{name}: {numbers.whole(record.amount('tokens_evaluated', None))} tokens" for name, record in last.items())
+    return {"validation": curves, "validated_on": plain(", ".join(sorted(read)))}
 
 
-def _evaluation_files(run: RunFolder) -> dict[str, Any]:
+def _evaluation_files(run: RunFolder, depths: dict[str, list[float]]) -> dict[str, Any]:
     """Figures with causal routing at free depth, the only ones whose files carry a suite's plain name."""
-    found: dict[str, Any] = {"scores": [], "skipped": [], "evaluated": []}
+    found: dict[str, Any] = {"scores": [], "skipped": [], "evaluated": [], "depths": depths}
     for file in sorted(run.evaluation.glob("*.json")):
-        try:
-            _add_suite(run.read_json(file), file.stem, found)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunError(
-                f"{file}: not a result of `mor eval` ({_reason(error)}); remove it and evaluate again."
-            ) from None
+        content = Fields(run.read_json(file), file)
+        suite = content.text("suite")
+        if file.stem == suite:
+            _add_suite(content, suite, file, found)
     return found
 
 
-def _add_suite(content: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    suite = content["suite"]
-    if name != suite:
-        return
+def _add_suite(content: Fields, suite: str, file: Path, found: dict[str, Any]) -> None:
     found["evaluated"].append(suite)
-    found["skipped"] += [
-        {key: str(entry.get(key, "")) for key in ("task", "why", "how")} for entry in content["skipped"]
-    ]
-    for task, result in content["tasks"].items():
-        found["scores"] += _scores(suite, task, result, content.get("primary") or {})
-        if histogram := result.get("depth_histogram"):
-            found["depths"] = histogram
+    for entry in content.objects("skipped"):
+        found["skipped"].append({key: plain(entry.get(key, "")) for key in ("task", "why", "how")} | {"suite": suite})
+    headline = content.object("primary")
+    for task, result in content.object("tasks").items():
+        fields = Fields(result, f"{file}: task {task!r:.100}")
+        found["scores"] += scores.read_task(suite, task, fields, headline)
+        if (histogram := fields.object("depth_histogram")) != {}:
+            shares = Fields(histogram, f"{fields.where}: depth_histogram")
+            found["depths"] = {plain(name): shares.shares(name) for name in histogram}
 
 
-def _why_incomplete(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: tuple[str, ...]) -> str | None:
-    state = status.get("state", "absent")
-    step, steps = record.last_training.get("step"), record.plan.get("steps")
-    where = f" at step {step} of {steps}" if step is not None and steps else ""
+def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: tuple[str, ...]) -> str | None:
+    """Why numbers of this run are missing, or are none."""
+    state = record.state
+    steps = record.plan.get("steps")
+    where = f" at step {record.step} of {steps}" if record.step is not None and steps else ""
     if state == "failed":
-        return f"{run}: training failed{where}: {status.get('reason', 'no reason was recorded')}"
+        return plain(f"{run}: training failed{where}: {status.get('reason', 'no reason was recorded')}")
     if state == "running":
-        return f"{run}: training is running, or was killed{where}."
+        return plain(f"{run}: training is running, or was killed{where}.")
     if state != "finished":
-        return f"{run}: training {'has not begun' if state == 'absent' else f'was {state}'}{where}."
-    missing = [suite for suite in suites if suite not in record.evaluated]
-    if missing:
-        return f"{run}: trained, but not evaluated on {', '.join(missing)}."
-    return None
+        return plain(f"{run}: training {'has not begun' if state == 'absent' else f'was {state}'}{where}.")
+    problems = []
+    if record.training and not math.isfinite(record.training.values[-1]):
+        problems.append("ended with a training loss that is not finite, so its figures say nothing of the arm")
+    if missing := [suite for suite in suites if suite not in record.evaluated]:
+        problems.append(f"trained, but not evaluated on {', '.join(missing)}")
+    return plain(f"{run}: {'; '.join(problems)}.") if problems else None
 
 
-def _by_step(records: Any) -> list[dict[str, Any]]:
+def _by_step(records: list[Fields]) -> list[Fields]:
     """Records in order of steps; of a step logged twice (a resumed run repeats the steps after its checkpoint) the
     later one.
     """
-    latest = {record["step"]: record for record in records}
+    latest = {record.values["step"]: record for record in records}
     return [latest[step] for step in sorted(latest)]
 
 
-def _curve(records: list[dict[str, Any]], values: list[float]) -> Curve:
+def _curve(records: list[Fields], values: list[float]) -> Curve:
     return Curve(
-        [float(record["tokens"]) for record in records],
-        [float(record["flops"]) for record in records],
-        [float(v) for v in values],
+        [record.amount("tokens") for record in records], [record.amount("flops") for record in records], values
     )
 
 
-def _median(values: list[float]) -> float | None:
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+def _median(records: list[Fields], name: str) -> float | None:
+    values = [value for record in records if (value := record.amount(name, None)) is not None]
+    return statistics.median(values) if values else None
 
 
-def _reason(error: Exception) -> str:
-    return f"a record lacks {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _shares_of(active: list[float] | None) -> list[float] | None:
+def _shares_of(active: list[float]) -> list[float]:
     """Share of tokens that took exactly 0..R steps, from the share that took at least 1..R."""
     if not active:
-        return None
+        return []
     at_least = [1.0, *active, 0.0]
     return [max(0.0, at_least[depth] - at_least[depth + 1]) for depth in range(len(active) + 1)]
-
-
-def _scores(suite: str, task: str, result: dict[str, Any], headline: dict[str, Any]) -> list[Score]:
-    stderr = result.get("stderr") or {}
-    metrics = dict(result["metrics"])
-    if (perplexity := metrics.get("token_perplexity")) is not None:
-        # The loss is its logarithm, and its standard error that of the logarithm to first order.
-        metrics = {"loss": math.log(perplexity), **metrics}
-        error = stderr.get("token_perplexity")
-        stderr = {"loss": None if error is None else error / perplexity, **stderr}
-    higher = result.get("higher_is_better", {})
-    documents = result.get("documents", {})
-    return [
-        Score(
-            suite=suite,
-            task=task,
-            metric=metric,
-            value=float(value),
-            stderr=stderr.get(metric),
-            n=result.get("n"),
-            routing=result["routing"],
-            chance=result.get("chance") if metric.startswith("acc") else None,
-            higher_is_better=higher.get(metric, False),
-            headline=(task, metric) == (headline.get("task"), headline.get("metric")),
-            sums=tuple(documents.get("nats", ())) if metric == "loss" else (),
-            weights=tuple(documents.get("tokens", ())) if metric == "loss" else (),
-        )
-        for metric, value in metrics.items()
-        if value is not None
-    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_prep.plain_text import plain
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.report.records import RunRecord, read_run
 from pretrain.comparison.report.statistics import (
@@ -16,6 +18,8 @@ from pretrain.comparison.report.statistics import (
 )
 
 Getter = Callable[[RunRecord], float | None]
+# Beside the tasks of evaluations, the text whose loss is measured during training.
+VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Arm:
         return self.runs[0]
 
     def mean(self, getter: Getter) -> tuple[float | None, float | None]:
-        """Mean over seeds and their standard deviation; the latter is None for one seed."""
+        """Mean over seeds and their standard deviation; the latter is None for one seed. Not finite where one is."""
         values = [value for run in self.runs if (value := getter(run)) is not None]
         return mean_and_spread(values) if values else (None, None)
 
@@ -51,6 +55,12 @@ class Arm:
             return None, None, 0
         mean, spread = mean_and_spread([score.value for score in scores])
         return mean, scores[0].stderr if len(scores) == 1 else spread, len(scores)
+
+    def texts(self, task: str) -> set[str]:
+        """What the runs read for a task, or for `VALIDATION`; see `Score.text`."""
+        if task == VALIDATION:
+            return {run.validated_on for run in self.runs if run.validation}
+        return {score.text for run in self.runs for score in run.scores if score.task == task}
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,13 @@ class Results:
     def problems(self) -> list[str]:
         return [f"{record.label}: {record.problem}" for record in self.records if record.problem]
 
+    def label(self, arm: str) -> str:
+        """What tables and pictures call the arm."""
+        return plain(self.experiment.label(arm))
+
     def arm(self, name: str, budget: float | None) -> Arm:
         mine = [record for record in self.records if record.trial.arm == name and record.trial.budget == budget]
-        return Arm(
-            name, self.experiment.label(name), [r for r in mine if r.finished], [r for r in mine if not r.finished]
-        )
+        return Arm(name, self.label(name), [r for r in mine if r.finished], [r for r in mine if not r.finished])
 
     def arms(self, budget: float | None) -> list[Arm]:
         """The arms with at least one finished run at `budget`, in the experiment's order."""
@@ -95,12 +107,30 @@ class Results:
         arm = self.arm(self.experiment.reference_arm, budget)
         return arm if arm.runs else None
 
+    def different_texts(self, budget: float | None, task: str) -> str | None:
+        """Which arms read what, where they did not all read the same text for `task`; None where they did. Their
+        figures are then figures of different things.
+        """
+        read: dict[str, list[str]] = {}
+        for arm in self.arms(budget):
+            for text in sorted(arm.texts(task)):
+                read.setdefault(text, []).append(arm.label)
+        if len(read) < 2:
+            return None
+        return "; ".join(f"{', '.join(arms)} read {text or 'what was not recorded'}" for text, arms in read.items())
+
     def difference(self, arm: Arm, reference: Arm, task: str, metric: str) -> Difference | None:
-        """How `arm` differs from `reference` on one score: over seeds where there are several, else over examples."""
+        """How `arm` differs from `reference` on one score: over seeds where there are several, else over examples.
+        None where one is missing or not finite, or where they are of different texts.
+        """
+        if len(arm.texts(task) | reference.texts(task)) > 1:
+            return None
         mine, theirs = (
             {run.trial.seed: score for run in side.runs if (score := run.score(task, metric)) is not None}
             for side in (arm, reference)
         )
+        if not all(math.isfinite(score.value) for side in (mine, theirs) for score in side.values()):
+            return None
         over_seeds = difference_of_seeds({s: v.value for s, v in mine.items()}, {s: v.value for s, v in theirs.items()})
         if over_seeds is not None:
             return over_seeds
@@ -117,5 +147,8 @@ def read_results(experiment: Experiment) -> Results:
     """Read every run folder of the experiment; folders that cannot be read become records with a problem."""
     return Results(
         experiment,
-        [read_run(trial, experiment.label(trial.arm), experiment.evaluation.suites) for trial in experiment.trials()],
+        [
+            read_run(trial, plain(experiment.label(trial.arm)), experiment.evaluation.suites)
+            for trial in experiment.trials()
+        ],
     )

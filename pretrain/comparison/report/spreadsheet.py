@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator
 
+from data_prep.plain_text import spreadsheet_cell
 from pretrain.comparison.report.records import RunRecord
 from pretrain.comparison.report.results import Results
 
@@ -13,8 +14,8 @@ COLUMNS = ("run", "arm", "seed", "budget", "state", "quantity", "value", "stderr
 
 
 def spreadsheet(results: Results) -> str:
-    """CSV with the columns `COLUMNS`. Numbers stand in full precision; runs without numbers have one line with their
-    state.
+    """CSV with the columns `COLUMNS`. Numbers stand in full precision, nan for one that is not finite; runs without
+    numbers have one line with their state.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -23,7 +24,7 @@ def spreadsheet(results: Results) -> str:
         trial = record.trial
         head = (trial.name, trial.arm, _blank(trial.seed), _blank(trial.budget), record.state)
         rows = list(_quantities(record)) or [("", "", "", "", "")]
-        writer.writerows((*head, *row) for row in rows)
+        writer.writerows(map(spreadsheet_cell, (*head, *row)) for row in rows)
     return stream.getvalue()
 
 
@@ -35,7 +36,7 @@ def _quantities(record: RunRecord) -> Iterator[tuple[object, ...]]:
         "training_flops_planned": record.plan.get("training_flops"),
         "training_flops_counted": record.counted_flops,
         "tokens": record.tokens,
-        "steps": record.last_training.get("step"),
+        "steps": record.step,
         "tokens_per_second": record.tokens_per_second,
         "step_seconds": record.step_seconds,
         "memory_peak_bytes": record.memory_peak_bytes,

@@ -7,30 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal's is near enough.
-_T95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-)
-_Z95 = 1.960
+from scipy.special import ndtri, stdtrit
+
+_TWO_SIDED_95 = 0.975
+_Z95 = float(ndtri(_TWO_SIDED_95))
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,8 @@ def difference_of_pairs(
     if n < 2:
         return Difference(ratio, None, "examples")
     residuals = math.fsum((gap - ratio * weight) ** 2 for gap, weight in zip(gaps, weights, strict=True))
-    return Difference(ratio, _quantile(n - 1) * math.sqrt(residuals * n / (n - 1)) / total, "examples")
+    quantile = float(stdtrit(n - 1, _TWO_SIDED_95))
+    return Difference(ratio, quantile * math.sqrt(residuals * n / (n - 1)) / total, "examples")
 
 
 def difference_of_seeds(values: dict[int | None, float], references: dict[int | None, float]) -> Difference | None:
@@ -111,10 +92,9 @@ def difference_of_seeds(values: dict[int | None, float], references: dict[int | 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of `n` examples (Wilson 1927): sound at 0 and 1 and for few examples, where share plus
-    or
-    minus two standard errors is not. (0, 1) without examples.
+    or minus two standard errors is not. (0, 1) without examples, or for a share that is not finite.
     """
-    if n < 1:
+    if n < 1 or not math.isfinite(share):
         return 0.0, 1.0
     z2 = _Z95**2 / n
     middle = (share + z2 / 2) / (1 + z2)
@@ -123,9 +103,9 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n-1); the second is None for a single value."""
+    """Mean and standard deviation (n-1); the second is None for a single value. One value that is not finite is not
+    averaged away: the mean is not finite either.
+    """
+    if not all(math.isfinite(value) for value in values):
+        return math.nan, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _quantile(degrees: int) -> float:
-    return _T95[degrees - 1] if 1 <= degrees <= len(_T95) else _Z95

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.comparison.report import numbers
-from pretrain.comparison.report.records import RunRecord, Score
-from pretrain.comparison.report.results import Arm, Results
+from pretrain.comparison.report.records import RunRecord
+from pretrain.comparison.report.results import VALIDATION, Arm, Results
+from pretrain.comparison.report.scores import Score
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def budget_table(results: Results, budget: float | None) -> Table:
             [
                 arm.label,
                 numbers.si(run.tokens),
-                numbers.whole(run.last_training.get("step")),
+                numbers.whole(run.step),
                 numbers.power_of_ten(planned, 4),
                 numbers.power_of_ten(counted, 4),
                 numbers.signed(100 * (counted / planned - 1), 2) + " %" if counted and planned else "–",
@@ -120,12 +123,18 @@ def budget_table(results: Results, budget: float | None) -> Table:
 
 def routing_table(results: Results, budget: float | None) -> Table:
     rows = []
+    apart = {task: results.different_texts(budget, task) is not None for task in (VALIDATION, "routing")}
     for arm in results.arms(budget):
         routed = arm.first.routed
         causal, causal_spread = arm.mean(lambda run: run.final_validation("causal"))
         topk, topk_spread = arm.mean(lambda run: run.final_validation("topk"))
+        if apart[VALIDATION]:
+            causal = topk = None
         gap = causal - topk if causal is not None and topk is not None else None
-        test = {name: arm.mean_score("routing", name) for name in ("loss_causal", "loss_topk", "leak")}
+        test = {
+            name: (None, None, 0) if apart["routing"] else arm.mean_score("routing", name)
+            for name in ("loss_causal", "loss_topk", "leak")
+        }
         row = [arm.label, numbers.plus_minus(causal, causal_spread, 4)]
         row += [numbers.plus_minus(topk, topk_spread, 4), numbers.signed(gap, 4)] if routed else ["same", "–"]
         row.append(numbers.fixed(test["loss_causal"][0], 4))
@@ -157,37 +166,54 @@ def routing_table(results: Results, budget: float | None) -> Table:
     )
 
 
-def test_table(results: Results, budget: float | None, task: str) -> Table:
-    rows = []
+def test_table(results: Results, budget: float | None, task: str) -> Table | None:
+    """Loss, perplexities and bits per byte of a text; None where the arms read different texts."""
     arms = results.arms(budget)
-    for arm in arms:
+    if results.different_texts(budget, task):
+        return None
+    scores = [[run.score(task, "loss") for run in arm.runs] for arm in arms]
+    lost = [max((score.lost for score in side if score and score.lost is not None), default=None) for side in scores]
+    losing = any(lost)
+    rows = []
+    for arm, share in zip(arms, lost):
         cells = [arm.label]
         for metric in LOSS_METRICS:
             value, spread, _ = arm.mean_score(task, metric.name)
             cells.append(numbers.plus_minus(value, spread if metric.spread else None, metric.digits))
+        cells += [numbers.percent(share, 2)] if losing else []
         cells.append(_routing(arm, task))
         rows.append(cells)
-    examples = next((score.n for arm in arms for score in arm.first.scores if score.task == task and score.n), None)
-    name = "Held-out test text" if task == HELD_OUT else TASK_NAMES.get(task, task)
+    examples = next((score.n for side in scores for score in side if score and score.n), None)
+    note = "Words are separated by white space, as WikiText is measured"
+    if losing:
+        note += "; where tokens do not hold all bytes of the text, figures per word and per byte say nothing of it"
+    elif lost and all(share == 0 for share in lost):
+        note += "; bits per byte do not depend on the tokenizer, which loses nothing of the text"
     return Table(
-        f"{name}{f', {numbers.whole(examples)} documents' if examples else ''}",
+        f"{task_name(task)}{f', {numbers.whole(examples)} documents' if examples else ''}",
         [
             Column("Arm", text=True),
             *(Column(metric.head, metric.unit) for metric in LOSS_METRICS),
+            *([Column("Lost", "% of the bytes")] if losing else []),
             Column("Routing", text=True),
         ],
         rows,
-        "Words are separated by white space, as WikiText is measured; bits per byte do not depend on the tokenizer."
-        + _spread_note(results, "the documents"),
-        _best(arms, lambda arm, column: arm.mean_score(task, LOSS_METRICS[column].name)[0], len(LOSS_METRICS)),
+        f"{note}.{_spread_note(results, 'the documents')}",
+        frozenset(
+            (row, column + 1)
+            for column, metric in enumerate(LOSS_METRICS)
+            for row in best_rows([arm.mean_score(task, metric.name)[0] for arm in arms])
+        ),
     )
+
+
+def task_name(task: str) -> str:
+    return TASK_NAMES.get(task, task)
 
 
 def loss_tasks(results: Results, budget: float | None) -> list[str]:
     """Texts that are measured as perplexity, the run's own test text first."""
-    tasks = {
-        score.task for arm in results.arms(budget) for score in arm.first.scores if score.metric == "word_perplexity"
-    }
+    tasks = {score.task for arm in results.arms(budget) for score in arm.first.scores if score.metric == "loss"}
     return sorted(tasks, key=lambda task: (task != HELD_OUT, task))
 
 
@@ -211,14 +237,19 @@ def few_shot_scores(results: Results, budget: float | None) -> dict[str, list[Sc
 def few_shot_table(results: Results, budget: float | None) -> Table:
     arms = results.arms(budget)
     rows = []
-    for task, scores in few_shot_scores(results, budget).items():
+    shown = few_shot_scores(results, budget)
+    cut = any(score.prompts_cut for scores in shown.values() for score in scores if score is not None)
+    for task, scores in shown.items():
         known = [score for score in scores if score is not None]
+        if results.different_texts(budget, task):
+            continue  # said by `refusals`
         chance = known[0].chance
         cells = [TASK_NAMES.get(task, task), known[0].metric, numbers.whole(known[0].n)]
         cells.append("–" if chance is None else numbers.fixed(100 * chance, 1))
         for arm in arms:
             value, spread, _ = arm.mean_score(task, known[0].metric)
             cells.append(numbers.accuracy(value, spread))
+        cells += [_range([score.prompts_cut for score in known])] if cut else []
         cells.append(", ".join(sorted({score.routing for score in known})))
         rows.append(cells)
     what = "standard deviation over seeds" if len(results.seeds) > 1 else "standard error over the examples"
@@ -230,12 +261,29 @@ def few_shot_table(results: Results, budget: float | None) -> Table:
             Column("Examples"),
             Column("Chance", "%"),
             *(Column(arm.label) for arm in arms),
+            *([Column("Cut", "of the prompts")] if cut else []),
             Column("Routing", text=True),
         ],
         rows,
         f"± is the {what}. A score within two of them of chance says nothing about the model, and of few examples "
-        "little.",
+        "little." + (" A prompt that is cut lost its beginning, examples included: it did not fit." if cut else ""),
     )
+
+
+def refusals(results: Results, budget: float | None) -> list[str]:
+    """A sentence for each evaluation whose figures are of different texts, and are not compared therefore."""
+    found = {
+        score.task
+        for arm in results.arms(budget)
+        for score in arm.first.scores
+        if score.headline or score.suite == "own"
+    }
+    return [
+        f"{task_name(task)}: not compared, because it is of different text ({different}). `mor compare run` evaluates "
+        "what was evaluated otherwise again."
+        for task in (VALIDATION, *sorted(found))
+        if (different := results.different_texts(budget, task))
+    ]
 
 
 def speed_table(results: Results, budget: float | None) -> Table:
@@ -288,6 +336,9 @@ def skipped_table(results: Results) -> Table | None:
 
 
 TASK_NAMES = {
+    HELD_OUT: "Held-out test text",
+    VALIDATION: "Validation text",
+    "routing": "Loss by routing",
     "own_last_word": "Last word (own)",
     "own_continuation": "Continuation (own)",
     "own_word_order": "Word order (own)",
@@ -325,11 +376,17 @@ def _spread_note(results: Results, over: str) -> str:
     )
 
 
-def _best(arms: list[Arm], value, columns: int) -> frozenset[tuple[int, int]]:
-    """Cells with the lowest value of each column; column 0 holds the arms' names."""
-    best = set()
-    for column in range(columns):
-        values = [(current, row) for row, arm in enumerate(arms) if (current := value(arm, column)) is not None]
-        if len(values) > 1:
-            best.add((min(values)[1], column + 1))
-    return frozenset(best)
+def best_rows(values: Sequence[float | None]) -> list[int]:
+    """Where the lowest value stands: at several places when it is a tie, nowhere with fewer than two to compare. What
+    is not finite is never the best.
+    """
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < 2:
+        return []
+    lowest = min(finite)
+    return [row for row, value in enumerate(values) if value == lowest]
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return numbers.whole(high) if low == high else f"{numbers.whole(low)} to {numbers.whole(high)}"

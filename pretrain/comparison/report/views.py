@@ -7,8 +7,8 @@ from __future__ import annotations
 from pretrain.comparison.report import numbers
 from pretrain.comparison.report.paper import PaperRow, paper_loss, paper_row
 from pretrain.comparison.report.records import RunRecord
-from pretrain.comparison.report.results import Arm, Results
-from pretrain.comparison.report.tables import Column, Table
+from pretrain.comparison.report.results import VALIDATION, Arm, Results
+from pretrain.comparison.report.tables import Column, Table, best_rows
 
 
 def validation_loss(arm: Arm) -> float | None:
@@ -18,10 +18,10 @@ def validation_loss(arm: Arm) -> float | None:
 
 def budgets_table(results: Results) -> Table | None:
     """Causal validation loss of every arm at every budget, the paper's beside it where it has one; None with one
-    budget.
+    budget, or where arms were validated on different texts.
     """
     budgets = sorted(budget for budget in results.budgets if budget is not None)
-    if len(budgets) < 2:
+    if len(budgets) < 2 or any(results.different_texts(budget, VALIDATION) for budget in budgets):
         return None
     arms = {name: [results.arm(name, budget) for budget in budgets] for name in results.experiment.arms}
     paper = {
@@ -32,17 +32,15 @@ def budgets_table(results: Results) -> Table | None:
     }
     with_paper = [budget for budget in budgets if any(key[1] == budget for key in paper)]
     columns = [Column("Arm", text=True)]
-    rows = [[results.experiment.label(name)] for name in arms]
+    rows = [[results.label(name)] for name in arms]
     best: set[tuple[int, int]] = set()
     for index, budget in enumerate(budgets):
-        losses = {}
+        losses: list[float | None] = []
         for row, cells in enumerate(arms.values()):
             loss, spread = cells[index].mean(lambda run: run.final_validation("causal"))
             rows[row].append(numbers.plus_minus(loss, spread, 4))
-            if loss is not None:
-                losses[row] = loss
-        if len(losses) > 1:
-            best.add((min(losses, key=losses.__getitem__), len(columns)))
+            losses.append(loss)
+        best |= {(row, len(columns)) for row in best_rows(losses)}
         columns.append(Column(numbers.power_of_ten(budget), "measured"))
         if budget in with_paper:
             columns.append(Column("", "paper"))
@@ -58,7 +56,11 @@ def budgets_table(results: Results) -> Table | None:
 
 
 def equal_tokens_table(results: Results, budget: float | None) -> Table | None:
-    """The runs at the number of tokens that all of them saw; None where they all end there."""
+    """The runs at the number of tokens that all of them saw; None where they all end there, or were validated on
+    different texts.
+    """
+    if results.different_texts(budget, VALIDATION):
+        return None
     arms = [arm for arm in results.arms(budget) if arm.first.tokens and arm.first.validation.get("causal")]
     ends = [arm.first.tokens or 0.0 for arm in arms]
     if len(arms) < 2 or max(ends) <= 1.01 * min(ends):

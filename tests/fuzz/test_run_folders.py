@@ -1,0 +1,143 @@
+"""Run folders from elsewhere, damaged or made up: read by `mor runs`, the report and the progress of a comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pretrain.cli.runs import describe
+from pretrain.comparison.experiment import Experiment, Trial
+from pretrain.comparison.progress import Progress
+from pretrain.comparison.report.build import print_results, write_report
+from pretrain.comparison.report.records import read_run
+from pretrain.comparison.report.results import Results, read_results
+from pretrain.run_folder import RunFolder
+from tests.comparison.synthetic import network, write_run
+from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+
+FILES = ("metrics.jsonl", "status.json", "recipe.yaml", "plan.json", "environment.json")
+SUITES = ("perplexity", "routing", "blimp", "mmlu")
+_STATES = {"finished", "running", "failed", "stopped", "absent", "unreadable"}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = write_run(tmp_path_factory.mktemp("good") / "mor", "mor", budget=2e13)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[-12:]))
+    return run
+
+
+def mutation(run: Path, source: random.Random) -> tuple[str, bytes]:
+    """One file of the run, changed: its name and content."""
+    name = source.choice([*FILES, "metrics.jsonl", *(f"evaluation/{suite}.json" for suite in SUITES)])
+    content = (run / name).read_bytes()
+    match source.randrange(4):
+        case 0:
+            return name, mutate_bytes(content, source)
+        case 1:
+            return name, mutate_text(content.decode(), source).encode("utf-8", "surrogatepass")
+    if name == "recipe.yaml":
+        return name, mutate_text(content.decode(), source).encode("utf-8", "surrogatepass")
+    if name == "metrics.jsonl":
+        records = [json.loads(line) for line in content.splitlines()]
+        for _ in range(source.choice([1, 3])):
+            place = source.randrange(len(records))
+            records[place] = mutate_value(records[place], source)
+        return name, "".join(json.dumps(record) + "\n" for record in records).encode()
+    value = json.loads(content)
+    for _ in range(source.choice([1, 3])):
+        value = mutate_value(value, source)
+    return name, json.dumps(value).encode()
+
+
+@counts
+def test_one_run_folder_never_hides_the_others(good: Path, tmp_path: Path, count: int) -> None:
+    """Each reader says what is wrong with the folder, as a row or a problem, and raises nothing."""
+    run = Path(shutil.copytree(good, tmp_path / "mor"))
+
+    def use(mutated: tuple[str, bytes]) -> tuple[list[str], Any]:
+        name, content = mutated
+        (run / name).write_bytes(content)
+        try:
+            row = describe(RunFolder(run), "mor")
+            record = read_run(Trial("mor", 1, None, run), "mor", ("perplexity",))
+            with Progress([1.0], Console(file=io.StringIO())) as progress:
+                progress.begin(0, "mor", 10)
+                progress.follow(RunFolder(run))
+            return row, record
+        finally:
+            shutil.copyfile(good / name, run / name)
+
+    def changed(mutated: tuple[str, bytes], result: tuple[list[str], Any]) -> str | None:
+        row, record = result
+        if len(row) != 7 or not all(isinstance(cell, str) for cell in row):
+            return f"no row of seven texts: {row}"
+        if record.state == "unreadable" and not record.problem:
+            return "unreadable without a reason"
+        if record.problem is not None and ("Traceback" in record.problem or len(record.problem) > 2000):
+            return f"no sentence: {record.problem}"
+        return None
+
+    outcome = drive(count, lambda source: mutation(run, source), use, changed=changed)
+    assert outcome.used == count
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_report_of_odd_runs_is_whole(good: Path, tmp_path: Path, count: int) -> None:
+    """Page, Markdown, spreadsheet and terminal of three arms, of which two are odd."""
+    for arm in ("vanilla", "mor", "other"):
+        shutil.copytree(good, tmp_path / arm)
+    made = Experiment.model_validate(
+        {"name": "odd", "runs": str(tmp_path), "base": {"seed": 1}, "arms": {"vanilla": {}, "mor": {}, "other": {}}}
+    )
+
+    def make(source: random.Random) -> list[tuple[str, str, bytes]]:
+        return [(arm, *readable(good, tmp_path / arm, source)) for arm in ("mor", "other")]
+
+    def use(mutated: list[tuple[str, str, bytes]]) -> tuple[Results, list[str]]:
+        for arm, name, content in mutated:
+            (tmp_path / arm / name).write_bytes(content)
+        try:
+            results = read_results(made)
+            index = write_report(results, "odd.yaml")
+            stream = io.StringIO()
+            print_results(results, Console(file=stream, width=200))
+            files = [index.with_name(name).read_text(encoding="utf-8") for name in ("index.html", "report.md")]
+            return results, [*files, stream.getvalue()]
+        finally:
+            for arm, name, _ in mutated:
+                shutil.copyfile(good / name, tmp_path / arm / name)
+
+    def changed(mutated: Any, result: tuple[Results, list[str]]) -> str | None:
+        results, texts = result
+        odd = [record for record in results.records if record.state not in _STATES and not record.problem]
+        if odd:
+            return f"state {odd[0].state!r} without a problem"
+        hostile = [sign for text in texts for sign in ("\x1b", "\x00", "\u202e") if sign in text]
+        return f"{hostile} is shown" if hostile else None
+
+    drive(count, make, use, changed=changed)
+
+
+def readable(good: Path, run: Path, source: random.Random) -> tuple[str, bytes]:
+    """A mutation that leaves the run readable: what is read is then drawn."""
+    while True:
+        name, content = mutation(good, source)
+        (run / name).write_bytes(content)
+        record = read_run(Trial(run.name, 1, None, run), run.name)
+        shutil.copyfile(good / name, run / name)
+        if record.state != "unreadable" and content != (good / name).read_bytes():
+            return name, content
+
+
+def test_the_run_that_is_mutated_is_a_good_one(good: Path) -> None:
+    record = read_run(Trial("mor", 1, None, good), "mor", ("perplexity",))
+    assert record.problem is None and record.config == network("mor") and len(record.training) > 3
