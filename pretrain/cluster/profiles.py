@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError, RecipeError
+from pretrain.messages import first_problem
 from pretrain.yaml_input import read_yaml
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -65,9 +66,9 @@ class Profile(BaseModel):
             return value
         for name, text in value.items():
             if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name!r} is no name of a variable")
+                raise ValueError(f"variable {name!r} has no name that a shell takes")
             if not isinstance(text, str) and type(text) is not int:
-                raise ValueError(f"{name} is {text!r}; write its value as text, in quotes")
+                raise ValueError(f"variable {name} is {text!r}; write its value as text, in quotes")
         return {name: str(text) for name, text in value.items()}
 
     @field_validator("*")
@@ -120,7 +121,7 @@ def load_profile(name: str | None, **changes: Any) -> Profile:
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
-        raise LaunchError(_first_fault(error)) from None
+        raise LaunchError(first_problem(error, Profile)) from None
 
 
 def _read(file: Path) -> _File | None:
@@ -133,21 +134,4 @@ def _read(file: Path) -> _File | None:
     try:
         return _File.model_validate({} if values is None else values)
     except ValidationError as error:
-        raise LaunchError(f"{file}: {_first_fault(error)}") from None
-
-
-def _first_fault(error: ValidationError) -> str:
-    import difflib
-
-    fault = error.errors()[0]
-    place = plain(".".join(str(part) for part in fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        known = [*Profile.model_fields, "default", "clusters"]
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        return f"unknown key '{place}'; " + (f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}.")
-    if fault["type"] == "missing":
-        return f"'{place}' is missing."
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] != "value_error":
-        message = f"{message[:1].lower()}{message[1:]}, not {fault['input']!r:.100}"
-    return plain(f"{place or 'the file'}: {message}.")
+        raise LaunchError(f"{file}: {first_problem(error, _File)}") from None
