@@ -27,7 +27,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation.held_out import text_identity
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.perplexity import NEED_WHOLE_TEXT, jackknife
-from pretrain.evaluation.points import counting_ties, with_shared_points
+from pretrain.evaluation.points import counting_ties, shared_points
 from pretrain.evaluation.suites import skipped
 from pretrain.evaluation.task_files import TaskPlan
 
@@ -49,6 +49,11 @@ class Sample:
         """Log-likelihoods of the answers; none of generated text."""
         values = [request.resps[0] for request in self.requests]
         return [value[0] if isinstance(value, tuple) else value for value in values if not isinstance(value, str)]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every answer has a likelihood."""
+        return all(map(math.isfinite, self.nats))
 
 
 def run_tasks(
@@ -109,7 +114,7 @@ def _records_of(name: str, plan: TaskPlan) -> Iterator[None]:
     """Whatever the harness makes of records that are not what the task wants becomes a `DataError`."""
     try:
         yield
-    except (DataError, UserError, ConfigError):
+    except (DataError, UserError, ConfigError, OSError, MemoryError):
         raise
     except Exception as error:
         places = ", ".join(map(str, plan.files.get(name, []))) or "its data on the hub"
@@ -143,14 +148,11 @@ def _judge(task: Any) -> list[Sample]:
         with np.errstate(all="ignore"):  # where the network gives no numbers, which `_figures` says
             metrics = task.process_results(doc, answers)
         sample = Sample(doc, requests, metrics)
-        if not all(map(math.isfinite, sample.nats)):
-            samples.append(sample)
-            continue
-        if task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
-            metrics = with_shared_points(metrics, task, doc, answers)
-        elif task.OUTPUT_TYPE == "loglikelihood" and "acc" in metrics:
-            metrics = {**metrics, "acc": float(answers[0][1])}
-        samples.append(Sample(doc, requests, metrics))
+        if sample.finite and task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
+            metrics.update(shared_points(metrics, task, doc, answers))
+        elif sample.finite and task.OUTPUT_TYPE == "loglikelihood" and "acc" in metrics:
+            metrics["acc"] = float(answers[0][1])
+        samples.append(sample)
     return samples
 
 
@@ -186,7 +188,7 @@ def _figures(task: Any, samples: Sequence[Sample], model: HarnessModel) -> dict[
     stderr: dict[str, float | None] = {}
     documents: dict[str, Any] = {}
     rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
-    not_finite = sum(not all(map(math.isfinite, sample.nats)) for sample in samples)
+    not_finite = sum(not sample.finite for sample in samples)
     for name in samples[0].metrics:
         items = [sample.metrics[name] for sample in samples]
         metrics[name], stderr[name] = _aggregate(task.aggregation()[name], items) if not not_finite else _NO_NUMBER

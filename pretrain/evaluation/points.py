@@ -30,10 +30,10 @@ def share(values: Sequence[float], right: Sequence[int]) -> float:
     return sum(number in right for number in tied) / len(tied)
 
 
-def with_shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
-    """The harness's judgement of a question with options (`process_results`), with the points of ties shared.
+def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
+    """What the harness's judgement of a question with options (`process_results`) becomes where options tie.
 
-    Metrics that count predictions, such as F1, become `Tied` where options tie.
+    Metrics that count predictions, such as F1, become `Tied` then; those that know no ties are left out.
 
     Args:
         answers: of every option; for mutual information, followed by those without the question.
@@ -59,7 +59,7 @@ def with_shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Seq
         shared |= {
             name: Tied([(judged[name][0], number) for number in tied]) for name in ("f1", "mcc") if name in judged
         }
-    return {**judged, **shared}
+    return shared
 
 
 class Tied(tuple[tuple[int, int], ...]):
