@@ -15,6 +15,7 @@ from pretrain.checkpoint_manifest import read_manifest
 from pretrain.ds_config import zero_stage
 from pretrain.engine import peak_flops
 from pretrain.environment import Ranks
+from pretrain.errors import RunError
 from pretrain.memory import estimate_memory
 from pretrain.memory import format_bytes as size
 from pretrain.partitioning import STAGES, explain
@@ -126,13 +127,18 @@ def _suites(prepared: Prepared) -> list[str]:
 
 def _going_on(prepared: Prepared, ranks: Ranks) -> list[str]:
     """What a start with so many ranks would go on from, or why it could not."""
-    found = sorted(list_checkpoints(prepared.folder.checkpoints))
-    if not found:
-        return []
-    newest = prepared.folder.checkpoints / found[-1][1]
-    describe = {"world_size": ranks.world_size, **prepared.shape}
-    refusal = refuse_shape(newest, read_manifest(newest), describe, prepared.recipe.checkpoint)
-    return [f"  goes on from     {newest.name if refusal is None else f'nothing: {refusal}'}"]
+    lines = []
+    for _, name in sorted(list_checkpoints(prepared.folder.checkpoints), reverse=True):
+        checkpoint = prepared.folder.checkpoints / name
+        try:
+            manifest = read_manifest(checkpoint)
+        except RunError as error:
+            lines.append(f"  passes over      {name}: {error}")
+            continue
+        describe = {"world_size": ranks.world_size, **prepared.shape}
+        refusal = refuse_shape(checkpoint, manifest, describe, prepared.recipe.checkpoint)
+        return [*lines, f"  goes on from     {name if refusal is None else f'nothing: {refusal}'}"]
+    return lines
 
 
 def _minutes(recipe: Recipe) -> str:

@@ -231,6 +231,7 @@ def test_a_checkpoints_description_by_somebody_who_knows_its_checksum(count: int
     assert outcome.used > count / 50 and outcome.refused > count / 4
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @counts
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_file_of_a_checkpoint(count: int, tmp_path: Path, inner: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor_model.config import ModelConfig
+from mor_model.hub.configuration_mor import MorConfig
 from mor_model.hub.llama import from_llama, llama_config, to_llama
 from mor_model.model import RecursiveTransformer
 from tests.mor_model.cases import assert_near
@@ -81,3 +82,9 @@ def test_weights_survive_the_way_to_llama_and_back(name):
     back = from_llama(to_llama(state, model.config), model.config, "checkpoint")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("network", [{}, [], "x", {"vocab_size": 3}])
+def test_an_exported_configuration_without_a_whole_network_is_refused_in_a_sentence(network):
+    with pytest.raises(ValueError, match=r"config\.json: its network has no \w+; export the model again"):
+        MorConfig(network=network)

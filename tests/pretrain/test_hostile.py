@@ -251,6 +251,11 @@ def test_a_dry_run_says_what_a_run_goes_on_from_and_a_damaged_status_does_not_ke
     assert code == 0 and "goes on from     step-00000001" in printed, printed
     code, printed = one_rank.run("--config", str(recipe), "--dry-run", "deepspeed.config=zero1")
     assert code == 0 and "goes on from     nothing: " in printed and "zero_stage 3" in printed, printed
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "checkpoint.json").write_text("{}", encoding="utf-8")
+    code, printed = one_rank.run("--config", str(recipe), "--dry-run")
+    assert code == 0 and "passes over      step-00000002: " in printed, printed
+    assert "goes on from     step-00000001" in printed, printed
     (tmp_path / "run" / "status.json").write_bytes(b"")
     code, printed = one_rank.run("--config", str(recipe))
     assert code == 0 and "resuming at step 1" in printed, printed
