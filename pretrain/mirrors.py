@@ -95,7 +95,8 @@ class _TensorBoard:
         if not any(self._folder.glob("events.*")):
             self._writer = SummaryWriter(str(self._folder))
             return
-        last, kept = 0, []
+        last = 0
+        kept: list[dict[str, Any]] = []
         for record in self._run.metrics() if self._run.metrics_file.is_file() else ():
             if record["kind"] != "event" and record["step"] > last:
                 last = record["step"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pretrain.comparison.report import numbers, tables, views
+from pretrain.comparison.report.drawing import Picture
 from pretrain.comparison.report.findings import equal_cost, findings
 from pretrain.comparison.report.pictures import (
-    Picture,
     budget_picture,
     depth_picture,
     few_shot_picture,

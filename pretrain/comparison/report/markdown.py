@@ -6,7 +6,7 @@ import re
 
 from data_prep.plain_text import markdown_text, plain
 from pretrain.comparison.report.document import Document, Section
-from pretrain.comparison.report.pictures import Picture
+from pretrain.comparison.report.drawing import Picture
 from pretrain.comparison.report.tables import Table
 
 

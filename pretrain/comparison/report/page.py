@@ -7,7 +7,7 @@ from importlib import resources
 
 from data_prep.plain_text import plain
 from pretrain.comparison.report.document import Document, Section
-from pretrain.comparison.report.pictures import ARM_COLOURS, Picture
+from pretrain.comparison.report.drawing import ARM_COLOURS, Picture
 from pretrain.comparison.report.tables import Column, Table
 
 _LONG = 40  # characters beyond which a cell may break into lines

@@ -1,56 +1,38 @@
-"""The report's pictures: SVG drawn with matplotlib, in colours that the page's style sheet decides.
-
-Every colour here is a stand-in that becomes a CSS variable, so that one drawing serves light, dark and print. Each
-picture is drawn twice, wide and narrow, and the page shows the one that can be read at its width.
-"""
+"""The report's pictures: curves, bars of depth, intervals of scores."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 
 from pretrain.comparison.report import numbers
+from pretrain.comparison.report.drawing import (
+    FAINT,
+    INK,
+    PAPER,
+    Picture,
+    arm_colour,
+    make_picture,
+    marker,
+    name_legend,
+    new_figure,
+)
 from pretrain.comparison.report.records import Curve, RunRecord
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
 from pretrain.comparison.report.scores import Score
 from pretrain.comparison.report.statistics import wilson_interval
 from pretrain.comparison.report.tables import few_shot_scores, task_name
 
-ARM_COLOURS = 8
-_INK, _FAINT, _RULE, _PAPER = "#b00001", "#b00002", "#b00003", "#b00004"
-_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _RULE: "--rule", _PAPER: "--paper"}
-_VARIABLES |= {f"#a0000{i}": f"--arm-{i + 1}" for i in range(ARM_COLOURS)}
 # One hue, light to dark with depth, and the text that can be read on it; the same by day and by night.
 _DEPTH_COLOURS = ("#d9dde2", "#c6dcf0", "#74aed6", "#2b6ca8", "#0d3c6e", "#08264a", "#051a33")
 _DEPTH_TEXT = ("#222222", "#222222", "#222222", "#ffffff", "#ffffff", "#ffffff", "#ffffff")
 _DEPTH_KINDS = {"causal": "causal", "topk": "top-k", "training": "in training"}
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_WIDE, _NARROW = 840, 380
 _POINTS = 300
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure: SVG for wide and narrow pages, a title, a caption, and what it shows in words for those who cannot
-    see it.
-    """
-
-    title: str
-    caption: str
-    alternative: str
-    wide: str
-    narrow: str
 
 
 def loss_picture(results: Results, budget: float | None) -> Picture | None:
@@ -61,7 +43,7 @@ def loss_picture(results: Results, budget: float | None) -> Picture | None:
     if not arms:
         return None
     largest = max(arm.first.training.flops[-1] for arm in arms)
-    return _picture(
+    return make_picture(
         "Loss against training FLOPs",
         "Validation loss with causal routing (marks) and training loss, smoothed (thin lines), in nats per token, "
         "against training FLOPs as "
@@ -77,7 +59,7 @@ def tokens_picture(results: Results, budget: float | None) -> Picture | None:
     if not arms:
         return None
     largest = max(arm.first.training.tokens[-1] for arm in arms)
-    return _picture(
+    return make_picture(
         "The same losses against tokens",
         "At equal FLOPs the arms see different numbers of tokens; here each is drawn against the tokens it has seen.",
         "; ".join(_describe(arm) for arm in arms),
@@ -108,7 +90,7 @@ def depth_picture(results: Results, budget: float | None) -> Picture | None:
         f"{label}: " + ", ".join(f"{numbers.percent(s, 0)} take {d}" for d, s in enumerate(shares) if s >= 0.005)
         for label, shares in bars
     ]
-    return _picture(
+    return make_picture(
         "Depth of tokens",
         "Share of tokens by the number of recursion steps they took, on the held-out test text where it was evaluated. "
         "Causal routing is what the model does when it generates; top-k is the selection of training.",
@@ -127,7 +109,7 @@ def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
     if not scores:
         return None
     arms = results.arms(budget)
-    return _picture(
+    return make_picture(
         "Few-shot accuracy",
         "Accuracy with 95 % intervals (Wilson's, over the examples); the short vertical line is chance.",
         "The numbers are in the table that follows.",
@@ -155,7 +137,7 @@ def budget_picture(results: Results, value: Callable[[Arm], float | None]) -> Pi
         return None
     labels = {name: results.label(name) for name in lines}
     order = list(results.experiment.arms)
-    return _picture(
+    return make_picture(
         "Loss at every budget",
         "Causal validation loss at the end of training with each budget of training FLOPs (both axes logarithmic).",
         "; ".join(
@@ -165,57 +147,11 @@ def budget_picture(results: Results, value: Callable[[Arm], float | None]) -> Pi
     )
 
 
-def _picture(title: str, caption: str, alternative: str, draw: Callable[[int], Figure]) -> Picture:
-    with matplotlib.rc_context(_STYLE):
-        return Picture(
-            title, caption, alternative, _svg(draw(_WIDE), f"{title}-wide"), _svg(draw(_NARROW), f"{title}-narrow")
-        )
-
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "font.size": 12.5,
-    "axes.titlesize": 12.5,
-    "axes.labelsize": 12.5,
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "axes.edgecolor": _RULE,
-    "axes.titlecolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _FAINT,
-    "ytick.labelcolor": _FAINT,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "figure.constrained_layout.use": True,
-}
-
-
-def _figure(width: int, height: int) -> Figure:
-    # One unit of the drawing is one CSS pixel at the width the picture is made for.
-    return Figure(figsize=(width / 72, height / 72), dpi=72)
-
-
-def _arm_colour(index: int) -> str:
-    return f"#a0000{index % ARM_COLOURS}"
-
-
-def _marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
-
-
 def _draw_curves(
     arms: list[Arm], width: int, largest: float, axis: Callable[[Curve], list[float]], label: str
 ) -> Figure:
     narrow = width < 600
-    figure = _figure(width, 620 if narrow else 350)
+    figure = new_figure(width, 620 if narrow else 350)
     panels = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
     exponent = math.floor(math.log10(largest)) if largest > 0 else 0
     largest = largest or 1.0
@@ -240,7 +176,7 @@ def _draw_curves(
         panel.grid(axis="y")
         panel.tick_params(length=3)
         panel.set_xlabel(f"{label} ({_ten(exponent)})")
-        panel.set_title("the end of training" if start else "nats per token", loc="left", color=_FAINT)
+        panel.set_title("the end of training" if start else "nats per token", loc="left", color=FAINT)
         if not start:
             _legend(panel, ends)
     return figure
@@ -250,7 +186,7 @@ def _draw_run(
     panel: Axes, record: RunRecord, index: int, unit: float, axis: Callable[[Curve], list[float]], main: bool
 ) -> Curve:
     """Draw one run and return the curve that the panel should be fitted to: validation where there is any."""
-    colour = _arm_colour(index)
+    colour = arm_colour(index)
     if main:  # the noise of one seed is enough to see
         x, y = _thin([value / unit for value in axis(record.training)], _smooth(record.training.values))
         panel.plot(x, y, color=colour, linewidth=0.9, alpha=0.4, solid_capstyle="round")
@@ -259,9 +195,9 @@ def _draw_run(
         return record.training
     places = [value / unit for value in axis(validation)]
     marks: dict[str, Any] = {
-        "marker": _marker(index),
+        "marker": marker(index),
         "markersize": 5.2,
-        "markeredgecolor": _PAPER,
+        "markeredgecolor": PAPER,
         "markeredgewidth": 0.7,
     }
     panel.plot(places, validation.values, color=colour, linewidth=1.6 if main else 0.9, **(marks if main else {}))
@@ -274,24 +210,24 @@ def _legend(panel: Axes, ends: list[tuple[float, int, str]]) -> None:
     for row, (_, index, label) in enumerate(lowest_last):
         top = 0.97 - 0.085 * row
         style: dict[str, Any] = {
-            "color": _arm_colour(index),
+            "color": arm_colour(index),
             "linewidth": 1.8,
-            "marker": _marker(index),
+            "marker": marker(index),
             "markersize": 5.5,
         }
         panel.plot([0.50, 0.53, 0.56], [top] * 3, transform=panel.transAxes, markevery=[1], **style)
-        panel.text(0.58, top, label, transform=panel.transAxes, color=_INK, va="center")
+        panel.text(0.58, top, label, transform=panel.transAxes, color=INK, va="center")
 
 
 def _draw_depths(bars: list[tuple[str, list[float]]], width: int) -> Figure:
     narrow = width < 600
-    figure = _figure(width, 46 + (46 if narrow else 34) * len(bars))
+    figure = new_figure(width, 46 + (46 if narrow else 34) * len(bars))
     panel = figure.subplots()
     for place, (label, shares) in enumerate(bars):
         left = 0.0
         for depth, share in enumerate(shares):
             tone = min(depth, len(_DEPTH_COLOURS) - 1)
-            style: dict[str, Any] = {"color": _DEPTH_COLOURS[tone], "edgecolor": _PAPER, "linewidth": 1.2}
+            style: dict[str, Any] = {"color": _DEPTH_COLOURS[tone], "edgecolor": PAPER, "linewidth": 1.2}
             if share > 0:
                 panel.barh(place, share, left=left, height=0.5 if narrow else 0.62, **style)
             panel.text(
@@ -309,7 +245,7 @@ def _draw_depths(bars: list[tuple[str, list[float]]], width: int) -> Figure:
     panel.set_xlim(0, 1)
     panel.set_ylim(len(bars) - 0.5, -0.75 if narrow else -0.5)
     panel.set_yticks([] if narrow else range(len(bars)), [] if narrow else [label for label, _ in bars])
-    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    panel.tick_params(axis="y", length=0, labelcolor=INK)
     panel.tick_params(axis="x", length=3)
     panel.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     panel.spines["left"].set_visible(False)
@@ -330,7 +266,7 @@ def _depth_words(depth: int, share: float, narrow: bool) -> str:
 def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: int) -> Figure:
     narrow = width < 600
     row = 22 + 13 * len(arms)
-    figure = _figure(width, 70 + row * len(scores))
+    figure = new_figure(width, 70 + row * len(scores))
     panel = figure.subplots()
     step = 0.72 / max(1, len(arms))
     marks: dict[int, Artist] = {}
@@ -340,7 +276,7 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
                 continue
             y = place - 0.36 + step * (index + 0.5)
             interval = [100 * end for end in wilson_interval(score.value, score.n or 0)]
-            colour = _arm_colour(index)
+            colour = arm_colour(index)
             panel.plot(
                 interval,
                 [y, y],
@@ -352,17 +288,17 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
                 [100 * score.value],
                 [y],
                 color=colour,
-                marker=_marker(index),
+                marker=marker(index),
                 markersize=6,
-                markeredgecolor=_PAPER,
+                markeredgecolor=PAPER,
                 linestyle="none",
             )
         chance = next((score.chance for score in values if score is not None), None)
         if chance is not None:
-            panel.plot([100 * chance] * 2, [place - 0.42, place + 0.42], color=_FAINT, linewidth=1.4)
+            panel.plot([100 * chance] * 2, [place - 0.42, place + 0.42], color=FAINT, linewidth=1.4)
     panel.set_yticks(range(len(scores)), [task_name(task) for task in scores])
     panel.set_ylim(len(scores) - 0.45, -0.55)
-    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    panel.tick_params(axis="y", length=0, labelcolor=INK)
     panel.tick_params(axis="x", length=3)
     panel.spines["left"].set_visible(False)
     panel.grid(axis="x")
@@ -376,30 +312,24 @@ def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]], width: 
         handletextpad=0.3,
         borderpad=0,
     )
-    _name(legend, [arms[index].label for index in marks])
+    name_legend(legend, [arms[index].label for index in marks])
     return figure
-
-
-def _name(legend: Legend, labels: Sequence[str]) -> None:
-    """Write the names afterwards: a legend leaves those out that begin with an underscore."""
-    for text, label in zip(legend.get_texts(), labels):
-        text.set_text(label)
 
 
 def _draw_budgets(
     lines: dict[str, list[tuple[float, float]]], labels: dict[str, str], order: list[str], width: int
 ) -> Figure:
-    figure = _figure(width, 380)
+    figure = new_figure(width, 380)
     panel = figure.subplots()
     for name, points in lines.items():
         index = order.index(name)
         panel.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color=_arm_colour(index),
-            marker=_marker(index),
+            color=arm_colour(index),
+            marker=marker(index),
             markersize=6,
-            markeredgecolor=_PAPER,
+            markeredgecolor=PAPER,
             linewidth=1.6,
             label=" ",
         )
@@ -413,8 +343,8 @@ def _draw_budgets(
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.grid(axis="y")
     panel.set_xlabel("training FLOPs")
-    panel.set_title("nats per token", loc="left", color=_FAINT)
-    _name(panel.legend(frameon=False), list(labels.values()))
+    panel.set_title("nats per token", loc="left", color=FAINT)
+    name_legend(panel.legend(frameon=False), list(labels.values()))
     return figure
 
 
@@ -422,28 +352,6 @@ def _round_ticks(low: float, high: float) -> list[float]:
     step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 1e9) if (high - low) / step <= 7)
     first = math.floor(low / step)
     return [round((first + index) * step, 6) for index in range(math.ceil(high / step) - first + 1)]
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    """The drawing as an inline SVG element: colours as CSS variables, no size of its own, ids that are its own."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    # A style element inside the drawing would be one for the whole page; style.css says the same.
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
-    # Ids such as line2d_7 are alike in every drawing and referred to by nothing.
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 var(--sans)", text)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var({variable})")
-    return text.strip()
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -167,7 +167,7 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
             "counted_flops": last.amount("flops"),
             "tokens_per_second": _median(steady, "tokens_per_second"),
             "step_seconds": _median(steady, "step_seconds"),
-            "memory_peak_bytes": max(record.amount("memory_peak_bytes", None) or 0 for record in train) or None,
+            "memory_peak_bytes": max(record.amount("memory_peak_bytes", 0) for record in train) or None,
         }
         found |= _validation(run)
         if shares := _shares_of(last.shares("active")):
@@ -198,7 +198,7 @@ def _validation(run: RunFolder) -> dict[str, Any]:
             parts = [record for record in sources.values() if key in record.values]
             if not parts:
                 continue
-            weights = [record.amount("tokens_evaluated", None) or 1 for record in parts]
+            weights = [record.amount("tokens_evaluated", 1) or 1 for record in parts]
             rows.append(parts[0])
             values.append(sum(weight * part.number(key) for weight, part in zip(weights, parts)) / sum(weights))
         if rows:
