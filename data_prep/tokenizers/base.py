@@ -13,7 +13,8 @@ class Tokenizer(ABC):
     """Text to ids and back. No id is added in front or behind, and text never turns into a control token.
 
     kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 (hex) of what decides the ids. vocab_size:
-    every id is below it. eod_id, eod_token: END_OF_DOCUMENT, put behind every document by the pipeline. path: the file.
+    every id is below it. eod_id, eod_token: END_OF_DOCUMENT, put behind every document by the pipeline. unk_id: stands
+    for text that has no ids of its own; None where all text has some. path: the file.
     """
 
     kind: str
@@ -22,6 +23,7 @@ class Tokenizer(ABC):
     vocab_size: int
     eod_id: int
     eod_token: str
+    unk_id: int | None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -42,6 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
             )
             ids: dict[str, int] = {**dict(pairs), **{a["content"]: a["id"] for a in self.content["added_tokens"]}}
             self.vocab_size = max(ids.values()) + 1
+            model = self.content["model"]
+            self.unk_id = model["unk_id"] if model.get("type") == "Unigram" else ids.get(model.get("unk_token"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DataError(f"{path} is not a Hugging Face tokenizer.json: {error!r}") from None
         decides = {key: self.content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}

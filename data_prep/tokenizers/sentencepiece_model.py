@@ -36,6 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
             wanted = f"piece {eod_token!r}" if eod_token else "end-of-sentence piece"
             raise DataError(f"{path} has no {wanted}; name the END_OF_DOCUMENT piece with --eod.")
         self.eod_token = self._model.IdToPiece(self.eod_id)
+        self.unk_id = self._model.unk_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.EncodeAsIds(list(texts))

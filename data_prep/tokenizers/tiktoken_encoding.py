@@ -20,6 +20,7 @@ class TiktokenTokenizer(Tokenizer):
     """
 
     kind = "tiktoken"
+    unk_id = None
 
     def __init__(self, name: str, eod_token: str = "") -> None:
         try:
