@@ -223,7 +223,7 @@ def _check_sources(sources: Sequence[MixtureSource], length: int) -> None:
             )
         if source.dataset.eod_id != first.dataset.eod_id:
             raise DataError(
-                f"documents end with the id {source.dataset.eod_id} in '{source.name}' ({source.dataset.path}) and with "
+                f"documents end with id {source.dataset.eod_id} in '{source.name}' ({source.dataset.path}) and with "
                 f"{first.dataset.eod_id} in '{first.name}' ({first.dataset.path}); tokenize one of them again with the "
                 "other's --eod."
             )

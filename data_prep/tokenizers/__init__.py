@@ -12,10 +12,18 @@ from data_prep.json_input import read_json
 from data_prep.manifest import TokenizerInfo
 from data_prep.tokenizers.base import Tokenizer, configured_eod
 
-__all__ = ["Tokenizer", "copy_recorded_tokenizer", "copy_tokenizer", "differences_from", "load_tokenizer"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "Tokenizer",
+    "copy_recorded_tokenizer",
+    "copy_tokenizer",
+    "differences_from",
+    "load_recorded_tokenizer",
+    "load_tokenizer",
+]
 
 TIKTOKEN_FILE = "tiktoken.json"
-_NAMES = ("tokenizer.model", "tokenizer.json", TIKTOKEN_FILE)
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", TIKTOKEN_FILE)
 
 
 def load_tokenizer(path: str | os.PathLike[str], eod_token: str = "") -> Tokenizer:
@@ -35,7 +43,7 @@ def load_tokenizer(path: str | os.PathLike[str], eod_token: str = "") -> Tokeniz
         return TiktokenTokenizer(name.removeprefix("tiktoken:"), eod_token)
     file = Path(name)
     if file.is_dir():
-        file = next((file / known for known in _NAMES if (file / known).is_file()), file)
+        file = next((file / known for known in TOKENIZER_FILES if (file / known).is_file()), file)
     if not file.is_file():
         raise DataError(
             f"no tokenizer at {path}; expected a sentencepiece .model, a Hugging Face tokenizer.json, a folder with "
@@ -82,22 +90,38 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> str:
     return name
 
 
-def copy_recorded_tokenizer(file: Path, info: TokenizerInfo, folder: Path) -> None:
+def copy_recorded_tokenizer(file: Path, info: TokenizerInfo, folder: Path) -> Path:
     """Copy the tokenizer of a data set into `folder`: `file`, which its manifest names, and no other of its folder.
 
-    Of a tiktoken encoding there is only the name, and tiktoken need not be installed here, so it is not compared.
+    Returns:
+        The copied file.
+
+    Raises:
+        DataError: the file is missing, or is not the tokenizer that the manifest describes.
+    """
+    tokenizer = load_recorded_tokenizer(file, info)
+    if tokenizer is not None:
+        return folder / copy_tokenizer(tokenizer, folder)
+    write_json(folder / file.name, {"name": encoding_name(file)})
+    write_json(folder / "tokenizer_config.json", {"eos_token": configured_eod(file.parent)})
+    return folder / file.name
+
+
+def load_recorded_tokenizer(file: Path, info: TokenizerInfo) -> Tokenizer | None:
+    """The tokenizer of a data set at `file`, which its manifest names; None for a tiktoken encoding.
+
+    Of an encoding there is only the name, and tiktoken need not be installed where the data set is used.
 
     Raises:
         DataError: the file is missing, or is not the tokenizer that the manifest describes.
     """
     if file.name == TIKTOKEN_FILE:
-        write_json(folder / file.name, {"name": encoding_name(file)})
-        write_json(folder / "tokenizer_config.json", {"eos_token": configured_eod(file.parent)})
-        return
+        encoding_name(file)
+        return None
     tokenizer = load_tokenizer(file)
     for problem in differences_from(tokenizer, info):
         raise DataError(problem)
-    copy_tokenizer(tokenizer, folder)
+    return tokenizer
 
 
 def differences_from(tokenizer: Tokenizer, info: TokenizerInfo) -> list[str]:

@@ -52,7 +52,7 @@ def make_dataset(folder: Path, *, documents: int = 300, fingerprint: str = "f" *
         fingerprint=fingerprint,
         vocabulary=VOCABULARY,
     )
-    (folder / "made-up").write_text("a tokenizer stands here", encoding="utf-8")
+    (folder / "tiktoken.json").write_text('{"name": "made-up"}', encoding="utf-8")
     return folder
 
 
