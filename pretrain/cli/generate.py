@@ -66,6 +66,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eod_id,
             depth=depth,
         )
@@ -114,9 +115,11 @@ def spell(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], depths: li
 def _coloured(prompt: str, pieces: list[tuple[str, int]]) -> Text:
     from rich.text import Text
 
-    text = Text(prompt, style="bold")
+    from data_prep.plain_text import plain
+
+    text = Text(plain(prompt, lines=True), style="bold")
     for piece, depth in pieces:
-        text.append(piece, style=f"not bold {_COLOURS[depth % len(_COLOURS)]}")
+        text.append(plain(piece, lines=True), style=f"not bold {_COLOURS[depth % len(_COLOURS)]}")
     return text
 
 
