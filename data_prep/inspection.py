@@ -27,8 +27,8 @@ def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: 
     for entry in manifest.splits[split].shards:
         if left < entry.documents:
             tokens = open_shard(data.path, entry, manifest.dtype).document(left)
-            head = f"document {number} of {split}: {len(tokens):,} tokens, source {plain(entry.source)}, shard {plain(entry.name)}"
-            return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
+            head = f"document {number} of {split}: {len(tokens):,} tokens, source {entry.source}, shard {entry.name}"
+            return "\n".join([plain(head), *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
         left -= entry.documents
     raise DataError(f"{folder} has {data.num_documents:,} documents in {split}; there is no number {number}.")
 
