@@ -25,7 +25,7 @@ from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
 from data_prep.json_input import read_json
-from data_prep.manifest import Shard, check_names
+from data_prep.manifest import SPLITS, Shard, check_names
 from data_prep.paths import inside
 from data_prep.plan import WORK, Plan, Settings
 from data_prep.shards import ShardWriter, dtype_for_vocabulary
@@ -94,6 +94,12 @@ def read_receipt(path: Path) -> Receipt:
         check_names(None, (shard for shards in receipt.shards.values() for shard in shards), path)
         for name in receipt.held_out.values():
             inside(path.parent, name, path)
+        if path.name != receipt_path(path, receipt.group, receipt.piece).name:
+            raise DataError(f"{path}: is of piece {receipt.piece} of group {receipt.group}.")
+        if not {*receipt.shards, *receipt.held_out} <= set(SPLITS):
+            raise DataError(f"{path}: has other splits than {', '.join(SPLITS)}.")
+        if any(len(counts) != _BINS for counts in receipt.lengths.values()):
+            raise DataError(f"{path}: lengths must hold {_BINS} counts for each source.")
     except (OSError, DataError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and its piece is done again.") from None
     return receipt

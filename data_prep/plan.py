@@ -89,6 +89,10 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     try:
         plan = as_dataclass(Plan, read_json(path), path)
         check_names(plan.tokenizer, (), Path(folder) / PLAN)
+        for number, group in enumerate(plan.groups):
+            pieces = 1 if group.pieces is None else group.pieces
+            if group.number != number or not group.files or pieces < 1 or group.bytes < 0 or group.piece_bytes < 0:
+                raise DataError(f"{path}: group {number} cannot be {group!r:.300}.")
     except FileNotFoundError:
         return None
     except DataError as error:

@@ -47,7 +47,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     sample = manifest.statistics.get("round_trip", {})
     yield ""
     if sample.get("words"):
-        yield f"fertility on the sample: {sample['tokens'] / sample['words']:.3f} tokens per word"
+        yield f"fertility on the sample: {sample.get('tokens', 0) / sample['words']:.3f} tokens per word"
     yield f"tokenizer: {manifest.tokenizer.kind}, {manifest.tokenizer.vocab_size:,} ids; {manifest.dtype}"
     if manifest.engine:
         fallbacks = manifest.engine.get("fallbacks", 0)

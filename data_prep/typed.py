@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ _adapter = lru_cache(TypeAdapter)
 
 
 def as_dataclass(kind: type[T], value: Any, where: object) -> T:
-    """`value`, as JSON has it, as a `kind`, with every field of the type its annotation says.
+    """`value`, as JSON has it, as a `kind`: every field is there and of the type its annotation says.
 
     Nothing is converted but lists to tuples; keys that are no fields are left out.
 
@@ -24,11 +26,28 @@ def as_dataclass(kind: type[T], value: Any, where: object) -> T:
         DataError: beginning with `where`; names the first field that is missing or of another type.
     """
     try:
-        return _adapter(kind).validate_json(json.dumps(value), strict=True)
-    except (ValidationError, RecursionError) as error:
-        if not isinstance(error, ValidationError):
-            raise DataError(f"{where}: is nested too deeply.") from None
+        made = _adapter(kind).validate_json(json.dumps(value), strict=True)
+        missing = next(_missing(asdict(made), value), "")  # type: ignore[call-overload]
+    except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = plain(".".join(map(str, first["loc"])))[:200] or "the whole"
         found = plain(repr(first["input"]))[:100]
-        raise DataError(f"{where}: {place}: {first['msg'][:200]}, found {found}; write the file again.") from None
+        raise DataError(f"{where}: {place}: {first['msg'][:200]}, found {found}; write it again.") from None
+    except RecursionError:
+        raise DataError(f"{where}: is nested too deeply; write it again.") from None
+    if missing:
+        raise DataError(f"{where}: has no {missing}; write it again.")
+    return made
+
+
+def _missing(fields: Any, value: Any, place: str = "") -> Iterator[str]:
+    """Fields, at any depth, that `value` does not have, so that their defaults were taken."""
+    if isinstance(fields, dict):
+        for name, part in fields.items():
+            if name not in value:
+                yield place + name
+            else:
+                yield from _missing(part, value[name], f"{place}{name}.")
+    elif isinstance(fields, list | tuple):
+        for number, (part, own) in enumerate(zip(fields, value)):
+            yield from _missing(part, own, f"{place}{number}.")

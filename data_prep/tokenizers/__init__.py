@@ -18,6 +18,7 @@ __all__ = [
     "copy_recorded_tokenizer",
     "copy_tokenizer",
     "differences_from",
+    "encoding_name",
     "load_recorded_tokenizer",
     "load_tokenizer",
 ]

@@ -67,7 +67,7 @@ def configured_eod(folder: Path) -> str:
     if not isinstance(config, dict):
         raise DataError(f"{path}: expected an object with eos_token, found {_short(config)}.")
     found = config.get("eos_token")
-    name = found.get("content") if isinstance(found, dict) else found or ""
+    name = found.get("content") if isinstance(found, dict) else "" if found is None else found
     if not isinstance(name, str):
         raise DataError(f"{path}: eos_token must be the name of a token, found {_short(found)}.")
     return name

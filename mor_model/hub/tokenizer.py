@@ -81,9 +81,9 @@ def _end_of_text(source: Path) -> str:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again.") from None
-    found = config.get("eos_token") or "" if isinstance(config, dict) else None
-    name = found.get("content") if isinstance(found, dict) else found
-    if not isinstance(name, str):
+    found = config.get("eos_token") if isinstance(config, dict) else config
+    name = found.get("content") if isinstance(found, dict) else "" if found is None else found
+    if not isinstance(config, dict) or not isinstance(name, str):
         raise ConfigError(f"{file}: eos_token must be the name of a token; copy the tokenizer again.")
     return name
 

@@ -60,10 +60,9 @@ def sentencepiece_unigram(path: Path, text: str, **more: Any) -> Path:
         model_writer=model,
         model_type="unigram",
         character_coverage=1.0,
-        normalization_rule_name="identity",
         hard_vocab_limit=False,
         minloglevel=2,
-        **{"vocab_size": 60, **more},
+        **{"vocab_size": 60, "normalization_rule_name": "identity", **more},
     )
     path.write_bytes(model.getvalue())
     return path
