@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.sources import Document, Group, LargeDocument, ReadOptions, expected_bytes, reader_for
+from data_prep.tokenizers.loss import lost_bytes
 
 _GROUPS = 8
 # Characters of the sample, in all: a small share of the corpus, for the reference tokenizer is slow.
@@ -45,58 +46,37 @@ def sample_documents(groups: Sequence[Group], options: ReadOptions, scratch: Pat
 
 
 def round_trip(engine: Engine, texts: Sequence[str]) -> dict[str, Any]:
-    """How many of `texts` come back from `decode(encode(text))`, and how far off the others are.
+    """How many of `texts` come back from `decode(encode(text))`, and how many of their bytes the ids do not hold.
 
     Returns:
-        documents, exact, characters, words, tokens, changed_characters (outside the longest common head and tail), and
-        an example.
+        documents, exact, bytes, words, tokens, lost_bytes (see `data_prep.tokenizers.loss`), and an example.
     """
-    names = ("documents", "exact", "characters", "words", "tokens", "changed_characters")
-    result: dict[str, Any] = dict.fromkeys(names, 0)
+    result: dict[str, Any] = dict.fromkeys(("documents", "exact", "bytes", "words", "tokens", "lost_bytes"), 0)
     result["documents"] = len(texts)
     for text in texts:
-        result["characters"] += len(text)
-        try:
-            ids = engine.encode([text])[0].tolist()
-        except UnicodeEncodeError:
-            continue
+        ids = engine.encode([text])[0].tolist()
+        result["bytes"] += len(text.encode("utf-8"))
         result["words"] += len(text.split())
         result["tokens"] += len(ids)
         back = engine.tokenizer.decode(ids)
         if back == text:
             result["exact"] += 1
             continue
-        head, changed = _difference(text, back)
-        result["changed_characters"] += changed
+        result["lost_bytes"] += lost_bytes(engine.tokenizer, text, ids)
         if "example" not in result:
+            head = next((n for n, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
             result["example"] = {"text": text[head : head + 40], "decoded": back[head : head + 40]}
     return result
 
 
 def describe_round_trip(result: dict[str, Any]) -> str:
     """One sentence for a person; empty when nothing is lost."""
-    lost = result.get("documents", 0) - result.get("exact", 0)
-    if not lost:
+    changed = result.get("documents", 0) - result.get("exact", 0)
+    if not changed:
         return ""
     example = result.get("example", {})
     return (
-        f"the tokenizer does not keep the text of {lost} of {result['documents']} sampled documents "
-        f"({result['changed_characters']:,} of {result['characters']:,} characters change; for example "
+        f"the tokenizer does not keep the text of {changed} of {result['documents']} sampled documents "
+        f"({result.get('lost_bytes', 0):,} of {result.get('bytes', 0):,} bytes are lost; for example "
         f"{example.get('text', '')!r} becomes {example.get('decoded', '')!r})."
     )
-
-
-def _difference(one: str, other: str) -> tuple[int, int]:
-    """Length of the common head, and how many characters of `one` change, line by line."""
-    head = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-    ours, theirs = one.splitlines(keepends=True), other.splitlines(keepends=True)
-    if len(ours) == len(theirs):
-        return head, sum(_middle(a, b) for a, b in zip(ours, theirs) if a != b)
-    return head, _middle(one, other)
-
-
-def _middle(one: str, other: str) -> int:
-    head = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-    shorter = min(len(one), len(other)) - head
-    tail = next((n for n in range(shorter) if one[-1 - n] != other[-1 - n]), shorter)
-    return max(len(one), len(other)) - head - tail

@@ -2,7 +2,7 @@
 
 The reference is the tokenizer's own library. fastokens computes the same ids many times faster where it can load the
 tokenizer; at start both encode a set of nasty strings and a sample of the user's documents, and on the slightest
-difference the reference is used. A text on which the accelerator raises an error goes to the reference alone.
+difference the reference is used. A text on which the accelerator fails goes to the reference alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import orjson
 import tokenizers
 
+from data_prep.errors import DataError
 from data_prep.nasty import nasty_texts
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.conversion import as_tokenizer_json
@@ -49,7 +50,7 @@ class Engine:
         tokenizer: the reference.
         name: `reference`, `fastokens` or `fastokens+digits`.
 
-    fallbacks: texts that the accelerator was not given, or failed on.
+    fallbacks: texts that the accelerator was not given, failed on, or made END_OF_DOCUMENT of.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str = REFERENCE) -> None:
@@ -68,7 +69,20 @@ class Engine:
         """Ids of all `texts` in one array `[ids]` (uint32 or int32), and where each begins, `[texts + 1]`.
 
         `continued` names the texts that continue the one before them (see `data_prep.cutting`).
+
+        Raises:
+            DataError: a text became END_OF_DOCUMENT, which only the pipeline may put behind a document.
         """
+        ids, starts = self._parts(texts, continued)
+        if (ids == self.tokenizer.eod_id).any():
+            number = int(np.searchsorted(starts, np.argmax(ids == self.tokenizer.eod_id), side="right")) - 1
+            raise DataError(
+                f"{self.tokenizer.path}: text becomes END_OF_DOCUMENT, {self.tokenizer.eod_token!r}, in the document "
+                f"with {texts[number][:60]!r}; name another token with --eod, or use another tokenizer."
+            )
+        return ids, starts
+
+    def _parts(self, texts: Sequence[str], continued: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         if not continued or self._lead is None:
             return self._encode(list(texts))
         # A tokenizer that puts a space in front of a text must not do so here: a newline, taken off again, prevents it.
@@ -88,8 +102,10 @@ class Engine:
     def _accelerated(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if not self._disputed(texts):
             try:
-                ids, starts = self._fast.encode_batch_flat(texts, split_special_tokens=True)
-                return np.frombuffer(ids, np.uint32), np.frombuffer(starts, np.int64)
+                data, starts = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+                ids = np.frombuffer(data, np.uint32)
+                if not (ids == self.tokenizer.eod_id).any():
+                    return ids, np.frombuffer(starts, np.int64)
             except BaseException as error:  # a panic in Rust is no Exception
                 if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                     raise
@@ -126,9 +142,15 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     """The fastest engine that agrees with the reference on the nasty texts and on `sample`, and what is known of it.
 
     The second value goes into the manifest: name, library versions, texts compared, and why a faster one was refused.
+
+    Raises:
+        DataError: the reference makes END_OF_DOCUMENT of its name in a text, or cannot encode a text.
     """
     reference = Engine(tokenizer)
-    texts = [*nasty_texts(), *sample]
+    end = tokenizer.eod_token
+    named = [end, f"a{end}b{end}{end}", f" {end} {end}\n{end}"]
+    reference.encode(named)
+    texts = [*nasty_texts(), *named, *sample]
     report: dict[str, Any] = {"name": REFERENCE, "refused": {}}
     report["versions"] = {_LIBRARIES[tokenizer.kind]: importlib.metadata.version(_LIBRARIES[tokenizer.kind])}
     chosen = reference

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_prep.dataset import open_shard
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.shards import Shard, ShardSummary, ShardWriter
+from data_prep.tokenizers import copy_recorded_tokenizer
 
 _PIECE = 1 << 22  # ids in memory at a time
 
@@ -46,8 +46,9 @@ def export_megatron(
     manifest = read_manifest(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target} exists already and is not empty; remove it or name another --out.")
-    if not (folder / manifest.tokenizer.file).is_file():
-        raise DataError(f"{folder / manifest.tokenizer.file} is missing; copy the data set again or rebuild it.")
+    tokenizer = folder / manifest.tokenizer.file
+    if not tokenizer.is_file():
+        raise DataError(f"{tokenizer} is missing; copy the data set again or rebuild it.")
     opened = {
         name: [open_shard(folder, entry, manifest.dtype) for entry in split.shards]
         for name, split in manifest.splits.items()
@@ -62,8 +63,8 @@ def export_megatron(
                 if progress:
                     progress(name, writer.documents)
         summaries[name] = writer.summary
-    shutil.copytree((folder / manifest.tokenizer.file).parent, target / "tokenizer")
-    return ExportReport(prefixes, summaries, target / "tokenizer" / Path(manifest.tokenizer.file).name)
+    copied = copy_recorded_tokenizer(tokenizer, manifest.tokenizer, target / "tokenizer")
+    return ExportReport(prefixes, summaries, copied)
 
 
 def copy_documents(shard: Shard, writer: ShardWriter) -> None:

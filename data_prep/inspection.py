@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.dataset import TokenDataset, open_dataset, open_shard
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
+from data_prep.plain_text import plain
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
 _LENGTH = 2048
@@ -27,7 +28,7 @@ def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: 
         if left < entry.documents:
             tokens = open_shard(data.path, entry, manifest.dtype).document(left)
             head = f"document {number} of {split}: {len(tokens):,} tokens, source {entry.source}, shard {entry.name}"
-            return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
+            return "\n".join([plain(head), *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
         left -= entry.documents
     raise DataError(f"{folder} has {data.num_documents:,} documents in {split}; there is no number {number}.")
 
@@ -69,5 +70,5 @@ def _shown(tokenizer: Tokenizer, data: TokenDataset, tokens: np.ndarray, ids: bo
         lines.append(f"--- {len(own)} tokens" + (", complete to END_OF_DOCUMENT" if ended else ", goes on"))
         if ids:
             lines.append(" ".join(map(str, own)))
-        lines.append(tokenizer.decode(own[:-1] if ended else own))
+        lines.append(plain(tokenizer.decode(own[:-1] if ended else own), lines=True))
     return lines

@@ -14,16 +14,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.files import write_json
+from data_prep.json_input import read_json
+from data_prep.paths import inside
+from data_prep.typed import as_dataclass
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
+_LONGEST_NAME = 200  # bytes of a shard's name; file systems have 255, endings included
 # What may differ between two runs that wrote the same shards; left out of the digest.
 _VOLATILE = ("created", "version", "engine")
 
@@ -136,66 +143,81 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder) / FILE_NAME
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder} is not a finished data set: it has no {FILE_NAME}. "
             "Run `python -m data_prep tokenize` (again) with this folder as --out."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}); write the data set again.") from None
     if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
         found = value.get("format_version") if isinstance(value, dict) else type(value).__name__
-        raise DataError(f"{path}: format_version {FORMAT_VERSION} was expected, found {found!r}.")
-    known = {f.name for f in fields(Manifest)}
-    try:
-        splits = {
-            name: Split(tuple(_build(Shard, shard, path) for shard in split["shards"]))
-            for name, split in value["splits"].items()
-        }
-        tokenizer = _build(TokenizerInfo, value["tokenizer"], path)
-        rest = {k: v for k, v in value.items() if k in known - {"tokenizer", "splits"}}
-        manifest = Manifest(tokenizer=tokenizer, splits=splits, **rest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: a field is missing or has the wrong type ({error!r}); write the data set again."
-        ) from None
-    _check_rest(manifest, path)
+        raise DataError(f"{path}: format_version {FORMAT_VERSION} was expected, found {found!r:.100}.")
+    manifest = as_dataclass(Manifest, value, path)
     if manifest.dtype not in ("uint16", "int32"):
-        raise DataError(f"{path}: dtype must be uint16 or int32, found {manifest.dtype!r}.")
-    unknown = set(splits) - set(SPLITS)
+        raise DataError(f"{path}: dtype must be uint16 or int32, found {manifest.dtype!r:.100}.")
+    unknown = set(manifest.splits) - set(SPLITS)
     if unknown:
-        raise DataError(f"{path}: unknown split {sorted(unknown)[0]!r}; known are {', '.join(SPLITS)}.")
+        raise DataError(f"{path}: unknown split {sorted(unknown)[0]!r:.100}; known are {', '.join(SPLITS)}.")
+    _check_rest(manifest, path)
     return manifest
 
 
+def check_names(tokenizer: TokenizerInfo | None, shards: Iterable[Shard], path: Path) -> None:
+    """Refuse names, in the manifest, plan or receipt at `path`, that are not of files inside the data set folder.
+
+    Raises:
+        DataError: names the first.
+    """
+    if tokenizer is not None:
+        inside(path.parent, tokenizer.file, path)
+    for shard in shards:
+        if not re.fullmatch(r"[^/\x00\ud800-\udfff]{1,200}", shard.name) or len(shard.name.encode()) > _LONGEST_NAME:
+            raise DataError(
+                f"{path}: a shard is named {shard.name!r:.100}, which is not a plain file name of this folder."
+            )
+
+
 def _check_rest(manifest: Manifest, path: Path) -> None:
-    for name in ("settings", "engine", "rejects", "statistics"):
-        if not isinstance(getattr(manifest, name), dict):
-            raise DataError(f"{path}: {name} must be an object, found {getattr(manifest, name)!r}.")
-    if not isinstance(manifest.sources, list):
-        raise DataError(f"{path}: sources must be a list, found {manifest.sources!r}.")
+    def check(holds: bool, what: str, found: object) -> None:
+        if not holds:
+            raise DataError(f"{path}: {what}, found {found!r:.100}.")
+
+    tokenizer, shards = manifest.tokenizer, [shard for split in manifest.splits.values() for shard in split.shards]
+    check_names(tokenizer, shards, path)
+    for counts in ((shard.tokens, shard.documents, shard.text_bytes) for shard in shards):
+        check(_are_counts(counts), "tokens, documents and text_bytes of a shard must be counts", counts)
+    check(_are_counts([tokenizer.vocab_size, tokenizer.eod_id]), "the tokenizer's ids must be counts", tokenizer)
     for source in manifest.sources:
-        counts = (
-            [source.get(key) for key in ("documents", "tokens", "text_bytes")] if isinstance(source, dict) else [None]
-        )
-        if any(not isinstance(count, int) for count in counts) or not isinstance(source.get("name"), str):
-            raise DataError(f"{path}: a source must have a name, documents, tokens and text_bytes, found {source!r}.")
-    packed = manifest.settings.get("packing") == "best-fit"
-    if packed and not isinstance(manifest.settings.get("sequence_length"), int):
-        raise DataError(f"{path}: best-fit packing needs settings.sequence_length, an integer.")
+        right = isinstance(source.get("name"), str)
+        right = right and _are_counts([source.get(key) for key in ("documents", "tokens", "text_bytes")])
+        check(right, "a source must have a name, documents, tokens and text_bytes", source)
+    settings, statistics = manifest.settings, manifest.statistics
+    length = settings.get("sequence_length", 0)
+    check(_are_counts([length]), "settings.sequence_length must be a whole number", length)
+    check(
+        settings.get("packing") != "best-fit" or length > 0, "best-fit packing needs settings.sequence_length", length
+    )
+    check(_are_counts(manifest.rejects), "rejects must be counts", manifest.rejects)
+    fallbacks = manifest.engine.get("fallbacks", 0)
+    check(_are_counts([fallbacks]), "engine.fallbacks must be a count", fallbacks)
+    filtered, lengths = statistics.get("filtered", {}), statistics.get("lengths_log2", {})
+    check(_are_counts(filtered), "statistics.filtered must be counts", filtered)
+    right = isinstance(lengths, dict) and all(isinstance(v, list) and len(v) <= 64 for v in lengths.values())
+    check(right and all(map(_are_counts, lengths.values())), "statistics.lengths_log2 must be lists of counts", lengths)
+    sample = statistics.get("round_trip", {})
+    right = isinstance(sample, dict) and _are_counts(v for key, v in sample.items() if key != "example")
+    check(right, "statistics.round_trip must be counts", sample)
+    packing = statistics.get("packing", {})
+    check(isinstance(packing, dict), "statistics.packing must be an object", packing)
+    for summary in packing.values():
+        right = isinstance(summary, dict) and {"sequences", "padding", "truncation"} <= summary.keys()
+        right = right and all(isinstance(number, (int, float)) for number in summary.values())
+        check(right or not summary or isinstance(summary, int), "statistics.packing must be numbers by split", summary)
 
 
-_T = TypeVar("_T")
-
-
-def _build(cls: type[_T], value: dict[str, Any], path: Path) -> _T:
-    """`cls(**value)` with every field present and of the type its annotation says."""
-    types = {"str": str, "int": int}
-    for f in fields(cls):  # type: ignore[arg-type]
-        found = value.get(f.name)
-        if not isinstance(found, types[str(f.type)]) or isinstance(found, bool):
-            raise DataError(f"{path}: {cls.__name__}.{f.name} must be {f.type}, found {found!r}.")
-        if isinstance(found, int) and found < 0:
-            raise DataError(f"{path}: {cls.__name__}.{f.name} is negative ({found}).")
-    return cls(**{f.name: value[f.name] for f in fields(cls)})  # type: ignore[arg-type]
+def _are_counts(values: Any) -> bool:
+    """Whether all values, of an object or a list, are whole numbers from 0 on."""
+    values = list(values.values()) if isinstance(values, dict) else values
+    if isinstance(values, (str, int, float, NoneType)):
+        return False
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)

@@ -40,6 +40,8 @@ def load_receipts(folder: Path, schedule: Schedule, retry_broken: bool = False) 
     """Give the schedule what is finished; `retry_broken`: but for pieces that met a broken file, it may be repaired."""
     for path in sorted((folder / WORK).glob("piece-*.json")):
         receipt = read_receipt(path)
+        if receipt.group >= len(schedule.groups):
+            raise DataError(f"{path} is of a group that the plan does not have; remove {folder / WORK} to begin again.")
         if retry_broken and any(receipt.rejects.get(kind) for kind in BROKEN):
             path.unlink()
             continue

@@ -82,8 +82,8 @@ class Mixture:
         seed: of the sample orders.
 
     Raises:
-        DataError: no source, names twice, different tokenizers, a source shorter than one sequence, or weights that are
-            negative, all zero, or of an unknown source.
+        DataError: no source, names twice, different tokenizers or END_OF_DOCUMENT, a source shorter than one sequence,
+            or weights that are negative, all zero, or of an unknown source.
     """
 
     def __init__(self, sources: Sequence[MixtureSource], length: int, phases: Sequence[Phase], seed: int) -> None:
@@ -220,6 +220,12 @@ def _check_sources(sources: Sequence[MixtureSource], length: int) -> None:
             raise DataError(
                 f"'{source.name}' ({source.dataset.path}) and '{first.name}' ({first.dataset.path}) were written with "
                 "different tokenizers; tokenize one of them again with the other's tokenizer."
+            )
+        if source.dataset.eod_id != first.dataset.eod_id:
+            raise DataError(
+                f"documents end with id {source.dataset.eod_id} in '{source.name}' ({source.dataset.path}) and with "
+                f"{first.dataset.eod_id} in '{first.name}' ({first.dataset.path}); tokenize one of them again with the "
+                "other's --eod."
             )
         if source.dataset.num_sequences(length) == 0:
             raise DataError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import errno
-import json
 import os
 import re
 from collections import Counter
@@ -25,12 +24,15 @@ from data_prep.cutting import Cutter, cut
 from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
-from data_prep.manifest import Shard
+from data_prep.json_input import read_json
+from data_prep.manifest import SPLITS, Shard, check_names
+from data_prep.paths import inside
 from data_prep.plan import WORK, Plan, Settings
 from data_prep.shards import ShardWriter, dtype_for_vocabulary
 from data_prep.sources import Document, Filtered, LargeDocument, Reject, SourceError, reader_for
 from data_prep.sources.base import PieceReader
 from data_prep.tokenizers import load_tokenizer
+from data_prep.typed import as_dataclass
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
 _HELD = 8 << 20  # bytes of text that wait in all
@@ -88,11 +90,19 @@ def read_receipt(path: Path) -> Receipt:
         DataError: it is damaged.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        value["shards"] = {split: [Shard(**s) for s in shards] for split, shards in value["shards"].items()}
-        return Receipt(**value)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        receipt = as_dataclass(Receipt, read_json(path), path)
+        check_names(None, (shard for shards in receipt.shards.values() for shard in shards), path)
+        for name in receipt.held_out.values():
+            inside(path.parent, name, path)
+        if path.name != receipt_path(path, receipt.group, receipt.piece).name:
+            raise DataError(f"{path}: is of piece {receipt.piece} of group {receipt.group}.")
+        if not {*receipt.shards, *receipt.held_out} <= set(SPLITS):
+            raise DataError(f"{path}: has other splits than {', '.join(SPLITS)}.")
+        if any(len(counts) != _BINS for counts in receipt.lengths.values()):
+            raise DataError(f"{path}: lengths must hold {_BINS} counts for each source.")
+    except (OSError, DataError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and its piece is done again.") from None
+    return receipt
 
 
 class PieceWorker:

@@ -10,8 +10,10 @@ from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.files import write_json
-from data_prep.manifest import TokenizerInfo
+from data_prep.json_input import read_json
+from data_prep.manifest import TokenizerInfo, check_names
 from data_prep.sources import Group, ReadOptions, SourceFiles
+from data_prep.typed import as_dataclass
 
 WORK = ".work"  # folder inside the data set folder that holds what is needed until the manifest is written
 PLAN = "plan.json"
@@ -85,21 +87,17 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     """
     path = Path(folder) / WORK / PLAN
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        settings = value["settings"]
-        options = ReadOptions(**_tuples(settings.pop("options")))
-        sources = tuple(SourceFiles(**_tuples(source)) for source in settings.pop("sources"))
-        return Plan(
-            Settings(sources=sources, options=options, **settings),
-            TokenizerInfo(**value["tokenizer"]),
-            value["engine"],
-            tuple(Group(**_tuples(group)) for group in value["groups"]),
-            value["round_trip"],
-        )
+        plan = as_dataclass(Plan, read_json(path), path)
+        check_names(plan.tokenizer, (), Path(folder) / PLAN)
+        for number, group in enumerate(plan.groups):
+            pieces = 1 if group.pieces is None else group.pieces
+            if group.number != number or not group.files or pieces < 1 or group.bytes < 0 or group.piece_bytes < 0:
+                raise DataError(f"{path}: group {number} cannot be {group!r:.300}.")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} cannot be read ({error}); remove {path.parent} to begin again.") from None
+    except DataError as error:
+        raise DataError(f"{error} Or remove {path.parent} to begin again.") from None
+    return plan
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -121,7 +119,3 @@ def changed_groups(old: Plan, new: Plan) -> list[int] | None:
         return None
     numbers = range(max(len(old.groups), len(new.groups)))
     return [number for number in numbers if old.groups[number : number + 1] != new.groups[number : number + 1]]
-
-
-def _tuples(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(part) if isinstance(part, list) else part for key, part in value.items()}

@@ -9,13 +9,14 @@ from pathlib import Path
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.manifest import Manifest
+from data_prep.plain_text import plain
 
 _BAR = 40
 
 
 def report(manifest: Manifest) -> str:
     """The statistics of a data set as text: splits, sources, document lengths, fertility, what was left out."""
-    return "\n".join(_lines(manifest))
+    return "\n".join(map(plain, _lines(manifest)))
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:
@@ -46,7 +47,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     sample = manifest.statistics.get("round_trip", {})
     yield ""
     if sample.get("words"):
-        yield f"fertility on the sample: {sample['tokens'] / sample['words']:.3f} tokens per word"
+        yield f"fertility on the sample: {sample.get('tokens', 0) / sample['words']:.3f} tokens per word"
     yield f"tokenizer: {manifest.tokenizer.kind}, {manifest.tokenizer.vocab_size:,} ids; {manifest.dtype}"
     if manifest.engine:
         fallbacks = manifest.engine.get("fallbacks", 0)

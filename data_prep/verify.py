@@ -78,7 +78,8 @@ def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], 
 
 
 def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    from data_prep.tokenizers import load_tokenizer  # brings the tokenizer libraries, which reading does without
+    # Brings the tokenizer libraries, which reading does without.
+    from data_prep.tokenizers import differences_from, load_tokenizer
 
     info = manifest.tokenizer
     if info.kind == "tiktoken":
@@ -88,13 +89,7 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     except DataError as error:
         yield str(error)
         return
-    for what, found, expected in (
-        ("fingerprint", tokenizer.fingerprint, info.fingerprint),
-        ("vocabulary size", tokenizer.vocab_size, info.vocab_size),
-        ("END_OF_DOCUMENT id", tokenizer.eod_id, info.eod_id),
-    ):
-        if found != expected:
-            yield f"{folder / info.file} has {what} {found}, the manifest says {expected}."
+    yield from differences_from(tokenizer, info)
 
 
 def _count_problems(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -171,6 +171,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    vocab_size: int | None = None,
     eos_id: int | None = None,
     depth: int | None = None,
 ) -> Generation:
@@ -183,6 +184,8 @@ def generate(
         top_k: sample among the k likeliest tokens; 0 among all.
         top_p: sample among the likeliest tokens that together hold this probability.
         seed: with the number of the prompt it fixes what is drawn, whatever else is in the batch.
+        vocab_size: size of the tokenizer, where the network's vocabulary is padded beyond it; an id from there on means
+            no text and is never chosen. None takes the network's.
         eos_id: a row ends with this token; None never ends early.
         depth: recursion steps that every token takes; None lets the router decide.
 
@@ -192,6 +195,8 @@ def generate(
     """
     prompts = [list(map(int, prompt)) for prompt in prompt_ids]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, depth)
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"generate: vocab_size {vocab_size} leaves no token to choose.")
     device = model.embedding.weight.device
     longest = max(map(len, prompts))
     valid_AN = torch.tensor([[i < len(prompt) for i in range(longest)] for prompt in prompts], device=device)
@@ -210,7 +215,7 @@ def generate(
         hidden_AND, depths_AN = advance(model, cache, rows_A, tokens_AN, valid_AN, depth)
         last_A = valid_AN.sum(1) - 1
         each_A = torch.arange(len(rows_A), device=device)
-        logits_AV = model.head(hidden_AND[each_A, last_A])
+        logits_AV = model.head(hidden_AND[each_A, last_A])[:, :vocab_size]
         next_A = pick_tokens(logits_AV, draws_BT[rows_A, step], temperature, top_k, top_p)
         for row, token, taken in zip(rows_A.tolist(), next_A.tolist(), depths_AN[each_A, last_A].tolist()):
             generation.tokens[row].append(token)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.dataset import TokenDataset, open_dataset
+from data_prep.errors import DataError
+from data_prep.json_input import read_json
+from data_prep.manifest import TokenizerInfo
 from data_prep.mixture import Mixture, MixtureSource, Phase
+from data_prep.tokenizers import TOKENIZER_FILES, load_recorded_tokenizer, load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.batches import SampleSource
 from pretrain.errors import RecipeError
 from pretrain.plan import Plan
 from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
 from pretrain.sections import Source
 from pretrain.validation import ValidationSet, spread
 
@@ -28,7 +33,7 @@ class OpenedData:
         source: training sequences by sample number; validation: one set per source, empty where the data has no
             validation split.
         fingerprint, manifest: of the tokenizer and of the data, as plan.json records them.
-        tokenizer: folder of the tokenizer, its END_OF_DOCUMENT included, to copy into the run folder.
+        tokenizer: its file in the data set folder; tokenizer_info: what the manifest says of it.
         end_of_document: id of that token.
     """
 
@@ -37,6 +42,7 @@ class OpenedData:
     fingerprint: str
     manifest: str
     tokenizer: Path
+    tokenizer_info: TokenizerInfo
     end_of_document: int
 
 
@@ -46,7 +52,8 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
     Raises:
         DataError: for a missing, truncated or changed shard, a folder that is no data set, or data sets that do not go
             together.
-        RecipeError: when the data does not go with the network: a larger vocabulary, too little text for a sequence.
+        RecipeError: when the data does not go with the network: a larger vocabulary, too little text for a sequence,
+            weights to start from that another tokenizer belongs to.
     """
     length = recipe.batch.sequence_length
     sources = _sources(recipe)
@@ -61,15 +68,41 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
     digests = [
         f"{source.label} {source.subset} {part.dataset.manifest_digest}" for source, part in zip(sources, datasets)
     ]
+    first = datasets[0].dataset
+    load_recorded_tokenizer(first.tokenizer_path, first.manifest.tokenizer)  # before training, so that it can be copied
+    if recipe.initial_weights is not None and recipe.initial_weights_tokenizer == "same":
+        _check_initial_weights(Path(recipe.initial_weights), mixture.tokenizer_fingerprint)
     manifest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return OpenedData(
         source=mixture,
         validation=_validation_sets(recipe, sources, length),
         fingerprint=mixture.tokenizer_fingerprint,
-        manifest=datasets[0].dataset.manifest_digest if len(datasets) == 1 else manifest,
-        tokenizer=datasets[0].dataset.tokenizer_path.parent,
+        manifest=first.manifest_digest if len(datasets) == 1 else manifest,
+        tokenizer=first.tokenizer_path,
+        tokenizer_info=first.manifest.tokenizer,
         end_of_document=mixture.eod_id,
     )
+
+
+def _check_initial_weights(weights: Path, fingerprint: str) -> None:
+    """Refuse weights of another tokenizer than the data's: the one in the plan of their run or, where `mor import` made
+    the folder, beside them. Where there is neither, nothing is known.
+    """
+    folder = RunFolder(weights.parent)
+    try:
+        plan = read_json(folder.plan_file) if folder.plan_file.is_file() else {}
+        found = [plan["tokenizer_fingerprint"]] if isinstance(plan, dict) and "tokenizer_fingerprint" in plan else []
+        if not found:  # there may be the same tokenizer in two forms, of which the data has one
+            files = [folder.tokenizer / name for name in TOKENIZER_FILES]
+            found = [load_tokenizer(file).fingerprint for file in files if file.is_file()]
+    except DataError as error:
+        raise RecipeError(f"initial_weights: {error}") from None
+    if found and fingerprint not in found:
+        raise RecipeError(
+            f"initial_weights: {weights} belongs to another tokenizer (fingerprint {found[0]!s:.12}) than the data "
+            f"({fingerprint:.12}), so the same ids mean other text; tokenize the text with the weights' tokenizer, or "
+            "set initial_weights_tokenizer=any to train on all the same."
+        )
 
 
 def _sources(recipe: Recipe) -> tuple[Source, ...]:

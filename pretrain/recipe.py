@@ -50,12 +50,15 @@ class Recipe(Section):
     Attributes:
         initial_weights: folder of weights that training starts from (`mor import` writes one, every finished run has
             one) instead of random ones; the optimiser starts anew.
+        initial_weights_tokenizer: `same` refuses weights with another tokenizer beside them than the data's; `any`
+            trains on all the same.
     """
 
     name: str
     seed: Whole = Field(default=0, ge=0)
     model: dict[str, Any]
     initial_weights: Name | None = None
+    initial_weights_tokenizer: Literal["same", "any"] = "same"
     data: Data
     optim: Optim = Optim()
     schedule: Schedule = Schedule()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.plain_text import say
+from data_prep.tokenizers import copy_recorded_tokenizer
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from pretrain.branches import Extension, extend, find_extension, seed_branch
@@ -432,7 +433,7 @@ def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:
     if not folder.tokenizer.is_dir():
         temporary = folder.path / ".tokenizer.writing"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(data.tokenizer, temporary)
+        copy_recorded_tokenizer(data.tokenizer, data.tokenizer_info, temporary)
         temporary.rename(folder.tokenizer)
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from data_prep.errors import DataError
+from data_prep.json_input import read_json
+from data_prep.plain_text import plain
+
+MOST_IDS = 1 << 31  # ids are stored as int32 at most
 
 
 class Tokenizer(ABC):
     """Text to ids and back. No id is added in front or behind, and text never turns into a control token.
 
     kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 (hex) of what decides the ids. vocab_size:
-    every id is below it. eod_id, eod_token: END_OF_DOCUMENT, put behind every document by the pipeline. path: the file.
+    every id is below it. eod_id, eod_token: END_OF_DOCUMENT, put behind every document by the pipeline. unk_id: stands
+    for text that has no ids of its own; None where all text has some. path: the file.
     """
 
     kind: str
@@ -22,10 +30,11 @@ class Tokenizer(ABC):
     vocab_size: int
     eod_id: int
     eod_token: str
+    unk_id: int | None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Ids of each text; DataError where the tokenizer's library cannot encode one."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -42,3 +51,44 @@ class Tokenizer(ABC):
         np.cumsum([len(ids) for ids in lists], out=starts[1:])
         flat = np.fromiter((token for ids in lists for token in ids), np.int32, int(starts[-1]))
         return flat, starts
+
+
+def configured_eod(folder: Path) -> str:
+    """The `eos_token` of the folder's `tokenizer_config.json`; empty where there is no such file, or none in it.
+
+    Raises:
+        DataError: the file cannot be read, or its eos_token is no token.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        return ""
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected an object with eos_token, found {_short(config)}.")
+    found = config.get("eos_token")
+    name = found.get("content") if isinstance(found, dict) else "" if found is None else found
+    if not isinstance(name, str):
+        raise DataError(f"{path}: eos_token must be the name of a token, found {_short(found)}.")
+    return name
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Whatever a tokenizer library raises in the block, panics of Rust included, is a DataError that begins with `what`
+    and says the library's reason.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of pyo3; it is no Exception, and can be imported nowhere
+        if not panic and (not isinstance(error, Exception) or isinstance(error, MemoryError)):
+            raise
+        raise DataError(f"{what}: {_short(error)}.") from None
+
+
+def _short(value: object) -> str:
+    text = plain(value)
+    return text if len(text) <= 200 else text[:200] + "..."

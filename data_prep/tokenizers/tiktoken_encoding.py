@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.base import Tokenizer, library_errors
 
 PREFIX = "tiktoken:"
 
@@ -20,6 +20,7 @@ class TiktokenTokenizer(Tokenizer):
     """
 
     kind = "tiktoken"
+    unk_id = None
 
     def __init__(self, name: str, eod_token: str = "") -> None:
         try:
@@ -47,7 +48,9 @@ class TiktokenTokenizer(Tokenizer):
         self.eod_id = self._encoding._special_tokens[self.eod_token]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
+        with library_errors(f"{self.path}: cannot encode a text"):
+            return self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode([int(token) for token in ids])
+        with library_errors(f"{self.path}: cannot decode ids"):
+            return self._encoding.decode([int(token) for token in ids])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mor_model.errors import ConfigError
 from mor_model.hub.llama import is_llama, llama_config, to_llama
-from mor_model.hub.tokenizer import export_tokenizer
+from mor_model.hub.tokenizer import export_tokenizer, tokenizer_size
 from mor_model.model import RecursiveTransformer
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -58,7 +58,9 @@ def export_hf(model: RecursiveTransformer, tokenizer: str | os.PathLike[str], ou
         precision = str(model.embedding.weight.dtype).removeprefix("torch.")
         # Under both names: `torch_dtype` is transformers 4, `dtype` 5.
         _write_json(building / "config.json", {**config, **ids, "torch_dtype": precision, "dtype": precision})
-        _write_json(building / "generation_config.json", ids)
+        # A vocabulary padded beyond the tokenizer's has ids that mean no text; transformers must not choose them.
+        padding = list(range(tokenizer_size(building), model.config.vocab_size))
+        _write_json(building / "generation_config.json", {**ids, **({"suppress_tokens": padding} if padding else {})})
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         # Weights and folder are made private to their owner by their libraries; an export is for others.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,18 @@ def export_tokenizer(source: Path, out: Path) -> int:
         The end-of-text id.
 
     Raises:
-        ConfigError: when there is none of these files, or what was written would not give the same ids.
+        ConfigError: when there is none of these files, one cannot be read, or what was written would not give the same
+            ids.
     """
     if (source / "tokenizer.json").is_file():
-        (out / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+        shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
         end = _end_of_text(source)
         if not end:
             raise ConfigError(f"{source}: tokenizer_config.json names no eos_token; add the end-of-text token's name.")
     elif (source / "tokenizer.model").is_file():
-        end = _from_sentencepiece(source / "tokenizer.model", _end_of_text(source), out / "tokenizer.json")
+        named = _end_of_text(source)
+        with _library_errors(source):
+            end = _from_sentencepiece(source / "tokenizer.model", named, out / "tokenizer.json")
     else:
         raise ConfigError(
             f"{source}: holds neither tokenizer.json nor tokenizer.model, the two kinds that transformers can be given."
@@ -59,9 +64,8 @@ def export_tokenizer(source: Path, out: Path) -> int:
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    import tokenizers
-
-    token = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).token_to_id(end)
+    with _library_errors(source):
+        token = _load(out).token_to_id(end)
     if token is None:
         raise ConfigError(
             f"{source}: the tokenizer has no token {end!r}, which tokenizer_config.json names as its end."
@@ -73,8 +77,40 @@ def _end_of_text(source: Path) -> str:
     file = source / "tokenizer_config.json"
     if not file.is_file():
         return ""
-    found: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token") or ""
-    return found.get("content", "") if isinstance(found, dict) else str(found)
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again.") from None
+    found = config.get("eos_token") if isinstance(config, dict) else config
+    name = found.get("content") if isinstance(found, dict) else "" if found is None else found
+    if not isinstance(config, dict) or not isinstance(name, str):
+        raise ConfigError(f"{file}: eos_token must be the name of a token; copy the tokenizer again.")
+    return name
+
+
+def tokenizer_size(folder: Path) -> int:
+    """One more than the highest id of the `tokenizer.json` in `folder`."""
+    return int(max(_load(folder).get_vocab().values())) + 1
+
+
+def _load(folder: Path) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@contextmanager
+def _library_errors(source: Path) -> Iterator[None]:
+    """Whatever a tokenizer library raises in the block, panics of Rust included, as a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of pyo3; it is no Exception, and can be imported nowhere
+        if not panic and (not isinstance(error, Exception) or isinstance(error, MemoryError)):
+            raise
+        raise ConfigError(f"{source}: the tokenizer cannot be read ({error!s:.300}); copy it again.") from None
 
 
 def _from_sentencepiece(source: Path, end: str, out: Path) -> str:

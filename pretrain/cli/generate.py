@@ -66,6 +66,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eod_id,
             depth=depth,
         )

@@ -133,6 +133,7 @@ class HarnessModel(TemplateLM):
                     [prompt or [self.eot_token_id]],
                     max_new_tokens=min(length, self.max_length - 1),
                     temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+                    vocab_size=self._tokenizer.vocab_size,
                     eos_id=self.eot_token_id,
                     depth=self.scorer.depth,
                 )

@@ -92,7 +92,7 @@ def write_dataset(
                 )
             )
         splits[split] = Split(tuple(entries))
-    tokenizer = TokenizerInfo("tiktoken", fingerprint, vocabulary, EOD, "made-up")
+    tokenizer = TokenizerInfo("tiktoken", fingerprint, vocabulary, EOD, "tiktoken.json")
     write_manifest(folder, Manifest(tokenizer=tokenizer, dtype="uint16", splits=splits))
     return folder
 

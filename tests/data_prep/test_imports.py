@@ -192,7 +192,9 @@ def test_export_joins_the_shards_of_a_split_under_megatrons_names(tmp_path: Path
     np.array(long, "<u2").tofile(tmp_path / "d.bin")
     files = [str(tmp_path / "a.bin"), str(tmp_path / "b.bin"), str(tmp_path / "d.bin"), f"test={tmp_path / 'c.bin'}"]
     import_files("nanogpt", files, tmp_path / "data", tokenizer)
+    (tmp_path / "data" / "tokenizer" / "notes.txt").write_text("no tokenizer")
     report = export_megatron(tmp_path / "data", tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer" / "notes.txt").exists()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "test_text_document.bin",
         "test_text_document.idx",

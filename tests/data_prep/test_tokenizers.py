@@ -17,6 +17,7 @@ from data_prep.sources import ReadOptions, find_sources
 from data_prep.tokenizers import copy_tokenizer, load_tokenizer
 from data_prep.tokenizers import train as train_module
 from data_prep.tokenizers.train import train_tokenizer, training_texts
+from tests.data_prep import small_tokenizers as small
 from tests.data_prep.test_tokenize import split_of
 from tests.data_prep.writing import command, documents, jsonl, sentences, write_jsonl
 
@@ -94,19 +95,97 @@ def test_a_folder_names_end_of_document(byte_bpe, sentencepiece_model, tmp_path)
         assert load_tokenizer(path).eod_token != token
 
 
+ADDED = {"content": "<new>", "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+
+
+def unigram_with(**changes):
+    def content(path):
+        value = json.loads(small.unigram(path).read_text())
+        for place, replacement in changes.items():
+            parent, _, key = place.rpartition("__")
+            (value[parent] if parent else value)[key] = replacement
+        return json.dumps(value).encode()
+
+    return content
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none.json", None, "no tokenizer at"),
         ("bad.json", b"{}", "not a Hugging Face tokenizer.json"),
+        ("bad.json", b"[]", "not a Hugging Face tokenizer.json"),
+        ("bad.json", b'{"model": {"vocab": "x"}}', "has no vocabulary"),
+        ("bad.json", b'{"model": {"vocab": {}}}', "vocabulary is empty"),
+        ("bad.json", b"\xff\xfe{}", r"bad.json: is not UTF-8 text \(byte 0\)"),
+        ("bad.json", b"[" * 100_000, "nested too deeply"),
+        ("bad.json", b'{"model": ' + b"9" * 10_000 + b"}", "cannot be read as JSON"),
+        ("bad.json", unigram_with(added_tokens=7), "added_tokens must be a list"),
+        ("bad.json", unigram_with(added_tokens=[{"content": "</s>"}]), "the id of token '</s>' must be a number"),
+        ("bad.json", unigram_with(added_tokens=[{"content": "x", "id": 10**30}]), "the id of token 'x'"),
+        ("bad.json", unigram_with(added_tokens=[{"content": "\ud800", "id": 3}]), "not a Hugging Face tokenizer"),
+        ("bad.json", unigram_with(added_tokens=[{"content": "x", "id": 500}]), "not a Hugging Face tokenizer"),
+        ("bad.json", unigram_with(added_tokens=[{**ADDED, "id": 500}]), "the tokenizers library gives it"),
+        ("bad.json", unigram_with(model__unk_id="0"), "model.unk_id"),
+        ("bad.json", unigram_with(model__unk_id=5000), "not a Hugging Face tokenizer.json: Unable to load"),
+        ("bad.json", unigram_with(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "charsmap"),
         ("bad.model", b"nonsense", "not a sentencepiece model"),
+        ("bad.model", b"", "not a sentencepiece model|no end-of-sentence piece"),
+        ("tiktoken.json", b"{", "cannot be read as JSON"),
+        ("tiktoken.json", b'{"name": ["gpt2"]}', "expected an object with the name of a tiktoken encoding"),
+        ("tiktoken.json", b"7", "expected an object with the name of a tiktoken encoding"),
     ],
 )
 def test_what_is_not_a_tokenizer(tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load_tokenizer(tmp_path / name)
+        (tmp_path / name).write_bytes(content(tmp_path / name) if callable(content) else content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_tokenizer(tmp_path / name).encode("text")
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "is not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[]", "expected an object with eos_token"),
+        (b'{"eos_token": 7}', "must be the name of a token, found 7"),
+        (b'{"eos_token": {"content": ["x"]}}', "must be the name of a token"),
+    ],
+)
+def test_a_configuration_beside_it_that_cannot_be_meant(byte_bpe, sentencepiece_model, tmp_path, content, message):
+    for path in (byte_bpe, sentencepiece_model):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
+        with pytest.raises(DataError, match=rf"tokenizer_config\.json: .*{message}"):
+            load_tokenizer(tmp_path / path.name)
+        assert load_tokenizer(tmp_path / path.name, "<s>" if path.suffix == ".model" else "<|pad|>").eod_id >= 0
+
+
+def test_an_end_of_document_that_the_configuration_names_in_vain(byte_bpe, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(byte_bpe.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    with pytest.raises(DataError, match=r"no token '<end>', the eos_token of the tokenizer_config.json beside it"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_a_library_cannot_encode_or_decode_is_said(byte_bpe, sentencepiece_model):
+    for path in (byte_bpe, sentencepiece_model):
+        tokenizer = load_tokenizer(path)
+        with pytest.raises(DataError, match=f"{path.name}: cannot encode a text"):
+            tokenizer.encode("half a pair \ud800")
+        with pytest.raises(DataError, match=f"{path.name}: cannot decode ids"):
+            tokenizer.decode([-5])
+
+
+def test_a_copy_is_compared_with_what_was_loaded(byte_bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(byte_bpe.read_bytes())
+    tokenizer = load_tokenizer(path)
+    small.bpe(path, end="<|endoftext|>")
+    with pytest.raises(DataError, match="has changed since it was loaded"):
+        copy_tokenizer(tokenizer, tmp_path / "copy")
 
 
 def test_unknown_end_of_document_tokens_are_named(byte_bpe, sentencepiece_model):

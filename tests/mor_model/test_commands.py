@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +120,19 @@ def test_generate_prints_plain_text_where_there_is_no_terminal(mor, run):
     assert "\x1b" not in shown.stdout
 
 
+def test_generate_never_chooses_an_id_beyond_the_tokenizers(mor, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "padded")
+    config = preset("tiny", "mor", 3, vocab_size=384)
+    model = RecursiveTransformer(config)
+    model.initialize(3)
+    size = load_tokenizer(run / "tokenizer").vocab_size
+    with torch.no_grad():
+        model.head.weight[size:] = 100.0 * model.head.weight[: 384 - size]
+    save_weights(folder / "weights", model.state_dict(), config)
+    shown = mor("generate", folder, "--prompt", "the cat", "--max-new-tokens", "9")
+    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith("the cat")
+
+
 def test_generate_says_what_is_missing(mor, run, tmp_path):
     assert "give a text to continue" in mor("generate", run).stderr
     (tmp_path / "recipe.yaml").write_text("name: test\n")
@@ -147,3 +161,8 @@ def test_depths_are_shown_in_their_own_colours_with_a_legend():
     assert " 1  67%" in legend
     assert " 2  0%" in legend
     assert "mean 1.67 of 3" in legend
+
+
+def test_what_a_model_makes_is_no_escape_of_the_terminal():
+    shown = _coloured("a\x1b[2J", [("\x1b[31mred\n", 1), ("[/bold]", 2)])
+    assert shown.plain == "a\\x1b[2J\\x1b[31mred\n[/bold]"

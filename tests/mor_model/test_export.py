@@ -192,6 +192,45 @@ def test_a_vanilla_network_exports_as_a_plain_llama(tmp_path, tokenizer, tied):
     assert llama.generation_config.eos_token_id == 0
 
 
+def test_ids_beyond_the_tokenizers_are_never_chosen_by_transformers(tmp_path, tokenizer):
+    model = built({**SHAPE, "vocab_size": 40, "tie_embeddings": False})
+    with torch.no_grad():
+        model.head.weight[28:] = 100.0 * model.head.weight[:12]
+    llama = AutoModelForCausalLM.from_pretrained(export_hf(model, tokenizer, tmp_path / "llama"))
+    prompts = torch.randint(1, 28, (3, 4), generator=torch.Generator().manual_seed(3))
+    assert (llama(prompts).logits.argmax(-1) >= 28).any()
+    made = llama.generate(prompts, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompts))
+    assert made.max() < 28
+    expected = generate(model, prompts, max_new_tokens=12, vocab_size=28, eos_id=0).tokens
+    assert [row[4 : 4 + len(tokens)] for row, tokens in zip(made.tolist(), expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b"\xff\xfe", "tokenizer_config.json: cannot be read as JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: cannot be read as JSON"),
+        ("tokenizer_config.json", b"[]", "eos_token must be the name of a token"),
+        ("tokenizer_config.json", b'{"eos_token": {"content": 7}}', "eos_token must be the name of a token"),
+        ("tokenizer.json", b"\xff\xfe", "the tokenizer cannot be read"),
+        ("tokenizer.json", b'{"model": null}', "the tokenizer cannot be read"),
+    ],
+)
+def test_damaged_tokenizer_files_are_named(tmp_path, name, content, message):
+    source = byte_tokenizer(tmp_path / "letters")
+    (source / name).write_bytes(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        export_tokenizer(source, tmp_path / "out")
+
+
+def test_a_damaged_sentencepiece_model_is_named(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
+        export_tokenizer(tmp_path, tmp_path / "out")
+
+
 def test_an_export_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
     model = built({**ROUTED, "router": EXPERT})
     (tmp_path / "full").mkdir()

@@ -196,6 +196,21 @@ def test_generation_ends_a_row_at_the_end_of_text():
         assert len(depths) == len(tokens)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 3}, {"temperature": 1.0, "top_p": 0.5}]
+)
+def test_ids_beyond_the_tokenizers_are_never_chosen(options):
+    """A vocabulary padded from 50 ids to 61, where the padding scores highest: the choice is as without it."""
+    model = built("expert")
+    prompts = [[token % 50 for token in text] for text in texts(5, 8, 3)]
+    plain = generate(model, prompts, max_new_tokens=10, vocab_size=50, seed=1, **options).tokens
+    with torch.no_grad():
+        model.head.weight[50:] = 100.0 * model.head.weight[:11]
+    assert any(token >= 50 for row in generate(model, prompts, max_new_tokens=10, **options).tokens for token in row)
+    assert generate(model, prompts, max_new_tokens=10, vocab_size=50, seed=1, **options).tokens == plain
+    assert all(token < 50 for row in plain for token in row)
+
+
 def test_samples_depend_on_the_seed_and_not_on_the_batch():
     model = built("expert")
     prompts = texts(5, 8, 3)

@@ -52,7 +52,7 @@ def make_dataset(
         fingerprint=fingerprint,
         vocabulary=VOCABULARY,
     )
-    (folder / "made-up").write_text("a tokenizer stands here", encoding="utf-8")
+    (folder / "tiktoken.json").write_text('{"name": "made-up"}', encoding="utf-8")
     return folder
 
 

@@ -1,0 +1,127 @@
+"""Mutated manifests, plans and receipts of data sets: read as they stand, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.dataset import open_dataset
+from data_prep.manifest import Manifest, read_manifest
+from data_prep.merge import build_manifest, merged_schedule
+from data_prep.packing import write_packing
+from data_prep.pipeline import tokenize
+from data_prep.plan import WORK, read_plan
+from data_prep.schedule import Share
+from data_prep.statistics import report
+from data_prep.verify import verify_dataset
+from tests.data_prep.support import make_documents, write_dataset
+from tests.data_prep.writing import Quiet, documents, job, small_byte_bpe, write_jsonl
+from tests.fuzz.support import counts, drive, mutate_text, mutate_value
+
+LENGTH = 16
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards, packed, with all that a manifest says of a data set made from text."""
+    texts = [document for document in make_documents(30, 1) if len(document) > 1]
+    folder = write_dataset(tmp_path / "data", {"train": [("web", texts), ("law", texts[:7])]})
+    for entry in read_manifest(folder).splits["train"].shards:
+        write_packing(folder / entry.name, LENGTH)
+    path = folder / "manifest.json"
+    value = json.loads(path.read_text())
+    value["settings"] = {"packing": "best-fit", "sequence_length": LENGTH}
+    value["sources"] = [{"name": "web", "documents": 29, "tokens": 500, "text_bytes": 2000}]
+    value["engine"] = {"name": "fastokens", "versions": {"tokenizers": "0.22"}, "fallbacks": 1}
+    value["rejects"] = {"too_long": 2}
+    value["statistics"] = {
+        "filtered": {"length": 3},
+        "lengths_log2": {"web": [0, 1, 5], "law": [2]},
+        "round_trip": {"documents": 5, "exact": 4, "words": 9, "tokens": 20, "example": {"text": "a", "decoded": "b"}},
+        "packing": {"length": LENGTH, "train": {"sequences": 5, "padding": 0.1, "truncation": 0.0}},
+    }
+    path.write_text(json.dumps(value))
+    return folder
+
+
+def mutated_json(value: Any, source: random.Random) -> bytes:
+    """A JSON text with a part changed, or damaged as text."""
+    if source.random() < 0.7:
+        return json.dumps(mutate_value(value, source)).encode()
+    if source.random() < 0.1:
+        return json.dumps(value).replace("2000", source.choice(["[" * 2000 + "]" * 2000, "9" * 5000, "NaN"])).encode()
+    return mutate_text(json.dumps(value), source).encode("utf-8", "surrogatepass")
+
+
+@counts
+def test_manifests(folder: Path, count: int) -> None:
+    file = folder / "manifest.json"
+    value = json.loads(file.read_text())
+
+    def use(given: bytes) -> Manifest:
+        file.write_bytes(given)
+        manifest = read_manifest(folder)
+        manifest.digest()
+        report(manifest)
+        if given[-2] % 4 == 0:  # takes longer than all else
+            verify_dataset(folder)
+        for split in manifest.splits:
+            data = open_dataset(folder, split)
+            assert data.tokenizer_path.resolve().is_relative_to(folder.resolve())
+            for index in range(min(5, data.num_sequences(LENGTH))):
+                data.sequence(index, LENGTH)
+            if data.num_tokens and manifest.settings.get("packing") == "best-fit":
+                data.packed(LENGTH).sequence(0, LENGTH)
+        return manifest
+
+    def changed(given: bytes, manifest: Manifest) -> str | None:
+        return difference(json.loads(json.dumps(asdict(manifest))), json.loads(given))
+
+    outcome = drive(count, lambda source: mutated_json(value, source), use, changed=changed)
+    assert outcome.used > count // 20 and outcome.refused > count // 3
+
+
+def difference(used: Any, said: Any, place: str = "") -> str | None:
+    """The first thing that was read otherwise than it stands there; keys that were not read are none."""
+    if isinstance(used, dict) and isinstance(said, dict):
+        parts = [(f"{place}.{key}", used[key], said.get(key)) for key in used]
+    elif isinstance(used, list) and isinstance(said, list) and len(used) == len(said):
+        parts = [(f"{place}.{number}", *both) for number, both in enumerate(zip(used, said))]
+    else:
+        return None if json.dumps(used) == json.dumps(said) else f"{place}: {said!r} became {used!r}"
+    return next(filter(None, (difference(a, b, where) for where, a, b in parts)), None)
+
+
+@counts
+def test_what_an_unfinished_run_leaves(tmp_path: Path, count: int) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", documents(60))
+    whole = tmp_path / "whole"
+    todo = job([source], whole, small_byte_bpe(tmp_path / "t.json"), validation=0.1, test=0.1)
+    tokenize(todo, Quiet(), share=Share(0, 1))
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    files = [folder / WORK / "plan.json", *sorted((folder / WORK).glob("piece-*.json"))]
+    originals = {file: file.read_bytes() for file in files}
+    assert len(files) == 2
+
+    def mutated(source: random.Random) -> tuple[Path, bytes]:
+        file = source.choice(files)
+        return file, mutated_json(json.loads(originals[file]), source)
+
+    def use(given: tuple[Path, bytes]) -> Manifest | None:
+        for file, content in originals.items():
+            file.write_bytes(content)
+        given[0].write_bytes(given[1])
+        plan = read_plan(folder)
+        assert plan is not None
+        schedule = merged_schedule(folder, plan)
+        return build_manifest(plan, schedule.in_order()) if schedule.complete else None
+
+    outcome = drive(count // 2, mutated, use)
+    assert outcome.used and outcome.refused > count // 6

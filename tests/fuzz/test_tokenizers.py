@@ -1,0 +1,149 @@
+"""Mutated tokenizer files of every kind: loaded and used, or refused in a sentence; text never ends a document."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from data_prep.tokenizers import Tokenizer, encoding_name, load_tokenizer
+from tests.data_prep import small_tokenizers as small
+from tests.data_prep.writing import sentences
+from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+
+TEXTS = ["the cat", "the </s> cat [SEP]", "", "naïve 漢字 🙂\n\n\x00", "x" * 300, "<unk><0x0A> <s>"]
+CONFIG = {"eos_token": {"content": "</s>", "special": True}, "bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}
+
+
+def used(folder: Path) -> tuple[Tokenizer, list[list[int]]]:
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode_batch(TEXTS)
+    for one in ids:
+        tokenizer.decode(one)
+    return tokenizer, ids
+
+
+def difference(original: tuple[Tokenizer, list[list[int]]]) -> object:
+    """What was changed silently: text that ends a document, or other ids under the same fingerprint."""
+
+    def changed(given: object, found: tuple[Tokenizer, list[list[int]]]) -> str | None:
+        tokenizer, ids = found
+        if any(tokenizer.eod_id in one for one in ids):
+            return "text became END_OF_DOCUMENT"
+        if any(not 0 <= token < tokenizer.vocab_size for one in ids for token in one):
+            return "an id outside the vocabulary"
+        if tokenizer.fingerprint == original[0].fingerprint and ids != original[1]:
+            return "other ids under the same fingerprint"
+        return None
+
+    return changed
+
+
+@counts
+def test_hugging_face_files(tmp_path: Path, count: int) -> None:
+    makers = {"unigram": small.unigram, "pieces": small.word_piece, "words": small.word_level, "bpe": small.bpe}
+    for number, (kind, make) in enumerate(makers.items()):
+        file = make(tmp_path / f"{kind}.json")
+        folder = tmp_path / kind
+        folder.mkdir()
+        target = file.rename(folder / "tokenizer.json")
+        text = target.read_text(encoding="utf-8")
+        original = used(folder)
+
+        def mutated(source: random.Random, text: str = text) -> bytes:
+            match source.randrange(4):
+                case 0:
+                    return mutate_bytes(text.encode(), source)
+                case 1:
+                    return mutate_text(text, source).encode("utf-8", "surrogatepass")
+            return json.dumps(mutate_value(json.loads(text), source)).encode()
+
+        def use(given: bytes, target: Path = target) -> object:
+            target.write_bytes(given)
+            return used(target.parent)
+
+        outcome = drive(count // 4, mutated, use, seed=number, changed=difference(original))
+        assert outcome.used and outcome.refused, kind
+
+
+def mutate_model(data: bytes, source: random.Random) -> bytes:
+    """A sentencepiece model with a few pieces or settings that it cannot have been trained with."""
+    model = ModelProto.FromString(data)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    for _ in range(source.choice([1, 1, 2, 4])):
+        piece = source.choice(model.pieces)
+        match source.randrange(7):
+            case 0:
+                piece.score = source.choice([0.0, 1e30, -1e30, float("nan"), float("inf"), -float("inf"), -1.0])
+            case 1:
+                piece.type = source.choice([1, 2, 3, 4, 5, 6])
+            case 2:
+                piece.piece = source.choice(["", "a", "</s>", "<unk>", "\0", "x" * 1000, "<0x00>", "\u2581"])
+            case 3:
+                trainer.model_type = source.choice([1, 2, 3, 4])
+            case 4:
+                normalizer.precompiled_charsmap = mutate_bytes(normalizer.precompiled_charsmap, source)
+            case 5:
+                name = source.choice(["unk_id", "bos_id", "eos_id", "pad_id"])
+                setattr(trainer, name, source.choice([-1, 0, 1, 2, 5, 10**6, 2**31 - 1]))
+            case 6:
+                normalizer.add_dummy_prefix, trainer.byte_fallback = source.random() < 0.5, source.random() < 0.5
+    return model.SerializeToString()
+
+
+@counts
+@pytest.mark.parametrize("mutate", [mutate_bytes, mutate_model])
+def test_sentencepiece_models(tmp_path: Path, mutate: Callable[[bytes, random.Random], bytes], count: int) -> None:
+    for number, rule in enumerate(("identity", "nmt_nfkc")):
+        target = tmp_path / "tokenizer.model"
+        small.sentencepiece_unigram(target, sentences(60, 1), vocab_size=100, normalization_rule_name=rule)
+        data = target.read_bytes()
+        original = used(tmp_path)
+
+        def use(given: bytes, target: Path = target) -> object:
+            target.write_bytes(given)
+            return used(target.parent)
+
+        def made(source: random.Random, data: bytes = data) -> bytes:
+            return mutate(data, source)
+
+        outcome = drive(count // 4, made, use, seed=f"{rule} {number}", changed=difference(original))
+        assert outcome.used and outcome.refused
+
+
+@counts
+def test_files_beside_a_tokenizer(tmp_path: Path, count: int) -> None:
+    """tokenizer_config.json beside both kinds of file, and the tiktoken.json that names an encoding."""
+    small.unigram(tmp_path / "tokenizer.json")
+    config = tmp_path / "tokenizer_config.json"
+    encoding = tmp_path / "encoding" / "tiktoken.json"
+    encoding.parent.mkdir()
+
+    def mutated(source: random.Random) -> tuple[Path, bytes]:
+        file, value = source.choice([(config, CONFIG), (encoding, {"name": "gpt2"})])
+        if source.random() < 0.5:
+            return file, json.dumps(mutate_value(value, source)).encode()
+        return file, mutate_text(json.dumps(value), source).encode("utf-8", "surrogatepass")
+
+    def use(given: tuple[Path, bytes]) -> object:
+        file, content = given
+        file.write_bytes(content)
+        if file == encoding:
+            return encoding_name(file)
+        return load_tokenizer(tmp_path).eod_token
+
+    def changed(given: tuple[Path, bytes], found: str) -> str | None:
+        file, content = given
+        value = json.loads(content)
+        if file == encoding:
+            return None if value["name"] == found else f"{found!r} was used"
+        named = value.get("eos_token")
+        named = named["content"] if isinstance(named, dict) else named
+        return None if (named if named not in (None, "") else "</s>") == found else f"{found!r} was used"
+
+    outcome = drive(count, mutated, use, changed=changed)
+    assert outcome.used and outcome.refused
