@@ -33,7 +33,10 @@ def import_(
         typer.Option(help="The tokenizer that made the ids: a file, a folder, or tiktoken:NAME.", show_default=False),
     ],
     eod: Annotated[str, typer.Option(help="END_OF_DOCUMENT token, where the tokenizer does not say.")] = "",
-    dtype: Annotated[str, typer.Option(help="uint16 or uint32, for olmo files where the vocabulary misleads.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="uint16, uint32 or uint64: what nanogpt and olmo files hold, where the vocabulary misleads."),
+    ] = "",
 ) -> None:
     """Make a data set of token files of another stack."""
     from data_prep.imports import import_files
