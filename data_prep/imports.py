@@ -193,11 +193,10 @@ class _Raw:
         ids = _mapped(path, dtype)
         wider = [name for name in _WIDTHS if np.dtype(name).itemsize > dtype.itemsize and self._fits(path, name)]
         if wider and not self.name:
-            share = np.dtype(wider[-1]).itemsize // dtype.itemsize
+            zeros = "every second" if np.dtype(wider[-1]).itemsize == 2 * dtype.itemsize else "three of four"
             raise DataError(
-                f"{path} can be read as {dtype.name} and as {wider[-1]} ids of this vocabulary: taken for {dtype.name}, "
-                f"all but every {'second' if share == 2 else 'fourth'} id would be 0. Say which they are with "
-                f"--dtype {wider[-1]} (more likely) or --dtype {dtype.name}."
+                f"{path} can be read as {dtype.name} and as {wider[-1]} ids of this vocabulary; as {dtype.name}, {zeros} "
+                f"would be 0. Say which they are: --dtype {wider[-1]} (more likely) or --dtype {dtype.name}."
             )
         return ids
 

@@ -35,7 +35,7 @@ def import_(
     eod: Annotated[str, typer.Option(help="END_OF_DOCUMENT token, where the tokenizer does not say.")] = "",
     dtype: Annotated[
         str,
-        typer.Option(help="uint16, uint32 or uint64: what nanogpt and olmo files hold, where the vocabulary misleads."),
+        typer.Option(help="uint16, uint32 or uint64: type of the ids of nanogpt and olmo files."),
     ] = "",
 ) -> None:
     """Make a data set of token files of another stack."""
