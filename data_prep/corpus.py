@@ -29,11 +29,12 @@ from data_prep.sources import (
     Reject,
     SourceError,
     find_sources,
+    notices,
     plan_groups,
     reader_for,
     with_standard_input,
 )
-from data_prep.sources.plan import UNFINISHED
+from data_prep.sources.find import UNFINISHED
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
 _PIECE = 1 << 20  # bytes of a large document that are in memory at a time
@@ -89,6 +90,7 @@ class Entry(NamedTuple):
 class CorpusReader:
     """The documents of some sources, in the order given; can be read more than once, standard input too.
 
+    notices: sentences for a person, about what was left out and what seems to be meant otherwise.
     rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
 
     Args:
@@ -101,7 +103,8 @@ class CorpusReader:
     def __init__(self, specifications: Sequence[str], options: ReadOptions, scratch: Path | None = None) -> None:
         self.options = options
         self._scratch = tempfile.TemporaryDirectory(prefix=".data-prep-", dir=scratch)
-        sources, self.ignored_files = find_sources(specifications, options)
+        sources, left_out = find_sources(specifications, options)
+        self.notices = [*left_out, *notices(sources, options)]
         sources = with_standard_input(sources, Path(self._scratch.name))
         self._groups = plan_groups(sources, options, _WHOLE_FILES)
         self.rejects: Counter[str] = Counter()

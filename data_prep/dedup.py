@@ -37,7 +37,9 @@ _PIECE = 1 << 16  # pairs compared at a time
 
 @dataclass(frozen=True)
 class DedupReport:
-    """What was removed. Lengths in bytes of UTF-8 text; `rejects`: what could not be read, by reason."""
+    """What was removed. Lengths in bytes of UTF-8 text; `rejects`: what could not be read, by reason; `notices`: what a
+    person should know of the sources.
+    """
 
     documents: int
     exact_copies: int
@@ -47,6 +49,7 @@ class DedupReport:
     threshold: float | None
     rejects: dict[str, int] = field(default_factory=dict)
     reject_examples: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def deduplicate(
         threshold=threshold,
         rejects=dict(reader.rejects),
         reject_examples=list(reader.examples),
+        notices=reader.notices,
     )
     write_json(Path(out) / "report.json", asdict(result))
     return result

@@ -21,8 +21,8 @@ from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
 from data_prep.ngrams import composed, ngram_hashes, ngrams_of_pieces, word_hashes
 from data_prep.sources import ReadOptions
+from data_prep.sources.find import kind_of
 from data_prep.sources.lines import LineReader, LongLine
-from data_prep.sources.plan import kind_of
 
 _WORD = re.compile(r"\w+")
 

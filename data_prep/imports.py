@@ -195,8 +195,8 @@ class _Raw:
         if wider and not self.name:
             zeros = "every second" if np.dtype(wider[-1]).itemsize == 2 * dtype.itemsize else "three of four"
             raise DataError(
-                f"{path} can be read as {dtype.name} and as {wider[-1]} ids of this vocabulary; as {dtype.name}, {zeros} "
-                f"would be 0. Say which they are: --dtype {wider[-1]} (more likely) or --dtype {dtype.name}."
+                f"{path} can be read as {dtype.name} and as {wider[-1]} ids of this vocabulary; as {dtype.name}, "
+                f"{zeros} would be 0. Say which they are: --dtype {wider[-1]} (more likely) or --dtype {dtype.name}."
             )
         return ids
 

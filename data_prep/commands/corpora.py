@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,7 @@ def dedup(
         f"{out}: {report.kept:,} of {report.documents:,} documents kept; {report.exact_copies:,} exact and "
         f"{report.near_copies:,} near copies removed, listed in {out / 'removed.jsonl.zst'}"
     )
-    _finish(report.rejects, report.documents, out)
+    _finish(report.rejects, report.notices, report.documents, out)
 
 
 @app.command()
@@ -123,7 +124,7 @@ def decontaminate(
         if found.contaminated:
             print(f"{found.name}: half or more found of {found.contaminated:,} of {found.items:,} items")
     print(f"{out / 'report.md'} names the items and documents")
-    _finish(report.rejects, report.documents, out)
+    _finish(report.rejects, report.notices, report.documents, out)
 
 
 def _options(text_field: str, format: str, separator: str, subset_field: str, subset: list[str]) -> ReadOptions:
@@ -132,14 +133,16 @@ def _options(text_field: str, format: str, separator: str, subset_field: str, su
     return ReadOptions(
         text_field=text_field,
         format=format,
-        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+        separator=o.separator_of(separator),
         subset_field=subset_field,
         subsets=tuple(subset),
     )
 
 
-def _finish(rejects: dict[str, int], documents: int, out: Path) -> None:
+def _finish(rejects: dict[str, int], notices: list[str], documents: int, out: Path) -> None:
     """Say what could not be read; exit with 1 where that is a broken file, or more than one document in a hundred."""
+    for sentence in notices:
+        print(f"note: {sentence}", file=sys.stderr)
     if not rejects:
         return
     counts = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
