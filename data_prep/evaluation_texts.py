@@ -19,6 +19,7 @@ import orjson
 
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
+from data_prep.identity import FileIdentity, identity
 from data_prep.ngrams import composed, ngram_hashes, ngrams_of_pieces, word_hashes
 from data_prep.sources import ReadOptions
 from data_prep.sources.find import kind_of
@@ -137,6 +138,15 @@ class EvaluationIndex:
 
 
 def _evaluation_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    """The files, each once however often it is named."""
+    seen: set[FileIdentity] = set()
+    for path in _named_files(paths):
+        if (key := identity(path)) not in seen:
+            seen.add(key)
+            yield path
+
+
+def _named_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
     for name in paths:
         path = Path(name)
         if path.is_dir():

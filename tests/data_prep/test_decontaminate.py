@@ -123,6 +123,13 @@ def test_parquet_sets_are_read_like_json_lines(tmp_path: Path) -> None:
     assert np.array_equal(first.hashes, second.hashes) and first.item_sizes.tolist() == [11] * 4
 
 
+def test_an_evaluation_set_given_twice_is_one(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "sets" / "a.jsonl", [{"q": make_text(1)}])
+    (tmp_path / "sets" / "link.jsonl").symlink_to(path)
+    index = EvaluationIndex([tmp_path / "sets", path], 13)
+    assert [found.name for found in index.sets] == [str(path)] and index.labels == ["line 1"]
+
+
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     docs = str(write_jsonl(tmp_path / "docs.jsonl", [{"text": "x"}]))
     good = write_jsonl(tmp_path / "good.jsonl", [{"q": make_text(1)}])

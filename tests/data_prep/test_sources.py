@@ -359,7 +359,7 @@ def test_names_of_sources(tmp_path):
         (["pile", "b=hub:monology/pile-uncopyrighted"], "all that 'b' names is in the source 'pile' already"),
         (["{folder}/*.none"], r"no file matches '.*\*\.none'"),
         (["lang=none/*.jsonl"], r"no file matches 'none/\*\.jsonl'\. 'lang=none/\*\.jsonl' was taken for NAME=SOURCE"),
-        (["*\0"], "there is no file"),
+        (["*\0"], "no file matches"),
         (["\ud800*"], "matches"),
         (["x" * 5000], "there is no file"),
         (["a={one}", "a=python-docs"], "two sources are named 'a'"),
