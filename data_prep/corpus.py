@@ -21,6 +21,7 @@ import zstandard
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.ngrams import between_letters
 from data_prep.processors import available_processors
 from data_prep.sources import (
     Document,
@@ -37,7 +38,8 @@ from data_prep.sources import (
 from data_prep.sources.find import UNFINISHED
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
-_PIECE = 1 << 20  # bytes of a large document that are in memory at a time
+_PIECE = 1 << 20  # bytes of a large document that are read at a time
+_UNBROKEN = 4  # so many of them without white space are held
 _PART = 1 << 30  # bytes of text in one written file
 _WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
 
@@ -62,7 +64,9 @@ class Entry(NamedTuple):
         return self.large.end - self.large.start if self.large else len(self.text)
 
     def pieces(self) -> Iterator[str]:
-        """The text, in pieces cut at white space where it is too large for memory."""
+        """The text, in pieces cut at white space where it is too large for memory; far from any, between letters of
+        scripts that have none between words, or else anywhere between characters.
+        """
         if self.large is None:
             yield self.text
             return
@@ -70,8 +74,11 @@ class Entry(NamedTuple):
         for chunk in self.chunks():
             held += chunk
             cut = max(held.rfind(b" "), held.rfind(b"\n")) + 1
-            yield held[:cut].decode("utf-8", "replace")
-            held = held[cut:]
+            if not cut and len(held) > _UNBROKEN * _PIECE:
+                cut = between_letters(held)
+            if cut:
+                yield held[:cut].decode("utf-8", "replace")
+                held = held[cut:]
         yield held.decode("utf-8", "replace")
 
     def chunks(self) -> Iterator[bytes]:

@@ -33,6 +33,7 @@ NGRAM = 5
 _SEED = 1
 _FOUND_AT_THRESHOLD = 0.95  # share of the pairs exactly at the threshold that the bands are to find
 _PIECE = 1 << 16  # pairs compared at a time
+_GRAMS = 1 << 20  # n-grams held at a time
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,22 @@ def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
     """MinHash signatures of documents, uint32 `[documents, 128]`; all ones for a document without words."""
     import rensa  # here, so that exact deduplication needs no further library
 
+    result = np.full((len(batch), SIGNATURE), np.iinfo(np.uint32).max, np.uint32)
     grams: list[np.ndarray] = []
     owners: list[int] = []
+    waiting = 0
+
+    def take() -> None:
+        nonlocal waiting
+        if grams:
+            offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
+            rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, SIGNATURE, _SEED)
+            # The minimum over the pieces of a document is the minimum over the document.
+            np.minimum.at(result, owners, np.asarray(rows.to_rows(), np.uint32))
+        grams.clear()
+        owners.clear()
+        waiting = 0
+
     for number, entry in enumerate(batch):
         some = False
         for part in ngrams_of_pieces(entry.pieces(), NGRAM):
@@ -177,17 +192,15 @@ def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
                 grams.append(part)
                 owners.append(number)
                 some = True
+                waiting += part.size
+                if waiting > _GRAMS:
+                    take()
         if not some:  # fewer words than an n-gram has: all of them are one
             words = word_hashes("".join(entry.pieces()))
             if words.size:
                 grams.append(ngram_hashes(words, words.size))
                 owners.append(number)
-    result = np.full((len(batch), SIGNATURE), np.iinfo(np.uint32).max, np.uint32)
-    if grams:
-        offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
-        rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, SIGNATURE, _SEED)
-        # The minimum over the pieces of a document is the minimum over the document.
-        np.minimum.at(result, owners, np.asarray(rows.to_rows(), np.uint32))
+    take()
     return result
 
 

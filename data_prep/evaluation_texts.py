@@ -7,7 +7,6 @@ item; WikiText in its raw form, one item a page; plain text, one item. A folder 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,10 @@ import orjson
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
 from data_prep.identity import FileIdentity, identity
-from data_prep.ngrams import composed, ngram_hashes, ngrams_of_pieces, word_hashes
+from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
 from data_prep.sources import ReadOptions
 from data_prep.sources.find import kind_of
 from data_prep.sources.lines import LineReader, LongLine
-
-_WORD = re.compile(r"\w+")
 
 
 class Item(NamedTuple):
@@ -79,7 +76,7 @@ class EvaluationIndex:
             too_short = 0
             for item in _read_items(path):
                 # Counting first, because most of the texts of question sets are too short.
-                long_enough = [text for text in item.texts if len(_WORD.findall(text)) >= n]
+                long_enough = [text for text in item.texts if len(words_of(text)) >= n]
                 grams = [ngram_hashes(word_hashes(text), n) for text in long_enough]
                 distinct = np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint64)
                 too_short += not distinct.size
@@ -133,8 +130,7 @@ class EvaluationIndex:
         return counts / np.maximum(self.item_sizes, 1)
 
     def _words_at(self, text: str, place: int) -> str:
-        words = _WORD.findall(composed(text).lower())
-        return " ".join(words[place : place + self.n])
+        return " ".join(words_of(text)[place : place + self.n])
 
 
 def _evaluation_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:

@@ -90,6 +90,16 @@ def test_large_documents_are_read_in_pieces_cut_between_words(tmp_path: Path, mo
     assert b"".join(entry.chunks()) == text.encode()
 
 
+@pytest.mark.parametrize("letter", ["漢", "é", "x"])
+def test_a_large_document_without_white_space_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str
+) -> None:
+    monkeypatch.setattr(module, "_PIECE", 100)
+    text = letter * 5000
+    pieces = list(large_entry(tmp_path / "large", text).pieces())
+    assert "".join(pieces) == text and max(map(len, pieces)) < 1000
+
+
 def test_temporary_files_of_large_documents_are_removed_after_use(tmp_path: Path) -> None:
     entry = large_entry(tmp_path / "large", "some text")
     for found, length in map_entries([entry], lengths, 1, 1):
