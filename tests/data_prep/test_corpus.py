@@ -82,6 +82,7 @@ def test_a_killed_process_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pyt
 
 def test_large_documents_are_read_in_pieces_cut_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", 16)
+    monkeypatch.setattr(module, "_UNBROKEN", 8)
     text = "Größe und\nStraße " * 30 + "überlangeswortohneleerzeichen" * 3
     entry = large_entry(tmp_path / "large", text, margin=5)
     pieces = list(entry.pieces())
