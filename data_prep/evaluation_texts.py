@@ -7,7 +7,6 @@ item; WikiText in its raw form, one item a page; plain text, one item. A folder 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_prep.errors import DataError
 from data_prep.identity import FileIdentity, identity
 from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
 from data_prep.sources import ReadOptions
+from data_prep.sources.base import LARGE
 from data_prep.sources.find import kind_of
 from data_prep.sources.lines import LineReader, LongLine
 
@@ -182,17 +182,16 @@ def _read_items(path: Path) -> Iterator[Item]:
 
 
 def _json_items(path: Path) -> Iterator[Item]:
-    with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
-        for number, line in enumerate(LineReader(str(path), Path(scratch)).lines(0, None), start=1):
-            if isinstance(line, LongLine):
-                raise DataError(f"{path}:{number}: a line of {line.bytes} bytes is too long for an evaluation set.")
-            if not line.strip():
-                continue
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: the evaluation set is not JSON lines ({error}).") from None
-            yield Item(f"line {number}", list(_texts(record)))
+    for number, line in enumerate(LineReader(str(path)).lines(0, None), start=1):
+        if isinstance(line, LongLine):
+            raise DataError(f"{path}:{number}: a line above {LARGE >> 20} MB is too long for an evaluation set.")
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: the evaluation set is not JSON lines ({error}).") from None
+        yield Item(f"line {number}", list(_texts(record)))
 
 
 def _texts(value: Any) -> Iterable[str]:

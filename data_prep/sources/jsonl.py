@@ -41,7 +41,7 @@ class JsonlReader(PieceReader):
         size = self.group.piece_bytes
         self.file, self.lines = self.group.files[0], 0
         if self._lines is None:
-            self._lines = LineReader(self.file, self.scratch)
+            self._lines = LineReader(self.file)
         start, end = (0, None) if self.group.pieces == 1 else (piece * size, (piece + 1) * size)
         yield from self._records(self._lines, start, end)
         self.end_seen = self._lines.at_end
@@ -50,7 +50,7 @@ class JsonlReader(PieceReader):
         for path in self.group.files:
             self.file, self.lines = path, 0
             try:
-                reader = LineReader(path, self.scratch)
+                reader = LineReader(path)
                 self._lines = reader
                 yield from self._records(reader, 0, None)
             except SourceError as error:

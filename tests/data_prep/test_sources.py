@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
+import random
+import resource
 import sys
 from codecs import BOM_UTF8
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -29,9 +31,10 @@ from data_prep.sources import (
     reader_for,
     with_standard_input,
 )
-from data_prep.sources import text as text_module
+from data_prep.sources import spool as spool_module
 from tests.conftest import skip_or_fail
 from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
+from tests.fuzz.support import processor_time
 
 
 def items(path, tmp_path, options=None, piece_bytes=0):
@@ -75,8 +78,7 @@ def test_a_byte_order_mark_in_front_of_a_long_line_costs_no_document(tmp_path, m
     monkeypatch.setattr(lines, "LARGE", 100)
     monkeypatch.setattr(lines, "_CHUNK", 50)
     (tmp_path / "a.jsonl").write_bytes(BOM_UTF8 + jsonl(["word " * 60]))
-    (found,) = items(tmp_path / "a.jsonl", tmp_path)
-    assert found.path.read_text() == "word " * 60
+    assert texts(items(tmp_path / "a.jsonl", tmp_path)) == ["word " * 60]
 
 
 def test_a_last_line_without_a_newline_counts(tmp_path):
@@ -255,7 +257,7 @@ def test_one_broken_file_of_many_costs_no_other(tmp_path, name, options, wanted)
 
 
 def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "LARGE", 1000)
+    monkeypatch.setattr(spool_module, "LARGE", 1000)
     wanted = "\n".join(documents(50))
     for suffix in ("", ".xz"):
         path = tmp_path / f"big.txt{suffix}"
@@ -265,25 +267,89 @@ def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
         assert found.path.read_bytes()[found.start : found.end].decode() == wanted
 
 
-def test_a_write_that_fails_under_a_large_text_leaves_no_file(tmp_path, monkeypatch):
-    def full_disk(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def small_disk():
+    """No file of this process grows beyond 3,000 bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(text_module, "LARGE", 1000)
-    monkeypatch.setattr(text_module, "large_text", full_disk)
+
+def test_a_write_that_fails_under_a_large_text_leaves_no_file(tmp_path, monkeypatch, request):
+    monkeypatch.setattr(spool_module, "LARGE", 1000)
     (tmp_path / "a.txt").write_text("word " * 1000)
     (tmp_path / "scratch").mkdir()
     group = Group(0, "a", "text", (str(tmp_path / "a.txt"),), 5000, 1, 1 << 20)
-    with pytest.raises(OSError, match="No space left"):
+    request.getfixturevalue("small_disk")
+    with pytest.raises(OSError, match="File too large"):
         list(reader_for(group, ReadOptions(), tmp_path / "scratch").items(0))
     assert not list((tmp_path / "scratch").iterdir())
+
+
+HUGE = "word " * 20_000
+HUGE_FILES = {
+    "a.jsonl": (jsonl([HUGE, "next"]), ReadOptions()),
+    "b.jsonl": (b'{"text": "' + b"\\u0041" * 20_000 + b'"}\n' + jsonl(["next"]), ReadOptions()),
+    "a.txt": ((HUGE + "|next").encode(), ReadOptions(separator="|")),
+    "b.txt": (HUGE.encode(), ReadOptions()),
+    "a.raw": (f" = One = \n{HUGE}\n{'line' * 99} \n = Next = \nnext\n".encode(), ReadOptions()),
+    "b.raw": (("word \n" * 20_000 + " = Next = \nnext\n").encode(), ReadOptions()),
+}
+
+
+@pytest.mark.parametrize("name", HUGE_FILES)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("limit", ["maximum_bytes", "maximum_document_bytes"])
+def test_no_more_is_written_of_a_document_than_one_may_have(tmp_path, monkeypatch, request, name, suffix, limit):
+    for module in (lines, spool_module):
+        monkeypatch.setattr(module, "LARGE", 1000)
+    monkeypatch.setattr(lines, "_CHUNK", 500)
+    data, options = HUGE_FILES[name]
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(compressed(data, suffix))
+    (tmp_path / "scratch").mkdir()
+    request.getfixturevalue("small_disk")
+    found = items(path, tmp_path / "scratch", replace(options, **{limit: 2000}))
+    expected = "Filtered length" if limit == "maximum_bytes" else "Reject too_long"
+    assert f"{type(found[0]).__name__} {found[0].reason}" == expected
+    assert [text.split()[-1] for text in texts(found[1:])] == ["next"] * (name != "b.txt")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_large_document_that_is_not_read_to_its_end_is_skipped(tmp_path, monkeypatch, name):
+    """Its file is broken in the middle of it: nothing is left behind, and other files are read."""
+    for module in (lines, spool_module):
+        monkeypatch.setattr(module, "LARGE", 1000)
+    data, options = HUGE_FILES[name]
+    (tmp_path / "in").mkdir()
+    packed = compressed(data[:-20] + random.Random(1).randbytes(99_000).hex().encode(), ".gz")
+    (tmp_path / "in" / f"{name}.gz").write_bytes(packed[:-9000])
+    (tmp_path / "in" / f"z{name[1:]}").write_bytes(jsonl(["next"]) if name == "a.jsonl" else b"next")
+    (tmp_path / "scratch").mkdir()
+    found = items(tmp_path / "in", tmp_path / "scratch", options)
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["broken_compression"]
+    assert texts(found) == ["next"] and not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_line_of_many_values_is_walked_once(tmp_path, monkeypatch):
+    """Looking for the next value costs no copy of the rest: otherwise these lines would take minutes."""
+    for module in (lines, spool_module):
+        monkeypatch.setattr(module, "LARGE", 1 << 20)
+    values = b'{"ids": [' + b"[1,2]," * 200_000 + b'0], "text": "whole", "more": "' + b'\\\\\\"' * 200_000 + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(values + b"[" * 2_000_000 + b"\n" + jsonl(["next"]))
+    with processor_time(10.0):
+        found = items(tmp_path / "a.jsonl", tmp_path)
+    assert texts(found) == ["whole", "next"]
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_json"]
 
 
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"a\xffb", "invalid_utf8"), (b"a\x00b", "nul_byte"), (b"   ", "empty_document")]
 )
 def test_a_large_text_is_checked_like_a_small_one(tmp_path, monkeypatch, data, reason):
-    monkeypatch.setattr(text_module, "LARGE", 0)
+    monkeypatch.setattr(spool_module, "LARGE", 0)
     path = tmp_path / "big.txt"
     path.write_bytes(data)
     (found,) = items(path, tmp_path)
