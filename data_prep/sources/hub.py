@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, field_path, look_up
+from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, field_path, look_up, with_fields
 from data_prep.sources.text import Pages
 
 PRESETS = {
@@ -77,7 +77,8 @@ class HubReader(PieceReader):
         else:
             for row in self._rows():
                 text, subset, language = (look_up(row, path) for path in (text_path, subset_path, language_path))
-                yield accept(text, subset, language, self.lines, options)
+                found = accept(text, subset, language, self.lines, options)
+                yield with_fields(found, row, text_path) if self.keep_fields else found
         self.end_seen = True
 
     def _articles(self, text_path: tuple[str, ...]) -> Iterator[Item]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 
-from data_prep.sources.base import LARGE, Item, ReadOptions, Reject, accept, field_path, look_up
+from data_prep.sources.base import LARGE, Item, ReadOptions, Reject, accept, field_path, look_up, with_fields
 from data_prep.sources.lines import LongLine
 from data_prep.sources.spool import Spool
 
@@ -25,10 +25,13 @@ class _Broken(ValueError):
     pass
 
 
-def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: Path) -> Item:
+def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: Path, keep_fields: bool = False) -> Item:
     """The document on `line`, its text in `scratch` where it is too large for memory.
 
     The object's values are walked without being held; only the text and short values are kept.
+
+    Args:
+        keep_fields: whether the document holds the other fields of its record too; strings above a megabyte are empty.
 
     Raises:
         SourceError: the file is damaged inside the line.
@@ -46,8 +49,10 @@ def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: P
         subset, language = (look_up(record, field_path(n)) for n in (options.subset_field, options.language_field))
         text = look_up(record, text_path)
         if text != _PLACEHOLDER:  # the line is long for another reason than its text
-            return accept(text, subset, language, number, options)
-        return spool.item(number, subset, language)
+            found = accept(text, subset, language, number, options)
+        else:
+            found = spool.item(number, subset, language)
+    return with_fields(found, record, text_path) if keep_fields else found
 
 
 class _Walker:

@@ -189,6 +189,32 @@ def test_a_parquet_file_that_lost_row_groups_since_the_plan_is_a_reject(tmp_path
         list(reader.items(3))
 
 
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_large_rows_of_parquet_are_read_a_few_at_a_time(tmp_path, dictionary):
+    """A file of some kilobytes: in a dictionary, the one text of 4 MB stands once."""
+    rows = [f"{0 if dictionary else number}" + "x" * (4 << 20) for number in range(40)]
+    table = pyarrow.table({"text": rows})
+    more = {
+        "compression": "zstd",
+        "use_dictionary": dictionary,
+        "dictionary_pagesize_limit": 1 << 30,
+        "write_batch_size": 1,
+    }
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **more)
+    del table
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    try:
+        found = reader_for(
+            Group(0, "a", "parquet", (str(tmp_path / "a.parquet"),), 1, 1, 1 << 40), ReadOptions(), tmp_path
+        ).items(0)
+        assert [item.text == rows[number] for number, item in enumerate(found)] == [True] * 40
+        assert pool.max_memory() < 120 << 20
+    finally:
+        pyarrow.set_memory_pool(before)
+
+
 def test_a_parquet_row_that_is_no_utf8_is_one_reject(tmp_path):
     wanted = documents(300)
     data = [text.encode() for text in wanted]
