@@ -183,10 +183,9 @@ def test_fields_that_cannot_be_written_again_are_a_reject(tmp_path: Path) -> Non
 
 def written(folder: Path) -> list[dict[str, Any]]:
     """What a corpus holds, by the JSON parser."""
-    data = b"".join(
-        zstandard.ZstdDecompressor().stream_reader(p.read_bytes()).read() for p in folder.glob("*.jsonl.zst")
-    )
-    return [json.loads(line) for line in data.splitlines() if b'"copy_of"' not in line and b'"begins"' not in line]
+    (path,) = folder.glob("*-00000.jsonl.zst")
+    data = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def test_a_large_document_is_written_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
