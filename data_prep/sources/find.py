@@ -294,7 +294,7 @@ def _split_name(specification: str) -> tuple[str, str]:
 
 def _default_name(address: str) -> str:
     path = Path(address.rstrip("/"))
-    if path.is_dir():
+    if os.path.isdir(path):
         return path.name
     if glob.has_magic(address):
         return path.parent.name or "files"

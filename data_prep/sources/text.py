@@ -133,6 +133,7 @@ class Pages:
         """The page under way, if it has any text."""
         if not self._blank:
             found = self._spool.item(self._first)
+            self._spool.discard()
             self._spool = Spool(self._options, self._scratch)
             self._blank = True
             yield found
