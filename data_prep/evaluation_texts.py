@@ -19,10 +19,13 @@ from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
 from data_prep.identity import FileIdentity, identity
 from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
-from data_prep.sources import ReadOptions
+from data_prep.sources import ReadOptions, SourceError
 from data_prep.sources.base import LARGE
 from data_prep.sources.find import kind_of
 from data_prep.sources.lines import LineReader, LongLine
+from data_prep.sources.parquet import records
+
+_LONGEST_TEXT = 1 << 28  # bytes of a text file or page of an evaluation set, all of which is held in memory
 
 
 class Item(NamedTuple):
@@ -161,18 +164,14 @@ def _read_items(path: Path) -> Iterator[Item]:
     if kind == "jsonl":
         yield from _json_items(path)
     elif kind == "parquet":
-        import pyarrow.parquet  # heavy, and few evaluation sets need it
-
         number = 0
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield Item(f"row {number}", list(_texts(record)))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            for number, record in enumerate(records(str(path)), start=1):
+                yield Item(f"row {number}", list(_texts(record)))
+        except SourceError as error:
             raise DataError(f"the evaluation set {path} cannot be read behind row {number}: {error}.") from None
     else:
-        reader = CorpusReader([str(path)], ReadOptions())
+        reader = CorpusReader([str(path)], ReadOptions(maximum_document_bytes=_LONGEST_TEXT))
         for entry in reader:
             text = "".join(entry.pieces())
             title = next((line for line in text.splitlines() if line.strip()), "")

@@ -111,8 +111,37 @@ class ParquetReader(PieceReader):
                     found = accept(text, subset, values[0] if options.language_field else None, self.lines, options)
                     text_path = field_path(options.text_field)
                     yield with_fields(found, _nested(row), text_path) if self.keep_fields else found
-        except (MemoryError, OSError, ValueError, pyarrow.ArrowException) as error:
+        except MemoryError as error:
+            raise _too_large(path, error) from None
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
+
+
+def records(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file with all their columns.
+
+    Raises:
+        SourceError: it is damaged, or needs too much memory.
+    """
+    import pyarrow
+
+    file = _open(path)
+    try:
+        for batch in _batches(path, file, range(file.metadata.num_row_groups), None):
+            for row in _rows_of(batch):
+                if isinstance(row, UnicodeDecodeError):
+                    raise row
+                yield row
+    except MemoryError as error:
+        raise _too_large(path, error) from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
+
+
+def _too_large(path: str, error: MemoryError) -> SourceError:
+    return SourceError(
+        "unreadable_file", f"{path}: is damaged, or has larger pages than memory holds ({error or 'out of memory'})"
+    )
 
 
 def _batches(path: str, file: Any, numbers: Iterable[int], columns: list[str] | None) -> Iterator[Any]:
