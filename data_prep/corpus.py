@@ -21,6 +21,7 @@ import zstandard
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.ngrams import between_letters
 from data_prep.processors import available_processors
 from data_prep.sources import (
     Document,
@@ -29,14 +30,17 @@ from data_prep.sources import (
     Reject,
     SourceError,
     find_sources,
+    notices,
     plan_groups,
     reader_for,
     with_standard_input,
 )
-from data_prep.sources.plan import UNFINISHED
+from data_prep.sources.base import field_path, record_head
+from data_prep.sources.find import UNFINISHED
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
-_PIECE = 1 << 20  # bytes of a large document that are in memory at a time
+_PIECE = 1 << 20  # bytes of a large document that are read at a time
+_UNBROKEN = 4  # so many of them without white space are held
 _PART = 1 << 30  # bytes of text in one written file
 _WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
 
@@ -45,7 +49,9 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """One document: its number in the corpus, where it was found, and its text or the file that holds it."""
+    """One document: its number in the corpus, where it was found, its text or the file that holds it, and the other
+    fields of its record (`data_prep.sources.base.record_head`).
+    """
 
     number: int
     source: str
@@ -54,14 +60,17 @@ class Entry(NamedTuple):
     subset: str | None
     text: str
     large: LargeDocument | None
+    head: bytes = b""
 
     @property
     def size(self) -> int:
-        """UTF-8 bytes of a large document, characters of another."""
-        return self.large.end - self.large.start if self.large else len(self.text)
+        """UTF-8 bytes of a large document, characters of another, and what its other fields take."""
+        return len(self.head) + (self.large.end - self.large.start if self.large else len(self.text))
 
     def pieces(self) -> Iterator[str]:
-        """The text, in pieces cut at white space where it is too large for memory."""
+        """The text, in pieces cut at white space where it is too large for memory; far from any, between letters of
+        scripts that have none between words, or else anywhere between characters.
+        """
         if self.large is None:
             yield self.text
             return
@@ -69,8 +78,11 @@ class Entry(NamedTuple):
         for chunk in self.chunks():
             held += chunk
             cut = max(held.rfind(b" "), held.rfind(b"\n")) + 1
-            yield held[:cut].decode("utf-8", "replace")
-            held = held[cut:]
+            if not cut and len(held) > _UNBROKEN * _PIECE:
+                cut = between_letters(held)
+            if cut:
+                yield held[:cut].decode("utf-8", "replace")
+                held = held[cut:]
         yield held.decode("utf-8", "replace")
 
     def chunks(self) -> Iterator[bytes]:
@@ -89,6 +101,7 @@ class Entry(NamedTuple):
 class CorpusReader:
     """The documents of some sources, in the order given; can be read more than once, standard input too.
 
+    notices: sentences for a person, about what was left out and what seems to be meant otherwise.
     rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
 
     Args:
@@ -101,7 +114,8 @@ class CorpusReader:
     def __init__(self, specifications: Sequence[str], options: ReadOptions, scratch: Path | None = None) -> None:
         self.options = options
         self._scratch = tempfile.TemporaryDirectory(prefix=".data-prep-", dir=scratch)
-        sources, self.ignored_files = find_sources(specifications, options)
+        sources, left_out = find_sources(specifications, options)
+        self.notices = [*left_out, *notices(sources, options)]
         sources = with_standard_input(sources, Path(self._scratch.name))
         self._groups = plan_groups(sources, options, _WHOLE_FILES)
         self.rejects: Counter[str] = Counter()
@@ -116,6 +130,7 @@ class CorpusReader:
             reader = None
             try:
                 reader = reader_for(group, self.options, Path(self._scratch.name))
+                reader.keep_fields = True
                 while not last:
                     for item in reader.items(piece):
                         if isinstance(item, Reject):
@@ -123,7 +138,9 @@ class CorpusReader:
                         elif isinstance(item, (Document, LargeDocument)):
                             large = item if isinstance(item, LargeDocument) else None
                             text = "" if isinstance(item, LargeDocument) else item.text
-                            yield Entry(number, group.source, reader.file, item.line, item.subset, text, large)
+                            yield Entry(
+                                number, group.source, reader.file, item.line, item.subset, text, large, item.head
+                            )
                             number += 1
                     piece += 1
                     last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
@@ -223,7 +240,7 @@ def _finish(batch: list[Entry], results: Sequence[T]) -> Iterator[tuple[Entry, T
 
 
 class CorpusWriter:
-    """Writes documents as `<source>-00000.jsonl.zst`, 1 GB of text each, readable with the options they were read with.
+    """Writes documents as `<source>-00000.jsonl.zst`, 1 GB of text each, with all fields that they were read with.
 
     As a context manager it gives the files their names at the end of the block, and removes them when it raises.
 
@@ -235,8 +252,8 @@ class CorpusWriter:
         self.folder = Path(folder)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise DataError(f"{self.folder} exists already and is not empty; remove it or name another --out.")
-        self._text_path = options.text_field.split(".")
-        self._subset_path = options.subset_field.split(".") if options.subset_field else []
+        path = field_path(options.text_field)
+        self._bare, self._end = record_head({}, path), b'"' + b"}" * len(path) + b"\n"
         self._parts: dict[str, _Part] = {}
         self._numbers: Counter[str] = Counter()
         self._finished: list[Path] = []
@@ -251,30 +268,19 @@ class CorpusWriter:
             path = self.folder / f"{name}-{self._numbers[name]:05d}.jsonl.zst"
             part = self._parts[name] = _Part(path)
             self._numbers[name] += 1
-        before, after = self._frame(entry)
-        part.stream.write(before)
+        part.stream.write(entry.head or self._bare)
         size = 0
         for piece in entry.pieces():
             encoded = orjson.dumps(piece)[1:-1]
             size += len(piece.encode())
             part.stream.write(encoded)
-        part.stream.write(after)
+        part.stream.write(self._end)
         part.text_bytes += size
         self.text_bytes += size
         self.documents += 1
         if part.text_bytes >= _PART:
             self._parts.pop(name).close()
             self._finished.append(part.path)
-
-    def _frame(self, entry: Entry) -> tuple[bytes, bytes]:
-        """What stands before and after the text in the document's line."""
-        mark = "\x00text\x00"
-        record: dict[str, Any] = {}
-        _put(record, self._text_path, mark)
-        if entry.subset is not None and self._subset_path:
-            _put(record, self._subset_path, entry.subset)
-        before, after = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE).split(orjson.dumps(mark)[1:-1])
-        return before, after
 
     def __enter__(self) -> CorpusWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -319,12 +325,6 @@ def scratch_in(out: str | os.PathLike[str]) -> Path:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _put(record: dict[str, Any], path: Sequence[str], value: str) -> None:
-    for key in path[:-1]:
-        record = record.setdefault(key, {})
-    record[path[-1]] = value
 
 
 def default_workers() -> int:

@@ -55,7 +55,9 @@ class SetReport:
 
 @dataclass(frozen=True)
 class DecontaminationReport:
-    """What was found and removed; `rejects`: what could not be read, by reason."""
+    """What was found and removed; `rejects`: what could not be read, by reason; `notices`: what a person should know of
+    the sources.
+    """
 
     n: int
     matches: int
@@ -68,6 +70,7 @@ class DecontaminationReport:
     evaluation: list[SetReport]
     rejects: dict[str, int] = field(default_factory=dict)
     reject_examples: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 def decontaminate(
@@ -141,6 +144,7 @@ def decontaminate(
         evaluation=_set_reports(index, found, best),
         rejects=dict(reader.rejects),
         reject_examples=list(reader.examples),
+        notices=reader.notices,
     )
     write_text(Path(out) / "report.md", render(report))
     write_json(Path(out) / "report.json", asdict(report))

@@ -33,11 +33,14 @@ NGRAM = 5
 _SEED = 1
 _FOUND_AT_THRESHOLD = 0.95  # share of the pairs exactly at the threshold that the bands are to find
 _PIECE = 1 << 16  # pairs compared at a time
+_GRAMS = 1 << 20  # n-grams held at a time
 
 
 @dataclass(frozen=True)
 class DedupReport:
-    """What was removed. Lengths in bytes of UTF-8 text; `rejects`: what could not be read, by reason."""
+    """What was removed. Lengths in bytes of UTF-8 text; `rejects`: what could not be read, by reason; `notices`: what a
+    person should know of the sources.
+    """
 
     documents: int
     exact_copies: int
@@ -47,6 +50,7 @@ class DedupReport:
     threshold: float | None
     rejects: dict[str, int] = field(default_factory=dict)
     reject_examples: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def deduplicate(
         threshold=threshold,
         rejects=dict(reader.rejects),
         reject_examples=list(reader.examples),
+        notices=reader.notices,
     )
     write_json(Path(out) / "report.json", asdict(result))
     return result
@@ -164,8 +169,22 @@ def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
     """MinHash signatures of documents, uint32 `[documents, 128]`; all ones for a document without words."""
     import rensa  # here, so that exact deduplication needs no further library
 
+    result = np.full((len(batch), SIGNATURE), np.iinfo(np.uint32).max, np.uint32)
     grams: list[np.ndarray] = []
     owners: list[int] = []
+    waiting = 0
+
+    def take() -> None:
+        nonlocal waiting
+        if grams:
+            offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
+            rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, SIGNATURE, _SEED)
+            # The minimum over the pieces of a document is the minimum over the document.
+            np.minimum.at(result, owners, np.asarray(rows.to_rows(), np.uint32))
+        grams.clear()
+        owners.clear()
+        waiting = 0
+
     for number, entry in enumerate(batch):
         some = False
         for part in ngrams_of_pieces(entry.pieces(), NGRAM):
@@ -173,17 +192,15 @@ def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
                 grams.append(part)
                 owners.append(number)
                 some = True
+                waiting += part.size
+                if waiting > _GRAMS:
+                    take()
         if not some:  # fewer words than an n-gram has: all of them are one
             words = word_hashes("".join(entry.pieces()))
             if words.size:
                 grams.append(ngram_hashes(words, words.size))
                 owners.append(number)
-    result = np.full((len(batch), SIGNATURE), np.iinfo(np.uint32).max, np.uint32)
-    if grams:
-        offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
-        rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, SIGNATURE, _SEED)
-        # The minimum over the pieces of a document is the minimum over the document.
-        np.minimum.at(result, owners, np.asarray(rows.to_rows(), np.uint32))
+    take()
     return result
 
 

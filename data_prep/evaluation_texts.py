@@ -7,8 +7,6 @@ item; WikiText in its raw form, one item a page; plain text, one item. A folder 
 from __future__ import annotations
 
 import os
-import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,15 @@ import orjson
 
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
-from data_prep.ngrams import composed, ngram_hashes, ngrams_of_pieces, word_hashes
-from data_prep.sources import ReadOptions
+from data_prep.identity import FileIdentity, identity
+from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
+from data_prep.sources import ReadOptions, SourceError
+from data_prep.sources.base import LARGE
+from data_prep.sources.find import kind_of
 from data_prep.sources.lines import LineReader, LongLine
-from data_prep.sources.plan import kind_of
+from data_prep.sources.parquet import records
 
-_WORD = re.compile(r"\w+")
+_LONGEST_TEXT = 1 << 28  # bytes of a text file or page of an evaluation set, all of which is held in memory
 
 
 class Item(NamedTuple):
@@ -78,7 +79,7 @@ class EvaluationIndex:
             too_short = 0
             for item in _read_items(path):
                 # Counting first, because most of the texts of question sets are too short.
-                long_enough = [text for text in item.texts if len(_WORD.findall(text)) >= n]
+                long_enough = [text for text in item.texts if len(words_of(text)) >= n]
                 grams = [ngram_hashes(word_hashes(text), n) for text in long_enough]
                 distinct = np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint64)
                 too_short += not distinct.size
@@ -132,11 +133,19 @@ class EvaluationIndex:
         return counts / np.maximum(self.item_sizes, 1)
 
     def _words_at(self, text: str, place: int) -> str:
-        words = _WORD.findall(composed(text).lower())
-        return " ".join(words[place : place + self.n])
+        return " ".join(words_of(text)[place : place + self.n])
 
 
 def _evaluation_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    """The files, each once however often it is named."""
+    seen: set[FileIdentity] = set()
+    for path in _named_files(paths):
+        if (key := identity(path)) not in seen:
+            seen.add(key)
+            yield path
+
+
+def _named_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
@@ -155,18 +164,14 @@ def _read_items(path: Path) -> Iterator[Item]:
     if kind == "jsonl":
         yield from _json_items(path)
     elif kind == "parquet":
-        import pyarrow.parquet  # heavy, and few evaluation sets need it
-
         number = 0
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield Item(f"row {number}", list(_texts(record)))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            for number, record in enumerate(records(str(path)), start=1):
+                yield Item(f"row {number}", list(_texts(record)))
+        except SourceError as error:
             raise DataError(f"the evaluation set {path} cannot be read behind row {number}: {error}.") from None
     else:
-        reader = CorpusReader([str(path)], ReadOptions())
+        reader = CorpusReader([str(path)], ReadOptions(maximum_document_bytes=_LONGEST_TEXT))
         for entry in reader:
             text = "".join(entry.pieces())
             title = next((line for line in text.splitlines() if line.strip()), "")
@@ -176,17 +181,16 @@ def _read_items(path: Path) -> Iterator[Item]:
 
 
 def _json_items(path: Path) -> Iterator[Item]:
-    with tempfile.TemporaryDirectory(prefix="evaluation-") as scratch:
-        for number, line in enumerate(LineReader(str(path), Path(scratch)).lines(0, None), start=1):
-            if isinstance(line, LongLine):
-                raise DataError(f"{path}:{number}: a line of {line.bytes} bytes is too long for an evaluation set.")
-            if not line.strip():
-                continue
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: the evaluation set is not JSON lines ({error}).") from None
-            yield Item(f"line {number}", list(_texts(record)))
+    for number, line in enumerate(LineReader(str(path)).lines(0, None), start=1):
+        if isinstance(line, LongLine):
+            raise DataError(f"{path}:{number}: a line above {LARGE >> 20} MB is too long for an evaluation set.")
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: the evaluation set is not JSON lines ({error}).") from None
+        yield Item(f"line {number}", list(_texts(record)))
 
 
 def _texts(value: Any) -> Iterable[str]:

@@ -2,8 +2,11 @@
 
     megatron    NAME.bin and NAME.idx of Megatron-LM or GPT-NeoX, whose tables of type codes differ in the two floats
     datatrove   NAME.ds, raw ids, with NAME.ds.index, uint64 ends of the documents in ids
-    nanogpt     NAME.bin, raw uint16 ids
+    nanogpt     NAME.bin, raw ids
     olmo        NAME.npy, raw ids without numpy's header (one with it is taken as well)
+
+Raw ids do not say how wide they are: uint16 where the vocabulary fits it and uint32 otherwise, unless `dtype` names
+another. A file that can be read as wider ids is refused until it does, and so is one that begins like another format.
 
 Documents end where the index says and behind every END_OF_DOCUMENT. A document that comes without END_OF_DOCUMENT gets
 one; empty documents are left out and counted. The ids stay what they are, so the tokenizer must be the one that made
@@ -22,6 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
+from data_prep.file_formats import refuse_other_format
+from data_prep.identity import FileIdentity, identity
 from data_prep.manifest import SPLITS, Manifest, Split, TokenizerInfo, write_manifest
 from data_prep.manifest import Shard as ShardEntry
 from data_prep.shards import Shard, ShardWriter, bin_path, dtype_for_vocabulary, idx_path
@@ -29,6 +34,7 @@ from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from data_prep.verify import index_problems_of
 
 _PIECE = 1 << 22  # ids in memory at a time
+_WIDTHS = ("uint16", "uint32", "uint64")
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ def import_files(
         out: a new folder.
         tokenizer: that made the ids, as for `load_tokenizer`.
         eod: END_OF_DOCUMENT token, where the tokenizer does not say.
-        dtype: type of the raw ids of `olmo` files; by default uint16 where the vocabulary fits it, uint32 otherwise.
+        dtype: of the ids of `nanogpt` and `olmo` files (uint16, uint32 or uint64); by default uint16 where the
+            vocabulary fits it, uint32 otherwise.
         progress: called with the name of the shard and the number of ids done.
 
     Raises:
-        DataError: files that are missing or damaged, ids outside the tokenizer's vocabulary, `out` not empty.
+        DataError: files that are missing, damaged or given twice, raw ids of another or an uncertain width, ids outside
+            the tokenizer's vocabulary, `out` not empty.
     """
     if kind not in READERS:
         raise DataError(f"there is no import of {kind!r}; known are {', '.join(READERS)}.")
@@ -82,7 +90,8 @@ def import_files(
         raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
     loaded = load_tokenizer(tokenizer, eod)
     placed = [_split_and_path(file) for file in files]
-    opened = [READERS[kind](path, _raw_dtype(dtype, loaded.vocab_size)) for _, path in placed]
+    _refuse_repeated([path for _, path in placed], kind)
+    opened = [READERS[kind](path, _Raw(dtype, loaded.vocab_size)) for _, path in placed]
     entries: dict[str, list[ShardEntry]] = {}
     unended = empty = 0
     try:
@@ -151,15 +160,51 @@ def _lengths(folder: Path, shards: Sequence[ShardEntry]) -> dict[str, list[int]]
 
 def _split_and_path(file: str) -> tuple[str, Path]:
     split, equals, path = file.partition("=")
-    if equals and split in SPLITS:
+    if equals and split in SPLITS and not os.path.exists(file):
         return split, Path(path)
     return "train", Path(file)
 
 
-def _raw_dtype(name: str, vocabulary: int) -> np.dtype:
-    if name not in ("", "uint16", "uint32"):
-        raise DataError(f"raw ids are uint16 or uint32, not {name!r}.")
-    return np.dtype(name or ("uint16" if vocabulary <= 1 << 16 else "uint32")).newbyteorder("<")
+def _refuse_repeated(paths: Sequence[Path], kind: str) -> None:
+    seen: dict[FileIdentity, Path] = {}
+    for path in paths:
+        first = seen.setdefault(identity(Shard(path).bin if kind == "megatron" else path), path)
+        if first is not path:
+            again = str(path) if path == first else f"{path}, the same file as {first},"
+            raise DataError(f"{again} is given twice; its documents would be in the data set twice.")
+
+
+class _Raw:
+    """What is known of raw ids before they are read: the width that was asked for, and the size of the vocabulary."""
+
+    def __init__(self, name: str, vocabulary: int) -> None:
+        if name and name not in _WIDTHS:
+            raise DataError(f"raw ids are {', '.join(_WIDTHS)}, not {name!r}.")
+        self.name, self.vocabulary = name, vocabulary
+
+    def ids(self, path: Path) -> np.ndarray:
+        """The ids of a file without a header.
+
+        Raises:
+            DataError: another format, no whole number of ids, or ids that may be wider than they were taken for.
+        """
+        refuse_other_format(path)
+        dtype = np.dtype(self.name or ("uint16" if self.vocabulary <= 1 << 16 else "uint32")).newbyteorder("<")
+        ids = _mapped(path, dtype)
+        wider = [name for name in _WIDTHS if np.dtype(name).itemsize > dtype.itemsize and self._fits(path, name)]
+        if wider and not self.name:
+            zeros = "every second" if np.dtype(wider[-1]).itemsize == 2 * dtype.itemsize else "three of four"
+            raise DataError(
+                f"{path} can be read as {dtype.name} and as {wider[-1]} ids of this vocabulary; as {dtype.name}, "
+                f"{zeros} would be 0. Say which they are: --dtype {wider[-1]} (more likely) or --dtype {dtype.name}."
+            )
+        return ids
+
+    def _fits(self, path: Path, name: str) -> bool:
+        """Whether the beginning of the file, read so, is ids of the vocabulary throughout."""
+        if _size(path) % np.dtype(name).itemsize:
+            return False
+        return bool((_mapped(path, np.dtype(name).newbyteorder("<"))[:_PIECE] < self.vocabulary).all())
 
 
 class _Copy:
@@ -197,7 +242,7 @@ class _Copy:
             if not 0 <= lowest <= highest < self.vocabulary:
                 raise DataError(
                     f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
-                    "name the tokenizer that made the file."
+                    "name the tokenizer that made the file, and for raw ids their --dtype."
                 )
             known = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + piece.size, side="right")] - start
             self._write(piece.astype(writer.dtype), known, writer)
@@ -243,7 +288,7 @@ class _Copy:
         writer.write(ids, lengths)
 
 
-def _read_megatron(path: Path, _raw: np.dtype) -> TokenFile:
+def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
     shard = Shard(path)
     for problem in index_problems_of(shard):
         raise DataError(f"{problem} The documents of such a file cannot be imported in order.")
@@ -258,7 +303,8 @@ def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
     return (ids[start : start + _PIECE] for start in range(0, ids.size, _PIECE))
 
 
-def _read_datatrove(path: Path, _raw: np.dtype) -> TokenFile:
+def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
+    refuse_other_format(path)
     index = Path(f"{path}.index")
     ends = _mapped(index, np.dtype("<u8"))
     size = _size(path)
@@ -271,11 +317,11 @@ def _read_datatrove(path: Path, _raw: np.dtype) -> TokenFile:
     return TokenFile(_mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64))
 
 
-def _read_nanogpt(path: Path, _raw: np.dtype) -> TokenFile:
-    return TokenFile(_mapped(path, np.dtype("<u2")), np.empty(0, np.int64))
+def _read_nanogpt(path: Path, raw: _Raw) -> TokenFile:
+    return TokenFile(raw.ids(path), np.empty(0, np.int64))
 
 
-def _read_olmo(path: Path, raw: np.dtype) -> TokenFile:
+def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
     if _size(path) and path.open("rb").read(6) == b"\x93NUMPY":
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -284,7 +330,7 @@ def _read_olmo(path: Path, raw: np.dtype) -> TokenFile:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")
         return TokenFile(ids, np.empty(0, np.int64))
-    return TokenFile(_mapped(path, raw), np.empty(0, np.int64))
+    return TokenFile(raw.ids(path), np.empty(0, np.int64))
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -301,7 +347,7 @@ def _size(path: Path) -> int:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-READERS: dict[str, Callable[[Path, np.dtype], TokenFile]] = {
+READERS: dict[str, Callable[[Path, _Raw], TokenFile]] = {
     "megatron": _read_megatron,
     "datatrove": _read_datatrove,
     "nanogpt": _read_nanogpt,

@@ -1,27 +1,46 @@
 """Word n-grams as 64-bit hashes, computed for whole texts at once.
 
 Words are runs of letters, digits and underscores in lower case, so that punctuation, white space and the spaced-out
-hyphens of tokenised corpora make no difference, nor does whether accents are characters of their own. A word's hash is
-a polynomial in its UTF-8 bytes modulo 2**64 (Karp and Rabin, 1987), an n-gram's a polynomial in its words' hashes; both
-are mixed afterwards. The same on every machine.
+hyphens of tokenised corpora make no difference, nor does whether accents are characters of their own. In scripts that
+put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter, with the marks that belong to
+it, counts as a word. A word's hash is a polynomial in its UTF-8 bytes modulo 2**64 (Karp and Rabin, 1987), an n-gram's
+a polynomial in its words' hashes; both are mixed afterwards. The same on every machine.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import numpy as np
 
-_FOREIGN = re.compile(r"[^\x00-\x7f]")
-_NO_WORD = re.compile(r"\W")
+_NOT_IN_WORDS = re.compile(r"\W")
+# Scripts that put no spaces between words. Korean does, and Tibetan has a mark between syllables.
+_UNSPACED = re.compile(
+    "["
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Burmese
+    "\u1780-\u17ff"  # Khmer
+    "\u3005-\u3007\u3021-\u3029\u3031-\u303c"  # marks of repetition and numerals of Chinese and Japanese
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Japanese kana
+    "\u3100-\u312f\u31a0-\u31bf"  # Chinese phonetic letters
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+    "]"
+)
+# What a code point is to words: not looked up yet, none of one, part of one, or of a script without spaces.
+_UNKNOWN, _NO_WORD, _IN_WORD, _LETTER, _MARK = range(5)
+_KINDS = np.zeros(sys.maxunicode + 1, np.uint8)
+_SPACE = np.uint32(32)
 _ASCII_WORDS = bytes(
     code + 32 if 65 <= code <= 90 else code if chr(code).isalnum() or code == 95 else 32 for code in range(128)
 ) + bytes(range(128, 256))
 _BYTE_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
 _BYTE_INVERSE = np.uint64(pow(int(_BYTE_BASE), -1, 2**64))
 _WORD_BASE = np.uint64(0xD1342543DE82EF95)
+_TAIL = 1 << 12  # bytes in which a place to cut is looked for
 _PART = 1 << 19  # bytes hashed at a time: some twenty times as much memory is in use meanwhile
 
 
@@ -39,17 +58,54 @@ def normalized(text: str) -> bytes:
     """The words of `text` in lower case and normal form C, UTF-8, with spaces between them."""
     if text.isascii():
         return text.encode().translate(_ASCII_WORDS)
-    lower = composed(text).lower()
-    data = lower.encode("utf-8", "replace").translate(_ASCII_WORDS)
-    for character in set(_FOREIGN.findall(lower)):
-        if _NO_WORD.match(character):
-            data = data.replace(character.encode("utf-8", "replace"), b" ")
-    return data
+    codes = np.frombuffer(composed(text).lower().encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds = _kinds_of(codes)
+    if (kinds >= _LETTER).any():
+        # A letter of a script without spaces begins a word, and so does a mark that follows none; both end at the next.
+        inside = kinds >= _LETTER
+        before = np.concatenate([[False], inside[:-1]])
+        edges = np.flatnonzero((kinds == _LETTER) | (inside != before))
+        codes, kinds = np.insert(codes, edges, _SPACE), np.insert(kinds, edges, _NO_WORD)
+    return np.where(kinds == _NO_WORD, _SPACE, codes).astype(np.uint32).tobytes().decode("utf-32-le").encode()
+
+
+def words_of(text: str) -> list[str]:
+    """The words of `text`, of which n-grams are made."""
+    return normalized(text).decode().split()
 
 
 def composed(text: str) -> str:
     """`text` with accents inside their letters: apart from them, an accent would end a word."""
-    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    # Sorting a run of marks takes the square of its length in time. No language has long ones, so they are cut with
+    # the character made for it (Unicode Standard Annex #15, stream-safe text format).
+    return unicodedata.normalize("NFC", _long_run().sub("\\g<0>\u034f", text))
+
+
+@cache
+def _long_run() -> re.Pattern[str]:
+    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code)))
+    return re.compile(f"[{marks}]{{30}}")
+
+
+def _kinds_of(codes: np.ndarray) -> np.ndarray:
+    """What each code point is to words, uint8: looked up once for each character that has been met."""
+    kinds = _KINDS[codes]
+    if (kinds == _UNKNOWN).any():
+        for code in np.unique(codes[kinds == _UNKNOWN]).tolist():
+            _KINDS[code] = _kind_of(chr(code))
+        kinds = _KINDS[codes]
+    return kinds
+
+
+def _kind_of(character: str) -> int:
+    if _UNSPACED.match(character):
+        if character.isalnum():
+            return _LETTER
+        if unicodedata.category(character)[0] == "M":
+            return _MARK
+    return _NO_WORD if _NOT_IN_WORDS.match(character) else _IN_WORD
 
 
 def word_hashes(text: str) -> np.ndarray:
@@ -89,6 +145,18 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
         total *= _WORD_BASE
         total += words[offset : offset + count]
     return mix(total)
+
+
+def between_letters(data: bytes) -> int:
+    """Where UTF-8 text without white space can be cut: in front of the last letter of a script without spaces, or else
+    of the last character. The last one may be incomplete, and stays behind the cut.
+    """
+    start = max(0, len(data) - _TAIL)
+    while start and data[start] & 0xC0 == 0x80:
+        start -= 1
+    tail = data[start:].decode("utf-8", "ignore")
+    letters = [n for n, c in enumerate(tail) if n and _kind_of(c) == _LETTER]
+    return start + len(tail[: letters[-1] if letters else -1].encode())
 
 
 def ngrams_of_pieces(pieces: Iterable[str], n: int) -> Iterator[np.ndarray]:

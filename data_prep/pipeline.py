@@ -19,7 +19,7 @@ from data_prep.mpi import Ranks
 from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
 from data_prep.plan import WORK, Plan, Settings, changed_groups, differences, read_plan, write_plan
 from data_prep.schedule import Key, Schedule, Share
-from data_prep.sources import Group, find_sources, mixed_kinds, plan_groups, with_standard_input
+from data_prep.sources import Group, find_sources, notices, plan_groups, with_standard_input
 from data_prep.sources.hub import hub_revisions
 from data_prep.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from data_prep.workers import Pool, quiet_libraries
@@ -204,10 +204,8 @@ def prepare(
         DataError: a plan of other settings is there.
     """
     folder, work = job.out, job.out / WORK
-    sources, ignored = find_sources(job.sources, job.settings.options)
-    if ignored:
-        listener.say(f"{len(ignored)} file(s) of unknown kind are left out, the first is {ignored[0]}.")
-    for sentence in mixed_kinds(sources, job.settings.options):
+    sources, left_out = find_sources(job.sources, job.settings.options)
+    for sentence in [*left_out, *notices(sources, job.settings.options)]:
         listener.say(sentence)
     settings = replace(job.settings, sources=tuple(sources))
     loaded = load_tokenizer(job.tokenizer, job.eod_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,10 @@ def import_(
         typer.Option(help="The tokenizer that made the ids: a file, a folder, or tiktoken:NAME.", show_default=False),
     ],
     eod: Annotated[str, typer.Option(help="END_OF_DOCUMENT token, where the tokenizer does not say.")] = "",
-    dtype: Annotated[str, typer.Option(help="uint16 or uint32, for olmo files where the vocabulary misleads.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(help="uint16, uint32 or uint64: type of the ids of nanogpt and olmo files."),
+    ] = "",
 ) -> None:
     """Make a data set of token files of another stack."""
     from data_prep.imports import import_files
@@ -89,7 +93,7 @@ def dedup(
         f"{out}: {report.kept:,} of {report.documents:,} documents kept; {report.exact_copies:,} exact and "
         f"{report.near_copies:,} near copies removed, listed in {out / 'removed.jsonl.zst'}"
     )
-    _finish(report.rejects, report.documents, out)
+    _finish(report.rejects, report.notices, report.documents, out)
 
 
 @app.command()
@@ -121,7 +125,7 @@ def decontaminate(
         if found.contaminated:
             say(f"{found.name}: half or more found of {found.contaminated:,} of {found.items:,} items")
     print(f"{out / 'report.md'} names the items and documents")
-    _finish(report.rejects, report.documents, out)
+    _finish(report.rejects, report.notices, report.documents, out)
 
 
 def _options(text_field: str, format: str, separator: str, subset_field: str, subset: list[str]) -> ReadOptions:
@@ -130,14 +134,16 @@ def _options(text_field: str, format: str, separator: str, subset_field: str, su
     return ReadOptions(
         text_field=text_field,
         format=format,
-        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+        separator=o.separator_of(separator),
         subset_field=subset_field,
         subsets=tuple(subset),
     )
 
 
-def _finish(rejects: dict[str, int], documents: int, out: Path) -> None:
+def _finish(rejects: dict[str, int], notices: list[str], documents: int, out: Path) -> None:
     """Say what could not be read; exit with 1 where that is a broken file, or more than one document in a hundred."""
+    for sentence in notices:
+        print(f"note: {sentence}", file=sys.stderr)
     if not rejects:
         return
     counts = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())

@@ -26,7 +26,7 @@ Sources = Annotated[
 ]
 TextField = Annotated[str, typer.Option(help="Field of the text, dotted for nested ones.")]
 Format = Annotated[str, typer.Option(help="jsonl, parquet, text or wikitext, where file names do not say.")]
-Separator = Annotated[str, typer.Option(help="What stands between documents of text files (\\n is understood).")]
+Separator = Annotated[str, typer.Option(help="What stands between documents of text files (\\n, \\r are understood).")]
 SubsetField = Annotated[str, typer.Option(help="Field that names the subset, such as meta.pile_set_name.")]
 Subset = Annotated[list[str], typer.Option(help="Take only this subset; repeatable.")]
 LanguageField = Annotated[str, typer.Option(help="Field that holds the language.")]
@@ -72,13 +72,18 @@ def reading_settings(
         subsets=tuple(subset),
         language_field=language_field,
         languages=tuple(language),
-        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+        separator=separator_of(separator),
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
         maximum_document_bytes=maximum_document_bytes,
         format=format,
     )
     return Settings(sources=(), options=options, validation=validation, test=test, split_seed=split_seed)
+
+
+def separator_of(option: str) -> str:
+    """The separator that --separator means: `\\n`, `\\r` and `\\t` stand for what they do in most languages."""
+    return option.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 @contextmanager

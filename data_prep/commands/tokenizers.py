@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ def train(
     maximum_document_bytes: o.MaximumDocument = 1 << 32,
 ) -> None:
     """Train a tokenizer on the documents that `tokenize` with the same split options would train on."""
-    from data_prep.sources import find_sources, with_standard_input
+    from data_prep.sources import find_sources, notices, with_standard_input
     from data_prep.tokenizers.train import train_tokenizer
 
     settings = o.reading_settings(
@@ -60,7 +61,9 @@ def train(
         maximum_document_bytes=maximum_document_bytes,
     )
     with o.writing(out), tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
-        found, _ = find_sources(sources, settings.options)
+        found, left_out = find_sources(sources, settings.options)
+        for sentence in [*left_out, *notices(found, settings.options)]:
+            print(sentence, file=sys.stderr)
         found = with_standard_input(found, Path(scratch))
         trained, counts = train_tokenizer(
             replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes, Path(scratch)

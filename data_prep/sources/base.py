@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -28,14 +29,15 @@ class SourceError(DataError):
 
 
 class Document(NamedTuple):
-    """One document: its text, the same as UTF-8, the line (or row, or file) it comes from, and its subset where the
-    source names one.
+    """One document: its text, the same as UTF-8, the line (or row, or file) it comes from, its subset where the source
+    names one, and where a reader keeps fields, the `record_head` of its record.
     """
 
     text: str
     data: bytes
     line: int
     subset: str | None = None
+    head: bytes = b""
 
 
 class LargeDocument(NamedTuple):
@@ -47,6 +49,7 @@ class LargeDocument(NamedTuple):
     line: int
     subset: str | None = None
     temporary: bool = True
+    head: bytes = b""
 
 
 class Reject(NamedTuple):
@@ -131,6 +134,7 @@ class PieceReader(ABC):
         self.end_seen = False  # set by items() when the group ends in this piece
         self.lines = 0  # lines (rows, files) met in this piece
         self.file = ""  # file under way
+        self.keep_fields = False  # documents also hold the other fields of their records
 
     @abstractmethod
     def items(self, piece: int) -> Iterator[Item]:
@@ -169,6 +173,40 @@ def accept(text: object, subset: object, language: object, line: int, options: R
     if b"\x00" in data:  # found several times faster there than in text of two bytes a character
         return Reject("nul_byte", line, f"NUL character at position {text.index(chr(0))}")
     return Document(text, data, line, name)
+
+
+def record_head(record: Mapping[str, Any], path: tuple[str, ...]) -> bytes:
+    """`record` as JSON up to the first character of the text at `path`, which is put last: behind the text there are
+    one `"` and as many `}` as `path` has keys.
+
+    Raises:
+        orjson.JSONEncodeError: it cannot be written as JSON.
+    """
+    return orjson.dumps(_with_text_last(record, path), default=_as_json)[: -len(path) - 1]
+
+
+def with_fields(found: Item, record: Mapping[str, Any], path: tuple[str, ...]) -> Item:
+    """The document with the other fields of its record; a reject where they cannot be written again."""
+    if not isinstance(found, (Document, LargeDocument)):
+        return found
+    try:
+        return found._replace(head=record_head(record, path))
+    except orjson.JSONEncodeError as error:
+        if isinstance(found, LargeDocument):
+            found.path.unlink(missing_ok=True)
+        return Reject("invalid_json", found.line, f"its other fields cannot be written again: {error}")
+
+
+def _with_text_last(record: object, path: tuple[str, ...]) -> dict[str, Any]:
+    fields = {key: value for key, value in record.items() if key != path[0]} if isinstance(record, Mapping) else {}
+    inner = record.get(path[0]) if isinstance(record, Mapping) else None
+    fields[path[0]] = _with_text_last(inner, path[1:]) if path[1:] else ""
+    return fields
+
+
+def _as_json(value: object) -> str:
+    """What stands for a value that JSON has no kind of, such as a decimal number or bytes."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def field_path(name: str) -> tuple[str, ...]:

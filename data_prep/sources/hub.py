@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, field_path, look_up
-from data_prep.sources.text import PAGE
+from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, field_path, look_up, with_fields
+from data_prep.sources.text import Pages
 
 PRESETS = {
     "pile": "hub:monology/pile-uncopyrighted",
@@ -77,23 +77,24 @@ class HubReader(PieceReader):
         else:
             for row in self._rows():
                 text, subset, language = (look_up(row, path) for path in (text_path, subset_path, language_path))
-                yield accept(text, subset, language, self.lines, options)
+                found = accept(text, subset, language, self.lines, options)
+                yield with_fields(found, row, text_path) if self.keep_fields else found
         self.end_seen = True
 
     def _articles(self, text_path: tuple[str, ...]) -> Iterator[Item]:
-        article: list[str] = []
-        first = 1
-        for row in self._rows():
-            line = look_up(row, text_path)
-            if not isinstance(line, str):
-                yield accept(line, None, None, self.lines, self.options)
-                continue
-            if PAGE.match(line.encode("utf-8", "surrogatepass")) and any(map(str.strip, article)):
-                yield accept("".join(article), None, None, first, self.options)
-                article, first = [], self.lines
-            article.append(line or " \n")  # the raw file's empty lines hold a space
-        if any(map(str.strip, article)):
-            yield accept("".join(article), None, None, first, self.options)
+        pages = Pages(self.options, self.scratch)
+        try:
+            for row in self._rows():
+                line = look_up(row, text_path)
+                if not isinstance(line, str):
+                    yield accept(line, None, None, self.lines, self.options)
+                    continue
+                data = line.encode("utf-8", "surrogatepass")
+                yield from pages.begin_line(data, self.lines)
+                pages.write(data or b" \n")  # the raw file's empty lines hold a space
+            yield from pages.finish()
+        finally:
+            pages.close()
 
     def _rows(self) -> Iterator[Any]:
         extra = self.group.extra

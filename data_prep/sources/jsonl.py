@@ -19,6 +19,7 @@ from data_prep.sources.base import (
     accept,
     field_path,
     look_up,
+    with_fields,
 )
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.long_json import read_long_line
@@ -41,7 +42,7 @@ class JsonlReader(PieceReader):
         size = self.group.piece_bytes
         self.file, self.lines = self.group.files[0], 0
         if self._lines is None:
-            self._lines = LineReader(self.file, self.scratch)
+            self._lines = LineReader(self.file)
         start, end = (0, None) if self.group.pieces == 1 else (piece * size, (piece + 1) * size)
         yield from self._records(self._lines, start, end)
         self.end_seen = self._lines.at_end
@@ -50,7 +51,7 @@ class JsonlReader(PieceReader):
         for path in self.group.files:
             self.file, self.lines = path, 0
             try:
-                reader = LineReader(path, self.scratch)
+                reader = LineReader(path)
                 self._lines = reader
                 yield from self._records(reader, 0, None)
             except SourceError as error:
@@ -60,7 +61,7 @@ class JsonlReader(PieceReader):
 
     def _records(self, reader: LineReader, start: int, end: int | None) -> Iterator[Item]:
         options, text_path = self.options, self._text
-        simple = len(text_path) == 1 and not self._subset and not self._language
+        simple = len(text_path) == 1 and not self._subset and not self._language and not self.keep_fields
         key = text_path[0]
         loads = orjson.loads
         line_number = 0
@@ -68,7 +69,7 @@ class JsonlReader(PieceReader):
             line_number += 1
             self.lines = line_number
             if isinstance(line, LongLine):
-                yield read_long_line(line, line_number, options, self.scratch)
+                yield read_long_line(line, line_number, options, self.scratch, self.keep_fields)
                 continue
             try:
                 record = loads(line)
@@ -82,13 +83,14 @@ class JsonlReader(PieceReader):
             elif simple:
                 yield accept(record.get(key), None, None, line_number, options)
             else:
-                yield accept(
+                found = accept(
                     look_up(record, text_path),
                     look_up(record, self._subset) if self._subset else None,
                     look_up(record, self._language) if self._language else None,
                     line_number,
                     options,
                 )
+                yield with_fields(found, record, text_path) if self.keep_fields else found
 
     def close(self) -> None:
         if self._lines is not None:

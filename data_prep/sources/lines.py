@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 from data_prep.sources.base import LARGE, SourceError
 from data_prep.sources.streams import ByteStream
@@ -14,11 +10,37 @@ from data_prep.sources.streams import ByteStream
 _CHUNK = 1 << 20
 
 
-class LongLine(NamedTuple):
-    """A line above the size that is held in memory; its bytes (without the separator) lie in `path`."""
+class LongLine:
+    """A line above the size that is held in memory, to be read in parts before the next line is asked for; what is left
+    unread is skipped then.
+    """
 
-    path: Path
-    bytes: int
+    def __init__(self, reader: LineReader, head: bytes) -> None:
+        self._reader, self._data = reader, head
+        self._ended = False
+        self._passed = 0
+
+    def read(self) -> bytes:
+        """The next part, without the separator; empty at the end of the line.
+
+        Raises:
+            SourceError: the file is damaged here.
+        """
+        part = b""
+        while not part and not self._ended:
+            part, self._data, self._ended = self._reader.part_of_line(self._data)
+        self._passed += len(part)
+        return part
+
+    def skip(self) -> int:
+        """Read to the end; bytes of the whole line.
+
+        Raises:
+            SourceError: the file is damaged inside the line.
+        """
+        while self.read():
+            pass
+        return self._passed
 
 
 class LineReader:
@@ -29,21 +51,21 @@ class LineReader:
 
     Args:
         path: the file.
-        scratch: folder for lines too long for memory.
         separator: what ends a line. Ranges other than the whole file need one that cannot overlap with itself.
 
     Raises:
         SourceError: the file cannot be opened.
     """
 
-    def __init__(self, path: str, scratch: Path, separator: bytes = b"\n") -> None:
-        self.path, self.scratch, self.separator = path, scratch, separator
+    def __init__(self, path: str, separator: bytes = b"\n") -> None:
+        self.path, self.separator = path, separator
         self.stream = ByteStream(path)
         self.offset = 0  # where the next line starts
         self.at_end = False
         self._passed = 0  # lines in front of this byte were asked for
         self._ready: list[bytes | LongLine] = []  # whole lines already split, the next one last
         self._carry = b""  # what follows them, up to the reading position of the stream
+        self._open: LongLine | None = None  # handed out, and perhaps not read to its end
 
     def lines(self, start: int, end: int | None) -> Iterator[bytes | LongLine]:
         """Lines whose first byte lies in [start, end); `end` None reads to the end of the file.
@@ -56,21 +78,27 @@ class LineReader:
         if start < self._passed:
             self.stream.close()
             self.stream = ByteStream(self.path)
-            self.offset, self.at_end, self._ready, self._carry = 0, False, [], b""
+            self.offset, self.at_end, self._ready, self._carry, self._open = 0, False, [], b"", None
         # A line that began in front of `end` may reach far behind it: the next range has nothing to look for there.
         self._passed = end if end is not None else start + 1
-        if start > self.offset:
-            try:
+        try:
+            self._leave_open_line()
+            if start > self.offset:
                 self._skip_to(start)
-            except SourceError:
-                self.at_end = True
+        except SourceError:
+            self.at_end, self._open = True, None
         width = len(self.separator)
         while end is None or self.offset < end:
             if not self._ready and not self._fill():
                 break
             line = self._ready.pop()
-            self.offset += (line.bytes if isinstance(line, LongLine) else len(line)) + width
-            yield line
+            if isinstance(line, LongLine):
+                self._open = line
+                yield line
+                self._leave_open_line()
+            else:
+                self.offset += len(line) + width
+                yield line
         if not self._ready and not self._carry and not self.at_end:
             try:
                 self._fill()
@@ -83,7 +111,7 @@ class LineReader:
         width = len(self.separator)
         while self._ready and self.offset < start:
             line = self._ready.pop()
-            self.offset += (line.bytes if isinstance(line, LongLine) else len(line)) + width
+            self.offset += (line.skip() if isinstance(line, LongLine) else len(line)) + width
         if self._ready or self.offset >= start:
             return
         # A separator that ends exactly at `start` makes a line start there, so reading begins in front of it.
@@ -116,7 +144,7 @@ class LineReader:
         data = self._carry
         while self.separator not in data:
             if len(data) > LARGE:
-                self._spool(data)
+                self._carry, self._ready = b"", [LongLine(self, data)]
                 return True
             chunk = self.stream.read(_CHUNK)
             if not chunk:
@@ -129,29 +157,29 @@ class LineReader:
         self._ready = lines  # type: ignore[assignment]
         return True
 
-    def _spool(self, data: bytes) -> None:
-        """Write the long line that begins with `data` to a file and keep what follows it."""
-        descriptor, name = tempfile.mkstemp(prefix="line-", dir=self.scratch)
-        width, size = len(self.separator), 0
-        with os.fdopen(descriptor, "wb") as spool:
-            while True:
-                found = data.find(self.separator)
-                whole = found >= 0
-                cut = found if whole else max(0, len(data) - (width - 1))
-                spool.write(data[:cut])
-                size += cut
-                if whole:
-                    self._carry = data[found + width :]
-                    break
-                rest = data[cut:]
-                chunk = self.stream.read(_CHUNK)
-                if not chunk:
-                    spool.write(rest)
-                    size += len(rest)
-                    self.at_end, self._carry = True, b""
-                    break
-                data = rest + chunk
-        self._ready = [LongLine(Path(name), size)]
+    def part_of_line(self, data: bytes) -> tuple[bytes, bytes, bool]:
+        """A part of a long line, of which `data` is read: the part, what is read and not part of it, whether it is the
+        last. What follows the line is kept for the next one.
+        """
+        found = data.find(self.separator)
+        if found >= 0:
+            self._carry = data[found + len(self.separator) :]
+            return data[:found], b"", True
+        cut = max(0, len(data) - (len(self.separator) - 1))  # a separator may begin behind it
+        if cut:
+            return data[:cut], data[cut:], False
+        chunk = self.stream.read(_CHUNK)
+        if not chunk:
+            self.at_end = True
+            return data, b"", True
+        return b"", data + chunk, False
+
+    def _leave_open_line(self) -> None:
+        """Go behind the long line that was handed out last."""
+        if self._open is not None:
+            size = self._open.skip()
+            self.offset += size + len(self.separator)
+            self._open = None
 
 
 def can_overlap(separator: bytes) -> bool:

@@ -15,9 +15,12 @@ from data_prep.sources.base import SourceError
 
 COMPRESSIONS = (".zst", ".zstd", ".gz", ".xz", ".bz2")
 _CHUNK = 1 << 20
-# One byte of zstd input can stand for 32 KB of output, so the input handed over at once bounds memory.
+# One byte of zstd input can stand for 32 KB of output, so the input handed over at once bounds memory. A byte of bzip2
+# can stand for a megabyte; its decompressor and that of xz can be told how much to give at once.
 _STEP = {".zst": 4096, ".gz": 16384, ".xz": 16384, ".bz2": 16384}
+_BOUNDED = (".xz", ".bz2")
 _BURST = 4 << 20
+_WINDOW = 2**31  # bytes of earlier output that a file may refer to: as much as `zstd --long=31` does
 
 
 def compression(path: str | os.PathLike[str]) -> str:
@@ -98,7 +101,7 @@ class ByteStream:
         parts = [self._pending]
         total = len(self._pending)
         while total < size and self._failure is None:
-            if not self._input:
+            if not self._input and not self._holds_output():
                 self._input = memoryview(self._raw(1 << 16))
                 if not self._input:
                     if self._failure is None and (self._frame is not None or not self._frames):
@@ -111,9 +114,8 @@ class ByteStream:
                         continue
                 self._frame = _decompressor(self._kind)
                 self._frames += 1
-            piece, self._input = self._input[: self._step], self._input[self._step :]
             try:
-                part = self._frame.decompress(piece)
+                part = self._next_part()
             except (zstandard.ZstdError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
                 self._fail(str(error), total)
                 break
@@ -127,6 +129,16 @@ class ByteStream:
         kept = len(parts[-1]) - max(0, total - size)
         parts[-1], self._pending = parts[-1][:kept], parts[-1][kept:]
         return b"".join(parts)
+
+    def _holds_output(self) -> bool:
+        """Whether the decompressor has more to give without new input."""
+        return self._kind in _BOUNDED and self._frame is not None and not self._frame.needs_input
+
+    def _next_part(self) -> bytes:
+        if self._holds_output():
+            return self._frame.decompress(b"", _BURST)
+        piece, self._input = self._input[: self._step], self._input[self._step :]
+        return self._frame.decompress(piece, _BURST) if self._kind in _BOUNDED else self._frame.decompress(piece)
 
     def _fail(self, why: str, ahead: int) -> None:
         self._failure = SourceError(
@@ -143,9 +155,9 @@ def _decompressor(kind: str) -> Any:
     if kind == ".zst":  # files written with `zstd --long=31` need the large window
         # Room for what a step of ordinary text becomes: the library's default is eight times that, and costs as much as
         # the decompression itself to get and give back.
-        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(write_size=1 << 14)
+        return zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj(write_size=1 << 14)
     if kind == ".gz":
         return zlib.decompressobj(wbits=31)
     if kind == ".xz":
-        return lzma.LZMADecompressor()
+        return lzma.LZMADecompressor(memlimit=_WINDOW)
     return bz2.BZ2Decompressor()

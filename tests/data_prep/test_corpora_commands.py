@@ -94,3 +94,15 @@ def test_what_cannot_be_read_shows_in_the_exit_code(tmp_path: Path) -> None:
     broken = write_jsonl(tmp_path / "broken.jsonl.gz", records)
     broken.write_bytes(broken.read_bytes()[:-20])
     assert call("dedup", broken, few, "--out", tmp_path / "c", "--workers", 1).exit_code == 1
+
+
+@pytest.mark.parametrize("command", ["dedup", "decontaminate"])
+def test_what_a_person_should_know_of_the_sources_is_said(tmp_path: Path, command: str) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(f"word{number}" for number in range(20)))
+    more = ("--against", tmp_path / "a.txt") if command == "decontaminate" else ()
+    sources = (tmp_path / "a.txt", tmp_path / "." / "a.txt", "--separator", "\\r\\n")
+    result = call(command, *sources, "--out", tmp_path / "out", "--workers", 1, *more)
+    assert result.exit_code == 0, result.output
+    assert f"note: what is given again is read once (1 left out, the first: {tmp_path / 'a.txt'})" in result.stderr
+    assert "the separator '\\r\\n' is not in the first 8 MB" in result.stderr
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["notices"]) == 2

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from data_prep import corpus as module
 from data_prep.corpus import CorpusReader, CorpusWriter, Entry, map_entries
+from data_prep.decontaminate import decontaminate
+from data_prep.dedup import deduplicate
 from data_prep.errors import DataError
-from data_prep.sources import ReadOptions
+from data_prep.sources import ReadOptions, lines, spool
 from tests.data_prep.support import large_entry, write_jsonl
 
 
@@ -82,12 +88,23 @@ def test_a_killed_process_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pyt
 
 def test_large_documents_are_read_in_pieces_cut_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", 16)
+    monkeypatch.setattr(module, "_UNBROKEN", 8)
     text = "Größe und\nStraße " * 30 + "überlangeswortohneleerzeichen" * 3
     entry = large_entry(tmp_path / "large", text, margin=5)
     pieces = list(entry.pieces())
     assert "".join(pieces) == text and len(pieces) > 20
     assert all(piece.endswith((" ", "\n")) for piece in pieces[:-1] if piece)
     assert b"".join(entry.chunks()) == text.encode()
+
+
+@pytest.mark.parametrize("letter", ["漢", "é", "x"])
+def test_a_large_document_without_white_space_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str
+) -> None:
+    monkeypatch.setattr(module, "_PIECE", 100)
+    text = letter * 5000
+    pieces = list(large_entry(tmp_path / "large", text).pieces())
+    assert "".join(pieces) == text and max(map(len, pieces)) < 1000
 
 
 def test_temporary_files_of_large_documents_are_removed_after_use(tmp_path: Path) -> None:
@@ -114,6 +131,61 @@ def test_what_is_written_reads_the_same_with_the_same_options(tmp_path: Path, mo
     again = list(CorpusReader([str(file) for file in files], options))
     assert [(entry.text, entry.subset) for entry in again] == [(entry.text, entry.subset) for entry in entries]
     assert (writer.documents, writer.text_bytes) == (6, sum(len(entry.text.encode()) for entry in entries))
+
+
+FIELDS = {
+    "id": 2**60, "meta": {"pile_set_name": "Books3", "score": 0.1}, "\x00text\x00": ["text", None, {"text": "x"}]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("large", [40, 1 << 20])
+def test_the_other_fields_of_a_record_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    """What the first command is not told of, a later one may want."""
+    for part in (lines, spool):
+        monkeypatch.setattr(part, "LARGE", large)
+    texts = [f"text number {number} of " + "many " * 20 for number in range(4)]
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": text, **FIELDS} for text in [*texts, texts[1]]])
+    deduplicate([str(path)], tmp_path / "unique", ReadOptions(), workers=1)
+    evaluation = write_jsonl(tmp_path / "eval.jsonl", [{"q": texts[2]}])
+    decontaminate([str(tmp_path / "unique")], [evaluation], tmp_path / "clean", ReadOptions(), n=6, workers=1)
+    expected = [{"text": text, **FIELDS} for text in texts]
+    assert written(tmp_path / "unique") == expected
+    assert written(tmp_path / "clean") == expected[:2] + expected[3:]
+    options = ReadOptions(subset_field="meta.pile_set_name", subsets=("Books3",))
+    assert [entry.subset for entry in CorpusReader([str(tmp_path / "clean")], options)] == ["Books3"] * 3
+
+
+def test_the_other_columns_of_a_table_stay(tmp_path: Path) -> None:
+    rows = {
+        "doc.text": ["one", "two", "one"],
+        "doc.id": [1, 2, 3],
+        "meta.set": ["a", "b", "a"],
+        "when": pyarrow.array([0, 10**18 + 1, 5], pyarrow.timestamp("ns")),
+        "price": [Decimal("1.50"), None, Decimal("2.00")],
+        "image": [b"\xff\x00", b"", None],
+        "odd": [float("nan"), 0.5, 1.0],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "in.parquet")
+    deduplicate([str(tmp_path / "in.parquet")], tmp_path / "out", ReadOptions(text_field="doc.text"), workers=1)
+    first, second = written(tmp_path / "out")
+    assert first["doc"] == {"id": 1, "text": "one"} and second["doc"] == {"id": 2, "text": "two"}
+    assert (first["meta"], first["price"], first["image"], first["odd"]) == ({"set": "a"}, "1.50", "/wA=", None)
+    assert second["when"].endswith(".000000001") and second["price"] is None
+    options = ReadOptions(text_field="doc.text", subset_field="meta.set")
+    assert [(e.text, e.subset) for e in CorpusReader([str(tmp_path / "out")], options)] == [("one", "a"), ("two", "b")]
+
+
+def test_fields_that_cannot_be_written_again_are_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "deep", "x": ' + "[" * 500 + "]" * 500 + '}\n{"text": "kept"}\n')
+    report = deduplicate([str(tmp_path / "a.jsonl")], tmp_path / "out", ReadOptions(), workers=1)
+    assert report.rejects == {"invalid_json": 1} and written(tmp_path / "out") == [{"text": "kept"}]
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    """What a corpus holds, by the JSON parser."""
+    (path,) = folder.glob("*-00000.jsonl.zst")
+    data = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def test_a_large_document_is_written_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

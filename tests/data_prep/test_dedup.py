@@ -144,6 +144,36 @@ def test_a_corpus_loses_its_copies_and_only_those(
     assert lines[2]["similarity"] == 1.0
 
 
+# Letters of each script, marks among them.
+UNSPACED = {
+    "Chinese": [chr(code) for code in range(0x4E00, 0x4F00)],
+    "Japanese": [chr(code) for code in range(0x3041, 0x3090)],
+    "Thai": [chr(code) + mark for code in range(0x0E01, 0x0E2E) for mark in ("", "\u0e49", "\u0e34")],
+    "Lao": [chr(code) for code in (*range(0x0E94, 0x0EA3), *range(0x0EA7, 0x0EAF))],
+    "Khmer": [chr(code) + mark for code in range(0x1780, 0x17A0) for mark in ("", "\u17b6")],
+    "Burmese": [chr(code) + mark for code in range(0x1000, 0x1020) for mark in ("", "\u102d")],
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_near_copies_in_scripts_without_spaces_are_removed(tmp_path: Path, script: str) -> None:
+    source = random.Random(script)
+    texts = ["".join(source.choices(UNSPACED[script], k=300)) for _ in range(6)]
+    near = texts[2][:100] + texts[3][7] + texts[2][101:]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, near, texts[4][:150]]])
+    report = deduplicate([str(path)], tmp_path / "out", ReadOptions(), threshold=0.8, workers=1)
+    assert (report.near_copies, report.kept) == (1, 7)
+    (line,) = removed_lines(tmp_path / "out")
+    assert (line["document"], line["copy_of"]) == (f"{path}:7", f"{path}:3")
+
+
+def test_many_ngrams_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [make_text(seed, 30 + 50 * seed) for seed in range(6)]
+    whole = signatures_of(entries(texts))
+    monkeypatch.setattr(dedup, "_GRAMS", 100)
+    assert np.array_equal(signatures_of(entries(texts)), whole)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_temporary_files_are_where_the_corpus_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool

@@ -20,6 +20,7 @@ from data_prep.sources import (
     SourceError,
     lines,
     reader_for,
+    spool,
 )
 from data_prep.verify import verify_dataset
 from tests.data_prep.writing import compressed, documents, jsonl, run
@@ -54,6 +55,7 @@ def mutated(data, raw: bytes) -> bytes:
 @given(data=st.data(), large=st.sampled_from([40, 1 << 20]))
 def test_every_line_is_accounted_for(tmp_path, monkeypatch, data, large):
     monkeypatch.setattr(lines, "LARGE", large)
+    monkeypatch.setattr(spool, "LARGE", large)
     monkeypatch.setattr(lines, "_CHUNK", 32)
     raw = mutated(data, CORPUS)
     path = tmp_path / "a.jsonl"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import Document, LargeDocument, ReadOptions, Reject, lines, long_json
+from data_prep.sources import Document, LargeDocument, ReadOptions, Reject, lines, spool
 from data_prep.sources.lines import LineReader, LongLine, can_overlap
 from data_prep.sources.long_json import read_long_line
 from data_prep.sources.streams import ByteStream
@@ -21,10 +21,8 @@ RELAXED = settings(
 
 def plain(line):
     if isinstance(line, LongLine):
-        data = line.path.read_bytes()
-        assert len(data) == line.bytes
-        line.path.unlink()
-        return data
+        parts = iter(line.read, b"")
+        return b"".join(parts)
     return line
 
 
@@ -60,13 +58,13 @@ def test_ranges_give_every_line_once(tmp_path, monkeypatch, data, width, suffix,
     path.write_bytes(compressed(raw, suffix))
     wanted = expected_ranges(raw, width, separator)
     ranges = list(range(len(raw) // width + 2))
-    continuing = LineReader(str(path), tmp_path, separator)
+    continuing = LineReader(str(path), separator)
     in_order = {n: [plain(line) for line in continuing.lines(n * width, (n + 1) * width)] for n in ranges}
     assert {n: found for n, found in in_order.items() if found} == wanted
     order.shuffle(ranges)
-    jumping = LineReader(str(path), tmp_path, separator)
+    jumping = LineReader(str(path), separator)
     for n in ranges:
-        reader = jumping if n % 2 else LineReader(str(path), tmp_path, separator)
+        reader = jumping if n % 2 else LineReader(str(path), separator)
         assert [plain(line) for line in reader.lines(n * width, (n + 1) * width)] == wanted.get(n, [])
 
 
@@ -79,7 +77,7 @@ def test_the_end_is_seen_in_the_last_range_that_holds_a_line_or_later(tmp_path, 
     path = tmp_path / f"f{suffix}"
     path.write_bytes(compressed(raw, suffix))
     last = max(expected_ranges(raw, width), default=0)
-    reader = LineReader(str(path), tmp_path)
+    reader = LineReader(str(path))
     for n in range(last + 1):
         list(reader.lines(n * width, (n + 1) * width))
         assert not (reader.at_end and n < last)
@@ -92,7 +90,7 @@ def test_lines_that_reach_over_ranges_do_not_make_it_read_again(tmp_path, monkey
     path.write_bytes(compressed(b"".join(b"x" * 1000 + b"\n" for _ in range(50)), ".zst"))
     opened = []
     monkeypatch.setattr(lines, "ByteStream", lambda *a: opened.append(a) or ByteStream(*a))
-    reader = LineReader(str(path), tmp_path)
+    reader = LineReader(str(path))
     found = [len(list(reader.lines(n * 700, (n + 1) * 700))) for n in range(80)]
     assert sum(found) == 50 and len(opened) == 1
 
@@ -109,11 +107,23 @@ JSON = st.recursive(
 )
 
 
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    """Lines and texts of any size are read as those too large for memory are; returns how to choose the part read."""
+    monkeypatch.setattr(lines, "LARGE", 0)
+    monkeypatch.setattr(spool, "LARGE", 0)
+    return lambda size: monkeypatch.setattr(lines, "_CHUNK", size)
+
+
 def long_line(tmp_path, raw: bytes, options: ReadOptions):
     path = tmp_path / "line"
     path.write_bytes(raw)
-    found = read_long_line(LongLine(path, len(raw)), 5, options, tmp_path)
-    assert not path.exists()
+    reader = LineReader(str(path))
+    line = next(reader.lines(0, None))
+    found = read_long_line(line, 5, options, tmp_path)
+    assert line.skip() == len(raw)
+    reader.stream.close()
+    path.unlink()
     if isinstance(found, LargeDocument):
         text = found.path.read_bytes()[found.start : found.end].decode()
         found.path.unlink()
@@ -129,13 +139,13 @@ def long_line(tmp_path, raw: bytes, options: ReadOptions):
     text=st.text(min_size=1, max_size=300).filter(lambda t: not t.isspace() and "\x00" not in t),
     nested=st.booleans(),
     escaped=st.booleans(),
-    window=st.integers(13, 64),
+    window=st.integers(1, 64),
     place=st.integers(0, 4),
 )
 def test_a_long_line_gives_what_the_json_parser_gives(
-    tmp_path, monkeypatch, record, text, nested, escaped, window, place
+    tmp_path, everything_is_large, record, text, nested, escaped, window, place
 ):
-    monkeypatch.setattr(long_json, "_WINDOW", window)
+    everything_is_large(window)
     items = list(record.items())
     items.insert(min(place, len(items)), ("text", {"body": text} if nested else text))
     raw = json.dumps(dict(items), ensure_ascii=escaped).encode("utf-8", "surrogatepass")
@@ -145,9 +155,9 @@ def test_a_long_line_gives_what_the_json_parser_gives(
 
 
 @RELAXED
-@given(raw=st.binary(min_size=1, max_size=200), window=st.integers(13, 40))
-def test_a_long_line_of_anything_is_a_document_or_a_reject(tmp_path, monkeypatch, raw, window):
-    monkeypatch.setattr(long_json, "_WINDOW", window)
+@given(raw=st.binary(min_size=1, max_size=200), window=st.integers(1, 40))
+def test_a_long_line_of_anything_is_a_document_or_a_reject(tmp_path, everything_is_large, raw, window):
+    everything_is_large(window)
     raw = b'{"text": "' + raw.replace(b"\n", b"")
     try:
         record = json.loads(raw.decode())
@@ -161,7 +171,7 @@ def test_a_long_line_of_anything_is_a_document_or_a_reject(tmp_path, monkeypatch
     assert found[0] == wanted
 
 
-def test_a_long_line_keeps_its_subset_and_obeys_the_limit(tmp_path):
+def test_a_long_line_keeps_its_subset_and_obeys_the_limit(tmp_path, everything_is_large):
     raw = json.dumps({"text": "x" * 100, "meta": {"pile_set_name": "Enron Emails"}}).encode()
     options = ReadOptions(subset_field="meta.pile_set_name")
     assert long_line(tmp_path, raw, options) == ("x" * 100, "Enron Emails")
@@ -182,7 +192,7 @@ def test_a_long_line_keeps_its_subset_and_obeys_the_limit(tmp_path):
         (b'{"text": "\xff"}', "invalid_utf8"),
     ],
 )
-def test_long_lines_are_rejected_like_short_ones(tmp_path, raw, reason):
+def test_long_lines_are_rejected_like_short_ones(tmp_path, everything_is_large, raw, reason):
     found = long_line(tmp_path, raw, ReadOptions())
     assert isinstance(found, Reject) and found.reason == reason
     assert list(tmp_path.iterdir()) == []

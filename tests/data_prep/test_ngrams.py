@@ -11,14 +11,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import ngrams as module
-from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, normalized, word_hashes
+from data_prep.ngrams import between_letters, ngram_hashes, ngrams_of_pieces, normalized, word_hashes, words_of
+from tests.fuzz.support import processor_time
 
 KNOWN = [8299794868474364208, 5391054183650655607, 9969114287553916399]
-TEXT = st.text(st.sampled_from("abcAB 01_-.,'\n\téa\u0301\u2019\u2013ßЖЖ漢字😀\u00a0"), max_size=80)
+TEXT = st.text(st.sampled_from("abcAB 01_-.,'\n\téa\u0301\u2019\u2013ßЖЖ漢字😀\u00a0บ้กุカ\u3099្ក한မြ"), max_size=80)
+
+
+# Letters and marks by the names that the Unicode database gives them.
+UNSPACED = ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO")
+UNSPACED += ("THAI", "LAO", "KHMER", "MYANMAR", "IDEOGRAPHIC ITERATION MARK", "COMBINING KATAKANA", "HANGZHOU NUMERAL")
+UNSPACED += (
+    "HENTAIGANA",
+    "VERTICAL KANA",
+    "VERTICAL IDEOGRAPHIC",
+    "IDEOGRAPHIC CLOSING",
+    "IDEOGRAPHIC NUMBER",
+    "MASU MARK",
+)
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", unicodedata.normalize("NFC", text).lower())
+    """Runs of \\w; but of scripts without spaces each letter with its marks."""
+    found: list[str] = []
+    open_word = ""  # the kind of the word under way
+    for character in unicodedata.normalize("NFC", text).lower():
+        if unicodedata.name(character, "").startswith(UNSPACED):
+            if character.isalnum():
+                found.append(character)
+                open_word = "letter"
+                continue
+            if unicodedata.category(character) in ("Mn", "Mc"):
+                found[-1:] = [found[-1] + character] if open_word == "letter" else [*found[-1:], character]
+                open_word = "letter"
+                continue
+        if re.match(r"\w", character):
+            found[-1:] = [found[-1] + character] if open_word == "word" else [*found[-1:], character]
+            open_word = "word"
+        else:
+            open_word = ""
+    return found
 
 
 @settings(max_examples=300, deadline=None)
@@ -73,3 +105,31 @@ def test_long_texts_are_hashed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_hashes_stay_what_they_are() -> None:
     """Signatures and reports of different machines and releases are compared with one another."""
     assert ngram_hashes(word_hashes("The quick-brown Fox"), 2).tolist() == KNOWN
+
+
+def test_scripts_without_spaces_have_a_word_a_letter() -> None:
+    assert words_of("我们在2024年。Hello世界") == ["我", "们", "在", "2024", "年", "hello", "世", "界"]
+    assert words_of("ข้อมูลภาษา") == ["ข้", "อ", "มู", "ล", "ภ", "า", "ษ", "า"]
+    assert words_of("データの、カ\u3099") == ["デ", "ー", "タ", "の", "ガ"]
+    assert words_of("မြန်မာ ខ្មែរ ລາວ")[:2] == ["မြ", "န်"]
+    assert words_of("한국어 텍스트 हिन्दी") == ["한국어", "텍스트", "ह", "न", "द"]  # as ever
+
+
+def test_a_run_of_marks_takes_no_square_of_its_length_in_time() -> None:
+    """Putting 200,000 marks in order would take minutes, as would a search for each of 60,000 kinds of symbols."""
+    with processor_time(5.0):
+        assert words_of("a" + "\u0301\u0327" * 100_000 + " end")[-1] == "end"
+        symbols = "".join(chr(code) for code in range(0xE0000, 0x110000) if not chr(code).isalnum())
+        assert words_of(symbols * 5) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("漢字บ้กุaé\u3099ក្"), min_size=2, max_size=60), cut=st.integers(0, 3))
+def test_text_without_spaces_is_cut_between_its_letters(text: str, cut: int) -> None:
+    data = text.encode()
+    data = data[: len(data) - cut]  # the last character need not be whole
+    place = between_letters(data)
+    assert 0 <= place < len(data)
+    head, tail = text.encode()[:place].decode(), text.encode()[place:].decode()
+    if any(words(c) and c.isalnum() and c not in "aé" for c in data.decode("utf-8", "ignore")[1:]):
+        assert words_of(head) + words_of(tail) == words_of(text)

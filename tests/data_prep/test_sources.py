@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
+import random
+import resource
 import sys
 from codecs import BOM_UTF8
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -24,13 +26,15 @@ from data_prep.sources import (
     SourceError,
     find_sources,
     lines,
+    notices,
     plan_groups,
     reader_for,
     with_standard_input,
 )
-from data_prep.sources import text as text_module
+from data_prep.sources import spool as spool_module
 from tests.conftest import skip_or_fail
 from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
+from tests.fuzz.support import processor_time
 
 
 def items(path, tmp_path, options=None, piece_bytes=0):
@@ -74,8 +78,7 @@ def test_a_byte_order_mark_in_front_of_a_long_line_costs_no_document(tmp_path, m
     monkeypatch.setattr(lines, "LARGE", 100)
     monkeypatch.setattr(lines, "_CHUNK", 50)
     (tmp_path / "a.jsonl").write_bytes(BOM_UTF8 + jsonl(["word " * 60]))
-    (found,) = items(tmp_path / "a.jsonl", tmp_path)
-    assert found.path.read_text() == "word " * 60
+    assert texts(items(tmp_path / "a.jsonl", tmp_path)) == ["word " * 60]
 
 
 def test_a_last_line_without_a_newline_counts(tmp_path):
@@ -186,6 +189,32 @@ def test_a_parquet_file_that_lost_row_groups_since_the_plan_is_a_reject(tmp_path
         list(reader.items(3))
 
 
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_large_rows_of_parquet_are_read_a_few_at_a_time(tmp_path, dictionary):
+    """A file of some kilobytes: in a dictionary, the one text of 4 MB stands once."""
+    rows = [f"{0 if dictionary else number}" + "x" * (4 << 20) for number in range(40)]
+    table = pyarrow.table({"text": rows})
+    more = {
+        "compression": "zstd",
+        "use_dictionary": dictionary,
+        "dictionary_pagesize_limit": 1 << 30,
+        "write_batch_size": 1,
+    }
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **more)
+    del table
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    try:
+        found = reader_for(
+            Group(0, "a", "parquet", (str(tmp_path / "a.parquet"),), 1, 1, 1 << 40), ReadOptions(), tmp_path
+        ).items(0)
+        assert [item.text == rows[number] for number, item in enumerate(found)] == [True] * 40
+        assert pool.max_memory() < 200 << 20
+    finally:
+        pyarrow.set_memory_pool(before)
+
+
 def test_a_parquet_row_that_is_no_utf8_is_one_reject(tmp_path):
     wanted = documents(300)
     data = [text.encode() for text in wanted]
@@ -209,7 +238,8 @@ def test_text_files_are_one_document_each(tmp_path):
     found = items(folder, tmp_path)
     assert sorted(texts(found)) == ["first\n\ndocument\n", "second", "third"]
     assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_utf8"]
-    assert find_sources([str(folder)], ReadOptions())[1] == [str(folder / "ignored.png")]
+    (sentence,) = find_sources([str(folder)], ReadOptions())[1]
+    assert sentence == f"1 file(s) of unknown kind are left out, the first is {folder / 'ignored.png'}."
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "<|end|>", "\n---\n"])
@@ -253,7 +283,7 @@ def test_one_broken_file_of_many_costs_no_other(tmp_path, name, options, wanted)
 
 
 def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "LARGE", 1000)
+    monkeypatch.setattr(spool_module, "LARGE", 1000)
     wanted = "\n".join(documents(50))
     for suffix in ("", ".xz"):
         path = tmp_path / f"big.txt{suffix}"
@@ -263,25 +293,89 @@ def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
         assert found.path.read_bytes()[found.start : found.end].decode() == wanted
 
 
-def test_a_write_that_fails_under_a_large_text_leaves_no_file(tmp_path, monkeypatch):
-    def full_disk(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def small_disk():
+    """No file of this process grows beyond 3,000 bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(text_module, "LARGE", 1000)
-    monkeypatch.setattr(text_module, "large_text", full_disk)
+
+def test_a_write_that_fails_under_a_large_text_leaves_no_file(tmp_path, monkeypatch, request):
+    monkeypatch.setattr(spool_module, "LARGE", 1000)
     (tmp_path / "a.txt").write_text("word " * 1000)
     (tmp_path / "scratch").mkdir()
     group = Group(0, "a", "text", (str(tmp_path / "a.txt"),), 5000, 1, 1 << 20)
-    with pytest.raises(OSError, match="No space left"):
+    request.getfixturevalue("small_disk")
+    with pytest.raises(OSError, match="File too large"):
         list(reader_for(group, ReadOptions(), tmp_path / "scratch").items(0))
     assert not list((tmp_path / "scratch").iterdir())
+
+
+HUGE = "word " * 20_000
+HUGE_FILES = {
+    "a.jsonl": (jsonl([HUGE, "next"]), ReadOptions()),
+    "b.jsonl": (b'{"text": "' + b"\\u0041" * 20_000 + b'"}\n' + jsonl(["next"]), ReadOptions()),
+    "a.txt": ((HUGE + "|next").encode(), ReadOptions(separator="|")),
+    "b.txt": (HUGE.encode(), ReadOptions()),
+    "a.raw": (f" = One = \n{HUGE}\n{'line' * 99} \n = Next = \nnext\n".encode(), ReadOptions()),
+    "b.raw": (("word \n" * 20_000 + " = Next = \nnext\n").encode(), ReadOptions()),
+}
+
+
+@pytest.mark.parametrize("name", HUGE_FILES)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("limit", ["maximum_bytes", "maximum_document_bytes"])
+def test_no_more_is_written_of_a_document_than_one_may_have(tmp_path, monkeypatch, request, name, suffix, limit):
+    for module in (lines, spool_module):
+        monkeypatch.setattr(module, "LARGE", 1000)
+    monkeypatch.setattr(lines, "_CHUNK", 500)
+    data, options = HUGE_FILES[name]
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(compressed(data, suffix))
+    (tmp_path / "scratch").mkdir()
+    request.getfixturevalue("small_disk")
+    found = items(path, tmp_path / "scratch", replace(options, **{limit: 2000}))
+    expected = "Filtered length" if limit == "maximum_bytes" else "Reject too_long"
+    assert f"{type(found[0]).__name__} {found[0].reason}" == expected
+    assert [text.split()[-1] for text in texts(found[1:])] == ["next"] * (name != "b.txt")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_large_document_that_is_not_read_to_its_end_is_skipped(tmp_path, monkeypatch, name):
+    """Its file is broken in the middle of it: nothing is left behind, and other files are read."""
+    for module in (lines, spool_module):
+        monkeypatch.setattr(module, "LARGE", 1000)
+    data, options = HUGE_FILES[name]
+    (tmp_path / "in").mkdir()
+    packed = compressed(data[:-20] + random.Random(1).randbytes(99_000).hex().encode(), ".gz")
+    (tmp_path / "in" / f"{name}.gz").write_bytes(packed[:-9000])
+    (tmp_path / "in" / f"z{name[1:]}").write_bytes(jsonl(["next"]) if name == "a.jsonl" else b"next")
+    (tmp_path / "scratch").mkdir()
+    found = items(tmp_path / "in", tmp_path / "scratch", options)
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["broken_compression"]
+    assert texts(found) == ["next"] and not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_line_of_many_values_is_walked_once(tmp_path, monkeypatch):
+    """Looking for the next value costs no copy of the rest: otherwise these lines would take minutes."""
+    for module in (lines, spool_module):
+        monkeypatch.setattr(module, "LARGE", 1 << 20)
+    values = b'{"ids": [' + b"[1,2]," * 200_000 + b'0], "text": "whole", "more": "' + b'\\\\\\"' * 200_000 + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(values + b"[" * 2_000_000 + b"\n" + jsonl(["next"]))
+    with processor_time(10.0):
+        found = items(tmp_path / "a.jsonl", tmp_path)
+    assert texts(found) == ["whole", "next"]
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_json"]
 
 
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"a\xffb", "invalid_utf8"), (b"a\x00b", "nul_byte"), (b"   ", "empty_document")]
 )
 def test_a_large_text_is_checked_like_a_small_one(tmp_path, monkeypatch, data, reason):
-    monkeypatch.setattr(text_module, "LARGE", 0)
+    monkeypatch.setattr(spool_module, "LARGE", 0)
     path = tmp_path / "big.txt"
     path.write_bytes(data)
     (found,) = items(path, tmp_path)
@@ -352,7 +446,14 @@ def test_names_of_sources(tmp_path):
     ("sources", "message"),
     [
         (["nowhere.jsonl"], "no file, folder or source 'nowhere.jsonl'"),
-        (["{one}", "{one}"], "given twice"),
+        (["a={one}", "b={folder}/./one.jsonl"], "all that 'b' names is in the source 'a' already"),
+        (["a=python-docs", "b=python-docs"], "all that 'b' names is in the source 'a' already"),
+        (["pile", "b=hub:monology/pile-uncopyrighted"], "all that 'b' names is in the source 'pile' already"),
+        (["{folder}/*.none"], r"no file matches '.*\*\.none'"),
+        (["lang=none/*.jsonl"], r"no file matches 'none/\*\.jsonl'\. 'lang=none/\*\.jsonl' was taken for NAME=SOURCE"),
+        (["*\0"], "no file matches"),
+        (["\ud800*"], "matches"),
+        (["x" * 5000], "there is no file"),
         (["a={one}", "a=python-docs"], "two sources are named 'a'"),
         (["{folder}/odd.bin"], "does not say what the file holds"),
         (["{folder}/empty"], "holds no file of a known kind"),
@@ -389,3 +490,98 @@ def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
         skip_or_fail(f"the file system of {tmp_path} takes no such names ({error})")
     with pytest.raises(DataError, match=r"caf\\udce9\.jsonl' is not UTF-8, .*rename the file"):
         find_sources([str(tmp_path)], ReadOptions())
+
+
+def test_a_file_is_read_once_by_whatever_paths_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "c.jsonl", ["x"])
+    write_jsonl(tmp_path / "copy" / "c.jsonl", ["x"])  # equal, and another file
+    (tmp_path / "soft.jsonl").symlink_to("c.jsonl")
+    os.link("c.jsonl", "hard.jsonl")
+    for again in (
+        "c.jsonl",
+        "./c.jsonl",
+        "copy/../c.jsonl",
+        str(tmp_path / "c.jsonl"),
+        "soft.jsonl",
+        "hard.jsonl",
+        "c*l",
+    ):
+        found, (sentence,) = find_sources(["c.jsonl", again], ReadOptions())
+        assert [source.files for source in found] == [("c.jsonl",)]
+        assert "given again is read once (1 left out, the first: " in sentence and "c.jsonl)" in sentence
+    found, (sentence,) = find_sources(["*.jsonl", "copy", "copy/*"], ReadOptions())
+    assert [source.files for source in found] == [("c.jsonl",), ("copy/c.jsonl",)]
+    assert "3 left out, the first: hard.jsonl is c.jsonl" in sentence
+    assert find_sources(["c.jsonl", "copy"], ReadOptions())[1] == []
+    # A source of another name keeps what is its own.
+    write_jsonl(tmp_path / "d.jsonl", ["y"])
+    found, _ = find_sources(["one=c.jsonl", "two=[cd].jsonl"], ReadOptions())
+    assert [(source.name, source.files) for source in found] == [("one", ("c.jsonl",)), ("two", ("d.jsonl",))]
+
+
+def test_standard_input_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jsonl(["in"]))))
+    file = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    found, (sentence,) = find_sources([f"all={file}", "all=-", "-"], ReadOptions())
+    assert "1 left out, the first: -" in sentence
+    (source,) = with_standard_input(found, tmp_path)
+    assert [text for path in source.files for text in texts(items(path, tmp_path))] == ["x", "in"]
+
+
+@pytest.mark.parametrize("source", ["lang=en/*.jsonl", "lang=en/a.jsonl", "lang=en", "lang=e[n]/**"])
+def test_a_path_with_an_equals_sign_is_itself(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "lang=en" / "a.jsonl", ["x"])
+    write_jsonl(tmp_path / "en" / "a.jsonl", ["y"])
+    (found,), _ = find_sources([source], ReadOptions())
+    assert found.files == ("lang=en/a.jsonl",)
+    (found,), _ = find_sources([f"news={source}"], ReadOptions())
+    assert (found.name, found.files) == ("news", ("lang=en/a.jsonl",))
+    (found,), _ = find_sources(["lang=./en/*.jsonl"], ReadOptions())
+    assert (found.name, found.files) == ("lang", ("./en/a.jsonl",))
+
+
+def noticed(path, **options):
+    found, _ = find_sources([str(path)], ReadOptions(**options))
+    return notices(found, ReadOptions(**options))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_separator_that_never_occurs_is_said(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compressed(b"one\r\n\r\ntwo\r\n\r\nthree\r\n", suffix))
+    (sentence,) = noticed(path, separator="\n\n")
+    assert f"the separator '\\n\\n' is not in the first 8 MB of {path}; a text file without it" in sentence
+    assert r"is --separator '\r\n\r\n' meant?" in sentence
+    assert len(texts(items(path, tmp_path, ReadOptions(separator="\r\n\r\n")))) == 3
+    assert noticed(path, separator="\r\n\r\n") == []
+    (sentence,) = noticed(path, separator="<|end|>")
+    assert "meant?" not in sentence
+    (tmp_path / "b.txt").write_text("one<|end|>two")
+    assert noticed(tmp_path, separator="<|end|>") == []  # files of one document each may be among them
+
+
+def test_a_separator_without_text_files_is_said(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    (sentence,) = noticed(path, separator="\n\n")
+    assert "the separator is not used" in sentence
+    assert noticed("-", separator="\n\n", format="text") == []
+
+
+def test_marks_between_documents_are_said_where_the_text_is_not_split(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one<|endoftext|>two<|endoftext|>three")
+    (sentence,) = noticed(path)
+    assert f"{path} holds '<|endoftext|>' 2 times or more but is read as one document" in sentence
+    assert noticed(path, separator="<|endoftext|>") == []
+    path.write_text("GPT-2 writes <|endoftext|> between documents.")
+    assert noticed(path) == []
+
+
+def test_wikitext_without_pages_is_said(tmp_path):
+    (tmp_path / "wiki.raw").write_text(WIKI)
+    assert noticed(tmp_path / "wiki.raw") == []
+    (tmp_path / "book.raw").write_text("A text.\n\n== Heading of another kind ==\n")
+    (sentence,) = noticed(tmp_path / "book.raw")
+    assert "no line of" in sentence and "book.raw is the heading of a WikiText page" in sentence
