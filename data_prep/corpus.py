@@ -309,7 +309,9 @@ class _Part:
     def __post_init__(self) -> None:
         self._files = ExitStack()
         raw: IO[bytes] = self._files.enter_context(atomic_write(self.path))
-        self.stream = self._files.enter_context(zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False))
+        self.stream = self._files.enter_context(
+            zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False)
+        )
 
     def close(self) -> None:
         self._files.close()

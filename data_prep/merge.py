@@ -123,7 +123,10 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
         target = folder / HELD_OUT / f"{split}.jsonl.zst"
         if not parts:
             continue
-        with atomic_write(target) as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as out:
+        with (
+            atomic_write(target) as raw,
+            zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False) as out,
+        ):
             for part in parts:
                 with part.open("rb") as source:
                     zstandard.ZstdDecompressor().copy_stream(source, _Forward(out))  # type: ignore[arg-type]
