@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from pretrain.errors import LaunchError
 
 EXIT_FINISHED = 0
-EXIT_FAILED = 1  # an error with a traceback
+EXIT_FAILED = 1  # an error with a traceback, or ranks that did not meet: another start may go well
 EXIT_USER = 2  # a message for a person; starting again without a change ends the same way
 EXIT_NO_PROGRESS = 73  # restarted several times without one new checkpoint
 EXIT_STALLED = 74  # the watchdog ended a run: a rank had stopped moving or was gone; its last checkpoint is valid

@@ -19,12 +19,13 @@ def evaluation_ranks(device: str | None) -> Iterator[tuple[str, bool]]:
         (device of this rank, whether this rank reports).
 
     Raises:
-        LaunchError: the launcher's variables contradict one another or are incomplete.
+        LaunchError: the launcher's variables contradict one another or are incomplete, or the ranks do not meet.
     """
     import torch
     import torch.distributed as dist
 
     from pretrain.environment import discover_ranks, prepare_environment
+    from pretrain.rendezvous import METHOD
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if discover_ranks().world_size == 1:
@@ -34,7 +35,7 @@ def evaluation_ranks(device: str | None) -> Iterator[tuple[str, bool]]:
     if device == "cuda":
         torch.cuda.set_device(ranks.device)
         device = f"cuda:{ranks.device}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", init_method=METHOD)
     try:
         yield device, ranks.rank == 0
     finally:
