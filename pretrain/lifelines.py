@@ -270,7 +270,7 @@ def _addresses(name: str) -> list[str]:
     """The addresses that a host's name stands for on this host; none where it is not known here."""
     try:
         return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 

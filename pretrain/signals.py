@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from pretrain.environment import read_integer
 from pretrain.errors import LaunchError
 
 EXIT_FINISHED = 0
@@ -239,7 +240,4 @@ def _job_end(environ: Mapping[str, str]) -> float | None:
     text = environ.get("SLURM_JOB_END_TIME")
     if not text:
         return None
-    try:
-        return float(text)
-    except ValueError:
-        raise LaunchError(f"SLURM_JOB_END_TIME={text!r} is not a time in seconds since 1970; unset it.") from None
+    return float(read_integer("SLURM_JOB_END_TIME", text, largest=10**10))

@@ -69,6 +69,7 @@ DEEPSPEED = {**TORCH, "LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
         # srun --mpi=pmi2 sets PMI_* beside its own.
         ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "5"}, (3, 5, 1, 2, "localhost", "srun")),
         # Inside a batch script or an interactive step a plain program runs once, whatever the job's number of tasks.
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x999999999)"}, (3, 5, 1, 2, "localhost", "srun")),
         ({**SRUN, "SLURM_STEP_ID": "4294967291"}, (0, 1, 0, 1, "127.0.0.1", "python")),
         ({name: value for name, value in SRUN.items() if "STEP" not in name}, (0, 1, 0, 1, "127.0.0.1", "python")),
     ],
@@ -89,6 +90,15 @@ def test_ranks_of_each_launcher(environ, expected):
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT"),
         ({**TORCH, "RANK": "8"}, "RANK=8"),
         ({**TORCH, "RANK": "one"}, "RANK='one'"),
+        ({**TORCH, "RANK": ""}, "RANK=''"),
+        ({**TORCH, "RANK": "\u0665"}, "RANK='\u0665'"),  # an Arabic five, which int() reads
+        ({**TORCH, "RANK": "1_0"}, "RANK='1_0'"),
+        ({**TORCH, "RANK": "-1"}, "RANK=-1"),
+        ({**TORCH, "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9999"),
+        ({**TORCH, "MASTER_ADDR": "head\x1b[31m"}, "MASTER_ADDR"),
+        ({**TORCH, "MASTER_ADDR": "head node"}, "MASTER_ADDR"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE"),
+        ({**SRUN, "SLURM_PROCID": "\u00b2"}, "SLURM_PROCID"),
         ({**TORCH, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ({**OPENMPI, "RANK": "0", "WORLD_SIZE": "1"}, "unset RANK"),
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "unset RANK"),
