@@ -220,7 +220,7 @@ class _Door:
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj in self._strangers:
-                    self._hear(key.fileobj)  # type: ignore[arg-type]
+                    self._hear(key.fileobj)
         return self._admitted
 
     def _accept(self) -> None:

@@ -182,6 +182,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
                 prepared = replace(prepared, extension=extension)
                 code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
                 for branch in prepared.plan.branches:
+                    watchdog.beat("before a branch", allow=_SLOW_SECONDS)
                     if code == EXIT_FINISHED:
                         code = _asked_to_stop(stop, device)
                     if code != EXIT_FINISHED:
@@ -427,6 +428,8 @@ def _train(
         telemetry.say(_closing(prepared, outcome.state, state.step, stop.reason, on_first_rank(note)))
         return EXIT_FINISHED if outcome.state == "finished" else outcome.request.exit_code
     finally:
+        # An error that all ranks meet ends some of them at once, while others still write a checkpoint.
+        watchdog.beat("closing", allow=patience, alone=True)
         reader.close()
         store.close()
         telemetry.close()

@@ -56,6 +56,7 @@ class Watchdog:
         self._interval = min(5.0, timeout / 8)
         self._patience = max(1.0, min(20.0, timeout / 4))
         self._asked: float | None = None
+        self._alone = False
         self._lifelines: Lifelines | None = None
         self._last_words: IO[str] | None = None
         self._done = threading.Event()
@@ -92,8 +93,11 @@ class Watchdog:
                 if Path(self._last_words.name).stat().st_size == 0:
                     Path(self._last_words.name).unlink()
 
-    def beat(self, doing: str, *, allow: float | None = None) -> None:
-        """This rank has moved on and now does `doing`, for which it may take `allow` seconds (default: the timeout)."""
+    def beat(self, doing: str, *, allow: float | None = None, alone: bool = False) -> None:
+        """This rank has moved on and now does `doing`, for which it may take `allow` seconds (default: the timeout);
+        `alone` if it does not wait for other ranks meanwhile, so that their end does not end this one.
+        """
+        self._alone = alone
         self._beat = (self._beat[0] + 1, doing, time.monotonic(), allow or self._timeout)
 
     def move(self) -> None:
@@ -144,7 +148,8 @@ class Watchdog:
                     self._end(None)
                 elif message.kind is Kind.STALLED and self._ranks.rank == 0:
                     stalled.append((rank, float(message.seconds)))
-            gone = [rank for rank, seconds in self._lifelines.lost().items() if seconds > _GONE_SECONDS]
+            if not self._alone:
+                gone = [rank for rank, seconds in self._lifelines.lost().items() if seconds > _GONE_SECONDS]
             if stalled and not gone and self._ranks.rank != 0 and not self._rank_0_is_silent(quiet, now):
                 return
         if gone:

@@ -11,9 +11,13 @@ import threading
 
 import pytest
 
+from pretrain import watchdog as module
+from pretrain.environment import Ranks
+from pretrain.errors import RunError
 from pretrain.signals import EXIT_STALLED
 from pretrain.watchdog import Watchdog
 from tests.ports import free_port
+from tests.pretrain.collectives import Threads
 from tests.pretrain.support import ALONE
 
 RANK_PROGRAM = """
@@ -184,6 +188,44 @@ def test_a_watchdog_that_fails_says_so_and_takes_back_what_would_end_the_run(tmp
         assert disarmed.wait(60) and not armed.is_set()
     said = capsys.readouterr().err
     assert "rank 0: the watchdog has failed" in said and "closed file" in said
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_rank_that_waits_for_nobody_outlives_the_others(tmp_path, monkeypatch, capsys, alone):
+    """All ranks meet one error, and the last checkpoint is still being written on one of them."""
+    looks, ended = threading.Semaphore(0), threading.Event()
+
+    def end(code):
+        ended.set()
+        raise SystemExit(code)  # of the watchdog's thread
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: looks.release())
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(module, "_GONE_SECONDS", 0.0)
+    threads, other_is_gone = Threads(2, monkeypatch), threading.Event()
+
+    def rank(number):
+        place = Ranks(number, 2, number, 2, number, "127.0.0.1", 1, "python")
+        try:
+            with Watchdog(tmp_path, place, timeout=1.0) as watchdog:
+                watchdog.beat("closing", allow=1000, alone=alone)
+                if number == 1:
+                    raise RunError("an error on all ranks")
+                assert other_is_gone.wait(60)
+                while looks.acquire(blocking=False):
+                    pass
+                if not alone:
+                    assert ended.wait(60)
+                for _ in range(4 if alone else 0):
+                    assert looks.acquire(timeout=60)
+                return ended.is_set()
+        finally:
+            other_is_gone.set()
+
+    outcomes = threads.each(rank)
+    assert isinstance(outcomes[1], RunError) and outcomes[0] is not alone, outcomes
+    assert ("rank 1 on" in capsys.readouterr().err) is not alone
 
 
 def test_one_process_alone(tmp_path):
