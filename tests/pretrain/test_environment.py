@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -293,6 +294,28 @@ def test_a_killed_builders_lock_is_removed_and_a_living_ones_is_not(tmp_path, mo
     os.utime(alive, (1, 1))
     toolchain.prepare_toolchain(shared_host=False)
     assert not alive.exists(), "no build lasts that long"
+
+
+def test_a_killed_builders_lock_of_another_user_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(LaunchError, match=f"{lock}: .*Permission denied"):
+        toolchain.prepare_toolchain()
+
+
+def test_a_user_without_a_home_builds_too(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    toolchain.prepare_toolchain()
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).is_absolute()
 
 
 def test_threads_are_shared_among_the_ranks_of_a_node():
