@@ -30,6 +30,8 @@ _STRANGERS = 64
 # many milliseconds may pass until it confirms what it was sent.
 _LIVENESS = (("TCP_KEEPIDLE", 8), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 24_000))
 
+_OPEN = "the ranks' hosts must let one another through to all ports."
+
 
 @dataclass
 class _Line:
@@ -71,7 +73,7 @@ class Lifelines:
                 listener, address = _listen_to(places, ranks)
                 offer = [(address, listener.getsockname()[1], secret)]
             except OSError as error:
-                problem = f"rank 0 cannot listen for the other ranks ({error.strerror})"
+                problem = f"rank 0 cannot listen for the other ranks ({error.strerror})."
         dist.broadcast_object_list(offer, src=0)
         if offer[0] is not None:
             problem = self._connect(*offer[0]) if listener is None else self._admit(listener, secret)
@@ -80,8 +82,8 @@ class Lifelines:
         said = [text for text in problems if text is not None]
         if said:
             self.close(goodbye=True)
-            # Rank 0 only knows who is missing.
-            raise MeetingError(f"{said[-1]}; programs of this job must be able to reach all ports of rank 0's host.")
+            # Rank 0 only knows who is missing; the others know why.
+            raise MeetingError(said[-1])
 
     def tell(self, message: Message) -> None:
         """Send a message to every rank at another end. Never waits: a beat is left out where earlier ones lie."""
@@ -124,6 +126,7 @@ class Lifelines:
         """End the connections; without a `goodbye` the others take this rank for lost."""
         if goodbye:
             self.tell(Message(Kind.GOODBYE))
+        self.listen()  # what is left unread may cost the other side what was sent last
         for line in self._lines.values():
             line.connection.close()
         self._lines.clear()
@@ -167,7 +170,8 @@ class Lifelines:
             self._hold(0, connection, channel)
         except OSError as error:
             return (
-                f"rank {self._ranks.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} ({error})"
+                f"rank {self._ranks.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} ({error}); "
+                f"{_OPEN}"
             )
         return None
 
@@ -178,14 +182,15 @@ class Lifelines:
             try:
                 admitted = door.admit(_MEET_SECONDS)
             except OSError as error:
-                return f"rank 0 cannot hold {world_size - 1} connections ({error.strerror}; see ulimit -n)"
+                held = f"{world_size - 1} connections ({error.strerror})"
+                return f"rank 0 cannot hold {held}; raise its limit of open files (ulimit -n)."
         for rank, (connection, channel) in admitted.items():
             self._hold(rank, connection, channel)
         missing = [str(rank) for rank in range(1, world_size) if rank not in admitted]
         if not missing:
             return None
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        return f"rank 0 has not heard from rank {', '.join(missing[:8])}{more} in {_MEET_SECONDS:.0f} s"
+        return f"rank 0 has not heard from rank {', '.join(missing[:8])}{more} in {_MEET_SECONDS:.0f} s; {_OPEN}"
 
 
 class _Door:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from pretrain import watchdog as module
 from pretrain.environment import Ranks
-from pretrain.errors import RunError
+from pretrain.errors import LaunchError, RunError
 from pretrain.signals import EXIT_STALLED
 from pretrain.watchdog import Watchdog
 from tests.ports import free_port
@@ -188,6 +189,19 @@ def test_a_watchdog_that_fails_says_so_and_takes_back_what_would_end_the_run(tmp
         assert disarmed.wait(60) and not armed.is_set()
     said = capsys.readouterr().err
     assert "rank 0: the watchdog has failed" in said and "closed file" in said
+
+
+def test_a_folder_that_one_rank_cannot_write_to_is_named_on_all(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    place = Ranks(0, 2, 0, 1, 0, "127.0.0.1", 1, "python")
+
+    def rank(number):
+        folder = tmp_path / ("file" if number else "stacks")
+        with Watchdog(folder, dataclasses.replace(place, rank=number), timeout=1.0):
+            return None
+
+    outcomes = Threads(2, monkeypatch).each(rank)
+    assert all(isinstance(error, LaunchError) and f"{tmp_path / 'file'}: cannot" in str(error) for error in outcomes)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
