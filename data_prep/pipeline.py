@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Protocol
 from data_prep.check import round_trip, sample_documents
 from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
+from data_prep.locks import lock
 from data_prep.manifest import FILE_NAME, Manifest, TokenizerInfo, read_manifest
 from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
 from data_prep.mpi import Ranks
@@ -248,13 +248,9 @@ def only_writer(folder: Path, task: str) -> Iterator[None]:
     """
     work = folder / WORK
     work.mkdir(parents=True, exist_ok=True)
-    with (work / f"lock{task}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is writing {folder}; wait for it or choose another --out.") from None
-        except OSError:
-            pass  # a file system without locks
+    with (work / f"lock{task}").open("w") as stream:
+        if not lock(stream):
+            raise DataError(f"another process is writing {folder}; wait for it or choose another --out.")
         yield
 
 

@@ -315,6 +315,15 @@ def list_checkpoints(folder: Path) -> list[tuple[int, str]]:
     return [(int(match[1]), entry.name) for match, entry in matches if match and (entry / MANIFEST).is_file()]
 
 
+def next_start(folder: Path) -> str:
+    """What another start of a run does, as the end of a sentence about it, by what lies in RUN/checkpoints."""
+    try:
+        steps = [step for step, _ in list_checkpoints(folder)]
+    except OSError as error:
+        return f"goes on from its last checkpoint, if {folder} can be read again ({error.strerror})"
+    return f"goes on from its checkpoint of step {max(steps)}" if steps else "begins anew, for it has no checkpoint"
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None: each is there, can be read and has its checksum. What the file
     system does not give at once is asked for again, because a checkpoint that is passed over is lost.

@@ -48,9 +48,14 @@ _PEAK_DENSE_BF16 = {
 def start_process_group(ranks: Ranks, timeout_seconds: float) -> torch.device:
     """Join the process group and return this rank's device. Every collective that waits longer than the limit
     raises.
+
+    Raises:
+        MeetingError: the ranks do not find one another.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+
+    from pretrain.rendezvous import METHOD
 
     # DeepSpeed reports every file it touches, and torch warns of names that DeepSpeed still uses.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -65,6 +70,7 @@ def start_process_group(ranks: Ranks, timeout_seconds: float) -> torch.device:
             dist_backend=accelerator.communication_backend_name(),
             auto_mpi_discovery=False,
             verbose=False,
+            init_method=METHOD,
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
     return torch.device(accelerator.device_name(ranks.device) if accelerator.device_name() != "cpu" else "cpu")

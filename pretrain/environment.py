@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
 from pretrain.hostlist import expand_hostlist
 from pretrain.toolchain import prepare_toolchain
@@ -51,6 +53,9 @@ _MPI_LAUNCHERS = (
     ),
     ("hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+_INTEGER = re.compile(r"-?[0-9]{1,10}")
+# `2(x3)`: two tasks on each of three nodes.
+_TASKS = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 _RANK_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MV2_", "MPI_LOCAL", "TORCHELASTIC_", "PRTE_", "HYDI_", "HYDRA_")
 
 
@@ -150,8 +155,8 @@ def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
         return found
     if "PMIX_RANK" in environ:
         raise LaunchError(
-            f"PMIX_RANK={environ['PMIX_RANK']} says that a PMIx launcher started this process, but nothing says of how "
-            "many; set WORLD_SIZE, RANK and LOCAL_RANK, or start with mpirun, srun or torchrun."
+            f"PMIX_RANK={shown(environ['PMIX_RANK'])} says that a PMIx launcher started this process, but nothing says "
+            "of how many; set WORLD_SIZE, RANK and LOCAL_RANK, or start with mpirun, srun or torchrun."
         )
     return _plain(environ)
 
@@ -166,7 +171,12 @@ def rendezvous_port(environ: Mapping[str, str]) -> int | None:
     if job is None:
         return None
     key = f"{job} {environ.get('SLURM_STEP_ID', '')} {environ.get('SLURM_RESTART_COUNT', '0')}"
-    return _FIRST_PORT + zlib.crc32(key.encode()) % _PORTS
+    return _derived_port(key)
+
+
+def _derived_port(key: str) -> int:
+    # A variable may hold bytes that are no UTF-8.
+    return _FIRST_PORT + zlib.crc32(key.encode("utf-8", "surrogatepass")) % _PORTS
 
 
 def _without_parents_place(environ: Mapping[str, str]) -> tuple[Mapping[str, str], tuple[str, int] | None]:
@@ -174,7 +184,7 @@ def _without_parents_place(environ: Mapping[str, str]) -> tuple[Mapping[str, str
     rank, if prepared.
     """
     marker = environ.get(_MARKER, "").split(" ", 3)
-    if len(marker) != 4 or marker[3] != _fingerprint(environ):
+    if len(marker) != 4 or not _INTEGER.fullmatch(marker[2]) or marker[3] != _fingerprint(environ):
         return environ, None
     if marker[0] == str(os.getpid()):
         return environ, (marker[1], int(marker[2]))
@@ -204,13 +214,13 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
         local_rank = own[1]
     else:
         local_rank = _integer(environ, "LOCAL_RANK", default=0 if alone else None, below=local_world_size)
-    address = environ.get("MASTER_ADDR") or (LOOPBACK if alone else None)
+    address = _address(environ) or (LOOPBACK if alone else None)
     if address is None:
         raise LaunchError(
             f"WORLD_SIZE={world_size} and RANK={rank} are set, but not MASTER_ADDR; set it to the host of rank 0."
         )
     port = _port(environ, rendezvous_port(environ) or (free_port() if alone else None))
-    device = int(environ["LOCAL_RANK"]) if own else _device(environ, local_rank)
+    device = _integer(environ, "LOCAL_RANK") if own else _device(environ, local_rank)
     return Ranks(rank, world_size, local_rank, local_world_size, device, address, port, launcher)
 
 
@@ -228,7 +238,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
     local_world_size = _integer(environ, local_size_name, default=1 if alone else None, minimum=1)
     local_rank = _integer(environ, local_rank_name, default=0 if alone else None, below=local_world_size)
     port = rendezvous_port(environ)
-    address = environ.get("MASTER_ADDR")
+    address = _address(environ)
     if not address:
         if local_world_size == world_size:
             address = LOOPBACK
@@ -239,7 +249,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
     if port is None:
         # mpirun's own name for this run, the same in all its processes.
         name = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or ""
-        port = _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS
+        port = _derived_port(name)
     port = _port(environ, port)
     return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, launcher)
 
@@ -251,11 +261,10 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
         environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", minimum=1
     )
     rank = _integer(environ, "SLURM_PROCID", below=world_size)
-    per_node = _tasks_per_node(environ)
     node = _integer(environ, "SLURM_NODEID", default=0)
-    local_world_size = per_node[node] if per_node and node < len(per_node) else world_size
+    local_world_size = _tasks_of_node(environ, node) or world_size
     local_rank = _integer(environ, "SLURM_LOCALID", below=local_world_size)
-    address = environ.get("MASTER_ADDR")
+    address = _address(environ)
     if not address:
         hosts = _slurm_hosts(environ)
         if local_world_size == world_size:
@@ -272,26 +281,29 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
 
 def _plain(environ: Mapping[str, str]) -> Ranks:
     tasks = environ.get("SLURM_NTASKS", "1")
-    if "SLURM_JOB_ID" in environ and tasks.isdecimal() and int(tasks) > 1:
+    if "SLURM_JOB_ID" in environ and _INTEGER.fullmatch(tasks) and int(tasks) > 1:
         _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
     port = _port(environ, free_port())
-    return Ranks(0, 1, 0, 1, 0, environ.get("MASTER_ADDR") or LOOPBACK, port, "python")
+    return Ranks(0, 1, 0, 1, 0, _address(environ) or LOOPBACK, port, "python")
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
     step = environ.get("SLURM_STEP_ID", "")
-    return "SLURM_PROCID" in environ and step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+    return "SLURM_PROCID" in environ and bool(_INTEGER.fullmatch(step)) and 0 <= int(step) < _FIRST_SPECIAL_STEP
 
 
-def _tasks_per_node(environ: Mapping[str, str]) -> list[int]:
-    """`2(x3),1` -> [2, 2, 2, 1]."""
-    counts: list[int] = []
-    for part in (environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "").split(","):
-        count, _, times = part.partition("(x")
-        if not count.isdecimal():
-            return []
-        counts.extend([int(count)] * (int(times.rstrip(")")) if times else 1))
-    return counts
+def _tasks_of_node(environ: Mapping[str, str], node: int) -> int | None:
+    """`2(x3),1`: 2 on nodes 0 to 2, and 1 on node 3; None where nothing says."""
+    name = "SLURM_STEP_TASKS_PER_NODE" if environ.get("SLURM_STEP_TASKS_PER_NODE") else "SLURM_TASKS_PER_NODE"
+    text = environ.get(name) or ""
+    for part in text.split(",") if text else ():
+        match = _TASKS.fullmatch(part)
+        if match is None:
+            raise LaunchError(f"{name}={shown(text)!r} is not a list of tasks per node, such as 2(x3),1; unset it.")
+        if node < int(match[2] or 1):
+            return int(match[1])
+        node -= int(match[2] or 1)
+    return None
 
 
 def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
@@ -300,27 +312,35 @@ def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
     return expand_hostlist(names) if names else []
 
 
+def _address(environ: Mapping[str, str]) -> str:
+    """MASTER_ADDR, empty where it is not set."""
+    address = environ.get("MASTER_ADDR", "")
+    if len(address) > 255 or plain(address) != address or any(letter.isspace() for letter in address):
+        raise LaunchError(f"MASTER_ADDR={shown(address)!r} is neither a host name nor an address; set it to rank 0's.")
+    return address
+
+
 def reachable_address(host: str) -> str:
     """`host`, or the address Slurm knows it by when its name does not resolve."""
     try:
         socket.getaddrinfo(host, None)
         return host
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no host can have that name
         pass
     try:
-        shown = subprocess.run(
+        record = subprocess.run(
             ["scontrol", "show", "node", host], capture_output=True, text=True, timeout=30, check=True
         ).stdout
-    except (OSError, subprocess.SubprocessError):
-        shown = ""
-    for word in shown.split():
+    except (OSError, ValueError, subprocess.SubprocessError):
+        record = ""
+    for word in record.split():
         name, _, value = word.partition("=")
         if name == "NodeAddr" and value:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 socket.getaddrinfo(value, None)
                 return value
     raise LaunchError(
-        f"The name of rank 0's node, {host}, does not resolve from {socket.gethostname()}; "
+        f"The name of rank 0's node, {shown(host)}, does not resolve from {socket.gethostname()}; "
         "set MASTER_ADDR to its address."
     )
 
@@ -377,14 +397,27 @@ def _integer(
                 "torchrun or srun."
             )
         return value
-    try:
-        value = int(text)
-    except ValueError:
-        raise LaunchError(f"{name}={text!r} is not an integer.") from None
+    value = read_integer(name, text)
     if value < minimum or (below is not None and value >= below):
         limit = f"between {minimum} and {below - 1}" if below is not None else f"at least {minimum}"
         raise LaunchError(f"{name}={value} does not fit the launcher's other variables: expected {limit}.")
     return value
+
+
+def read_integer(name: str, text: str, largest: int = 2**31 - 1) -> int:
+    """The value of an integer variable that a launcher sets.
+
+    Raises:
+        LaunchError: it is anything else, or beyond `largest`, which is what launchers count to.
+    """
+    if not _INTEGER.fullmatch(text) or abs(int(text)) > largest:
+        raise LaunchError(f"{name}={shown(text)!r} is not an integer that a launcher sets; set it right, or unset it.")
+    return int(text)
+
+
+def shown(text: str) -> str:
+    """The value of a variable as a message shows it."""
+    return plain(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _port(environ: Mapping[str, str], derived: int | None) -> int:

@@ -17,3 +17,7 @@ class RunError(UserError):
 
 class LaunchError(UserError):
     """Ranks, launchers or machines that do not fit together."""
+
+
+class MeetingError(LaunchError):
+    """Ranks that do not reach one another: another start, elsewhere or later, may go well without a change."""

@@ -10,13 +10,15 @@ import torch.distributed as dist
 
 from mor_model.config import ModelConfig
 from pretrain.agreement import on_first_rank
+from pretrain.checkpoint import next_start
 from pretrain.errors import RunError
 
 
-def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
+def export_weights(engine: Any, config: ModelConfig, folder: Path, checkpoints: Path) -> None:
     """Write model.safetensors and model.json in fp32 (master weights where there are any). Collective.
 
-    One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone.
+    One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone. `checkpoints` is
+    looked into for what is left when the weights cannot be written.
 
     Raises:
         RunError: on all ranks, when rank 0 cannot write, or when a weight is not finite.
@@ -56,5 +58,5 @@ def export_weights(engine: Any, config: ModelConfig, folder: Path) -> None:
     except RunError as error:
         raise RunError(
             f"{folder}: the final weights could not be written ({error}); make room and start the run again, which "
-            "goes on from its last checkpoint."
+            f"{next_start(checkpoints)}."
         ) from None

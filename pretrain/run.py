@@ -156,6 +156,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
                 prepared = replace(prepared, extension=extension)
                 code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
                 for branch in prepared.plan.branches:
+                    watchdog.beat("before a branch", allow=_SLOW_SECONDS)
                     if code == EXIT_FINISHED:
                         code = _asked_to_stop(stop, device)
                     if code != EXIT_FINISHED:
@@ -244,8 +245,9 @@ def _train(
     profiled: tuple[int, int] | None,
     changes: list[str],
 ) -> int:
+    from pretrain.agreement import on_first_rank
     from pretrain.batches import BatchReader, merge_ranges
-    from pretrain.checkpoint import CheckpointStore, TrainState, select_checkpoint
+    from pretrain.checkpoint import CheckpointStore, TrainState, next_start, select_checkpoint
     from pretrain.communication import timed_collectives
     from pretrain.engine import build_engine, peak_flops
     from pretrain.evaluation.lockstep import Lockstep
@@ -381,15 +383,27 @@ def _train(
             outcome = trainer.train(state)
         if outcome.state == "finished":
             watchdog.beat("final weights", allow=patience)
-            export_weights(engine, config, folder.weights)
+            export_weights(engine, config, folder.weights, folder.checkpoints)
             telemetry.event("finished", state.step, flops=state.flops, tokens=state.tokens)
-        if first:
-            # Where a stop cannot be noted the checkpoint still is what the next start goes on from.
-            with contextlib.suppress(*([OSError] if outcome.state == "stopped" else [])):
+
+        def note() -> str:
+            following = next_start(folder.checkpoints)
+            try:
                 folder.write_json(folder.status_file, {"state": outcome.state, "step": state.step, "steps": plan.steps})
-        telemetry.say(_closing(prepared, outcome.state, state.step, stop.reason))
+            except OSError as error:
+                # Where a stop cannot be noted the next start finds what is there all the same.
+                if outcome.state == "finished":
+                    raise RunError(
+                        f"{folder}: that the run is finished cannot be noted ({error.strerror}); make room and start "
+                        f"the run again, which {following}."
+                    ) from None
+            return following
+
+        telemetry.say(_closing(prepared, outcome.state, state.step, stop.reason, on_first_rank(note)))
         return EXIT_FINISHED if outcome.state == "finished" else outcome.request.exit_code
     finally:
+        # An error that all ranks meet ends some of them at once, while others still write a checkpoint.
+        watchdog.beat("closing", allow=patience, alone=True)
         reader.close()
         store.close()
         telemetry.close()
@@ -451,8 +465,10 @@ def _headline(prepared: Prepared, ranks: Ranks, step: int) -> str:
     )
 
 
-def _closing(prepared: Prepared, state: str, step: int, reason: str | None) -> str:
+def _closing(prepared: Prepared, state: str, step: int, reason: str | None, following: str) -> str:
     if state == "finished":
         return f"{prepared.recipe.name}: finished after {step} steps; weights are in {prepared.folder.weights}"
     why = f" ({reason})" if reason else ""
-    return f"{prepared.recipe.name}: stopped after {step} of {prepared.plan.steps} steps{why}; start it again to go on."
+    return (
+        f"{prepared.recipe.name}: stopped after {step} of {prepared.plan.steps} steps{why}; another start {following}."
+    )

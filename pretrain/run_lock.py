@@ -8,8 +8,6 @@ keep their part of every checkpoint where no start finds it together.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -22,6 +20,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from data_prep.locks import lock
 from data_prep.plain_text import say
 from pretrain.agreement import on_first_rank
 from pretrain.environment import Ranks
@@ -32,7 +31,6 @@ LOCK_FILE = ".lock"
 # may show a new file to other nodes only then.
 _PATIENCE = 180.0
 _POLL_SECONDS = 1.0
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -45,12 +43,12 @@ def sole_job(folder: Path, ranks: Ranks) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
 
-        def lock() -> str:
+        def begin() -> str:
             stream, token = take(folder, _PATIENCE)
             stack.enter_context(stream)
             return token
 
-        token = on_first_rank(lock)
+        token = on_first_rank(begin)
         blind = None if ranks.rank == 0 or sees(folder, token, _PATIENCE) else socket.gethostname()
         everyone: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(everyone, blind)
@@ -66,9 +64,6 @@ def sole_job(folder: Path, ranks: Ranks) -> Iterator[None]:
 def take(folder: Path, patience: float) -> tuple[IO[str], str]:
     """Lock a run folder: (the open file that holds the lock until it is closed, what the file says).
 
-    The kernel gives the lock back however the process ends, and processes it has forked do not inherit it. On a file
-    system without locks there is none.
-
     Raises:
         RunError: another process has it and keeps it for `patience` seconds, or the folder cannot be written to.
     """
@@ -78,7 +73,7 @@ def take(folder: Path, patience: float) -> tuple[IO[str], str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stream = file.open("a+", encoding="utf-8")
-        while not _lock(stream):
+        while not lock(stream):
             stream.seek(0)
             holder = stream.read().strip() or "nobody who wrote its name"
             if time.monotonic() >= end:
@@ -119,14 +114,3 @@ def sees(folder: Path, text: str, patience: float) -> bool:
         if time.monotonic() >= end:
             return False
         time.sleep(_POLL_SECONDS)
-
-
-def _lock(stream: IO[str]) -> bool:
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno not in _WITHOUT_LOCKS:
-            raise
-    return True

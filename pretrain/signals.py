@@ -30,10 +30,11 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from pretrain.environment import read_integer
 from pretrain.errors import LaunchError
 
 EXIT_FINISHED = 0
-EXIT_FAILED = 1  # an error with a traceback
+EXIT_FAILED = 1  # an error with a traceback, or ranks that did not meet: another start may go well
 EXIT_USER = 2  # a message for a person; starting again without a change ends the same way
 EXIT_NO_PROGRESS = 73  # restarted several times without one new checkpoint
 EXIT_STALLED = 74  # the watchdog ended a run: a rank had stopped moving or was gone; its last checkpoint is valid
@@ -239,7 +240,4 @@ def _job_end(environ: Mapping[str, str]) -> float | None:
     text = environ.get("SLURM_JOB_END_TIME")
     if not text:
         return None
-    try:
-        return float(text)
-    except ValueError:
-        raise LaunchError(f"SLURM_JOB_END_TIME={text!r} is not a time in seconds since 1970; unset it.") from None
+    return float(read_integer("SLURM_JOB_END_TIME", text, largest=10**10))

@@ -7,10 +7,13 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+
+from pretrain.errors import LaunchError
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,6 +23,9 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
 
     Args:
         shared_host: whether every process that may be building at this moment runs on this host.
+
+    Raises:
+        LaunchError: a lock that would be waited for without end cannot be removed.
     """
     if shutil.which("ninja") is None:
         folders = [
@@ -54,7 +60,9 @@ def _extensions_folder() -> Path:
     environment = Path(sys.prefix)
     if (sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ) and os.access(environment, os.W_OK):
         return environment / "torch_extensions"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # A container's user may have no home.
+    home = os.path.expanduser("~")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or (Path(home, ".cache") if home != "~" else tempfile.gettempdir()))
     return cache / "mor" / f"torch_extensions-{zlib.crc32(str(environment).encode()):08x}"
 
 
@@ -70,14 +78,20 @@ def _remove_abandoned_locks(extensions: Path, shared_host: bool) -> None:
     time.sleep(0.5)  # torch closes the file just before it removes it
     for lock, age in suspects.items():
         if age is not None and (shared_host or age > 600) and _age(lock) is not None and not _open_somewhere(lock):
+            try:
+                lock.unlink(missing_ok=True)
+            except OSError as error:
+                raise LaunchError(
+                    f"{lock}: the process that was building there is gone, and its lock cannot be removed "
+                    f"({error.strerror}); remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own."
+                ) from None
             _LOG.warning("Removed %s: the process that was building there is gone.", lock)
-            lock.unlink(missing_ok=True)
 
 
 def _age(file: Path) -> float | None:
     try:
         return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

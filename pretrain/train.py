@@ -23,9 +23,9 @@ from data_prep.errors import DataError
 from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.environment import Ranks, prepare_environment
-from pretrain.errors import UserError
+from pretrain.errors import MeetingError, UserError
 from pretrain.recipe import load_recipe
-from pretrain.signals import EXIT_FINISHED, EXIT_USER
+from pretrain.signals import EXIT_FAILED, EXIT_FINISHED, EXIT_USER
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
             with contextlib.suppress(OSError):
                 say(f"train{place}: {error}", error=True)
-        return EXIT_USER
+        return EXIT_FAILED if isinstance(error, MeetingError) else EXIT_USER
 
 
 def train(

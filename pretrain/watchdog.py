@@ -1,76 +1,62 @@
 """A run that stops moving ends with a name and every rank's stack, instead of burning the allocation.
 
-Each rank's thread keeps a line about itself (how often it has moved, what it is doing) on a small key-value store
-that rank 0 serves beside the collectives. The first rank that has not moved for too long raises the alarm there;
-every rank that can still run writes its stacks, and all end. The rank that has moved least is the one the others wait
-for. A rank whose process is gone (`pretrain.lifelines`) ends the others within a minute.
+Each rank's thread tells rank 0 how often it has moved and what it is doing, beside the collectives
+(`pretrain.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so; rank 0 then ends
+all of them, and every rank that can still run writes its stacks. The rank that has moved least is the one the others
+wait for. A rank whose process is gone ends the others within a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import faulthandler
-import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback as tracebacks
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, Any
 
 from data_prep.files import write_text
 from pretrain.environment import Ranks
 from pretrain.errors import LaunchError
 from pretrain.lifelines import Lifelines
+from pretrain.rank_messages import Kind, Message
 from pretrain.signals import EXIT_STALLED
 
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
-
-_ALARM = "alarm"
-_STORE_TIMEOUT = datetime.timedelta(seconds=20)
 # Where collectives notice a dead rank themselves, they say more about it.
 _GONE_SECONDS = 15.0
-_Answer = TypeVar("_Answer")
 
 
 class Watchdog:
     """Ends the process with EXIT_STALLED when this or another rank does not move for `timeout` seconds, or is gone.
 
     Use as a context manager after the process group exists (all ranks together), and call `beat` wherever the loop
-    moves on. Stacks go to `folder`/<UTC time>/rank-00000.txt, with report.txt beside them.
+    moves on. Stacks go to `folder`/<UTC time of the start>/rank-00000.txt, with report.txt beside them.
 
     Args:
         folder: RUN/stacks.
         ranks: this process's place.
         timeout: seconds without a beat after which a rank counts as stalled.
-        on_stall: called on the rank that raises the alarm, in the watchdog's thread, with the report.
 
     Raises:
-        LaunchError: for a timeout that is not positive, or a folder that cannot be written to.
+        LaunchError: for a timeout that is not positive; on all ranks alike, for a folder that one of them cannot write
+            to, and for ranks that do not reach rank 0.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        ranks: Ranks,
-        timeout: float,
-        on_stall: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], ranks: Ranks, timeout: float) -> None:
         if timeout <= 0:
             raise LaunchError(f"The watchdog's timeout is {timeout} seconds; it must be positive.")
         self._folder = Path(folder)
         self._ranks = ranks
         self._timeout = timeout
         self._interval = min(5.0, timeout / 8)
-        self._patience = max(1.0, min(_STORE_TIMEOUT.total_seconds(), timeout / 4))
-        self._store_is_gone = False
-        self._on_stall = on_stall
-        self._store: TCPStore | None = None
+        self._patience = max(1.0, min(20.0, timeout / 4))
+        self._asked: float | None = None
+        self._alone = False
         self._lifelines: Lifelines | None = None
         self._last_words: IO[str] | None = None
         self._done = threading.Event()
@@ -78,16 +64,17 @@ class Watchdog:
         self._beat = (0, "start", time.monotonic(), timeout)
 
     def __enter__(self) -> Watchdog:
-        if self._ranks.world_size > 1:
-            self._store = self._open_store()
-            self._lifelines = Lifelines(self._ranks)
+        problem = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._last_words = (self._folder / f"no-interpreter-{self._ranks.rank:05d}.txt").open("w", encoding="utf-8")
         except OSError as error:
-            raise LaunchError(
+            problem = (
                 f"{self._folder}: cannot be written to ({error.strerror}); choose another run_dir, or mend this one."
-            ) from None
+            )
+        self._incident = self._agree_on_incident(problem)
+        if self._ranks.world_size > 1:
+            self._lifelines = Lifelines(self._ranks)
         self.beat("start")
         self._thread.start()
         return self
@@ -106,8 +93,11 @@ class Watchdog:
                 if Path(self._last_words.name).stat().st_size == 0:
                     Path(self._last_words.name).unlink()
 
-    def beat(self, doing: str, *, allow: float | None = None) -> None:
-        """This rank has moved on and now does `doing`, for which it may take `allow` seconds (default: the timeout)."""
+    def beat(self, doing: str, *, allow: float | None = None, alone: bool = False) -> None:
+        """This rank has moved on and now does `doing`, for which it may take `allow` seconds (default: the timeout);
+        `alone` if it does not wait for other ranks meanwhile, so that their end does not end this one.
+        """
+        self._alone = alone
         self._beat = (self._beat[0] + 1, doing, time.monotonic(), allow or self._timeout)
 
     def move(self) -> None:
@@ -117,146 +107,127 @@ class Watchdog:
         count, doing, _, allowed = self._beat
         self._beat = (count + 1, doing, time.monotonic(), allowed)
 
-    def _open_store(self) -> TCPStore:
-        """A store of the watchdog's own: the process group's is busy exactly when the collectives hang."""
-        import torch.distributed as dist
+    def _agree_on_incident(self, problem: str | None) -> Path:
+        """The folder that stacks would go to, the same on all ranks: nobody can be told another one later."""
+        facts: list[Any] = [(time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), problem)]
+        if self._ranks.world_size > 1:
+            import torch.distributed as dist
 
-        port: list[Any] = [None]
-        server = None
-        if self._ranks.rank == 0:
-            server = dist.TCPStore("0.0.0.0", 0, None, True, timeout=_STORE_TIMEOUT, wait_for_workers=False)
-            port = [server.port]
-        dist.broadcast_object_list(port, src=0)
-        return server or dist.TCPStore(
-            self._ranks.master_address, port[0], None, False, timeout=_STORE_TIMEOUT, wait_for_workers=False
-        )
+            mine, facts = facts[0], [None] * self._ranks.world_size
+            dist.all_gather_object(facts, mine)
+        for _, found in facts:
+            if found is not None:
+                raise LaunchError(found)
+        return self._folder / facts[0][0]
 
     def _watch(self) -> None:
-        while not self._done.wait(self._interval):
-            count, doing, since, allowed = self._beat
-            # Written by a thread of faulthandler's own if Python itself stops, even this thread with it.
-            latest = allowed + 5 * self._interval + 3 * self._patience
-            faulthandler.dump_traceback_later(latest, exit=True, file=self._last_words or sys.stderr)
+        try:
+            while not self._done.wait(self._interval):
+                self._look()
+        except Exception:
+            faulthandler.cancel_dump_traceback_later()
+            if not self._done.is_set():
+                _say(
+                    f"rank {self._ranks.rank}: the watchdog has failed and watches no more; training goes on.\n"
+                    f"{tracebacks.format_exc()}"
+                )
+
+    def _look(self) -> None:
+        count, doing, since, allowed = self._beat
+        # Written by a thread of faulthandler's own if Python itself stops, even this thread with it.
+        latest = allowed + 5 * self._interval + 3 * self._patience
+        faulthandler.dump_traceback_later(latest, exit=True, file=self._last_words or sys.stderr)
+        now = time.monotonic()
+        quiet = now - since
+        stalled = [(self._ranks.rank, quiet)] if quiet > allowed else []
+        gone: list[int] = []
+        if self._lifelines is not None:
+            self._lifelines.tell(Message(Kind.BEAT, count, doing=doing))
+            for rank, message in self._lifelines.listen():
+                if message.kind is Kind.END and rank == 0:
+                    self._end(None)
+                elif message.kind is Kind.STALLED and self._ranks.rank == 0:
+                    stalled.append((rank, float(message.seconds)))
+            if not self._alone:
+                gone = [rank for rank, seconds in self._lifelines.lost().items() if seconds > _GONE_SECONDS]
+            if stalled and not gone and self._ranks.rank != 0 and not self._rank_0_is_silent(quiet, now):
+                return
+        if gone:
+            self._end(self._report_gone(gone))
+        elif stalled:
+            self._end(self._report_stalled(*stalled[0]))
+
+    def _rank_0_is_silent(self, quiet: float, now: float) -> bool:
+        """Tell rank 0 that this rank has stalled, once; whether it has not answered for too long."""
+        assert self._lifelines is not None
+        if self._asked is None:
+            self._asked = now
+            self._lifelines.tell(Message(Kind.STALLED, seconds=int(quiet)))
+        return now - self._asked > self._patience
+
+    def _end(self, report: str | None) -> None:
+        """Write this rank's stacks, and the report where this rank is the one that makes it; end the process."""
+        try:
+            faulthandler.cancel_dump_traceback_later()
+            if self._lifelines is not None and self._ranks.rank == 0:
+                self._lifelines.tell(Message(Kind.END))
+            with contextlib.suppress(OSError):
+                self._write_stacks()
+            if report is not None:
+                _say(report)
+                with contextlib.suppress(OSError):
+                    write_text(self._incident / "report.txt", report)
+            # Whoever started the ranks ends the others when the first one leaves; they still write their stacks.
+            time.sleep(3 * self._interval)
+        finally:
+            os._exit(EXIT_STALLED)
+
+    def _write_stacks(self) -> None:
+        self._incident.mkdir(parents=True, exist_ok=True)
+        with (self._incident / f"rank-{self._ranks.rank:05d}.txt").open("w", encoding="utf-8") as stream:
+            count, doing, since, _ = self._beat
             quiet = time.monotonic() - since
-            alarm = self._exchange(count, doing)
-            lost = {} if self._lifelines is None else self._lifelines.lost()
-            gone = [rank for rank, seconds in lost.items() if seconds > _GONE_SECONDS]
-            if alarm is None and (gone or quiet > allowed):
-                alarm = self._raise_alarm(quiet, gone)
-            if alarm is not None and not self._done.is_set():
-                self._end(alarm)
-
-    def _ask(self, question: Callable[[TCPStore], _Answer]) -> _Answer | None:
-        """What the store answers; None without a store, or from the first time on that it fails or takes too long.
-
-        A call to a frozen server never returns, so it is made where nobody has to wait for it.
-        """
-        store = self._store
-        if store is None or self._store_is_gone:
-            return None
-        answers: list[_Answer] = []
-
-        def call() -> None:
-            with contextlib.suppress(Exception):  # torch raises several kinds when the server goes away
-                answers.append(question(store))
-
-        caller = threading.Thread(target=call, name="watchdog store", daemon=True)
-        caller.start()
-        caller.join(self._patience)
-        if not answers:
-            self._store_is_gone = True
-            return None
-        return answers[0]
-
-    def _exchange(self, count: int, doing: str) -> dict[str, Any] | None:
-        """Put this rank's line up; the alarm, if somebody has raised it."""
-
-        def exchange(store: TCPStore) -> bytes:
-            store.set(str(self._ranks.rank), line)
-            return store.get(_ALARM) if store.check([_ALARM]) else b""
-
-        line = json.dumps({"beats": count, "doing": doing, "host": socket.gethostname(), "time": time.time()})
-        alarm = self._ask(exchange)
-        return json.loads(alarm) if alarm else None
-
-    def _raise_alarm(self, quiet: float, gone: list[int]) -> dict[str, Any]:
-        name = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        alarm = {"folder": name, "rank": self._ranks.rank, "quiet": quiet, "gone": gone}
-        first = self._ask(lambda store: store.compare_set(_ALARM, "", json.dumps(alarm)))
-        return json.loads(first) if first else alarm
-
-    def _end(self, alarm: dict[str, Any]) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        folder = self._folder / alarm["folder"]
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"rank-{self._ranks.rank:05d}.txt").open("w", encoding="utf-8") as stream:
-                count, doing, since, _ = self._beat
-                quiet = time.monotonic() - since
-                stream.write(
-                    f"rank {self._ranks.rank} on {socket.gethostname()}: {doing} for {quiet:.0f} s, beat {count}\n\n"
-                )
-                stream.flush()
-                faulthandler.dump_traceback(file=stream, all_threads=True)
-        if alarm["rank"] == self._ranks.rank:
-            report = self._report(alarm, folder)
-            with contextlib.suppress(OSError):
-                sys.stderr.write(report)
-                sys.stderr.flush()
-            with contextlib.suppress(OSError):
-                write_text(folder / "report.txt", report)
-            if self._on_stall:
-                with contextlib.suppress(Exception):
-                    self._on_stall(report)
-        # Leaving at once would take the store away from ranks that have not seen the alarm yet, or the report its
-        # lines.
-        time.sleep(3 * self._interval)
-        os._exit(EXIT_STALLED)
-
-    def _report(self, alarm: dict[str, Any], folder: Path) -> str:
-        board, silent = self._read_board()
-        if alarm["gone"]:
-            lines = ["The processes of these ranks are gone, and without them the others cannot go on:\n"]
-            silent = alarm["gone"]
-        else:
-            lines = [f"The run has stopped moving: rank {alarm['rank']} noticed after {alarm['quiet']:.0f} s.\n"]
-        if board and not alarm["gone"]:
-            least = min(line["beats"] for line in board.values())
-            behind = [rank for rank, line in board.items() if line["beats"] == least]
-            if len(behind) < len(board):
-                lines += [_describe(rank, board[rank], "the others wait for it") for rank in behind]
-            elif not silent:
-                lines.append(
-                    "All ranks have moved equally often: they are inside the same collective or the same wait.\n"
-                )
-        for rank in silent:
-            lines.append(
-                _describe(rank, board[rank], "its process no longer answers")
-                if rank in board
-                else f"  rank {rank} does not answer: its process is frozen, or it or the network to it is gone\n"
+            stream.write(
+                f"rank {self._ranks.rank} on {socket.gethostname()}: {doing} for {quiet:.0f} s, beat {count}\n\n"
             )
-        lines.append(f"Stacks of the ranks that still run: {folder}\n")
-        return "".join(lines)
+            stream.flush()
+            faulthandler.dump_traceback(file=stream, all_threads=True)
 
-    def _read_board(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
-        """Each rank's last line, and the ranks that have stopped writing theirs."""
-        if self._store is None:
-            return {}, []
+    def _report_gone(self, gone: list[int]) -> str:
+        lines = ["The processes of these ranks are gone, and without them the others cannot go on:\n"]
+        lines += [self._describe(rank, "its process no longer answers") for rank in gone]
+        return "".join([*lines, f"Stacks of the ranks that still run: {self._incident}\n"])
 
-        def read(store: TCPStore) -> dict[int, dict[str, Any]]:
-            written = [rank for rank in range(self._ranks.world_size) if store.check([str(rank)])]
-            return {rank: json.loads(store.get(str(rank))) for rank in written}
+    def _report_stalled(self, rank: int, quiet: float) -> str:
+        lines = [f"The run has stopped moving: rank {rank} noticed after {quiet:.0f} s.\n"]
+        heard = {} if self._lifelines is None else self._lifelines.heard
+        latest = time.monotonic() - 4 * self._interval - 1
+        # Rank 0 hears all others, and they hear rank 0.
+        audible = [0] if self._ranks.rank != 0 else range(1, self._ranks.world_size)
+        silent = [rank for rank in audible if rank not in heard or heard[rank][1] < latest]
+        beats = {rank: message.beats for rank, (message, _) in heard.items()}
+        beats[self._ranks.rank] = self._beat[0]
+        behind = [rank for rank, count in sorted(beats.items()) if count == min(beats.values())]
+        if len(behind) < len(beats):
+            lines += [self._describe(rank, "the others wait for it") for rank in behind]
+        elif not silent and len(beats) > 1:
+            lines.append("All ranks have moved equally often: they are inside the same collective or the same wait.\n")
+        lines += [self._describe(rank, "its process no longer answers") for rank in silent]
+        return "".join([*lines, f"Stacks of the ranks that still run: {self._incident}\n"])
 
-        board = self._ask(read)
-        if board is None:
-            return {}, [0]  # which serves the store
-        newest = max((line["time"] for line in board.values()), default=0.0)
-        # Clocks of nodes differ by less than this where anything else works.
-        latest = newest - 4 * self._interval - 1
-        return board, [
-            rank for rank in range(self._ranks.world_size) if rank not in board or board[rank]["time"] < latest
-        ]
+    def _describe(self, rank: int, why: str) -> str:
+        if self._lifelines is None:
+            return ""
+        place = f"  rank {rank} on {self._lifelines.hosts[rank]}: {why}"
+        if rank == self._ranks.rank:
+            return f"{place}; it was doing '{self._beat[1]}', beat {self._beat[0]}\n"
+        if rank not in self._lifelines.heard:
+            return f"{place}; it has never told what it was doing\n"
+        message = self._lifelines.heard[rank][0]
+        return f"{place}; it was doing '{message.doing}', beat {message.beats}\n"
 
 
-def _describe(rank: int, line: dict[str, Any], why: str) -> str:
-    return f"  rank {rank} on {line['host']}: {why}; it was doing '{line['doing']}', beat {line['beats']}\n"
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

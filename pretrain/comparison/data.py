@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.files import write_json
+from data_prep.locks import lock
 from data_prep.manifest import FILE_NAME
 from data_prep.plain_text import cell
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment
@@ -100,8 +100,8 @@ def _data_prep(arguments: list[str]) -> None:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the operating system releases it when the process ends, however it ends."""
-    with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+def _alone(file: Path) -> Iterator[None]:
+    """Wait until no other process is inside."""
+    with file.open("w") as stream:
+        lock(stream, wait=True)
         yield

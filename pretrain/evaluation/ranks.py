@@ -20,13 +20,14 @@ def evaluation_ranks(device: str | None) -> Iterator[tuple[str, bool]]:
 
     Raises:
         UserError: another device, or `cuda` where there is none. LaunchError: the launcher's variables contradict one
-            another or are incomplete.
+            another or are incomplete, or the ranks do not meet.
     """
     import torch
     import torch.distributed as dist
 
     from pretrain.environment import discover_ranks, prepare_environment
     from pretrain.errors import UserError
+    from pretrain.rendezvous import METHOD
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: is neither cpu nor cuda.")
@@ -40,7 +41,7 @@ def evaluation_ranks(device: str | None) -> Iterator[tuple[str, bool]]:
     if device == "cuda":
         torch.cuda.set_device(ranks.device)
         device = f"cuda:{ranks.device}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", init_method=METHOD)
     try:
         yield device, ranks.rank == 0
     finally:

@@ -2,8 +2,8 @@
 
 rank: where; nan_samples, spike_samples: batches that hold one of them lose their loss, or have it three times as large;
 stall_samples: batches that hold one of them never come; kill_samples: the process dies in their second micro-batch;
-full_step: checkpoints whose path holds this text meet a full disk; slow_step: those are not written before the run has
-recorded the step `until`; stage: what `deepspeed.config: auto` comes to there.
+full_step: checkpoints whose path holds this text meet a full disk; full_weights: so do the final weights; slow_step:
+those are not written before the run has recorded the step `until`; stage: what `deepspeed.config: auto` comes to there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mor_model import weights
 from mor_model.config import ModelConfig
 from pretrain import checkpoint_files, loop, run, train
 from pretrain.batches import StepBatch
@@ -85,6 +86,10 @@ def save_hashed(state: Any, path: Path) -> dict[str, Any]:
     return sound_save_hashed(state, path)
 
 
+def save_weights(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "no space left")
+
+
 def choose_stage(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> StageChoice:
     choice = sound_choose_stage(recipe, config, ranks)
     return replace(choice, config=FAULT["stage"]) if "stage" in FAULT and ranks.rank == FAULT["rank"] else choice
@@ -94,4 +99,6 @@ if __name__ == "__main__":
     sound_forward_backward, loop.Trainer._forward_backward = loop.Trainer._forward_backward, forward_backward  # type: ignore[method-assign]
     sound_save_hashed, checkpoint_files._save_hashed = checkpoint_files._save_hashed, save_hashed
     sound_choose_stage, run.choose_stage = run.choose_stage, choose_stage
+    if "full_weights" in FAULT:
+        weights.save_weights = save_weights
     sys.exit(train.main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -69,6 +70,7 @@ DEEPSPEED = {**TORCH, "LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
         # srun --mpi=pmi2 sets PMI_* beside its own.
         ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "5"}, (3, 5, 1, 2, "localhost", "srun")),
         # Inside a batch script or an interactive step a plain program runs once, whatever the job's number of tasks.
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x999999999)"}, (3, 5, 1, 2, "localhost", "srun")),
         ({**SRUN, "SLURM_STEP_ID": "4294967291"}, (0, 1, 0, 1, "127.0.0.1", "python")),
         ({name: value for name, value in SRUN.items() if "STEP" not in name}, (0, 1, 0, 1, "127.0.0.1", "python")),
     ],
@@ -89,6 +91,15 @@ def test_ranks_of_each_launcher(environ, expected):
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT"),
         ({**TORCH, "RANK": "8"}, "RANK=8"),
         ({**TORCH, "RANK": "one"}, "RANK='one'"),
+        ({**TORCH, "RANK": ""}, "RANK=''"),
+        ({**TORCH, "RANK": "\u0665"}, "RANK='\u0665'"),  # an Arabic five, which int() reads
+        ({**TORCH, "RANK": "1_0"}, "RANK='1_0'"),
+        ({**TORCH, "RANK": "-1"}, "RANK=-1"),
+        ({**TORCH, "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9999"),
+        ({**TORCH, "MASTER_ADDR": "head\x1b[31m"}, "MASTER_ADDR"),
+        ({**TORCH, "MASTER_ADDR": "head node"}, "MASTER_ADDR"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x"}, "SLURM_STEP_TASKS_PER_NODE"),
+        ({**SRUN, "SLURM_PROCID": "\u00b2"}, "SLURM_PROCID"),
         ({**TORCH, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ({**OPENMPI, "RANK": "0", "WORLD_SIZE": "1"}, "unset RANK"),
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "unset RANK"),
@@ -311,6 +322,28 @@ def test_a_killed_builders_lock_is_removed_and_a_living_ones_is_not(tmp_path, mo
     os.utime(alive, (1, 1))
     toolchain.prepare_toolchain(shared_host=False)
     assert not alive.exists(), "no build lasts that long"
+
+
+def test_a_killed_builders_lock_of_another_user_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(LaunchError, match=f"{lock}: .*Permission denied"):
+        toolchain.prepare_toolchain()
+
+
+def test_a_user_without_a_home_builds_too(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    toolchain.prepare_toolchain()
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).is_absolute()
 
 
 def test_threads_are_shared_among_the_ranks_of_a_node():

@@ -297,6 +297,23 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     assert losses(tmp_path / "run") == losses(whole)
 
 
+@pytest.mark.parametrize(
+    ("full", "follows"),
+    [
+        ("step-", "begins anew, for it has no checkpoint"),
+        pytest.param("step-0000001", "goes on from its checkpoint of step 9", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_left_on_a_disk_that_stays_full_is_said(
+    tmp_path: Path, tiny_data: Path, nursery: Nursery, full: str, follows: str
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 9}, evaluation={"every": 0})
+    fault = {"rank": 0, "full_step": full, "full_weights": True}
+    codes, printed = run_with(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
+    assert codes == [2, 2], printed
+    assert "final weights could not be written" in printed and f"start the run again, which {follows}." in printed
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Mounts a file system of so many bytes; wants root."""

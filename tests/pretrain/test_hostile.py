@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -19,6 +20,8 @@ import pytest
 import torch
 
 from data_prep.files import sha256_file
+from data_prep.locks import lock
+from data_prep.pipeline import only_writer
 from pretrain import checkpoint, run_lock
 from pretrain.branches import seed_branch
 from pretrain.checkpoint import TrainState
@@ -78,18 +81,24 @@ def test_a_second_job_in_a_run_folder_is_refused_and_a_killed_one_leaves_it_free
     stream.close()
 
 
-def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(code: int) -> None:
-        def lockf(*_: Any) -> None:
-            raise OSError(code, os.strerror(code))
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
+def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Whatever is locked: a run folder, a data set that is written, what others are waited for."""
 
-        monkeypatch.setattr(run_lock.fcntl, "lockf", lockf)
+    def without(number: int) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
 
-    refuse(errno.ENOLCK)
+        for name in ("lockf", "flock"):
+            monkeypatch.setattr(fcntl, name, refuse)
+
+    without(getattr(errno, code))
     stream, text = run_lock.take(tmp_path, 0.0)
     assert json.loads(text)["process"] == os.getpid()
     stream.close()
-    refuse(errno.EIO)
+    with only_writer(tmp_path, ""), (tmp_path / "lock").open("w") as other:
+        assert lock(other) and lock(other, wait=True)
+    without(errno.EIO)
     with pytest.raises(RunError, match="cannot be begun there"):
         run_lock.take(tmp_path, 0.0)
 

@@ -56,3 +56,29 @@ def test_every_launcher_trains_the_same(launcher, tmp_path, data, two_processes,
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["launcher"] == launcher
     assert found == two_processes, "the launcher must not change one bit"
     assert found == pytest.approx(one_process, rel=1e-5), "nor may the number of ranks, beyond rounding"
+
+
+RESTARTED = """
+import datetime, os
+import torch
+import torch.distributed as dist
+from pretrain.environment import prepare_environment
+from pretrain.rendezvous import METHOD
+ranks = prepare_environment()
+dist.init_process_group("gloo", init_method=METHOD, timeout=datetime.timedelta(seconds=120))
+total = torch.ones(1)
+dist.all_reduce(total)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and ranks.rank == 1:
+    raise SystemExit(1)
+dist.all_reduce(total)
+print("FINISHED", total.item(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("options", [["--standalone"], ["--master-port", str(free_port())]])
+def test_torchrun_starts_again_what_has_failed(tmp_path, options):
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    command = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1", *options, str(script)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0 and done.stdout.count("FINISHED 4.0") == 2, done.stdout + done.stderr

@@ -91,7 +91,12 @@ def test_a_limit_leaves_room_for_the_longest_step_and_for_a_checkpoint(monkeypat
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"wall_clock": 0}, {"wall_clock": -1}, {"environ": {"SLURM_JOB_END_TIME": "soon"}}]
+    "arguments",
+    [
+        {"wall_clock": 0},
+        {"wall_clock": -1},
+        *({"environ": {"SLURM_JOB_END_TIME": text}} for text in ("soon", "nan", "inf", "1" * 5000)),
+    ],
 )
 def test_limits_that_are_none(arguments):
     with pytest.raises(LaunchError):

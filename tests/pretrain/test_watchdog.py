@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import faulthandler
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from pretrain import watchdog as module
 from pretrain.environment import Ranks
-from pretrain.lifelines import Lifelines
+from pretrain.errors import LaunchError, RunError
 from pretrain.signals import EXIT_STALLED
+from pretrain.watchdog import Watchdog
 from tests.ports import free_port
+from tests.pretrain.collectives import Threads
+from tests.pretrain.support import ALONE
 
 RANK_PROGRAM = """
 import ctypes, os, signal, sys, threading, time
@@ -42,7 +48,10 @@ folder, how, culprit, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), floa
 ranks = prepare_environment()
 if ranks.world_size > 1:
     dist.init_process_group("gloo")
-with Watchdog(folder, ranks, timeout=timeout, on_stall=lambda report: print("STALL", flush=True)) as watchdog:
+if ranks.rank == 2:
+    clock = time.time
+    time.time = lambda: clock() + 60  # this node's clock is a minute off
+with Watchdog(folder, ranks, timeout=timeout) as watchdog:
     for step in range(6):
         watchdog.beat(f"step {step}: data")
         if step == 4 and ranks.rank == culprit and how in globals():
@@ -118,7 +127,7 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
 def test_the_rank_the_others_wait_for_is_named(tmp_path):
     results = finish(start(tmp_path, "stuck_in_the_data_loader", 1, 3))
     assert [code for code, _, _ in results] == [EXIT_STALLED] * 3, results
-    assert sum("STALL" in output for _, output, _ in results) == 1
+    assert sum("has stopped moving" in errors for _, _, errors in results) == 1
     report = (incident(tmp_path) / "report.txt").read_text()
     assert "rank 1 on" in report and "the others wait for it" in report and "step 4: data" in report
     assert "rank 0 on" not in report and "rank 2 on" not in report
@@ -139,7 +148,7 @@ def test_a_frozen_process_is_named_and_the_others_end(tmp_path, culprit):
     processes[culprit].communicate()
     assert other.returncode == EXIT_STALLED, errors
     assert f"rank {culprit}" in errors
-    assert "does not answer" in errors or "no longer answers" in errors
+    assert "no longer answers" in errors
 
 
 @pytest.mark.parametrize(
@@ -161,35 +170,76 @@ def test_a_rank_that_is_gone_ends_the_others_whatever_they_wait_for(tmp_path, ho
     assert "a collective that notices nothing" in stack
 
 
-def test_lifelines_tell_the_lost_from_those_that_leave_and_from_strangers(monkeypatch):
-    """Rank 0 among others that say goodbye, end without a word, or are no ranks at all."""
-    import torch.distributed as dist
+def test_a_watchdog_that_fails_says_so_and_takes_back_what_would_end_the_run(tmp_path, monkeypatch, capsys):
+    """faulthandler is armed at each look; a stand-in tells whether it still is."""
+    armed, disarmed = threading.Event(), threading.Event()
 
-    told = {}
+    def arm(*_, **__):
+        if armed.is_set():
+            raise ValueError("I/O operation on closed file")
+        armed.set()
 
-    def broadcast(values, src):
-        told.setdefault("place", values)
-        values[:] = told["place"]
+    def disarm():
+        armed.clear()
+        disarmed.set()
 
-    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-    first, *others = (Lifelines(Ranks(rank, 4, 0, 1, 0, "127.0.0.1", 1, "python")) for rank in range(4))
-    port = told["place"][0]
-    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-    strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
-    strangers[1].sendall(b"x")
-    assert first.lost() == {} and first.lost() == {}
-    for stranger in strangers:
-        stranger.close()
-    others[0].close(goodbye=True)
-    others[1].close(goodbye=False)
-    for _ in range(3):
-        lost = first.lost()
-    assert list(lost) == [2] and lost[2] >= 0
-    assert others[2].lost() == {}
-    first.close(goodbye=False)
-    others[2].lost()
-    assert list(others[2].lost()) == [0]
-    others[2].close(goodbye=False)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", arm)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", disarm)
+    with Watchdog(tmp_path, ALONE, timeout=1.0):
+        assert disarmed.wait(60) and not armed.is_set()
+    said = capsys.readouterr().err
+    assert "rank 0: the watchdog has failed" in said and "closed file" in said
+
+
+def test_a_folder_that_one_rank_cannot_write_to_is_named_on_all(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    place = Ranks(0, 2, 0, 1, 0, "127.0.0.1", 1, "python")
+
+    def rank(number):
+        folder = tmp_path / ("file" if number else "stacks")
+        with Watchdog(folder, dataclasses.replace(place, rank=number), timeout=1.0):
+            return None
+
+    outcomes = Threads(2, monkeypatch).each(rank)
+    assert all(isinstance(error, LaunchError) and f"{tmp_path / 'file'}: cannot" in str(error) for error in outcomes)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_rank_that_waits_for_nobody_outlives_the_others(tmp_path, monkeypatch, capsys, alone):
+    """All ranks meet one error, and the last checkpoint is still being written on one of them."""
+    looks, ended = threading.Semaphore(0), threading.Event()
+
+    def end(code):
+        ended.set()
+        raise SystemExit(code)  # of the watchdog's thread
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: looks.release())
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(module, "_GONE_SECONDS", 0.0)
+    threads, other_is_gone = Threads(2, monkeypatch), threading.Event()
+
+    def rank(number):
+        place = Ranks(number, 2, number, 2, number, "127.0.0.1", 1, "python")
+        try:
+            with Watchdog(tmp_path, place, timeout=1.0) as watchdog:
+                watchdog.beat("closing", allow=1000, alone=alone)
+                if number == 1:
+                    raise RunError("an error on all ranks")
+                assert other_is_gone.wait(60)
+                while looks.acquire(blocking=False):
+                    pass
+                if not alone:
+                    assert ended.wait(60)
+                for _ in range(4 if alone else 0):
+                    assert looks.acquire(timeout=60)
+                return ended.is_set()
+        finally:
+            other_is_gone.set()
+
+    outcomes = threads.each(rank)
+    assert isinstance(outcomes[1], RunError) and outcomes[0] is not alone, outcomes
+    assert ("rank 1 on" in capsys.readouterr().err) is not alone
 
 
 def test_one_process_alone(tmp_path):

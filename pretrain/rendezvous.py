@@ -1,0 +1,115 @@
+"""Where ranks meet: the store that the process group begins with, served by rank 0.
+
+`init_process_group(init_method=METHOD)` and DeepSpeed's `init_distributed(init_method=METHOD)` use it, once
+`prepare_environment` has run and this module is imported.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain.environment import LOOPBACK, Ranks, discover_ranks
+from pretrain.errors import MeetingError
+
+METHOD = "mor://"
+_AGENT_KEY = "mor/rank 0 listens at"
+_CONNECT_SECONDS = 20.0
+_POLL_SECONDS = 0.2
+
+
+def open_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
+    """The store that the ranks of this start share. One process alone needs none that listens.
+
+    Raises:
+        MeetingError: the port is taken, or rank 0 was not found within the timeout.
+    """
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return _through_agent(ranks, timeout)
+        if ranks.rank == 0:
+            return _serve(ranks, ranks.master_port, timeout)[0]
+        return _join(ranks.master_address, ranks.master_port, timeout)
+    except dist.DistError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MeetingError(
+            f"rank {ranks.rank} does not meet rank 0 at {ranks.master_address}:{ranks.master_port} ({reason}); see "
+            "whether rank 0 has ended, and whether MASTER_ADDR and MASTER_PORT are its host and a port open to this "
+            "one."
+        ) from None
+
+
+def listen(address: str | None, port: int, backlog: int = 128) -> socket.socket:
+    """A socket that listens at one address of this host, or at all of them (None).
+
+    Raises:
+        OSError: the address is not this host's, or the port is taken.
+    """
+    if address is not None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=backlog)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def _serve(ranks: Ranks, port: int, timeout: datetime.timedelta) -> tuple[dist.Store, int]:
+    """This rank's store, and its port (0: one that is free). Other hosts reach it where there are any."""
+    try:
+        listener = listen(LOOPBACK if ranks.master_address in (LOOPBACK, "localhost") else None, port, ranks.world_size)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise MeetingError(f"rank 0 cannot listen at port {port}: {error.strerror}.") from None
+        raise MeetingError(
+            f"port {port} of this host, where the ranks are to meet, is taken by another program; choose a free one: "
+            "torchrun --master-port, deepspeed --master_port, or MASTER_PORT, alike on all ranks."
+        ) from None
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        LOOPBACK, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return store, port
+
+
+def _join(address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
+    return dist.TCPStore(address, port, None, False, timeout=timeout, wait_for_workers=False)
+
+
+def _through_agent(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
+    """A store of this start's own, found through that of torchrun's agent, which outlives a start and keeps what its
+    ranks wrote: addresses where nobody listens any more.
+    """
+    agent = _join(ranks.master_address, ranks.master_port, timeout)
+    if ranks.rank == 0:
+        store, port = _serve(ranks, 0, timeout)
+        agent.set(_AGENT_KEY, str(port))
+        return store
+    address = LOOPBACK if ranks.local_world_size == ranks.world_size else ranks.master_address
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        told = agent.get(_AGENT_KEY).decode("ascii", "replace")
+        port = int(told) if told.isdecimal() and len(told) <= 5 else 0
+        try:
+            # torch's client would try the port of a start that has ended until its own time is over.
+            socket.create_connection((address, port), timeout=_CONNECT_SECONDS).close()
+            return _join(address, port, timeout)
+        except (OSError, OverflowError):
+            time.sleep(_POLL_SECONDS)
+    raise dist.DistNetworkError("it has not come there in time")
+
+
+def _meet(url: str, timeout: datetime.timedelta, **_: Any) -> Iterator[Any]:
+    ranks = discover_ranks()
+    yield open_store(ranks, timeout), ranks.rank, ranks.world_size
+
+
+dist.register_rendezvous_handler(METHOD.partition(":")[0], _meet)
