@@ -16,6 +16,7 @@ status.json       running, finished, stopped or failed, and at which step
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ from data_prep.json_input import read_json
 from pretrain.errors import RunError
 
 _KINDS = {int: "a whole number", str: "text", dict: "an object"}
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` where it is missing, and see whether a file can be written there, before work whose result goes
+    there.
+
+    Raises:
+        RunError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(4096))
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{folder}: cannot be written ({reason}), so nothing was computed: it would be lost.") from None
 
 
 class RunFolder:
