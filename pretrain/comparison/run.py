@@ -26,7 +26,7 @@ from pretrain.errors import RecipeError, RunError
 from pretrain.evaluation.suites import check_suites
 from pretrain.finished import has_finished
 from pretrain.recipe import load_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, require_writable
 
 # A finished run is the same run whatever these say.
 _WITHOUT_EFFECT = (
@@ -52,10 +52,11 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
 
     Raises:
         RecipeError, DataError: when the experiment cannot run at all; nothing has been trained then.
-        RunError: when a run folder holds a run of another recipe.
+        RunError: when the experiment's folder cannot be written, or a run folder holds a run of another recipe.
         Interrupted: after a signal, with everything saved.
     """
     console = Console(stderr=True)
+    require_writable(experiment.folder)
     prepare_data(experiment, console)
     planned = plan_experiment(experiment, arms)
     for run in planned:

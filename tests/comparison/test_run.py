@@ -237,6 +237,13 @@ def test_evaluation_decides_by_itself_what_is_missing(trainer, prepared, monkeyp
     assert commands == wanted
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prepared, monkeypatch):
+    (prepared / "taken").write_text("a file")
+    monkeypatch.setattr(runner, "run_child", lambda *_: pytest.fail("something was started"))
+    with pytest.raises(RunError, match="taken: cannot be written"):
+        runner.run_experiment(experiment(runs="taken"))
+
+
 def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsys):
     """Records have null there."""
     made = experiment()

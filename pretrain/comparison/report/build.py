@@ -58,9 +58,7 @@ def print_results(results: Results, console: Console) -> None:
     alike = results.different_texts(budget, HELD_OUT) is None
     for arm in results.arms(budget):
         loss, bits = (arm.mean_score(HELD_OUT, metric)[0] if alike else None for metric in ("loss", "bits_per_byte"))
-        found = None
-        if reference is not None and arm.name != reference.name:
-            found = test_difference(results, arm, reference)
+        found = test_difference(results, arm, reference) if reference is not None else None
         run = arm.first
         table.add_row(
             cell(arm.label),
@@ -69,7 +67,7 @@ def print_results(results: Results, console: Console) -> None:
             f"{run.counted_flops:.3g}" if run.counted_flops else "–",
             numbers.fixed(loss, 4),
             numbers.fixed(bits, 4),
-            numbers.signed(found[0].value, 4) if found else "",
+            "" if reference and arm.name == reference.name else numbers.signed(found[0].value if found else None, 4),
             numbers.whole(run.tokens_per_second),
         )
     console.print(table)
