@@ -85,10 +85,9 @@ def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, 
     return ""
 
 
-def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> int:
+def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> None:
     """Write all rejects into one file, with line numbers that count from the beginning of each file."""
     lines: Counter[int] = Counter()
-    written = 0
     with atomic_write(target) as stream:
         for receipt in receipts:
             part = rejects_path(folder, receipt.group, receipt.piece)
@@ -98,11 +97,10 @@ def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> int:
                         value = orjson.loads(line)
                         value["line"] += lines[receipt.group]
                         stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
-                        written += 1
             lines[receipt.group] += receipt.lines
-    if not written:
+        empty = not stream.tell()
+    if empty:
         target.unlink()
-    return written
 
 
 def _first_reject(path: Path, broken: bool) -> str:
@@ -207,7 +205,7 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
         raise DataError(
             f"{folder}: {gone[0]} is missing though it was finished; remove {folder / WORK} to begin again."
         )
-    rejected = join_rejects(folder, receipts, folder / REJECTS)
+    join_rejects(folder, receipts, folder / REJECTS)
     problem = check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
     if problem:
         raise DataError(problem)
@@ -215,7 +213,8 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
     if not any(split.documents for split in manifest.splits.values()):
         raise DataError(
             f"{', '.join(source.name for source in plan.settings.sources)} held no document that could be used "
-            f"({rejected} rejected, {sum(manifest.statistics['filtered'].values())} left out by filters); nothing was "
+            f"({sum(manifest.rejects.values())} rejected, {sum(manifest.statistics['filtered'].values())} left out by "
+            "filters); nothing was "
             "written. Look at the files, the names of the fields and the filters"
             + (", and whether --max-tokens is below the first document." if plan.settings.max_tokens else ".")
         )

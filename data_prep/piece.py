@@ -37,6 +37,7 @@ from data_prep.typed import as_dataclass
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
 _HELD = 8 << 20  # bytes of text that wait in all
 _LONGEST_NAME = 80  # characters of a subset's name in the name of a shard
+_LISTED = 100_000  # rejects of a piece that are listed for each reason; all are counted
 _BINS = 40  # document lengths are counted by powers of two
 
 
@@ -464,7 +465,7 @@ def _utf8_decoder() -> Any:
 
 
 class _Rejects:
-    """The list of what a piece left out, written as it grows."""
+    """The list of what a piece left out, written as it grows, and the counts of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -477,6 +478,8 @@ class _Rejects:
             self._file = atomic_write(self.path)
             self._stream = self._file.__enter__()
         self.counts[reject.reason] += 1
+        if self.counts[reject.reason] > _LISTED:
+            return  # a small file can be packed to billions of lines
         line = {"file": reject.file or file, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
         self._stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def tokenize(
     if mpi and (task_count or workers > 1):
         raise DataError("--mpi works with one process per rank; leave out --workers and --task-count.")
     for folder in (Path(address) for source in sources for address in {source, source.split("=", 1)[-1]}):
-        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        if os.path.isdir(folder) and out.resolve().is_relative_to(folder.resolve()):
             raise DataError(
                 f"--out {out} lies in the source {folder}, so the data set would be read as a corpus when the run is "
                 "continued. Choose a folder outside."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
 
 import pytest
 
+from data_prep import piece
 from data_prep.errors import DataError
 from data_prep.sources import ReadOptions, find_sources, plan_groups
 from tests.data_prep.writing import command, digest, documents, jsonl, run, write_jsonl
@@ -65,6 +67,14 @@ def test_documents_above_the_maximum_are_listed(tmp_path, byte_bpe):
     assert manifest.rejects == {"too_long": 1} and manifest.splits["train"].text_bytes == 199
     (line,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
     assert (line["line"], line["reason"]) == (2, "too_long") and "at most 100" in line["detail"]
+
+
+def test_no_more_rejects_are_listed_than_a_person_needs(tmp_path, byte_bpe, monkeypatch):
+    monkeypatch.setattr(piece, "_LISTED", 10)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x\n" * 1000 + jsonl(["kept"])))
+    manifest = run([tmp_path / "a.jsonl.gz"], tmp_path / "out", byte_bpe, validation=0, test=0, max_rejects=1000)
+    assert manifest.rejects == {"invalid_json": 1000} and manifest.splits["train"].documents == 1
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 10
 
 
 def test_another_field_than_the_text(tmp_path, byte_bpe):
