@@ -18,6 +18,7 @@ import zstandard
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.json_input import parse_json
 from data_prep.manifest import SPLITS, Manifest, Shard, Split, write_manifest
 from data_prep.packing import concat_summary, write_packing
 from data_prep.packing import summary as packing_summary
@@ -94,7 +95,7 @@ def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> None:
             if receipt.rejects and part.is_file():
                 with part.open("rb") as source:
                     for line in source:
-                        value = orjson.loads(line)
+                        value = _reject(line, part)
                         value["line"] += lines[receipt.group]
                         stream.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
             lines[receipt.group] += receipt.lines
@@ -103,11 +104,19 @@ def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> None:
         target.unlink()
 
 
+def _reject(line: bytes, path: Path) -> dict[str, Any]:
+    value = parse_json(line, path)
+    texts = [value.get(key) for key in ("file", "reason", "detail")] if isinstance(value, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(value.get("line"), int):
+        raise DataError(f"{path} is damaged: {line[:60]!r} is no reject; remove it, and run the command again.")
+    return value
+
+
 def _first_reject(path: Path, broken: bool) -> str:
     """The first broken file, or the first other reject: where it is and what is wrong with it."""
     with path.open("rb") as stream:
         for line in stream:
-            value = orjson.loads(line)
+            value = _reject(line, path)
             if (value["reason"] in BROKEN) == broken:
                 place, detail = f"{value['file']}:{value['line']}: ", value["detail"]
                 return detail if detail.startswith(value["file"]) else place + detail
@@ -127,7 +136,10 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
         ):
             for part in parts:
                 with part.open("rb") as source:
-                    zstandard.ZstdDecompressor().copy_stream(source, _Forward(out))  # type: ignore[arg-type]
+                    try:
+                        zstandard.ZstdDecompressor().copy_stream(source, _Forward(out))  # type: ignore[arg-type]
+                    except zstandard.ZstdError as error:
+                        raise DataError(f"{part} is damaged ({error}); remove {part.parent} to begin again.") from None
 
 
 def _trimmed(counts: list[int]) -> list[int]:

@@ -31,7 +31,7 @@ from data_prep.plan import WORK, Plan, Settings
 from data_prep.shards import ShardWriter, dtype_for_vocabulary
 from data_prep.sources import Document, Filtered, LargeDocument, Reject, SourceError, reader_for
 from data_prep.sources.base import PieceReader
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers import differences_from, load_tokenizer
 from data_prep.typed import as_dataclass
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
@@ -114,7 +114,7 @@ class PieceWorker:
         self.scratch = folder / WORK
         if engine is None:
             tokenizer = load_tokenizer(folder / plan.tokenizer.file)
-            if tokenizer.fingerprint != plan.tokenizer.fingerprint:
+            if differences_from(tokenizer, plan.tokenizer):
                 raise DataError(f"{folder / plan.tokenizer.file} is not the tokenizer the plan was made with.")
             engine = Engine(tokenizer, plan.engine["name"])
         self.engine = engine

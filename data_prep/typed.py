@@ -14,7 +14,11 @@ from data_prep.errors import DataError
 from data_prep.plain_text import plain
 
 T = TypeVar("T")
-_adapter = lru_cache(TypeAdapter)
+
+
+@lru_cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def as_dataclass(kind: type[T], value: Any, where: object) -> T:
@@ -26,8 +30,9 @@ def as_dataclass(kind: type[T], value: Any, where: object) -> T:
         DataError: beginning with `where`; names the first field that is missing or of another type.
     """
     try:
-        made = _adapter(kind).validate_json(json.dumps(value), strict=True)
-        missing = next(_missing(asdict(made), value), "")  # type: ignore[call-overload]
+        adapter = _adapter(kind)  # type: ignore[arg-type]  # classes can be hashed
+        made = adapter.validate_json(json.dumps(value), strict=True)
+        missing = next(_missing(asdict(made), value), "")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = plain(".".join(map(str, first["loc"])))[:200] or "the whole"
@@ -37,6 +42,7 @@ def as_dataclass(kind: type[T], value: Any, where: object) -> T:
         raise DataError(f"{where}: is nested too deeply; write it again.") from None
     if missing:
         raise DataError(f"{where}: has no {missing}; write it again.")
+    assert isinstance(made, kind)
     return made
 
 

@@ -130,8 +130,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _ids_by_name(content: Any, path: Path) -> dict[str, int]:
     """Ids of the model's tokens and of those added to it; `added_tokens` is a list afterwards."""
-    model = content.get("model") if isinstance(content, dict) else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    model: Any = content.get("model") if isinstance(content, dict) else None
+    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list) and all(isinstance(e, list) and e and isinstance(e[0], str) for e in vocabulary):
         ids = {entry[0]: number for number, entry in enumerate(vocabulary)}  # Unigram: names and scores
     elif isinstance(vocabulary, dict):

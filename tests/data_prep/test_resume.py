@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from data_prep import merge
 from data_prep.errors import DataError
 from data_prep.pipeline import merge_tasks, tokenize
+from data_prep.plan import WORK
+from data_prep.schedule import Share
 from tests.data_prep.writing import Quiet, digest, documents, job, jsonl, run, write_jsonl
 
 PIECE = 4000
@@ -116,3 +119,27 @@ def test_a_kill_between_the_manifest_and_the_end_is_cleaned_up(byte_bpe, tmp_pat
         merge_tasks(out)
     assert not (out / ".work").exists()
     assert digest(out) == digest(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "link"])
+@pytest.mark.parametrize("place", ["held_out", "shard", "tokenizer"])
+def test_what_an_unfinished_run_names_lies_in_its_folder(byte_bpe, tmp_path, place, name):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    out = tmp_path / "out"
+    tokenize(job([source], out, byte_bpe, validation=0.2), Quiet(), share=Share(0, 1))
+    (tmp_path / "secret").write_text("secret")
+    (out / WORK / "link").symlink_to(tmp_path / "secret")
+    (out / "link").symlink_to(tmp_path / "secret")
+    file = out / WORK / ("plan.json" if place == "tokenizer" else "piece-00000-00000.json")
+    value = json.loads(file.read_text())
+    if place == "tokenizer":
+        value["tokenizer"]["file"] = name
+    elif place == "shard":
+        value["shards"]["train"][0]["name"] = name
+    else:
+        value["held_out"]["validation"] = name
+    file.write_text(json.dumps(value))
+    with pytest.raises(
+        DataError, match=r"(not the name of a file inside|leads out of|not a plain file name|is missing)"
+    ):
+        merge_tasks(out)
