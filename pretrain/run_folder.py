@@ -47,22 +47,6 @@ def require_writable(folder: Path) -> None:
         raise RunError(f"{folder}: cannot be written ({reason}), so nothing was computed: it would be lost.") from None
 
 
-def require_writable(folder: Path) -> None:
-    """Make `folder` where it is missing, and see whether a file can be written there, before work whose result goes
-    there.
-
-    Raises:
-        RunError: it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as stream:
-            stream.write(bytes(4096))
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"{folder}: cannot be written ({reason}), so nothing was computed: it would be lost.") from None
-
-
 class RunFolder:
     """Paths of one run and checked, atomic access to its files.
 
