@@ -226,8 +226,7 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
         raise DataError(
             f"{', '.join(source.name for source in plan.settings.sources)} held no document that could be used "
             f"({sum(manifest.rejects.values())} rejected, {sum(manifest.statistics['filtered'].values())} left out by "
-            "filters); nothing was "
-            "written. Look at the files, the names of the fields and the filters"
+            "filters); nothing was written. Look at the files, the names of the fields and the filters"
             + (", and whether --max-tokens is below the first document." if plan.settings.max_tokens else ".")
         )
     join_held_out(folder, receipts)
