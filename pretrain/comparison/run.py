@@ -9,30 +9,27 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from data_prep.errors import DataError
 from data_prep.files import write_text
 from data_prep.manifest import read_manifest
+from data_prep.plain_text import plain
 from pretrain.comparison.data import prepare_data
-from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.experiment import EvaluationSection, Experiment
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
 from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
 from pretrain.comparison.report.records import read_run
-from pretrain.errors import RecipeError, RunError
+from pretrain.errors import RecipeError, RunError, UserError
+from pretrain.evaluation.identity import stored_result
+from pretrain.evaluation.settings import TEXT_BYTES, Settings
 from pretrain.evaluation.suites import check_suites
-from pretrain.finished import has_finished
+from pretrain.finished import changed_keys, has_finished
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder, require_writable
-
-# A finished run is the same run whatever these say.
-_WITHOUT_EFFECT = (
-    "name", "run_dir", "logging", "checkpoint", "evaluation", "faults", "limits", "compile", "checkpointing",
-    "deepspeed", "data.path", "data.verify", "batch.micro_batch",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def refuse_other_recipe(run: PlannedRun) -> None:
     if not folder.recipe_file.is_file():
         return
     try:
-        found = load_recipe(folder.recipe_file).model_dump(mode="json")
+        found = load_recipe(folder.recipe_file)
     except RecipeError as error:
         raise RunError(f"{error} Remove {folder} to train this arm anew.") from None
     data = run.recipe.data.path
@@ -95,24 +92,12 @@ def refuse_other_recipe(run: PlannedRun) -> None:
             f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm anew, "
             "or give the experiment a name of its own (name=NAME)."
         )
-    wanted = run.recipe.model_dump(mode="json")
-    for name, value in wanted.items():
-        if difference := _first_difference(name, found.get(name), value):
-            raise RunError(
-                f"{folder}: was begun with another recipe ({difference}); remove that folder to train it anew, "
-                "or keep it and give the experiment a name of its own (name=NAME)."
-            )
-
-
-def _first_difference(where: str, found: Any, wanted: Any) -> str | None:
-    if where in _WITHOUT_EFFECT:
-        return None
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        pairs = ((f"{where}.{key}", found.get(key), wanted.get(key)) for key in sorted(found.keys() | wanted.keys()))
-        return next((difference for pair in pairs if (difference := _first_difference(*pair))), None)
-    if found == wanted or wanted == "auto":
-        return None
-    return f"{where} was {found!r}, the experiment says {wanted!r}"
+    for key, (before, now) in changed_keys(found, run.recipe).items():
+        raise RunError(
+            f"{folder}: was begun with another recipe ({key} was {plain(repr(before))}, the experiment says "
+            f"{plain(repr(now))}); remove that folder to train it anew, or keep it and give the experiment a name of "
+            "its own (name=NAME)."
+        )
 
 
 def _train(
@@ -183,18 +168,27 @@ def _trained(run: PlannedRun) -> str:
 
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
-    """Ask `mor eval` for every suite: it alone knows whether what was evaluated before still holds."""
-    suites = check_suites(experiment.evaluation.suites)
-    for arguments in evaluation_arguments(experiment.evaluation, run.trial.folder, suites):
+    """Run `mor eval` for the suites whose stored results are not what it would compute now."""
+    folder, settings = RunFolder(run.trial.folder), experiment.evaluation
+    missing = [suite for suite in check_suites(settings.suites) if not _is_current(folder, suite, settings)]
+    for arguments in evaluation_arguments(settings, folder.path, missing):
         command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
-        progress.activity(run.trial.name, f"evaluating: {', '.join(suites)}")
+        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
         status = run_child(command, log, progress.refresh)
         if status != 0:
             return Failure(
                 run.trial.name, f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
             )
     return None
+
+
+def _is_current(folder: RunFolder, suite: str, section: EvaluationSection) -> bool:
+    settings = Settings(limit=section.limit_of(suite), text_bytes=section.text_bytes or TEXT_BYTES, hub=section.hub)
+    try:
+        return stored_result(folder, suite, settings) is not None
+    except (UserError, DataError):
+        return False  # `mor eval` says what is wrong, into its log
 
 
 def _file_name(run: PlannedRun) -> str:

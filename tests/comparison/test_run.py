@@ -205,8 +205,8 @@ def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared, monkeypat
         runner.run_experiment(made)
 
 
-def test_evaluation_decides_by_itself_what_is_missing(trainer, prepared, monkeypatch):
-    """Results of other settings, which only `mor eval` can tell, are not taken for these."""
+def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared, monkeypatch):
+    """Results of other settings are not taken for these."""
     commands = []
     original = runner.run_child
 
