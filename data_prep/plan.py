@@ -13,10 +13,12 @@ from data_prep.files import write_json
 from data_prep.json_input import read_json
 from data_prep.manifest import TokenizerInfo, check_names
 from data_prep.sources import Group, ReadOptions, SourceFiles
+from data_prep.sources.plan import KINDS
 from data_prep.typed import as_dataclass
 
 WORK = ".work"  # folder inside the data set folder that holds what is needed until the manifest is written
 PLAN = "plan.json"
+_WITHOUT_FILES = ("embedded", "hub")  # kinds of source whose documents do not lie in files
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
         check_names(plan.tokenizer, (), Path(folder) / PLAN)
         for number, group in enumerate(plan.groups):
             pieces = 1 if group.pieces is None else group.pieces
-            if group.number != number or not group.files or pieces < 1 or group.bytes < 0 or group.piece_bytes < 0:
+            sound = group.kind in KINDS and bool(group.files) == (group.kind not in _WITHOUT_FILES)
+            if not sound or group.number != number or pieces < 1 or group.bytes < 0 or group.piece_bytes < 0:
                 raise DataError(f"{path}: group {number} cannot be {group!r:.300}.")
     except FileNotFoundError:
         return None

@@ -138,6 +138,7 @@ IN_AN_ARM: dict[str, Any] = {
     "seed": 9,
     "model": {"intermediate_size": 96},
     "initial_weights": "weights",
+    "initial_weights_tokenizer": "any",
     "data": {"anneal": 3, "verify": "checksums", "skip_samples": [[1, 2]]},
     "optim": {"name": "muon", "lr": 0.5, "betas": [0.5, 0.6]},
     "schedule": {"kind": "cosine", "warmup": {"tokens": 1000}},

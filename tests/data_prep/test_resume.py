@@ -8,8 +8,9 @@ import os
 
 import pytest
 
-from data_prep import merge
+from data_prep import merge, python_docs
 from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
 from data_prep.pipeline import merge_tasks, tokenize
 from data_prep.plan import WORK
 from data_prep.schedule import Share
@@ -143,3 +144,14 @@ def test_what_an_unfinished_run_names_lies_in_its_folder(byte_bpe, tmp_path, pla
         DataError, match=r"(not the name of a file inside|leads out of|not a plain file name|is missing)"
     ):
         merge_tasks(out)
+
+
+def test_the_corpus_without_files_is_taken_up_again(byte_bpe, tmp_path, monkeypatch):
+    texts = documents(40)
+    monkeypatch.setattr(python_docs, "iter_documents", lambda: ((f"{n}", text) for n, text in enumerate(texts)))
+    out = tmp_path / "out"
+    arguments = job(["python-docs", write_jsonl(tmp_path / "a.jsonl", texts[:5])], out, byte_bpe, validation=0, test=0)
+    tokenize(arguments, Quiet(), share=Share(0, 2))
+    tokenize(arguments, Quiet(), share=Share(1, 2))
+    merge_tasks(out)
+    assert read_manifest(out).splits["train"].documents == 45

@@ -81,11 +81,15 @@ def test_opening_reads_the_same_number_of_bytes_at_any_size(tmp_path: Path, fact
 
     documents = make_documents(10, 1) * factor
     folder = write_dataset(tmp_path / "data", {"train": [("web", documents)]})
+    other = write_dataset(tmp_path / "other", {"train": [("web", make_documents(2, 2))]})
     code = (
         "import sys, os\n"
         "from data_prep.dataset import open_dataset\n"
+        "open_dataset(sys.argv[2])\n"  # reads the modules that opening needs
         "read = lambda: int(open('/proc/self/io').read().split('rchar: ')[1].split()[0])\n"
         "first = read(); again = read(); data = open_dataset(sys.argv[1]); print(read() - again - (again - first))"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(other)], capture_output=True, text=True, check=True
+    )
     assert 0 < int(run.stdout) < 40_000
