@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         text = str(self.construct_scalar(node))
         if "\0" in text or _SURROGATE.search(text):
             raise yaml.constructor.ConstructorError(
-                None, None, "text holds a null character or half of one (\\ud800), which no file can", node.start_mark
+                None, None, "text holds a null character or a lone surrogate", node.start_mark
             )
         return text
 

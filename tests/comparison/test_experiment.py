@@ -251,7 +251,7 @@ def test_arms_that_mix_other_data_sets_are_refused(write):
         ("seeds=[1.5]", r"seeds\.0: must be a whole number"),
         ("budgets=[.inf]", r"budgets\.0: must be a finite number"),
         ("launch.ranks=1000000000000000000000000000000", r"launch\.ranks: must be less than or equal to"),
-        ('labels.mor="\\ud800"', "text holds a null character or half of one"),
+        ('labels.mor="\\ud800"', "text holds a null character or a lone surrogate"),
         ("labels.mor=\udc80", "cannot be read as YAML"),
         ("name=a #b", "reads what follows '#' as a comment"),
         ("seeds=[1" + "0" * 5000 + "]", "more than 40 digits"),

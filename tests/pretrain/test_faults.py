@@ -55,11 +55,11 @@ def refused(one_rank: Workers, folder: Path, values: dict[str, Any], *parts: str
 
 def test_wrong_recipes_and_configurations_are_refused(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
     values = recipe_values(tiny_data, tmp_path / "run")
-    refused(one_rank, tmp_path, {**values, "optim": {"lrr": 1.0}}, "optim.lrr", "did you mean 'lr'")
+    refused(one_rank, tmp_path, {**values, "optim": {"lrr": 1.0}}, "optim.lrr", "did you mean 'optim.lr'")
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_com": True}}), encoding="utf-8")
     wrong = {**values, "deepspeed": {"config": str(file)}}
-    refused(one_rank, tmp_path, wrong, "zero_optimization.overlap_com", "did you mean 'overlap_comm'")
+    refused(one_rank, tmp_path, wrong, "zero_optimization.overlap_com", "did you mean 'zero_optimization.overlap_comm'")
     refused(one_rank, tmp_path, {**values, "precision": "bf16", "deepspeed": {"config": "zero0"}}, "stage 0")
     refused(one_rank, tmp_path, {**values, "precision": "fp16"}, "fp16 wants a GPU")
 
@@ -131,7 +131,7 @@ def test_the_command_prints_the_message_alone(tmp_path: Path, tiny_data: Path) -
     command = [str(Path(sys.executable).parent / "mor"), "train", str(recipe), "optim.lrr=1e-3"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"mor train: {recipe}: unknown key 'optim.lrr'; did you mean 'lr'?\n"
+    assert done.stderr == f"mor train: {recipe}: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
 
 
 def test_a_rank_with_another_recipe_is_named(tmp_path: Path, tiny_data: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_key_that_is_like_no_other_is_refused_with_those_there_are(values: dic
         ("optim={lr: 1, lr: 2}", "'lr' stands twice"),
         ("model.norm_eps=text", "model.norm_eps: must be a positive number"),
         ('data.path="a\\0b"', "null character"),
-        ('data.path="a\\ud800b"', "half of one"),
+        ('data.path="a\\ud800b"', "lone surrogate"),
         ("data.path=a\udcffb", "cannot be read as YAML"),
     ],
 )

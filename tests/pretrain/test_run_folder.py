@@ -49,7 +49,7 @@ def test_values_of_other_kinds_are_refused_in_a_sentence(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000, "null", "\x80"])
 def test_a_line_of_the_records_that_is_none_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n' + line + "\n", encoding="latin-1")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n' + line + "\n", encoding="latin-1")
     with pytest.raises(RunError, match=r"metrics\.jsonl:2: not a JSON object"):
         list(RunFolder(tmp_path).metrics())
 

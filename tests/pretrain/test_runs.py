@@ -87,9 +87,10 @@ def test_a_run_that_ends_without_a_number_is_not_finished_in_silence(tmp_path: P
 
 def test_names_and_reasons_are_shown_as_they_are(tmp_path: Path) -> None:
     """Folders with names that rich would read as markup, that a terminal would obey, or that are no UTF-8."""
-    names = ["[/red]", "[bold]x", "\x1b[31mred", "\udcff"]
-    for name in names:
-        run = make_run(tmp_path / name, "failed")
+    for name in ("[/red]", "[bold]x", "\x1b[31mred", "\udcff"):
+        run = make_run(tmp_path / "made", "failed")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        run = RunFolder(run.path.rename(tmp_path / name))
         run.write_json(run.status_file, {"state": "failed", "step": 3, "reason": "[/path]: \x1b[2J"})
     printed = CliRunner().invoke(app, [str(tmp_path)], env={"COLUMNS": "300"})
     assert printed.exit_code == 0, printed.output
