@@ -22,8 +22,8 @@ from data_prep.json_input import parse_json
 from data_prep.manifest import SPLITS, Manifest, Shard, Split, write_manifest
 from data_prep.packing import concat_summary, write_packing
 from data_prep.packing import summary as packing_summary
-from data_prep.piece import Receipt, read_receipt, rejects_path
 from data_prep.plan import WORK, Plan
+from data_prep.receipts import Receipt, read_receipt, rejects_path
 from data_prep.schedule import Schedule, Share
 from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
 from data_prep.shuffle import shuffle_source

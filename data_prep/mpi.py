@@ -21,9 +21,10 @@ import numpy as np
 
 from data_prep.engine import Engine
 from data_prep.errors import DataError
-from data_prep.piece import PieceWorker, Progress, read_receipt, receipt_path
+from data_prep.piece import PieceWorker, Progress
 from data_prep.plain_text import say
 from data_prep.plan import Plan, read_plan
+from data_prep.receipts import read_receipt, receipt_path
 from data_prep.schedule import Key, Schedule
 
 _AHEAD = 2  # pieces a rank holds, so that it never waits for the next one

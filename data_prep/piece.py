@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,22 +23,19 @@ import zstandard
 from data_prep.cutting import Cutter, cut
 from data_prep.engine import Engine
 from data_prep.errors import DataError
-from data_prep.files import atomic_write, write_json
-from data_prep.json_input import read_json
-from data_prep.manifest import SPLITS, Shard, check_names
-from data_prep.paths import inside
+from data_prep.files import atomic_write
+from data_prep.manifest import Shard
 from data_prep.plan import WORK, Plan, Settings
+from data_prep.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
 from data_prep.shards import ShardWriter, dtype_for_vocabulary
 from data_prep.sources import Document, Filtered, LargeDocument, Reject, SourceError, reader_for
 from data_prep.sources.base import PieceReader
 from data_prep.tokenizers import differences_from, load_tokenizer
-from data_prep.typed import as_dataclass
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
 _HELD = 8 << 20  # bytes of text that wait in all
 _LONGEST_NAME = 80  # characters of a subset's name in the name of a shard
 _LISTED = 100_000  # rejects of a piece that are listed for each reason; all are counted
-_BINS = 40  # document lengths are counted by powers of two
 
 
 @dataclass
@@ -48,62 +45,6 @@ class Progress:
     documents: int
     tokens: int
     text_bytes: int
-
-
-@dataclass
-class Receipt:
-    """What became of one piece. `last`: the group ends here. `lines`: lines (rows, files) read, for numbering the
-    rejects of later pieces. `lengths`: documents by power of two of their tokens, per source.
-    """
-
-    group: int
-    piece: int
-    last: bool
-    shards: dict[str, list[Shard]] = field(default_factory=dict)
-    held_out: dict[str, str] = field(default_factory=dict)
-    lines: int = 0
-    rejects: dict[str, int] = field(default_factory=dict)
-    filtered: dict[str, int] = field(default_factory=dict)
-    lengths: dict[str, list[int]] = field(default_factory=dict)
-    forced_cuts: int = 0
-    fallbacks: int = 0
-    capped: bool = False
-
-    @property
-    def train_tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards.get("train", ()))
-
-
-def receipt_path(folder: Path, group: int, piece: int) -> Path:
-    """Where the receipt of a piece lies."""
-    return folder / WORK / f"piece-{group:05d}-{piece:05d}.json"
-
-
-def rejects_path(folder: Path, group: int, piece: int) -> Path:
-    """Where the rejects of a piece lie until they are joined."""
-    return folder / WORK / f"rejects-{group:05d}-{piece:05d}.jsonl"
-
-
-def read_receipt(path: Path) -> Receipt:
-    """Read a receipt.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    try:
-        receipt = as_dataclass(Receipt, read_json(path), path)
-        check_names(None, (shard for shards in receipt.shards.values() for shard in shards), path)
-        for name in receipt.held_out.values():
-            inside(path.parent, name, path)
-        if path.name != receipt_path(path, receipt.group, receipt.piece).name:
-            raise DataError(f"{path}: is of piece {receipt.piece} of group {receipt.group}.")
-        if not {*receipt.shards, *receipt.held_out} <= set(SPLITS):
-            raise DataError(f"{path}: has other splits than {', '.join(SPLITS)}.")
-        if any(len(counts) != _BINS for counts in receipt.lengths.values()):
-            raise DataError(f"{path}: lengths must hold {_BINS} counts for each source.")
-    except (OSError, DataError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it, and its piece is done again.") from None
-    return receipt
 
 
 class PieceWorker:
@@ -186,7 +127,7 @@ class PieceWorker:
             output.fallbacks,
             output.capped,
         )
-        write_json(receipt_path(self.folder, group, piece), _receipt_dict(receipt))
+        write_receipt(self.folder, receipt)
 
     def close(self) -> None:
         """Close the file under way."""
@@ -384,8 +325,8 @@ class _Output:
         return Progress(lengths.size, out.size, int(texts.sum()))
 
     def _count(self, key: tuple[str, str], lengths: np.ndarray) -> None:
-        counts = self.lengths.setdefault(key[1], np.zeros(_BINS, np.int64))
-        counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=_BINS)
+        counts = self.lengths.setdefault(key[1], np.zeros(LENGTH_BINS, np.int64))
+        counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=LENGTH_BINS)
 
     def _writer(self, key: tuple[str, str]) -> ShardWriter:
         if key not in self._writers:
@@ -493,12 +434,6 @@ class _Rejects:
         if self._file is not None:
             self._file.__exit__(InterruptedError, InterruptedError("discarded"), None)
             self._file = None
-
-
-def _receipt_dict(receipt: Receipt) -> dict[str, Any]:
-    value = dict(vars(receipt))
-    value["shards"] = {split: [vars(shard) for shard in shards] for split, shards in receipt.shards.items()}
-    return value
 
 
 def orphaned(parent: int) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from data_prep.piece import Receipt
+from data_prep.receipts import Receipt
 from data_prep.sources import Group
 
 Key = tuple[int, int]  # group, piece

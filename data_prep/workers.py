@@ -17,8 +17,9 @@ from typing import Any
 
 from data_prep.engine import Engine, first_choice
 from data_prep.errors import DataError
-from data_prep.piece import PieceWorker, Progress, orphaned, read_receipt, receipt_path
+from data_prep.piece import PieceWorker, Progress, orphaned
 from data_prep.plan import Plan
+from data_prep.receipts import read_receipt, receipt_path
 from data_prep.schedule import Key, Schedule
 from data_prep.sources import Group, pieces_expected
 from data_prep.tokenizers import load_tokenizer
