@@ -279,8 +279,8 @@ def refusals(results: Results, budget: float | None) -> list[str]:
         if score.headline or score.suite == "own"
     }
     return [
-        f"{task_name(task)}: not compared, because it is of different text ({different}). `mor compare run` evaluates "
-        "what was evaluated otherwise again."
+        f"{task_name(task)}: not compared, because the arms read different text ({different}). Start mor compare "
+        "run again without --arm: it evaluates the others anew."
         for task in (VALIDATION, *sorted(found))
         if (different := results.different_texts(budget, task))
     ]
