@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Annotated, Optional
 
@@ -53,7 +54,7 @@ def _show(console: object, everything: bool) -> bool:
         progress = f"{view.step or 0:,}/{view.steps:,}" if view.steps else ""
         progress += f" of branch {view.branch}" if view.branch else ""
         state = f"{view.state} ({view.reason})" if view.reason and view.state != "RUNNING" else view.state
-        loss = f"{view.loss:.4f}" if view.loss is not None else ""
+        loss = "" if view.loss is None else f"{view.loss:.4f}" if math.isfinite(view.loss) else "not finite"
         left = _duration(view.remaining) if view.remaining is not None else ""
         # What files and Slurm say is neither markup nor an escape.
         cells = (view.record.job, view.record.name, state, progress, loss, left, view.record.log)

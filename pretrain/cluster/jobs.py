@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -26,8 +27,8 @@ class JobView:
     """One line of `mor jobs`.
 
     Attributes:
-        step, steps, loss: of the part of the run that is trained now, None for what does not train; branch: its name,
-            None for the trunk.
+        step, steps, loss: of the part of the run that is trained now, None for what does not train; a loss that is not
+            finite is nan. branch: its name, None for the trunk.
         remaining: seconds until the run and all its branches are finished.
     """
 
@@ -43,7 +44,7 @@ class JobView:
 
 @dataclass(frozen=True)
 class _Progress:
-    """How far a part of a run has come: steps done, loss and seconds a step where they are known."""
+    """How far a part of a run has come: steps done, loss (nan: not finite) and seconds a step where they are known."""
 
     step: int
     loss: float | None
@@ -99,7 +100,7 @@ def _progress(part: Part) -> _Progress:
     step, loss, seconds = last.get("step", status.get("step")), last.get("lm_loss"), last.get("step_seconds")
     return _Progress(
         min(step, part.steps) if type(step) is int and step >= 0 else part.start,
-        float(loss) if _is_number(loss) else None,
+        float(loss) if _is_number(loss) else math.nan if last.get("lm_loss", 0) is None else None,
         float(seconds) if _is_number(seconds) and seconds > 0 else None,
     )
 
