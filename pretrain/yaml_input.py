@@ -22,6 +22,7 @@ _MAXIMUM_ALIASES = 100
 _MAXIMUM_NODES = 100_000
 # More digits than any budget, seed or size has, and far fewer than Python refuses to convert.
 _MAXIMUM_DIGITS = 40
+_OTHER_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -119,9 +120,16 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts into quotes what this reader or one of YAML 1.1 would take for something other than text."""
+    """Puts into quotes what this reader or one of YAML 1.1 would take for something other than text, and writes line
+    breaks other than a newline, which single quotes would turn into spaces, as escapes.
+    """
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = '"' if _OTHER_BREAKS.search(text) else None
+        return self.represent_scalar(_tag("str"), text, style)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Dumper.yaml_implicit_resolvers = {
     first: resolvers + _Loader.yaml_implicit_resolvers.get(first, [])
     for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
