@@ -171,10 +171,11 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
     """Run `mor eval` for the suites whose stored results are not what it would compute now."""
     folder, settings = RunFolder(run.trial.folder), experiment.evaluation
     missing = [suite for suite in check_suites(settings.suites) if not _is_current(folder, suite, settings)]
+    if missing:
+        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
     for arguments in evaluation_arguments(settings, folder.path, missing):
         command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
-        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
         status = run_child(command, log, progress.refresh)
         if status != 0:
             return Failure(
