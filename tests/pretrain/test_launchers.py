@@ -71,12 +71,13 @@ dist.all_reduce(total)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and ranks.rank == 1:
     raise SystemExit(1)
 dist.all_reduce(total)
-print("FINISHED", total.item(), flush=True)
+os.write(1, f"FINISHED {total.item()}\\n".encode())  # in one piece, whatever the other rank writes
 """
 
 
-@pytest.mark.parametrize("options", [["--standalone"], ["--master-port", str(free_port())]])
-def test_torchrun_starts_again_what_has_failed(tmp_path, options):
+@pytest.mark.parametrize("standalone", [True, False])
+def test_torchrun_starts_again_what_has_failed(tmp_path, standalone):
+    options = ["--standalone"] if standalone else ["--master-port", str(free_port())]
     script = tmp_path / "restarted.py"
     script.write_text(RESTARTED)
     command = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1", *options, str(script)]
