@@ -132,7 +132,7 @@ def _going_on(prepared: Prepared, ranks: Ranks) -> list[str]:
         checkpoint = prepared.folder.checkpoints / name
         try:
             manifest = read_manifest(checkpoint)
-        except RunError as error:
+        except (RunError, OSError) as error:
             lines.append(f"  passes over      {name}: {error}")
             continue
         describe = {"world_size": ranks.world_size, **prepared.shape}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.files import sha256_file
 from data_prep.locks import lock
 from data_prep.pipeline import only_writer
 from pretrain import checkpoint, run_lock
@@ -407,18 +407,24 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fake_checkpoint(tmp_path, 4)
-    troubles = [errno.ESTALE, errno.EIO]
+    troubles: list[int] = []
 
-    def flaky(file: Path) -> str:
-        if troubles:
-            raise OSError(code := troubles.pop(), os.strerror(code), str(file))
-        return sha256_file(file)
+    def flaky(read: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(file: Path, *arguments: Any, **options: Any) -> Any:
+            if file.parent == folder and troubles:
+                raise OSError(code := troubles.pop(), os.strerror(code), str(file))
+            return read(file, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "sha256_file", flaky)
+        return attempt
+
     monkeypatch.setattr(checkpoint, "_READ_AGAIN_SECONDS", (0.0, 0.0))
-    assert checkpoint.find_damage(folder) is None
-    troubles = [errno.EIO] * 3
-    assert "a.pt cannot be read" in str(checkpoint.find_damage(folder))
+    for place, name, file in ((Path, "open", "checkpoint.json"), (checkpoint, "sha256_file", "a.pt")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, flaky(getattr(place, name)))
+            troubles[:] = [errno.ESTALE, errno.EIO]
+            assert checkpoint.find_damage(folder) is None and not troubles
+            troubles[:] = [errno.EIO] * 3
+            assert f"{file} cannot be read" in str(checkpoint.find_damage(folder))
 
 
 # Pools of libraries fork, and end their processes with SIGTERM.
