@@ -19,8 +19,8 @@ from pretrain.errors import RunError
 from pretrain.memory import estimate_memory
 from pretrain.memory import format_bytes as size
 from pretrain.partitioning import STAGES, explain
+from pretrain.prepare import Prepared
 from pretrain.recipe import Recipe
-from pretrain.run import Prepared
 from pretrain.stage import trains_on_cpu
 from pretrain.telemetry import format_seconds
 

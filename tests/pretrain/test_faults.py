@@ -21,9 +21,9 @@ from pretrain import provenance
 from pretrain.agreement import find_disagreement
 from pretrain.checkpoint import find_damage
 from pretrain.checkpoint_files import CheckpointFiles
+from pretrain.prepare import Prepared, prepare
 from pretrain.provenance import identity
 from pretrain.recipe import build_recipe
-from pretrain.run import Prepared, prepare
 from pretrain.run_folder import RunFolder
 from pretrain.signals import EXIT_STALLED
 from pretrain.telemetry import Telemetry

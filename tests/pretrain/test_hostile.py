@@ -27,11 +27,12 @@ from pretrain.branches import seed_branch
 from pretrain.checkpoint import TrainState
 from pretrain.cli.runs import describe, find_runs
 from pretrain.errors import RecipeError, RunError
+from pretrain.finished import unfinished
 from pretrain.hooks import check_suites_of
 from pretrain.loop import Trainer
+from pretrain.prepare import prepare
 from pretrain.provenance import changes_since_last_start, describe_environment
 from pretrain.recipe import build_recipe
-from pretrain.run import is_finished, prepare
 from pretrain.run_folder import RunFolder
 from pretrain.signals import Request, StopRequest
 from pretrain.telemetry import Telemetry, rewind_metrics
@@ -149,7 +150,7 @@ def test_a_run_folder_that_is_removed_while_training_is_a_run_again_with_the_nex
     assert codes == [0], printed
     assert finished_checkpoints(run) == [8, 12] and (run / "weights").is_dir() and (run / "tokenizer").is_dir()
     assert sorted(losses(run)) == [9, 10, 11, 12], "records follow the folder from its first checkpoint on"
-    assert is_finished(prepare(build_recipe(recipe_values(tiny_data, run)), ALONE))
+    assert not unfinished(prepare(build_recipe(recipe_values(tiny_data, run)), ALONE).recipe)
 
 
 def test_a_run_folder_has_the_name_that_it_was_given(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:

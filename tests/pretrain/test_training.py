@@ -17,8 +17,8 @@ from mor_model.flops import flops_per_sequence
 from mor_model.weights import load_model, save_weights
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError
+from pretrain.prepare import prepare
 from pretrain.recipe import build_recipe, load_recipe
-from pretrain.run import prepare
 from tests.data_prep.support import EOD
 from tests.ports import free_port
 from tests.pretrain.reference import plain_losses
