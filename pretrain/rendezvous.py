@@ -42,9 +42,9 @@ def open_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
     except dist.DistError as error:
         reason = str(error).strip().splitlines()[0]
         raise MeetingError(
-            f"rank {ranks.rank} does not meet rank 0 at {ranks.master_address}:{ranks.master_port} ({reason}); see "
-            "whether rank 0 has ended, and whether MASTER_ADDR and MASTER_PORT are its host and a port open to this "
-            "one."
+            f"rank {ranks.rank} cannot reach rank 0 at {ranks.master_address}:{ranks.master_port} ({reason}); check "
+            "whether rank 0 has ended, and whether MASTER_ADDR and MASTER_PORT are its host and a port that this host "
+            "can reach."
         ) from None
 
 

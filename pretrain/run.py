@@ -293,11 +293,11 @@ def _train(
             try:
                 folder.write_json(folder.status_file, {"state": outcome.state, "step": state.step, "steps": plan.steps})
             except OSError as error:
-                # Where a stop cannot be noted the next start finds what is there all the same.
+                # After a stop the next start finds the checkpoint without it.
                 if outcome.state == "finished":
                     raise RunError(
-                        f"{folder}: that the run is finished cannot be noted ({error.strerror}); make room and start "
-                        f"the run again, which {following}."
+                        f"{folder}: the run has finished, but status.json cannot be written ({error.strerror}); make "
+                        f"room and start the run again, which {following}."
                     ) from None
             return following
 

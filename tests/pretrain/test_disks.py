@@ -6,16 +6,23 @@ import errno
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from pretrain.checkpoint import find_damage
+from data_prep.errors import DataError
+from pretrain.checkpoint import CheckpointStore, find_damage
 from pretrain.checkpoint_files import CheckpointFiles
+from pretrain.checkpoint_manifest import TrainState
 from pretrain.recipe import build_recipe
 from pretrain.run_folder import RunFolder
+from pretrain.sections import Checkpointing
 from pretrain.telemetry import Telemetry
+from tests.pretrain.checkpoints import SHAPE
+from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (
     Nursery,
     Workers,
@@ -153,6 +160,26 @@ def test_a_write_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pyt
     assert error is None and len(attempts) == 2
     assert written["a.pt"]["bytes"] == (tmp_path / "a.pt").stat().st_size
     assert files.load(str(tmp_path / "a.pt"))["weights"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_run_folder_that_cannot_be_made_again_costs_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was removed while training, and its data set too."""
+
+    def restore() -> None:
+        raise DataError("the tokenizer is missing")
+
+    def rank(_: int) -> str | None:
+        engine = SimpleNamespace(save_checkpoint=lambda *_, **__: None)
+        store = CheckpointStore(
+            tmp_path, engine, Checkpointing(), keep_every=0, pinned=frozenset(), describe=SHAPE, restore=restore
+        )
+        store.begin(TrainState(step=4))
+        return store.finish()
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    assert Threads(1, monkeypatch).each(rank) == [f"{tmp_path / 'step-00000004'}: the tokenizer is missing"]
 
 
 def test_asynchronous_writing_keeps_the_values_of_its_moment(tmp_path: Path) -> None:

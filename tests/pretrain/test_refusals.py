@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 
+from data_prep.errors import DataError
+from mor_model.errors import ConfigError
 from pretrain import provenance
-from pretrain.agreement import find_disagreement
+from pretrain.agreement import find_disagreement, on_first_rank
+from pretrain.errors import RunError, UserError
 from pretrain.prepare import Prepared, prepare
 from pretrain.provenance import identity
 from pretrain.recipe import build_recipe
+from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (
     ALONE,
     ROOT,
@@ -139,6 +143,17 @@ def test_the_rank_that_differs_from_the_majority_is_named() -> None:
     assert message is not None and "code" in message and "rank 2 has b" in message and "rank 1" not in message
     missing = find_disagreement([facts[0], {"code": "a"}, facts[0]])
     assert missing is not None and "seed" in missing and "rank 1 has absent" in missing
+
+
+@pytest.mark.parametrize("kind", [UserError, DataError, ConfigError, OSError])
+def test_what_goes_wrong_on_the_first_rank_alone_is_told_on_all(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fail() -> None:
+        raise kind("the reason")
+
+    outcomes = Threads(2, monkeypatch).each(lambda rank: on_first_rank(fail))
+    assert [(type(error), str(error)) for error in outcomes] == [(RunError, "the reason")] * 2
 
 
 def test_ranks_compare_everything_that_decides_a_run(

@@ -81,5 +81,5 @@ def test_a_restart_finds_nothing_of_the_start_before(monkeypatch: pytest.MonkeyP
 
 
 def test_a_store_that_does_not_answer_is_an_error_in_a_sentence() -> None:
-    with pytest.raises(MeetingError, match=r"rank 1 does not meet rank 0 at 127\.0\.0\.1:"):
+    with pytest.raises(MeetingError, match=r"rank 1 cannot reach rank 0 at 127\.0\.0\.1:"):
         open_store(rank_of_two(1, free_port()), datetime.timedelta(seconds=0.2))
