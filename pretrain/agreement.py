@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from data_prep.errors import DataError
+from mor_model.errors import ConfigError
 from pretrain.errors import LaunchError, RunError, UserError
 
 _Answer = TypeVar("_Answer")
@@ -35,7 +37,7 @@ def on_first_rank(action: Callable[[], _Answer]) -> _Answer:
     if dist.get_rank() == 0:
         try:
             outcome = [action(), None]
-        except (UserError, OSError) as error:
+        except (UserError, DataError, ConfigError, OSError) as error:
             outcome = [None, str(error)]
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_prep.errors import DataError
 from data_prep.files import sha256_file, sync_folder, write_text
 from data_prep.plain_text import plain
 from pretrain.agreement import on_first_rank
@@ -211,7 +212,7 @@ class CheckpointStore:
                 files = {name: facts for written, _ in reports for name, facts in written.items()}
                 try:
                     self._publish(opened, files)
-                except OSError as error:
+                except (OSError, DataError) as error:  # DataError: the data set whose tokenizer is copied is gone too
                     problem = [f"{self.folder / opened['name']}: {error}"]
             if problem[0] is not None:
                 shutil.rmtree(self.folder / opened["temporary"], ignore_errors=True)

@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.errors import DataError
 from data_prep.files import write_json
-from data_prep.json_input import read_json
+from data_prep.json_input import parse_json
 from data_prep.plain_text import plain
 from pretrain.errors import RunError
 
 MANIFEST = "checkpoint.json"
+_MAXIMUM_BYTES = 1 << 28
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 _Count = Annotated[int, Field(ge=0)]
@@ -100,11 +101,13 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """checkpoint.json of RUN/checkpoints/step-*.
 
     Raises:
-        RunError: when it cannot be read, was changed, or is that of another step.
+        RunError: when it is missing, is no such file, was changed, or is that of another step.
+        OSError: when the file system does not give it now.
     """
     file = checkpoint / MANIFEST
     try:
-        content = read_json(file, maximum_bytes=1 << 28)
+        with file.open("rb") as stream:
+            content = parse_json(stream.read(_MAXIMUM_BYTES), file)
     except FileNotFoundError:
         raise RunError(f"{file} is missing.") from None
     except DataError as error:

@@ -31,8 +31,10 @@ def to_universal(checkpoint: Path) -> Path:
     temporary.mkdir()
     written = temporary / target.name  # the tool writes a file beside it too
     command = [sys.executable, "-m", "pretrain.conversion", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(written)]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, errors="replace")
+    command += ["--input_folder", str(checkpoint.resolve()), "--output_folder", str(written.resolve())]
+    # From here, so that it is this code that runs and no other folder `pretrain`.
+    here = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, env=clean_environment(), cwd=here, capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"{checkpoint}: could not be converted to a universal checkpoint: {reason}")

@@ -19,8 +19,8 @@ from pretrain.errors import RunError
 from pretrain.memory import estimate_memory
 from pretrain.memory import format_bytes as size
 from pretrain.partitioning import STAGES, explain
+from pretrain.prepare import Prepared
 from pretrain.recipe import Recipe
-from pretrain.run import Prepared
 from pretrain.stage import trains_on_cpu
 from pretrain.telemetry import format_seconds
 
@@ -132,7 +132,7 @@ def _going_on(prepared: Prepared, ranks: Ranks) -> list[str]:
         checkpoint = prepared.folder.checkpoints / name
         try:
             manifest = read_manifest(checkpoint)
-        except RunError as error:
+        except (RunError, OSError) as error:
             lines.append(f"  passes over      {name}: {error}")
             continue
         describe = {"world_size": ranks.world_size, **prepared.shape}

@@ -30,7 +30,7 @@ _STRANGERS = 64
 # many milliseconds may pass until it confirms what it was sent.
 _LIVENESS = (("TCP_KEEPIDLE", 8), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 24_000))
 
-_OPEN = "the ranks' hosts must let one another through to all ports."
+_OPEN = "let the ranks' hosts reach one another on all TCP ports (firewall)."
 
 
 @dataclass

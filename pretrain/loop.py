@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
-from pretrain.batches import BatchReader, SampleSource, StepBatch, merge_ranges
+from pretrain.batches import BatchReader, SampleSource, StepBatch
 from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.engine import seed_step
 from pretrain.environment import Ranks
-from pretrain.errors import RunError
+from pretrain.faults import FaultRules
 from pretrain.hooks import EvaluationHooks
 from pretrain.plan import Plan, is_due
 from pretrain.profiling import StepProfiler
@@ -95,7 +95,6 @@ class Trainer:
         peak_rates: learning rate of each parameter group at its peak.
         peak_flops: what one rank's device promises per second; None where that is unknown.
         grad_norm: of the last step, before clipping.
-        returns: the checkpoint that the run last went back to for a loss spike, and how often in a row.
         patience: seconds that a checkpoint may take before the watchdog takes it for a stall.
         failed: step of the first checkpoint that could not be written since the last one that was.
     """
@@ -119,8 +118,16 @@ class Trainer:
     profiler: StepProfiler | None
     patience: float
     grad_norm: float = 0.0
-    returns: tuple[int, int] = (0, 0)
     failed: int | None = None
+
+    def __post_init__(self) -> None:
+        self.rules = FaultRules(
+            recipe=self.recipe,
+            plan=self.plan,
+            store=self.store,
+            telemetry=self.telemetry,
+            finish_checkpoint=self._finish_checkpoint,
+        )
 
     def train(self, state: TrainState) -> Outcome:
         """Train from `state` to the end of the plan, changing `state` in place.
@@ -157,9 +164,9 @@ class Trainer:
             interval.add(tokens, flops, hardware_flops)
             if self.profiler is not None and (table := self.profiler.after(state.step)) is not None:
                 telemetry.say(table)
-            if spike is not None and self._handle_spike(state, batch, spike):
+            if spike is not None and self.rules.handle_spike(state, batch, spike):
                 continue
-            self._judge(state, batch, report, applied, spike)
+            self.rules.judge(state, batch, report.scalars, applied, spike)
 
             if self._is_recorded(state.step):
                 self._log(state, report, interval)
@@ -216,7 +223,7 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             loss = output.loss / count
             if index == count - 1 and self.recipe.faults.spike is not None:
-                spike = self._find_spike(state, sums["lm_loss"])
+                spike = self.rules.find_spike(state, sums["lm_loss"])
                 if spike is not None:
                     # The way every ZeRO stage leaves an update out on all ranks alike is a gradient that is not finite.
                     loss = loss * math.nan
@@ -235,17 +242,6 @@ class Trainer:
         with self.stopwatch.part("communication"):
             dist.all_reduce(labels)
         return labels / (len(batch.micro_batches) * self.ranks.world_size)
-
-    def _find_spike(self, state: TrainState, loss: torch.Tensor) -> float | None:
-        faults = self.recipe.faults
-        total = loss.clone()
-        dist.all_reduce(total)
-        mean = float(total) / self.ranks.world_size
-        usual = state.recent_losses
-        if faults.spike is None or len(usual) < faults.spike_window:
-            return None
-        # A loss that is not a number is no spike: it exceeds nothing, and has rules of its own.
-        return mean if mean - sum(usual) / len(usual) > faults.spike else None
 
     def _update(self, step: int) -> bool:
         """Update the weights; False when a non-finite gradient made every rank leave the update out."""
@@ -317,82 +313,6 @@ class Trainer:
         active = [share * length for share in report.vectors["active_R"]]
         count = flops_per_sequence(self.config, length, active=active)
         return sequences * count.training, sequences * count.hardware(self.recipe.checkpointing)
-
-    def _handle_spike(self, state: TrainState, batch: StepBatch, loss: float) -> bool:
-        """Tell of a loss spike, whose update was left out; True when the run went back to its last checkpoint."""
-        samples = (batch.samples[0], batch.samples[-1])
-        action = self.recipe.faults.on_spike
-        self.telemetry.event("spike", state.step, loss=loss, samples=samples, action=action)
-        if action != "rollback":
-            self.telemetry.say(f"Step {state.step}: loss {loss:.3f} is a spike; its update is left out.")
-            return False
-        if self.store.writing:
-            self._finish_checkpoint(state)
-        selected = self.store.newest()
-        if selected is None:
-            self.telemetry.say(
-                f"Step {state.step}: loss {loss:.3f} is a spike, and there is no checkpoint to go back to; its update "
-                "is left out."
-            )
-            return False
-        spiked = state.step
-        back = self.store.load(selected)
-        self.returns = (back.step, self.returns[1] + 1 if self.returns[0] == back.step else 1)
-        if self.returns[1] > self.recipe.faults.max_non_finite:
-            raise RunError(
-                f"The run has gone back to step {back.step} {self.returns[1] - 1} times and met a loss spike on other "
-                f"samples each time, the last at step {spiked} with loss {loss:.3f}. Either raise faults.spike if that "
-                "loss is no fault, and start again, or lower optim.lr in a new run_dir."
-            )
-        # What led to the spike is left out the second time, so the run meets other data.
-        gap = (back.position, batch.next_position - 1)
-        for name, value in vars(back).items():
-            setattr(state, name, value)
-        state.skipped = merge_ranges(state.skipped, (gap,))
-        self.telemetry.rewind(state.step)
-        self.telemetry.event("rollback", state.step, from_step=spiked, samples=gap)
-        self.telemetry.say(
-            f"Step {spiked}: loss {loss:.3f} is a spike; back to step {state.step} without samples {gap}."
-        )
-        return True
-
-    def _judge(
-        self, state: TrainState, batch: StepBatch, report: StepReport, applied: bool, spike: float | None
-    ) -> None:
-        """Count updates left out in a row, for a loss or gradient that is not finite or for a spike, and give up after
-        too many, or where the last loss of all is not finite: a run that diverged does not finish.
-        """
-        loss = report.scalars["loss"]
-        finite = loss - loss == 0.0
-        samples = [batch.samples[0], batch.samples[-1]]
-        if applied and finite:
-            state.non_finite_in_row = 0
-            window = self.recipe.faults.spike_window if self.recipe.faults.spike is not None else 0
-            state.recent_losses = (*state.recent_losses, report.scalars["lm_loss"])[-window:] if window else ()
-            return
-        if spike is None and finite and self.recipe.precision == "fp16":
-            # The loss scale was too high and is halved: how fp16 works, not a fault.
-            self.telemetry.event("loss_scale_lowered", state.step)
-            return
-        state.non_finite_in_row += 1
-        if spike is None:
-            self.telemetry.event("non_finite", state.step, samples=samples, in_row=state.non_finite_in_row)
-            self.telemetry.say(
-                f"Step {state.step}: loss or gradient is not finite; its update is left out (samples {samples})."
-            )
-        if state.step == self.plan.steps and not finite:
-            fault = "The loss that the run ends with is not finite,"
-        elif state.non_finite_in_row < self.recipe.faults.max_non_finite:
-            return
-        elif spike is None:
-            fault = f"{state.non_finite_in_row} steps in a row had a non-finite loss or gradient, the last"
-        else:
-            fault = f"{state.non_finite_in_row} steps in a row were left out, the last for a loss spike"
-        advice = "" if spike is None else "(or raise faults.spike if that loss is no fault) "
-        raise RunError(
-            f"{fault} at step {state.step} (samples {samples[0]} to {samples[1]}). Leave the samples out with "
-            f"data.skip_samples {advice}and start again, or lower optim.lr in a new run_dir."
-        )
 
     def _log(self, state: TrainState, report: StepReport, interval: Interval) -> None:
         seconds, steps = time.perf_counter() - interval.since, interval.steps

@@ -20,7 +20,7 @@ from pretrain.finished import flatten
 from pretrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from pretrain.run import Prepared
+    from pretrain.prepare import Prepared
 
 
 def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device) -> dict[str, Any]:

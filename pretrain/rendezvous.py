@@ -37,14 +37,14 @@ def open_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return _through_agent(ranks, timeout)
         if ranks.rank == 0:
-            return _serve(ranks, ranks.master_port, timeout)[0]
+            return _serve(ranks, ranks.master_address, ranks.master_port, timeout)
         return _join(ranks.master_address, ranks.master_port, timeout)
     except dist.DistError as error:
         reason = str(error).strip().splitlines()[0]
         raise MeetingError(
-            f"rank {ranks.rank} does not meet rank 0 at {ranks.master_address}:{ranks.master_port} ({reason}); see "
-            "whether rank 0 has ended, and whether MASTER_ADDR and MASTER_PORT are its host and a port open to this "
-            "one."
+            f"rank {ranks.rank} cannot reach rank 0 at {ranks.master_address}:{ranks.master_port} ({reason}); check "
+            "whether rank 0 has ended, and whether MASTER_ADDR and MASTER_PORT are its host and a port that this host "
+            "can reach."
         ) from None
 
 
@@ -62,10 +62,10 @@ def listen(address: str | None, port: int, backlog: int = 128) -> socket.socket:
     return socket.create_server(("", port), backlog=backlog)
 
 
-def _serve(ranks: Ranks, port: int, timeout: datetime.timedelta) -> tuple[dist.Store, int]:
-    """This rank's store, and its port (0: one that is free). Other hosts reach it where there are any."""
+def _serve(ranks: Ranks, address: str, port: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """This rank's store, at a port (0: one that is free). Other hosts reach it unless the address is the loopback's."""
     try:
-        listener = listen(LOOPBACK if ranks.master_address in (LOOPBACK, "localhost") else None, port, ranks.world_size)
+        listener = listen(LOOPBACK if address in (LOOPBACK, "localhost") else None, port, ranks.world_size)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise MeetingError(f"rank 0 cannot listen at port {port}: {error.strerror}.") from None
@@ -74,10 +74,9 @@ def _serve(ranks: Ranks, port: int, timeout: datetime.timedelta) -> tuple[dist.S
             "torchrun --master-port, deepspeed --master_port, or MASTER_PORT, alike on all ranks."
         ) from None
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    return dist.TCPStore(
         LOOPBACK, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
-    return store, port
 
 
 def _join(address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
@@ -89,11 +88,11 @@ def _through_agent(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
     ranks wrote: addresses where nobody listens any more.
     """
     agent = _join(ranks.master_address, ranks.master_port, timeout)
-    if ranks.rank == 0:
-        store, port = _serve(ranks, 0, timeout)
-        agent.set(_AGENT_KEY, str(port))
-        return store
     address = LOOPBACK if ranks.local_world_size == ranks.world_size else ranks.master_address
+    if ranks.rank == 0:
+        store = _serve(ranks, address, 0, timeout)
+        agent.set(_AGENT_KEY, str(store.port))
+        return store
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         told = agent.get(_AGENT_KEY).decode("ascii", "replace")

@@ -1,128 +1,30 @@
-"""One run from start to end: check, join the other ranks, build, resume, train, export.
-
-`prepare` does everything that can go wrong for a reason a person can mend, before any process group starts.
-"""
+"""One run from start to end: join the other ranks, build, resume, train, export."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from data_prep.plain_text import say
 from data_prep.tokenizers import copy_recorded_tokenizer
-from mor_model.config import ModelConfig
-from mor_model.errors import ConfigError
-from pretrain.branches import Extension, extend, find_extension, seed_branch
-from pretrain.data import OpenedData, open_data
+from pretrain.branches import extend, seed_branch
 from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
-from pretrain.errors import RecipeError, RunError, UserError
-from pretrain.finished import begun_with, branch_path, branch_recipe, changed_keys, has_finished, unfinished
+from pretrain.errors import RunError, UserError
+from pretrain.finished import has_finished
 from pretrain.partitioning import STAGES, explain
-from pretrain.plan import Branch, Plan, make_plan
+from pretrain.prepare import Prepared, check_folder, prepare_branch
 from pretrain.provenance import changes_since_last_start, describe_environment, identity
-from pretrain.recipe import Recipe
-from pretrain.run_folder import RunFolder
-from pretrain.signals import CHECKPOINT_FILE, EXIT_FINISHED, STOP_FILE, StopRequest
-from pretrain.stage import StageChoice, agree_on_stage, choose_stage, with_stage
-from pretrain.toolchain import accelerator_present
+from pretrain.signals import EXIT_FINISHED, StopRequest
+from pretrain.stage import agree_on_stage, with_stage
 from pretrain.watchdog import Watchdog
-
-# What may lie in a run folder whose recipe is not written yet.
-_BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")
 
 # Before the first step operators may have to be compiled and a checkpoint read; files may be written slowly, and an
 # evaluation prepares its questions. A stall is one only after so long there, however short a step is.
 _SLOW_SECONDS = 1800.0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that has passed every check that needs no other rank.
-
-    Attributes:
-        recipe: with precision and DeepSpeed configuration resolved (not `auto`).
-        extension: where it goes on when its folder was begun with another budget or schedule.
-    """
-
-    recipe: Recipe
-    config: ModelConfig
-    plan: Plan
-    stage: StageChoice
-    ds_config: dict[str, Any]
-    data: OpenedData
-    folder: RunFolder
-    extension: Extension | None
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What a checkpoint must agree with beside the world size."""
-        return {
-            "zero_stage": zero_stage(self.ds_config),
-            "precision": self.recipe.precision,
-            "optimizer": self.recipe.optim.name,
-        }
-
-
-def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
-    """Resolve and check a recipe for so many ranks.
-
-    Raises:
-        RecipeError, DataError, RunError: one sentence on what to change.
-    """
-    from pretrain.engine import resolve_precision
-    from pretrain.hooks import check_suites_of
-
-    folder = RunFolder(recipe.run_folder)
-    try:
-        folder.recipe_file.is_file()
-    except OSError as error:  # a name that is too long for a file system, a folder that may not be entered
-        raise RunError(
-            f"{folder}: cannot be a run folder ({error.strerror}); choose another name or run_dir."
-        ) from None
-    recipe = recipe.model_copy(update={"precision": resolve_precision(recipe.precision)})
-    if recipe.precision == "fp16" and not accelerator_present():
-        raise RecipeError("precision: fp16 wants a GPU, and this machine has none; use bf16, fp32 or auto.")
-    config = recipe.network()
-    if recipe.initial_weights is not None:
-        _check_initial_weights(recipe.initial_weights, config)
-    plan = make_plan(recipe)
-    stage = choose_stage(recipe, config, ranks)
-    recipe = with_stage(recipe, stage.config)
-    ds_config = resolve_ds_config(recipe, ranks.world_size)
-    quantized = [key for key, value in ds_config.get("zero_optimization", {}).items() if "quantized" in key and value]
-    if quantized and not accelerator_present():
-        raise RecipeError(
-            f"deepspeed.config: zero_optimization.{quantized[0]} wants a GPU, and this machine has none; use zero3."
-        )
-    data = open_data(recipe, config, plan)
-    extension = _check_folder(folder, recipe, plan, data)
-    check_suites_of(recipe)
-    return Prepared(recipe, config, plan, stage, ds_config, data, folder, extension)
-
-
-def _check_initial_weights(folder: str, config: ModelConfig) -> None:
-    from mor_model.weights import check_start
-
-    try:
-        check_start(folder, config)
-    except ConfigError as error:
-        raise RecipeError(f"initial_weights: {error}") from None
-
-
-def is_finished(prepared: Prepared) -> bool:
-    """True when this very run and all its branches have already come to their ends."""
-    return not unfinished(prepared.recipe)
-
-
-def prepare_branch(trunk: Prepared, branch: Branch, ranks: Ranks) -> Prepared:
-    """The run of one smaller budget: the trunk's recipe with that budget, in a folder inside the trunk's."""
-    warmup = trunk.plan.learning_rate.warmup
-    path = branch_path(trunk.folder, branch)
-    return prepare(branch_recipe(trunk.recipe, branch.amount, branch.name, warmup, path), ranks)
 
 
 def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None = None) -> int:
@@ -152,7 +54,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
             ):
                 # Again, now that nobody else changes it: the job before may have gone where this one wants to, and must
                 # not be taken back.
-                extension = on_first_rank(lambda: _check_folder(folder, recipe, prepared.plan, prepared.data))
+                extension = on_first_rank(lambda: check_folder(folder, recipe, prepared.plan, prepared.data))
                 prepared = replace(prepared, extension=extension)
                 code = _train_one(prepared, ranks, device, stop, watchdog, profiled=profiled)
                 for branch in prepared.plan.branches:
@@ -391,11 +293,11 @@ def _train(
             try:
                 folder.write_json(folder.status_file, {"state": outcome.state, "step": state.step, "steps": plan.steps})
             except OSError as error:
-                # Where a stop cannot be noted the next start finds what is there all the same.
+                # After a stop the next start finds the checkpoint without it.
                 if outcome.state == "finished":
                     raise RunError(
-                        f"{folder}: that the run is finished cannot be noted ({error.strerror}); make room and start "
-                        f"the run again, which {following}."
+                        f"{folder}: the run has finished, but status.json cannot be written ({error.strerror}); make "
+                        f"room and start the run again, which {following}."
                     ) from None
             return following
 
@@ -408,32 +310,6 @@ def _train(
         store.close()
         telemetry.close()
         engine.destroy()
-
-
-def _check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedData) -> Extension | None:
-    """Refuse to continue another run than the one that the folder holds; where its budget has changed, see whether and
-    from where it can go on.
-    """
-    begun = begun_with(recipe)
-    if begun is None:
-        # A start that was killed at once leaves temporary files, whose names begin with a dot.
-        entries = [entry.name for entry in folder.path.iterdir()] if folder.path.is_dir() else []
-        if any(not name.startswith(".") and name not in _BEFORE_THE_RECIPE for name in entries):
-            raise RunError(f"{folder}: is not empty and holds no run; choose another run_dir or empty it.")
-        return None
-    if folder.plan_file.is_file():
-        planned = folder.plan()
-        for key, value, name in (
-            ("tokenizer_fingerprint", data.fingerprint, "the tokenizer"),
-            ("data_manifest", data.manifest, "the data"),
-        ):
-            if planned.get(key) != value:
-                raise RunError(
-                    f"{folder}: {name} has changed since the run began (was {str(planned.get(key))[:12]}, is "
-                    f"{value[:12]}); "
-                    "bring the data set back, or start a new run in another run_dir."
-                )
-    return find_extension(folder, begun, recipe, plan) if changed_keys(begun, recipe) else None
 
 
 def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:

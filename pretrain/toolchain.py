@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from pretrain.errors import LaunchError
 
 _LOG = logging.getLogger(__name__)
+_NAME_A_FOLDER = "set TORCH_EXTENSIONS_DIR to a folder of your own."
 
 
 def prepare_toolchain(*, shared_host: bool = True) -> None:
@@ -25,7 +27,7 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
         shared_host: whether every process that may be building at this moment runs on this host.
 
     Raises:
-        LaunchError: a lock that would be waited for without end cannot be removed.
+        LaunchError: a lock that would be waited for without end cannot be removed, or there is no safe build folder.
     """
     if shutil.which("ninja") is None:
         folders = [
@@ -33,8 +35,9 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
         ]
         if folders:
             os.environ["PATH"] = os.pathsep.join([folders[0], os.environ.get("PATH", os.defpath)])
-    extensions = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_folder())))
-    _remove_abandoned_locks(extensions, shared_host)
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(_extensions_folder())
+    _remove_abandoned_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]), shared_host)
     if not accelerator_present():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -60,10 +63,26 @@ def _extensions_folder() -> Path:
     environment = Path(sys.prefix)
     if (sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ) and os.access(environment, os.W_OK):
         return environment / "torch_extensions"
-    # A container's user may have no home.
     home = os.path.expanduser("~")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or (Path(home, ".cache") if home != "~" else tempfile.gettempdir()))
-    return cache / "mor" / f"torch_extensions-{zlib.crc32(str(environment).encode()):08x}"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        ours = Path(cache, "mor")
+    else:
+        # A container's user may have no home.
+        ours = Path(home, ".cache", "mor") if home != "~" else _temporary_folder()
+    return ours / f"torch_extensions-{zlib.crc32(str(environment).encode()):08x}"
+
+
+def _temporary_folder() -> Path:
+    """A folder among everybody's temporary files that nobody else can write to: what is built there is loaded."""
+    folder = Path(tempfile.gettempdir(), f"mor-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+    except OSError as error:
+        raise LaunchError(f"{folder}: cannot be made ({error.strerror}); {_NAME_A_FOLDER}") from None
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise LaunchError(f"{folder}: others could have put operators there, which would be loaded; {_NAME_A_FOLDER}")
+    return folder
 
 
 def _remove_abandoned_locks(extensions: Path, shared_host: bool) -> None:
@@ -83,7 +102,7 @@ def _remove_abandoned_locks(extensions: Path, shared_host: bool) -> None:
             except OSError as error:
                 raise LaunchError(
                     f"{lock}: the process that was building there is gone, and its lock cannot be removed "
-                    f"({error.strerror}); remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own."
+                    f"({error.strerror}); remove it, or {_NAME_A_FOLDER}"
                 ) from None
             _LOG.warning("Removed %s: the process that was building there is gone.", lock)
 

@@ -80,8 +80,10 @@ def train(
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="", flush=True)
         return EXIT_FINISHED
+    from pretrain.finished import unfinished
+    from pretrain.prepare import prepare
     from pretrain.profiling import parse_steps
-    from pretrain.run import execute, is_finished, prepare
+    from pretrain.run import execute
 
     profiled = parse_steps(profile) if profile is not None else None
     prepared = prepare(recipe, ranks)
@@ -91,7 +93,7 @@ def train(
         if ranks.rank == 0:
             say(describe(prepared, ranks))
         return EXIT_FINISHED
-    if is_finished(prepared):
+    if not unfinished(prepared.recipe):
         if ranks.rank == 0:
             say(f"{recipe.name}: already finished; its weights are in {prepared.folder.weights}. Nothing to do.")
         return EXIT_FINISHED

@@ -23,7 +23,7 @@ import torch
 
 from mor_model import weights
 from mor_model.config import ModelConfig
-from pretrain import checkpoint_files, loop, run, train
+from pretrain import checkpoint_files, loop, prepare, train
 from pretrain.batches import StepBatch
 from pretrain.checkpoint import TrainState
 from pretrain.environment import Ranks
@@ -98,7 +98,7 @@ def choose_stage(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> StageChoi
 if __name__ == "__main__":
     sound_forward_backward, loop.Trainer._forward_backward = loop.Trainer._forward_backward, forward_backward  # type: ignore[method-assign]
     sound_save_hashed, checkpoint_files._save_hashed = checkpoint_files._save_hashed, save_hashed
-    sound_choose_stage, run.choose_stage = run.choose_stage, choose_stage
+    sound_choose_stage, prepare.choose_stage = prepare.choose_stage, choose_stage
     if "full_weights" in FAULT:
         weights.save_weights = save_weights
     sys.exit(train.main())

@@ -257,6 +257,14 @@ def train(recipe: Path, *arguments: str, ranks: int = 1, expect: int = 0, nurser
     return output + errors
 
 
+def run_faulty(nursery: Nursery, fault: dict[str, Any], recipe: Path) -> tuple[list[int], str]:
+    """Train on two ranks of a machine where something breaks (see `tests.pretrain.faulty`)."""
+    script = Path(__file__).parent / "faulty.py"
+    job = Job(recipe, ranks=2, extra={"FAULT": json.dumps(fault)}, script=script, nursery=nursery)
+    codes, output, errors = job.wait()
+    return codes, output + errors
+
+
 def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Records of one kind from metrics.jsonl."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -98,8 +98,12 @@ def test_converting_runs_nothing_either(planted: Any, stage: str, kind: str) -> 
         to_weights(checkpoint, int(stage[-1]))
 
 
-def test_what_is_made_of_a_checkpoint_is_written_beside_it_and_nowhere_else(runs: Path, tmp_path: Path) -> None:
-    """Also where links wait under the names that are written to."""
+def test_what_is_made_of_a_checkpoint_is_written_beside_it_and_nowhere_else(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where links wait under the names that are written to; and by this code, whatever the working directory
+    holds.
+    """
     shutil.copytree(runs / "zero1", tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     elsewhere = tmp_path / "elsewhere"
@@ -108,7 +112,10 @@ def test_what_is_made_of_a_checkpoint_is_written_beside_it_and_nowhere_else(runs
     for ending in ("universal", "converting", "weights"):
         (checkpoint.parent / f".{checkpoint.name}.{ending}").symlink_to(elsewhere)
     (checkpoint.parent / "latest_universal").symlink_to(elsewhere / "file")
-    universal, weights = to_universal(checkpoint), to_weights(checkpoint, 1)
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "__init__.py").write_text("raise SystemExit('a stranger was run')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    universal, weights = to_universal(checkpoint.relative_to(tmp_path)), to_weights(checkpoint, 1)
     assert (universal / "zero" / "optimizer_state.pt").is_file() and (weights / "model.safetensors").is_file()
     assert [file.name for file in elsewhere.iterdir()] == ["file"]
     assert (elsewhere / "file").read_text(encoding="utf-8") == "mine"

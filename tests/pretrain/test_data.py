@@ -13,16 +13,13 @@ from data_prep.errors import DataError
 from data_prep.tokenizers import copy_tokenizer, load_tokenizer
 from mor_model import RecursiveTransformer
 from mor_model.weights import save_weights
-from pretrain.environment import Ranks
 from pretrain.errors import RecipeError
+from pretrain.prepare import Prepared, prepare
 from pretrain.recipe import build_recipe
-from pretrain.run import Prepared, prepare
 from tests.data_prep.small_tokenizers import unigram
 from tests.data_prep.writing import documents, small_byte_bpe, small_sentencepiece, write_jsonl
 from tests.data_prep.writing import run as tokenize
-from tests.pretrain.support import recipe_values, tiny_model
-
-ALONE = Ranks(0, 1, 0, 1, 0, "127.0.0.1", 29500, "python")
+from tests.pretrain.support import ALONE, recipe_values, tiny_model
 
 
 @pytest.fixture(scope="module")

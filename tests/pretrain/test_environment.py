@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -338,12 +339,25 @@ def test_a_killed_builders_lock_of_another_user_is_named(tmp_path, monkeypatch):
         toolchain.prepare_toolchain()
 
 
-def test_a_user_without_a_home_builds_too(monkeypatch):
+def test_a_user_without_a_home_builds_too_but_not_where_others_write(tmp_path, monkeypatch):
+    """What lies in the build folder is loaded: in /tmp somebody else may have put it there."""
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    toolchain.prepare_toolchain()
-    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).is_absolute()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for _ in range(2):
+        os.environ.pop("TORCH_EXTENSIONS_DIR", None)
+        toolchain.prepare_toolchain()
+    (own,) = tmp_path.iterdir()
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).is_relative_to(own)
+    os.environ.pop("TORCH_EXTENSIONS_DIR")
+    own.chmod(0o777)
+    with pytest.raises(LaunchError, match=f"{own}: .*TORCH_EXTENSIONS_DIR"):
+        toolchain.prepare_toolchain()
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LaunchError, match=f"{own}: .*TORCH_EXTENSIONS_DIR"):
+        toolchain.prepare_toolchain()
 
 
 def test_threads_are_shared_among_the_ranks_of_a_node():

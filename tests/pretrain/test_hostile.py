@@ -1,17 +1,13 @@
-"""What users and clusters do to a run: two jobs at once, folders that go away, disks that hiccup, other code."""
+"""What users and clusters do to a run: folders that go away, disks that hiccup, other code."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib.util
-import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,27 +15,23 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.files import sha256_file
-from data_prep.locks import lock
-from data_prep.pipeline import only_writer
-from pretrain import checkpoint, run_lock
+from pretrain import checkpoint
 from pretrain.branches import seed_branch
 from pretrain.checkpoint import TrainState
 from pretrain.cli.runs import describe, find_runs
 from pretrain.errors import RecipeError, RunError
+from pretrain.finished import unfinished
 from pretrain.hooks import check_suites_of
 from pretrain.loop import Trainer
+from pretrain.prepare import prepare
 from pretrain.provenance import changes_since_last_start, describe_environment
 from pretrain.recipe import build_recipe
-from pretrain.run import is_finished, prepare
 from pretrain.run_folder import RunFolder
-from pretrain.signals import Request, StopRequest
 from pretrain.telemetry import Telemetry, rewind_metrics
 from tests.pretrain.checkpoints import fake_checkpoint
 from tests.pretrain.support import (
     ALONE,
     ROOT,
-    Job,
     Nursery,
     Workers,
     environment,
@@ -48,66 +40,10 @@ from tests.pretrain.support import (
     recipe_values,
     write_recipe,
 )
-from tests.pretrain.test_faults import run_with as run_faulty
 from tests.pretrain.test_hooks import values_of
 from tests.pretrain.test_resume import finished_checkpoints
 from tests.pretrain.test_runs import make_run
 from tests.pretrain.test_stopping import run_with
-
-HOLDER = """
-import sys
-from pathlib import Path
-from pretrain.run_lock import take
-stream, _ = take(Path(sys.argv[1]), 0.0)
-print("taken", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_second_job_in_a_run_folder_is_refused_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
-        with pytest.raises(RunError, match=rf'another job is training there .*"process": {holder.pid}\b'):
-            run_lock.take(folder, 0.0)
-    finally:
-        holder.kill()
-        holder.communicate()
-    stream, text = run_lock.take(folder, 0.0)
-    assert run_lock.sees(folder, text, 0.0) and not run_lock.sees(folder, text + "?", 0.0)
-    stream.close()
-
-
-@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
-def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Whatever is locked: a run folder, a data set that is written, what others are waited for."""
-
-    def without(number: int) -> None:
-        def refuse(*_: Any) -> None:
-            raise OSError(number, os.strerror(number))
-
-        for name in ("lockf", "flock"):
-            monkeypatch.setattr(fcntl, name, refuse)
-
-    without(getattr(errno, code))
-    stream, text = run_lock.take(tmp_path, 0.0)
-    assert json.loads(text)["process"] == os.getpid()
-    stream.close()
-    with only_writer(tmp_path, ""), (tmp_path / "lock").open("w") as other:
-        assert lock(other) and lock(other, wait=True)
-    without(errno.EIO)
-    with pytest.raises(RunError, match="cannot be begun there"):
-        run_lock.take(tmp_path, 0.0)
-
-
-def test_ranks_that_do_not_share_the_run_folder_are_named(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
-    codes, printed, _ = run_with(nursery, recipe, blind=[1])
-    assert codes == [2, 2] and "rank 1 on " in printed and "a file system that all nodes share" in printed, printed
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize("ranks", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
@@ -149,7 +85,7 @@ def test_a_run_folder_that_is_removed_while_training_is_a_run_again_with_the_nex
     assert codes == [0], printed
     assert finished_checkpoints(run) == [8, 12] and (run / "weights").is_dir() and (run / "tokenizer").is_dir()
     assert sorted(losses(run)) == [9, 10, 11, 12], "records follow the folder from its first checkpoint on"
-    assert is_finished(prepare(build_recipe(recipe_values(tiny_data, run)), ALONE))
+    assert not unfinished(prepare(build_recipe(recipe_values(tiny_data, run)), ALONE).recipe)
 
 
 def test_a_run_folder_has_the_name_that_it_was_given(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
@@ -170,34 +106,6 @@ def test_a_home_folder_is_one_and_a_name_fits_into_a_file_system(
     assert recipe.run_folder == "/home/somebody/runs/a"
     with pytest.raises(RunError, match=r"cannot be a run folder .*too long.*; choose another name or run_dir"):
         prepare(build_recipe(recipe_values(tiny_data, tmp_path / ("x" * 300))), ALONE)
-
-
-def test_a_request_made_after_the_last_look_stays(tmp_path: Path) -> None:
-    """Somebody who wants the run to stop touches the file while the checkpoint that he asked for is being written."""
-    stop = StopRequest(tmp_path, environ={})
-    (tmp_path / "checkpoint").touch()
-    assert stop.poll() is Request.CHECKPOINT
-    (tmp_path / "stop").touch()
-    stop.acknowledge()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["stop"] and stop.poll() is Request.HOLD
-
-
-def test_a_request_that_cannot_be_removed_is_heeded_once(tmp_path: Path) -> None:
-    stop = StopRequest(tmp_path, environ={})
-    (tmp_path / "checkpoint").mkdir()
-    assert stop.poll() is Request.CHECKPOINT
-    stop.acknowledge()
-    assert stop.poll() is Request.NONE
-
-
-def test_a_file_system_that_hiccups_asks_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = StopRequest(tmp_path, environ={})
-
-    def stale(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    monkeypatch.setattr(os, "stat", stale)
-    assert stop.poll() is Request.NONE
 
 
 def test_a_checkpoint_may_take_longer_than_a_step_may_stand_still() -> None:
@@ -326,16 +234,6 @@ def test_runs_are_listed_behind_links_and_beside_folders_that_hold_anything(tmp_
     assert {name for name, state in rows.items() if state.startswith("damaged")} == set(contents)
 
 
-def test_a_loss_that_is_no_number_is_no_spike(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
-    """Its update is left out, and the run does not go back for it."""
-    faults = {"spike": 2.0, "spike_window": 3, "on_spike": "rollback"}
-    values = recipe_values(tiny_data, tmp_path / "run", faults=faults, checkpoint={"every": 3, "keep": 9})
-    codes, printed = run_faulty(nursery, {"rank": 1, "nan_samples": [56]}, write_recipe(tmp_path / "r.yaml", values))
-    assert codes == [0, 0], printed
-    events = [(e["event"], e["step"]) for e in metrics(tmp_path / "run", "event")]
-    assert events == [("started", 0), ("non_finite", 8), ("finished", 12)]
-
-
 def test_lines_that_a_power_cut_left_are_named_and_dropped_by_the_next_start(tmp_path: Path) -> None:
     run = make_run(tmp_path, "running")
     sound = list(run.metrics())
@@ -360,88 +258,28 @@ def test_a_log_that_takes_no_line_costs_nothing(tmp_path: Path, tiny_data: Path)
         assert printed.returncode != 0, "there the lines are all that was asked for"
 
 
-@pytest.mark.parametrize(("handler", "asked"), [(signal.SIG_DFL, Request.STOP), (signal.SIG_IGN, Request.NONE)])
-def test_a_terminal_that_is_closed_asks_to_stop_unless_nobody_minds(handler: Any, asked: Request) -> None:
-    before = signal.signal(signal.SIGHUP, handler)
-    try:
-        with StopRequest(environ={}) as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.poll() is asked
-        assert signal.getsignal(signal.SIGHUP) is handler
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.slow
-def test_a_second_job_that_has_waited_takes_nothing_back(
-    tmp_path: Path, tiny_data: Path, one_rank: Workers, nursery: Nursery
-) -> None:
-    """A larger budget submitted twice: the second job saw a folder with the old one, and gets the lock with the new."""
-    values = recipe_values(tiny_data, tmp_path / "run", budget={"steps": 12}, checkpoint={"every": 4, "keep": 9})
-    run = one_rank.train(tmp_path, values)
-    larger = {**values, "budget": {"steps": 16}}
-    shutil.copytree(run, tmp_path / "first")
-    done = one_rank.train(tmp_path, {**larger, "run_dir": str(tmp_path / "first")})
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
-    job = Job(write_recipe(tmp_path / "larger.yaml", larger), nursery=nursery)
-    said = job.processes[0]._folder / "errors"
-    while job.running and "waiting for a job" not in said.read_text(encoding="utf-8"):
-        time.sleep(0.05)
-    for entry in run.iterdir():
-        if entry.name != run_lock.LOCK_FILE:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    shutil.copytree(done, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_lock.LOCK_FILE))
-    holder.kill()
-    holder.communicate()
-    codes, output, errors = job.wait()
-    assert codes == [0], output + errors
-    assert finished_checkpoints(run) == finished_checkpoints(done) == [4, 8, 12, 16]
-    assert (run / "weights" / "model.safetensors").is_file() and losses(run) == losses(done)
-    assert metrics(run, "event") == metrics(done, "event"), "nothing was trained again"
-
-
 def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fake_checkpoint(tmp_path, 4)
-    troubles = [errno.ESTALE, errno.EIO]
+    troubles: list[int] = []
 
-    def flaky(file: Path) -> str:
-        if troubles:
-            raise OSError(code := troubles.pop(), os.strerror(code), str(file))
-        return sha256_file(file)
+    def flaky(read: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(file: Path, *arguments: Any, **options: Any) -> Any:
+            if file.parent == folder and troubles:
+                raise OSError(code := troubles.pop(), os.strerror(code), str(file))
+            return read(file, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "sha256_file", flaky)
+        return attempt
+
     monkeypatch.setattr(checkpoint, "_READ_AGAIN_SECONDS", (0.0, 0.0))
-    assert checkpoint.find_damage(folder) is None
-    troubles = [errno.EIO] * 3
-    assert "a.pt cannot be read" in str(checkpoint.find_damage(folder))
-
-
-# Pools of libraries fork, and end their processes with SIGTERM.
-FORKING = """
-import os, signal
-from pretrain.signals import Request, StopRequest
-with StopRequest(debounce=0.0, environ={}) as stop:
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            signal.pause()
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-    assert stop.poll() is Request.NONE
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.poll() is Request.STOP
-print("done")
-"""
-
-
-def test_forked_processes_die_of_their_signals_and_do_not_pass_them_on() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+    for place, name, file in ((Path, "open", "checkpoint.json"), (checkpoint, "sha256_file", "a.pt")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, flaky(getattr(place, name)))
+            troubles[:] = [errno.ESTALE, errno.EIO]
+            assert checkpoint.find_damage(folder) is None and not troubles
+            troubles[:] = [errno.EIO] * 3
+            assert f"{file} cannot be read" in str(checkpoint.find_damage(folder))
 
 
 def test_what_a_kill_left_half_removed_is_in_nobodys_way(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:

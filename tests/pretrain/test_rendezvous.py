@@ -20,8 +20,8 @@ from tests.pretrain.support import Job, Nursery, recipe_values, write_recipe
 MINUTE = datetime.timedelta(seconds=60)
 
 
-def rank_of_two(rank: int, port: int) -> Ranks:
-    return Ranks(rank, 2, rank, 2, rank, "127.0.0.1", port, "environment")
+def rank_of_two(rank: int, port: int, host: str = "127.0.0.1") -> Ranks:
+    return Ranks(rank, 2, rank, 2, rank, host, port, "environment")
 
 
 def test_a_taken_port_is_named_and_one_process_alone_needs_none() -> None:
@@ -47,14 +47,20 @@ def test_a_run_whose_port_is_taken_ends_with_a_sentence_and_may_be_started_again
     assert "Traceback" not in printed + errors
 
 
-def test_ranks_of_one_host_meet_where_no_other_host_comes() -> None:
-    port = free_port()
-    first = open_store(rank_of_two(0, port), MINUTE)
-    other = open_store(rank_of_two(1, port), MINUTE)
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_ranks_of_one_host_meet_where_no_other_host_comes(torchrun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under torchrun, whose agent gives this host another name than localhost."""
+    port, host = free_port(), "127.0.0.1"
+    if torchrun:
+        agent = dist.TCPStore(host, 0, None, True, timeout=MINUTE, wait_for_workers=False)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        port, host = agent.port, "127.0.0.2"
+    first = open_store(rank_of_two(0, port, host), MINUTE)
+    other = open_store(rank_of_two(1, port, host), MINUTE)
     first.set("key", "value")
     assert other.get("key") == b"value"
     with pytest.raises(ConnectionError):
-        socket.create_connection(("127.0.0.2", port), timeout=60)
+        socket.create_connection(("127.0.0.2", first.port), timeout=60)
 
 
 def test_a_restart_finds_nothing_of_the_start_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,5 +81,5 @@ def test_a_restart_finds_nothing_of_the_start_before(monkeypatch: pytest.MonkeyP
 
 
 def test_a_store_that_does_not_answer_is_an_error_in_a_sentence() -> None:
-    with pytest.raises(MeetingError, match=r"rank 1 does not meet rank 0 at 127\.0\.0\.1:"):
+    with pytest.raises(MeetingError, match=r"rank 1 cannot reach rank 0 at 127\.0\.0\.1:"):
         open_store(rank_of_two(1, free_port()), datetime.timedelta(seconds=0.2))

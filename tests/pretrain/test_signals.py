@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -10,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pretrain.errors import LaunchError
 from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, Request, StopRequest
+from tests.pretrain.support import ROOT
 
 
 def test_the_larger_request_wins_a_reduction_over_ranks():
@@ -162,3 +165,66 @@ def test_announcements_do_not_count_as_the_first_of_two():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_request_made_after_the_last_look_stays(tmp_path: Path) -> None:
+    """Somebody who wants the run to stop touches the file while the checkpoint that he asked for is being written."""
+    stop = StopRequest(tmp_path, environ={})
+    (tmp_path / "checkpoint").touch()
+    assert stop.poll() is Request.CHECKPOINT
+    (tmp_path / "stop").touch()
+    stop.acknowledge()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stop"] and stop.poll() is Request.HOLD
+
+
+def test_a_request_that_cannot_be_removed_is_heeded_once(tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path, environ={})
+    (tmp_path / "checkpoint").mkdir()
+    assert stop.poll() is Request.CHECKPOINT
+    stop.acknowledge()
+    assert stop.poll() is Request.NONE
+
+
+def test_a_file_system_that_hiccups_asks_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest(tmp_path, environ={})
+
+    def stale(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert stop.poll() is Request.NONE
+
+
+@pytest.mark.parametrize(("handler", "asked"), [(signal.SIG_DFL, Request.STOP), (signal.SIG_IGN, Request.NONE)])
+def test_a_terminal_that_is_closed_asks_to_stop_unless_nobody_minds(handler: Any, asked: Request) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with StopRequest(environ={}) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() is asked
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Pools of libraries fork, and end their processes with SIGTERM.
+FORKING = """
+import os, signal
+from pretrain.signals import Request, StopRequest
+with StopRequest(debounce=0.0, environ={}) as stop:
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert stop.poll() is Request.NONE
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.poll() is Request.STOP
+print("done")
+"""
+
+
+def test_forked_processes_die_of_their_signals_and_do_not_pass_them_on() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr

@@ -17,8 +17,8 @@ from mor_model.flops import flops_per_sequence
 from mor_model.weights import load_model, save_weights
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError
+from pretrain.prepare import prepare
 from pretrain.recipe import build_recipe, load_recipe
-from pretrain.run import prepare
 from tests.data_prep.support import EOD
 from tests.ports import free_port
 from tests.pretrain.reference import plain_losses
@@ -307,3 +307,33 @@ def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path: Path, tiny_dat
     printed = train(write_recipe(tmp_path / "r.yaml", values), expect=2)
     assert "model.vocab_size" in printed and "Traceback" not in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_every_other_network_starts_too(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
+    """Options of the recipe together: warm-ups, mixture, annealing, TensorBoard and offline wandb."""
+    values = recipe_values(
+        tiny_data,
+        tmp_path / "run",
+        model=tiny_model(),
+        data={
+            "sources": [
+                {"path": str(tiny_data), "name": "one", "weight": 3.0},
+                {"path": str(tiny_data), "name": "two", "weight": 1.0, "final_weight": 9.0},
+            ],
+            "anneal": 0.5,
+        },
+        batch={"sequences": 8, "micro_batch": 2, "sequence_length": 32, "warmup_from": 2, "warmup": 6},
+        capacity_warmup={"length": 6},
+        logging={"every": 1, "tensorboard": True, "wandb": "offline"},
+    )
+    run = one_rank.train(tmp_path, values)
+    records = metrics(run, "train")
+    # Three steps each of 2 and 4 sequences, then 8.
+    assert [record["tokens"] // 32 for record in records] == [2, 4, 6, 10, 14, 18, 26, 34, 42, 50, 58, 66]
+    assert [record["active"][2] for record in records][:2] == pytest.approx([1.0, 0.9375], abs=0.02)
+    assert records[-1]["active"] == pytest.approx([1.0, 21 / 32, 10 / 32])
+    assert sum(records[-1]["samples"].values()) == 66
+    assert records[5]["samples"]["one"] == pytest.approx(13.5, abs=2)
+    assert records[-1]["samples"]["two"] > 15
+    assert list((run / "tensorboard").glob("events.*")) and list((run / "wandb").glob("offline-run-*"))
+    assert {r["source"] for r in metrics(run, "validation")} == {"one/a", "one/b"}
