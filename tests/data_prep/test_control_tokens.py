@@ -72,6 +72,19 @@ def test_other_control_tokens_are_text_as_well(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a <pad> b")) == "a <pad> b"
 
 
+def test_an_accelerator_that_makes_control_tokens_of_text_is_refused(tmp_path):
+    path = small.bpe(tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text())
+    content["model"]["merges"] += [["<", "t"], ["<t", ">"]]
+    number = len(content["model"]["vocab"])
+    content["model"]["vocab"] |= {"<t": number, "<t>": number + 1}
+    content["added_tokens"].append({**content["added_tokens"][0], "id": number + 1, "content": "<t>"})
+    path.write_text(json.dumps(content))
+    engine, report = choose_engine(load_tokenizer(path), [])
+    assert report["name"] == "reference" and "1 of " in report["refused"]["fastokens"]
+    assert number + 1 not in engine.encode(["a <t> b"])[0]
+
+
 def test_as_many_ends_as_documents(tokenizer, tmp_path):
     end = tokenizer.eod_token
     texts = [f"{number} the cat {end} sat {end}" if number % 3 else f"{number} the cat" for number in range(60)]
