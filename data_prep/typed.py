@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_prep.errors import DataError
 from data_prep.plain_text import plain
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # of bytes, documents, tokens; or a number that begins at 0
 
 
 @lru_cache
