@@ -30,7 +30,7 @@ def read_json(file: Path, again: str) -> dict[str, Any]:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST_JSON + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; name a folder that holds a model.") from None
+        raise ConfigError(f"{file} is missing; name a folder with a model in safetensors, or {again}.") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}).") from None
     if len(content) > _LARGEST_JSON:
@@ -58,7 +58,7 @@ def opened_tensors(file: Path, again: str) -> Iterator[Any]:
         with safe_open(file, framework="pt") as stream:
             yield stream
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; name a folder that holds a model.") from None
+        raise ConfigError(f"{file} is missing; name a folder with a model in safetensors, or {again}.") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); {again}.") from None
 
