@@ -88,7 +88,9 @@ def plain_name(name: object, where: Path) -> str:
     if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name or name == "..":
         raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")
     try:
-        os.fsencode(name)
+        possible = len(os.fsencode(name)) < 256  # as file systems have it
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.") from None
+        possible = False
+    if not possible:
+        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.")
     return name
