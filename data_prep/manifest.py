@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from data_prep.errors import DataError
@@ -152,15 +151,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
         found = value.get("format_version") if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{path}: format_version {FORMAT_VERSION} was expected, found {found!r:.100}.")
-    manifest = as_dataclass(Manifest, value, path)
-    if manifest.dtype not in ("uint16", "int32"):
-        raise DataError(f"{path}: dtype must be uint16 or int32, found {manifest.dtype!r:.100}.")
-    unknown = set(manifest.splits) - set(SPLITS)
-    if unknown:
-        raise DataError(f"{path}: unknown split {sorted(unknown)[0]!r:.100}; known are {', '.join(SPLITS)}.")
-    inside(folder, manifest.tokenizer.file, path)
-    check_names((shard for split in manifest.splits.values() for shard in split.shards), path)
-    _check_rest(manifest, path)
+    try:
+        manifest = as_dataclass(Manifest, value, path)
+        _check(manifest, path)
+    except DataError as error:
+        raise DataError(f"{error} Copy the data set again, or write it again.") from None
     return manifest
 
 
@@ -177,11 +172,15 @@ def check_names(shards: Iterable[Shard], path: Path) -> None:
             )
 
 
-def _check_rest(manifest: Manifest, path: Path) -> None:
+def _check(manifest: Manifest, path: Path) -> None:
     def check(holds: bool, what: str, found: object) -> None:
         if not holds:
             raise DataError(f"{path}: {what}, found {found!r:.100}.")
 
+    check(manifest.dtype in ("uint16", "int32"), "dtype must be uint16 or int32", manifest.dtype)
+    check(manifest.splits.keys() <= set(SPLITS), f"splits can be {', '.join(SPLITS)}", list(manifest.splits))
+    inside(path.parent, manifest.tokenizer.file, path)
+    check_names((shard for split in manifest.splits.values() for shard in split.shards), path)
     for source in manifest.sources:
         right = isinstance(source.get("name"), str)
         right = right and _are_counts([source.get(key) for key in ("documents", "tokens", "text_bytes")])
@@ -195,7 +194,8 @@ def _check_rest(manifest: Manifest, path: Path) -> None:
     fallbacks = manifest.engine.get("fallbacks", 0)
     check(_are_counts([fallbacks]), "engine.fallbacks must be a count", fallbacks)
     filtered, lengths = statistics.get("filtered", {}), statistics.get("lengths_log2", {})
-    check(_are_counts(filtered), "statistics.filtered must be counts", filtered)
+    right = isinstance(filtered, dict) and _are_counts(filtered.values())
+    check(right, "statistics.filtered must be counts by reason", filtered)
     right = isinstance(lengths, dict) and all(isinstance(v, list) and len(v) <= 64 for v in lengths.values())
     check(right and all(map(_are_counts, lengths.values())), "statistics.lengths_log2 must be lists of counts", lengths)
     sample = statistics.get("round_trip", {})
@@ -209,9 +209,6 @@ def _check_rest(manifest: Manifest, path: Path) -> None:
         check(right or not summary or isinstance(summary, int), "statistics.packing must be numbers by split", summary)
 
 
-def _are_counts(values: Any) -> bool:
-    """Whether all values, of an object or a list, are whole numbers from 0 on."""
-    values = list(values.values()) if isinstance(values, dict) else values
-    if isinstance(values, (str, int, float, NoneType)):
-        return False
+def _are_counts(values: Iterable[Any]) -> bool:
+    """Whether all are whole numbers from 0 on."""
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)

@@ -100,7 +100,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     except FileNotFoundError:
         return None
     except DataError as error:
-        raise DataError(f"{error} Or remove {path.parent} to begin again.") from None
+        raise DataError(f"{error} Remove {path.parent} to begin again.") from None
     return plan
 
 

@@ -64,13 +64,13 @@ def read_receipt(path: Path) -> Receipt:
             if not name.endswith(".jsonl.zst"):
                 raise DataError(f"{path}: {name!r:.100} holds no held-out text.")
         if path.name != receipt_path(path, receipt.group, receipt.piece).name:
-            raise DataError(f"{path}: is of piece {receipt.piece} of group {receipt.group}.")
+            raise DataError(f"{path} is of piece {receipt.piece} of group {receipt.group}.")
         if not {*receipt.shards, *receipt.held_out} <= set(SPLITS):
-            raise DataError(f"{path}: has other splits than {', '.join(SPLITS)}.")
+            raise DataError(f"{path} has other splits than {', '.join(SPLITS)}.")
         if any(len(counts) != LENGTH_BINS for counts in receipt.lengths.values()):
             raise DataError(f"{path}: lengths must hold {LENGTH_BINS} counts for each source.")
-    except (OSError, DataError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it, and its piece is done again.") from None
+    except DataError as error:
+        raise DataError(f"{error} Remove {path.name}, and its piece is done again.") from None
     return receipt
 
 

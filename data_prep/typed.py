@@ -38,11 +38,11 @@ def as_dataclass(kind: type[T], value: Any, where: object) -> T:
         first = error.errors(include_url=False)[0]
         place = plain(".".join(map(str, first["loc"])))[:200] or "the whole"
         found = plain(repr(first["input"]))[:100]
-        raise DataError(f"{where}: {place}: {first['msg'][:200]}, found {found}; write it again.") from None
+        raise DataError(f"{where}: {place}: {first['msg'][:200]}, found {found}.") from None
     except RecursionError:
-        raise DataError(f"{where}: is nested too deeply; write it again.") from None
+        raise DataError(f"{where}: is nested too deeply.") from None
     if missing:
-        raise DataError(f"{where}: has no {missing}; write it again.")
+        raise DataError(f"{where}: has no {missing}.")
     assert isinstance(made, kind)
     return made
 
