@@ -149,6 +149,8 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     reference = Engine(tokenizer)
     end = tokenizer.eod_token
     named = [end, f"a{end}b{end}{end}", f" {end} {end}\n{end}"]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        named += [f"a {token['content']} b" for token in tokenizer.content["added_tokens"]]
     reference.encode(named)
     texts = [*nasty_texts(), *named, *sample]
     report: dict[str, Any] = {"name": REFERENCE, "refused": {}}

@@ -85,6 +85,8 @@ def import_files(
     """
     if kind not in READERS:
         raise DataError(f"there is no import of {kind!r}; known are {', '.join(READERS)}.")
+    if dtype and kind not in ("nanogpt", "olmo"):
+        raise DataError(f"--dtype {dtype}: {kind} files say themselves how wide their ids are; leave it out.")
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
@@ -329,6 +331,8 @@ def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
             raise DataError(f"{path} begins like a numpy file but cannot be read as one: {error}.") from None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")
+        if raw.name not in ("", ids.dtype.name):
+            raise DataError(f"{path} says itself that its ids are {ids.dtype.name}; leave out --dtype {raw.name}.")
         return TokenFile(ids, np.empty(0, np.int64))
     return TokenFile(raw.ids(path), np.empty(0, np.int64))
 

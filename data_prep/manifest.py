@@ -18,14 +18,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
 from data_prep.paths import inside
-from data_prep.typed import as_dataclass
+from data_prep.typed import Count, as_dataclass
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -46,8 +45,8 @@ class TokenizerInfo:
 
     kind: str
     fingerprint: str
-    vocab_size: int
-    eod_id: int
+    vocab_size: Count
+    eod_id: Count
     file: str
 
 
@@ -61,9 +60,9 @@ class Shard:
     """
 
     name: str
-    tokens: int
-    documents: int
-    text_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
     sha256_bin: str
     sha256_idx: str
     source: str
@@ -112,7 +111,7 @@ class Manifest:
     sources: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
-    rejects: dict[str, int] = field(default_factory=dict)
+    rejects: dict[str, Count] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     version: str = ""
@@ -152,41 +151,36 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
         found = value.get("format_version") if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{path}: format_version {FORMAT_VERSION} was expected, found {found!r:.100}.")
-    manifest = as_dataclass(Manifest, value, path)
-    if manifest.dtype not in ("uint16", "int32"):
-        raise DataError(f"{path}: dtype must be uint16 or int32, found {manifest.dtype!r:.100}.")
-    unknown = set(manifest.splits) - set(SPLITS)
-    if unknown:
-        raise DataError(f"{path}: unknown split {sorted(unknown)[0]!r:.100}; known are {', '.join(SPLITS)}.")
-    _check_rest(manifest, path)
+    try:
+        manifest = as_dataclass(Manifest, value, path)
+        _check(manifest, path)
+    except DataError as error:
+        raise DataError(f"{error} Copy the data set again, or write it again.") from None
     return manifest
 
 
-def check_names(tokenizer: TokenizerInfo | None, shards: Iterable[Shard], path: Path) -> None:
-    """Refuse names, in the manifest, plan or receipt at `path`, that are not of files inside the data set folder.
+def check_names(shards: Iterable[Shard], path: Path) -> None:
+    """Check that the shards in the manifest or receipt at `path` are named like files of the data set folder.
 
     Raises:
-        DataError: names the first.
+        DataError: names the first that is not.
     """
-    if tokenizer is not None:
-        inside(path.parent, tokenizer.file, path)
     for shard in shards:
-        if not re.fullmatch(r"[^/\x00\ud800-\udfff]{1,200}", shard.name) or len(shard.name.encode()) > _LONGEST_NAME:
+        if not re.fullmatch(r"[^/\x00\ud800-\udfff]+", shard.name) or len(shard.name.encode()) > _LONGEST_NAME:
             raise DataError(
                 f"{path}: a shard is named {shard.name!r:.100}, which is not a plain file name of this folder."
             )
 
 
-def _check_rest(manifest: Manifest, path: Path) -> None:
+def _check(manifest: Manifest, path: Path) -> None:
     def check(holds: bool, what: str, found: object) -> None:
         if not holds:
             raise DataError(f"{path}: {what}, found {found!r:.100}.")
 
-    tokenizer, shards = manifest.tokenizer, [shard for split in manifest.splits.values() for shard in split.shards]
-    check_names(tokenizer, shards, path)
-    for counts in ((shard.tokens, shard.documents, shard.text_bytes) for shard in shards):
-        check(_are_counts(counts), "tokens, documents and text_bytes of a shard must be counts", counts)
-    check(_are_counts([tokenizer.vocab_size, tokenizer.eod_id]), "the tokenizer's ids must be counts", tokenizer)
+    check(manifest.dtype in ("uint16", "int32"), "dtype must be uint16 or int32", manifest.dtype)
+    check(manifest.splits.keys() <= set(SPLITS), f"splits can be {', '.join(SPLITS)}", list(manifest.splits))
+    inside(path.parent, manifest.tokenizer.file, path)
+    check_names((shard for split in manifest.splits.values() for shard in split.shards), path)
     for source in manifest.sources:
         right = isinstance(source.get("name"), str)
         right = right and _are_counts([source.get(key) for key in ("documents", "tokens", "text_bytes")])
@@ -197,11 +191,11 @@ def _check_rest(manifest: Manifest, path: Path) -> None:
     check(
         settings.get("packing") != "best-fit" or length > 0, "best-fit packing needs settings.sequence_length", length
     )
-    check(_are_counts(manifest.rejects), "rejects must be counts", manifest.rejects)
     fallbacks = manifest.engine.get("fallbacks", 0)
     check(_are_counts([fallbacks]), "engine.fallbacks must be a count", fallbacks)
     filtered, lengths = statistics.get("filtered", {}), statistics.get("lengths_log2", {})
-    check(_are_counts(filtered), "statistics.filtered must be counts", filtered)
+    right = isinstance(filtered, dict) and _are_counts(filtered.values())
+    check(right, "statistics.filtered must be counts by reason", filtered)
     right = isinstance(lengths, dict) and all(isinstance(v, list) and len(v) <= 64 for v in lengths.values())
     check(right and all(map(_are_counts, lengths.values())), "statistics.lengths_log2 must be lists of counts", lengths)
     sample = statistics.get("round_trip", {})
@@ -215,9 +209,6 @@ def _check_rest(manifest: Manifest, path: Path) -> None:
         check(right or not summary or isinstance(summary, int), "statistics.packing must be numbers by split", summary)
 
 
-def _are_counts(values: Any) -> bool:
-    """Whether all values, of an object or a list, are whole numbers from 0 on."""
-    values = list(values.values()) if isinstance(values, dict) else values
-    if isinstance(values, (str, int, float, NoneType)):
-        return False
+def _are_counts(values: Iterable[Any]) -> bool:
+    """Whether all are whole numbers from 0 on."""
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)

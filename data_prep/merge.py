@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from data_prep.receipts import Receipt, read_receipt, rejects_path
 from data_prep.schedule import Schedule, Share
 from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
 from data_prep.shuffle import shuffle_source
+from data_prep.sources import SourceError
 from data_prep.sources.hub import hub_revisions
+from data_prep.sources.streams import ByteStream
 
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
 _UNFINISHED = re.compile(r"\.(?:train|validation|test)-\d{5,}-\d{5,}.*\.tmp")
@@ -135,27 +138,17 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
             zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False) as out,
         ):
             for part in parts:
-                with part.open("rb") as source:
-                    try:
-                        zstandard.ZstdDecompressor().copy_stream(source, _Forward(out))  # type: ignore[arg-type]
-                    except zstandard.ZstdError as error:
-                        raise DataError(f"{part} is damaged ({error}); remove {part.parent} to begin again.") from None
+                try:
+                    with closing(ByteStream(part)) as source:
+                        while data := source.read():
+                            out.write(data)
+                except SourceError as error:
+                    raise DataError(f"{error}; remove {part.parent} to begin again.") from None
 
 
 def _trimmed(counts: list[int]) -> list[int]:
     """`counts` without the zeros at its end."""
     return counts[: max((n + 1 for n, count in enumerate(counts) if count), default=0)]
-
-
-class _Forward:
-    """A writer that forwards; copy_stream wants nothing but `write`."""
-
-    def __init__(self, target: Any) -> None:
-        self._target = target
-
-    def write(self, data: bytes) -> int:
-        self._target.write(data)
-        return len(data)
 
 
 def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:

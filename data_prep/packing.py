@@ -14,7 +14,9 @@ A sequence has room for length + 1 tokens: `length` inputs and their labels.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,11 @@ from data_prep.files import atomic_write
 from data_prep.shards import Shard
 
 _TOGETHER = 1 << 20  # documents packed among each other; bounds memory
+# As `np.save` writes it for whole numbers in one column or two.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<i8', 'fortran_order': False, 'shape': \((\d{1,15}),( 2)?\), \} *\n", re.DOTALL
+)
+_LONGEST_HEADER = 256
 
 
 @dataclass(frozen=True)
@@ -171,23 +178,36 @@ def read_packing(prefix: str | os.PathLike[str], length: int) -> Packing:
         DataError: there is none, or it is damaged.
     """
     try:
-        pieces = np.load(sidecar(prefix, length, "pieces"), mmap_mode="r")
-        sequences = np.load(sidecar(prefix, length, "sequences"), mmap_mode="r")
+        pieces = _mapped(sidecar(prefix, length, "pieces"))
+        sequences = _mapped(sidecar(prefix, length, "sequences"))
     except FileNotFoundError:
         raise DataError(
             f"{prefix} has no packing for length {length}; "
             f"write the data set with --packing best-fit --sequence-length {length}."
         ) from None
-    except Exception as error:  # numpy parses the header as Python, so damage raises whatever parsing raises
-        raise DataError(f"the packing of {prefix} for length {length} is damaged: {error}") from None
-    shapes = pieces.ndim == 2 and pieces.shape[1] == 2 and sequences.ndim == 1 and len(sequences) > 0
-    if not shapes or pieces.dtype != np.int64 or sequences.dtype != np.int64:
+    if pieces.ndim != 2 or sequences.ndim != 1 or not len(sequences) or sequences[-1] != len(pieces):
         raise DataError(
-            f"the packing of {prefix} for length {length} is damaged: its arrays have the wrong shape or type."
+            f"the packing of {prefix} for length {length} is damaged: its files do not belong together; pack it again."
         )
-    if sequences[-1] != len(pieces):
-        raise DataError(f"the packing of {prefix} for length {length} is damaged: its files do not belong together.")
     return Packing(pieces, sequences, length + 1)
+
+
+def _mapped(path: Path) -> npt.NDArray[np.int64]:
+    """An array of a packing. `np.load` reads its header with Python's parser, which fails now and then where several
+    threads use it at once (Python 3.11, CPython's issue 106905).
+    """
+    try:
+        with path.open("rb") as stream:
+            header = _HEADER.match(stream.read(_LONGEST_HEADER))
+            if header is not None:
+                shape = (int(header[1]), 2) if header[2] else (int(header[1]),)
+                if stream.seek(0, os.SEEK_END) == header.end() + 8 * math.prod(shape):
+                    return np.memmap(path, "<i8", "r", header.end(), shape)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    raise DataError(f"{path} is damaged; pack it again.")
 
 
 def summary(parts: list[dict[str, int]]) -> dict[str, Any]:

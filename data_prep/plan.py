@@ -11,7 +11,8 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
-from data_prep.manifest import TokenizerInfo, check_names
+from data_prep.manifest import TokenizerInfo
+from data_prep.paths import inside
 from data_prep.sources import Group, ReadOptions, SourceFiles
 from data_prep.sources.plan import KINDS
 from data_prep.typed import as_dataclass
@@ -90,7 +91,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     path = Path(folder) / WORK / PLAN
     try:
         plan = as_dataclass(Plan, read_json(path), path)
-        check_names(plan.tokenizer, (), Path(folder) / PLAN)
+        inside(folder, plan.tokenizer.file, path)
         for number, group in enumerate(plan.groups):
             pieces = 1 if group.pieces is None else group.pieces
             sound = group.kind in KINDS and bool(group.files) == (group.kind not in _WITHOUT_FILES)
@@ -99,7 +100,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     except FileNotFoundError:
         return None
     except DataError as error:
-        raise DataError(f"{error} Or remove {path.parent} to begin again.") from None
+        raise DataError(f"{error} Remove {path.parent} to begin again.") from None
     return plan
 
 

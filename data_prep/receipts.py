@@ -11,7 +11,7 @@ from data_prep.json_input import read_json
 from data_prep.manifest import SPLITS, Shard, check_names
 from data_prep.paths import inside
 from data_prep.plan import WORK
-from data_prep.typed import as_dataclass
+from data_prep.typed import Count, as_dataclass
 
 LENGTH_BINS = 40  # document lengths are counted by powers of two
 
@@ -22,17 +22,17 @@ class Receipt:
     rejects of later pieces. `lengths`: documents by power of two of their tokens, per source.
     """
 
-    group: int
-    piece: int
+    group: Count
+    piece: Count
     last: bool
     shards: dict[str, list[Shard]] = field(default_factory=dict)
     held_out: dict[str, str] = field(default_factory=dict)
-    lines: int = 0
-    rejects: dict[str, int] = field(default_factory=dict)
-    filtered: dict[str, int] = field(default_factory=dict)
-    lengths: dict[str, list[int]] = field(default_factory=dict)
-    forced_cuts: int = 0
-    fallbacks: int = 0
+    lines: Count = 0
+    rejects: dict[str, Count] = field(default_factory=dict)
+    filtered: dict[str, Count] = field(default_factory=dict)
+    lengths: dict[str, list[Count]] = field(default_factory=dict)
+    forced_cuts: Count = 0
+    fallbacks: Count = 0
     capped: bool = False
 
     @property
@@ -58,17 +58,19 @@ def read_receipt(path: Path) -> Receipt:
     """
     try:
         receipt = as_dataclass(Receipt, read_json(path), path)
-        check_names(None, (shard for shards in receipt.shards.values() for shard in shards), path)
+        check_names((shard for shards in receipt.shards.values() for shard in shards), path)
         for name in receipt.held_out.values():
             inside(path.parent, name, path)
+            if not name.endswith(".jsonl.zst"):
+                raise DataError(f"{path}: {name!r:.100} holds no held-out text.")
         if path.name != receipt_path(path, receipt.group, receipt.piece).name:
-            raise DataError(f"{path}: is of piece {receipt.piece} of group {receipt.group}.")
+            raise DataError(f"{path} is of piece {receipt.piece} of group {receipt.group}.")
         if not {*receipt.shards, *receipt.held_out} <= set(SPLITS):
-            raise DataError(f"{path}: has other splits than {', '.join(SPLITS)}.")
+            raise DataError(f"{path} has other splits than {', '.join(SPLITS)}.")
         if any(len(counts) != LENGTH_BINS for counts in receipt.lengths.values()):
             raise DataError(f"{path}: lengths must hold {LENGTH_BINS} counts for each source.")
-    except (OSError, DataError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it, and its piece is done again.") from None
+    except DataError as error:
+        raise DataError(f"{error} Remove {path.name}, and its piece is done again.") from None
     return receipt
 
 

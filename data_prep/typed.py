@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_prep.errors import DataError
 from data_prep.plain_text import plain
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # of bytes, documents, tokens; or a number that begins at 0
 
 
 @lru_cache
@@ -37,11 +38,11 @@ def as_dataclass(kind: type[T], value: Any, where: object) -> T:
         first = error.errors(include_url=False)[0]
         place = plain(".".join(map(str, first["loc"])))[:200] or "the whole"
         found = plain(repr(first["input"]))[:100]
-        raise DataError(f"{where}: {place}: {first['msg'][:200]}, found {found}; write it again.") from None
+        raise DataError(f"{where}: {place}: {first['msg'][:200]}, found {found}.") from None
     except RecursionError:
-        raise DataError(f"{where}: is nested too deeply; write it again.") from None
+        raise DataError(f"{where}: is nested too deeply.") from None
     if missing:
-        raise DataError(f"{where}: has no {missing}; write it again.")
+        raise DataError(f"{where}: has no {missing}.")
     assert isinstance(made, kind)
     return made
 

@@ -30,7 +30,7 @@ def read_json(file: Path, again: str) -> dict[str, Any]:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST_JSON + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; name a folder that holds a model.") from None
+        raise ConfigError(f"{file} is missing; name a folder with a model in safetensors, or {again}.") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}).") from None
     if len(content) > _LARGEST_JSON:
@@ -58,7 +58,7 @@ def opened_tensors(file: Path, again: str) -> Iterator[Any]:
         with safe_open(file, framework="pt") as stream:
             yield stream
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; name a folder that holds a model.") from None
+        raise ConfigError(f"{file} is missing; name a folder with a model in safetensors, or {again}.") from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); {again}.") from None
 
@@ -88,7 +88,9 @@ def plain_name(name: object, where: Path) -> str:
     if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name or name == "..":
         raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")
     try:
-        os.fsencode(name)
+        possible = len(os.fsencode(name)) < 256  # as file systems have it
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.") from None
+        possible = False
+    if not possible:
+        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.")
     return name

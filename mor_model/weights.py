@@ -20,7 +20,7 @@ from mor_model.model_files import opened_tensors, read_json, read_tensors
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"
 TIED_HEAD = "head.weight"
 _AGAIN = "copy or export the model again"
-_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PRECISIONS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
 # What may differ between stored weights and the network that starts from them: it changes no weight's meaning. Routers
 # are compared by their weights.
 _FREE = {"context_length", "init_std", "router", "kv_sharing", "document_masking", "reset_positions"}
@@ -58,13 +58,8 @@ def load_model(
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
+    model = _fitting(folder, config)
     tensors = read_tensors(folder / WEIGHTS_FILE, _AGAIN)
-    with torch.device("meta"):
-        model = RecursiveTransformer(config)
-    _check_fit(folder, _expected_shapes(model), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    for name, _ in model.named_parameters():
-        if name in tensors and tensors[name].dtype not in _PRECISIONS:
-            raise ConfigError(f"{folder}: {name} holds {tensors[name].dtype}, which no weight does; {_AGAIN}.")
     if config.tie_embeddings:
         tensors[TIED_HEAD] = tensors["embedding.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -90,12 +85,7 @@ def check_start(folder: str | Path, config: ModelConfig) -> None:
                 f"model.{key}: is {wanted[key]!r}, but the weights in {folder} are those of a network with "
                 f"{stored[key]!r}; use the same or start from other weights."
             )
-    with opened_tensors(folder / WEIGHTS_FILE, _AGAIN) as file:
-        names = list(file.keys())
-        given = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    with torch.device("meta"):
-        model = RecursiveTransformer(config)
-    _check_fit(folder, _expected_shapes(model), given)
+    _fitting(folder, config)
 
 
 def start_from(model: RecursiveTransformer, folder: str | Path, gathered: Gathered = whole) -> None:
@@ -114,13 +104,6 @@ def start_from(model: RecursiveTransformer, folder: str | Path, gathered: Gather
             buffers[name].copy_(file.get_tensor(name))
 
 
-def _expected_shapes(model: RecursiveTransformer) -> dict[str, torch.Size]:
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del shapes[TIED_HEAD]
-    return shapes
-
-
 def _read_config(path: Path) -> ModelConfig:
     values = read_json(path, _AGAIN)
     try:
@@ -129,19 +112,30 @@ def _read_config(path: Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _check_fit(folder: Path, expected: Mapping[str, torch.Size], given: Mapping[str, tuple[int, ...]]) -> None:
-    missing, surplus = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+def _fitting(folder: Path, config: ModelConfig) -> RecursiveTransformer:
+    """The network of `config`, without memory for its weights; those in `folder` were found to be of its kind."""
+    with torch.device("meta"):
+        model = RecursiveTransformer(config)
+    expected = {name: t for name, t in model.state_dict().items() if not (config.tie_embeddings and name == TIED_HEAD)}
+    with opened_tensors(folder / WEIGHTS_FILE, _AGAIN) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    missing, surplus = sorted(expected.keys() - kinds.keys()), sorted(kinds.keys() - expected.keys())
     if missing or surplus:
         said = "; ".join(
             f"{what} {shown(names[0])}" for what, names in (("missing", missing), ("unknown", surplus)) if names
         )
         raise ConfigError(f"{folder}: {WEIGHTS_FILE} does not fit the network ({said}); export the model again.")
-    for name, shape in expected.items():
-        if shape != given[name]:
+    for name, tensor in expected.items():
+        shape, dtype = kinds[name]
+        if shape != tensor.shape:
             raise ConfigError(
-                f"{folder}: {name} has shape {shown(given[name])} where the network has {tuple(shape)}; export the "
+                f"{folder}: {name} has shape {shown(shape)} where the network has {tuple(tensor.shape)}; export the "
                 "model again."
             )
+        if tensor.is_floating_point() and dtype not in _PRECISIONS:
+            raise ConfigError(f"{folder}: {name} holds {dtype}, which no weight does; {_AGAIN}.")
+    return model
 
 
 def _write(path: Path, writer: Callable[[Path], object]) -> None:

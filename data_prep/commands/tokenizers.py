@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +62,7 @@ def train(
     with o.writing(out), tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
         found, left_out = find_sources(sources, settings.options)
         for sentence in [*left_out, *notices(found, settings.options)]:
-            print(sentence, file=sys.stderr)
+            say(sentence, error=True)
         found = with_standard_input(found, Path(scratch))
         trained, counts = train_tokenizer(
             replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes, Path(scratch)

@@ -154,13 +154,13 @@ def _ids_by_name(content: Any, path: Path) -> dict[str, int]:
 
 
 def _end_of_document(path: Path, ids: dict[str, int], wanted: str) -> str:
-    named = f"no token {wanted!r}"
-    if not wanted and (wanted := configured_eod(path.parent)):
-        named = f"no token {wanted!r}, the eos_token of the tokenizer_config.json beside it"
-    if wanted in ids:
-        return wanted
-    usual = next((name for name in _EOD_NAMES if name in ids), "")
-    if wanted or not usual:
-        named = named if wanted else f"none of the tokens {', '.join(_EOD_NAMES)}"
-        raise DataError(f"{path} has {named}; name its END_OF_DOCUMENT token with --eod.")
-    return usual
+    if wanted:
+        lacks = f"no token {wanted!r}"
+    elif wanted := configured_eod(path.parent):
+        lacks = f"no token {wanted!r}, the eos_token of the tokenizer_config.json beside it"
+    else:
+        wanted = next((name for name in _EOD_NAMES if name in ids), "")
+        lacks = f"none of the tokens {', '.join(_EOD_NAMES)}"
+    if not wanted or wanted not in ids:
+        raise DataError(f"{path} has {lacks}; name its END_OF_DOCUMENT token with --eod.")
+    return wanted

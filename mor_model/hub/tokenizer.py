@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_model.errors import ConfigError
+from mor_model.model_files import read_json
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 # Spaces and newlines in runs, digits, several scripts, characters outside every vocabulary, combining marks, emoji.
@@ -77,13 +78,9 @@ def _end_of_text(source: Path) -> str:
     file = source / "tokenizer_config.json"
     if not file.is_file():
         return ""
-    try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again.") from None
-    found = config.get("eos_token") if isinstance(config, dict) else config
-    name = found.get("content") if isinstance(found, dict) else "" if found is None else found
-    if not isinstance(config, dict) or not isinstance(name, str):
+    found = read_json(file, "copy the tokenizer again").get("eos_token") or ""
+    name = found.get("content") if isinstance(found, dict) else found
+    if not isinstance(name, str):
         raise ConfigError(f"{file}: eos_token must be the name of a token; copy the tokenizer again.")
     return name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +69,19 @@ def test_other_control_tokens_are_text_as_well(tmp_path):
     tokenizer = load_tokenizer(path)
     assert number not in tokenizer.encode("a <pad> b")
     assert tokenizer.decode(tokenizer.encode("a <pad> b")) == "a <pad> b"
+
+
+def test_an_accelerator_that_makes_control_tokens_of_text_is_refused(tmp_path):
+    path = small.bpe(tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text())
+    content["model"]["merges"] += [["<", "t"], ["<t", ">"]]
+    number = len(content["model"]["vocab"])
+    content["model"]["vocab"] |= {"<t": number, "<t>": number + 1}
+    content["added_tokens"].append({**content["added_tokens"][0], "id": number + 1, "content": "<t>"})
+    path.write_text(json.dumps(content))
+    engine, report = choose_engine(load_tokenizer(path), [])
+    assert report["name"] == "reference" and "1 of " in report["refused"]["fastokens"]
+    assert number + 1 not in engine.encode(["a <t> b"])[0]
 
 
 def test_as_many_ends_as_documents(tokenizer, tmp_path):
@@ -140,19 +152,9 @@ def test_what_an_accelerator_makes_end_of_document_goes_to_the_reference(tmp_pat
     assert engine.fallbacks == 2
 
 
-def test_a_tiktoken_encoding_keeps_its_end_of_document(tmp_path, monkeypatch):
-    tiktoken = pytest.importorskip("tiktoken")
-    constructors = {
-        "small": lambda: {
-            "name": "small",
-            "pat_str": r"\w+|\W",
-            "mergeable_ranks": {bytes([b]): b for b in range(256)},
-            "special_tokens": {"<|endoftext|>": 256, "<|stop|>": 257},
-        }
-    }
-    monkeypatch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", constructors)
-    tokenizer = load_tokenizer("tiktoken:small", "<|stop|>")
+def test_a_tiktoken_encoding_keeps_its_end_of_document(tmp_path, tiktoken_encoding):
+    tokenizer = load_tokenizer(tiktoken_encoding, "<|stop|>")
     for text in texts_with("<|stop|>"):
-        assert not {256, 257} & set(tokenizer.encode(text))
+        assert not {258, 259} & set(tokenizer.encode(text))
     copy_tokenizer(tokenizer, tmp_path)
-    assert load_tokenizer(Path(tmp_path)).eod_token == "<|stop|>"
+    assert load_tokenizer(tmp_path).eod_token == "<|stop|>"

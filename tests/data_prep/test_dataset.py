@@ -181,6 +181,10 @@ def swap_documents(value: dict) -> None:  # type: ignore[type-arg]
             lambda f: edit_manifest(f, lambda v: v["splits"]["train"]["shards"][0].update(name="../x")),
             "plain file name",
         ),
+        (
+            lambda f: edit_manifest(f, lambda v: v.update(statistics={"filtered": []})),
+            "must be counts by reason, found",
+        ),
         (lambda f: edit_manifest(f, lambda v: v["splits"].pop("train")), "has no split 'train'; it has validation"),
     ],
 )

@@ -276,6 +276,17 @@ def test_what_is_said_of_the_width_holds_where_both_are_possible(tmp_path: Path,
         import_files("nanogpt", [str(path)], tmp_path / "out2", tokenizer, dtype="int16")
 
 
+def test_a_width_that_a_file_says_itself_is_not_asked_for(tmp_path: Path, tokenizer: Path) -> None:
+    write_shard_independently(tmp_path / "x", FILLED, 8, "<u2")
+    with pytest.raises(DataError, match="megatron files say themselves how wide their ids are"):
+        import_files("megatron", [str(tmp_path / "x")], tmp_path / "out", tokenizer, dtype="uint32")
+    np.save(tmp_path / "y.npy", np.array(flat(FILLED), "<u2"))
+    with pytest.raises(DataError, match=r"y\.npy says itself that its ids are uint16; leave out --dtype uint32"):
+        import_files("olmo", [str(tmp_path / "y.npy")], tmp_path / "out", tokenizer, dtype="uint32")
+    import_files("olmo", [str(tmp_path / "y.npy")], tmp_path / "out", tokenizer, dtype="uint16")
+    assert read_back(tmp_path / "out") == FILLED
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [

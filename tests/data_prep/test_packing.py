@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,6 +96,20 @@ def test_the_sidecar_can_be_read_and_damage_is_named(tmp_path):
     path.write_bytes(b"junk")
     with pytest.raises(DataError, match="damaged"):
         read_packing(tmp_path / "s", 9)
+
+
+def test_packings_are_read_while_another_thread_parses_python(tmp_path, monkeypatch):
+    """CPython's issue 106905: of two threads that parse at once, one now and then gets this error."""
+
+    def parse(*arguments, **more):
+        raise SystemError("AST constructor recursion depth mismatch (before=42, after=39)")
+
+    with ShardWriter(tmp_path / "s", np.uint16) as writer:
+        writer.write(np.arange(9), [3, 6])
+    write_packing(tmp_path / "s", 9)
+    with monkeypatch.context() as patched:
+        patched.setattr(ast, "parse", parse)
+        assert len(read_packing(tmp_path / "s", 9)) == 1
 
 
 def test_tokenize_packs_and_reports(tmp_path, byte_bpe):

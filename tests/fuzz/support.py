@@ -6,19 +6,25 @@ than two seconds of processor time, or a value that is not the one that was give
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.manifest import read_manifest, write_manifest
+from data_prep.packing import write_packing
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
+from tests.data_prep.support import make_documents, write_dataset
 
 # Errors whose message alone a person gets to see; `mor` prints them without a traceback.
 MEANT_FOR_A_PERSON = (UserError, DataError, ConfigError)
@@ -202,10 +208,35 @@ def mutate_bytes(data: bytes, source: random.Random) -> bytes:
     return bytes(raw)
 
 
+def mutate_json(value: Any, source: random.Random) -> bytes:
+    """JSON text of a changed value, or changed or hostile JSON text."""
+    if source.random() < 0.7:
+        return json.dumps(mutate_value(value, source)).encode()
+    text = json.dumps(value)
+    match source.randrange(5):
+        case 0:
+            hostile = source.choice(["[" * 2000 + "]" * 2000, "9" * 5000, "NaN"])
+            return re.sub(r"\b\d+\b", hostile, text, count=1).encode()
+        case 1 | 2:
+            return mutate_bytes(text.encode(), source)
+    return mutate_text(text, source).encode("utf-8", "surrogatepass")
+
+
+def packed_dataset(folder: Path, length: int) -> Path:
+    """A data set folder with two shards, packed for sequences of `length`."""
+    documents = [document for document in make_documents(30, 1) if len(document) > 1]
+    write_dataset(folder, {"train": [("web", documents), ("law", documents[:7])]})
+    manifest = read_manifest(folder)
+    for shard in manifest.splits["train"].shards:
+        write_packing(folder / shard.name, length)
+    write_manifest(folder, replace(manifest, settings={"packing": "best-fit", "sequence_length": length}))
+    return folder
+
+
 def lost(given: Any, kept: Any, place: str = "") -> str | None:
     """The first part of `given` (values as JSON has them) that `kept` does not hold as well; None where it holds all.
 
-    `kept` may say more than `given`, hold tuples for lists, and numbers of another kind of the same size.
+    `kept` may say more than `given`, hold tuples for lists, and numbers of another kind of the same size (NaN is NaN).
     """
     if isinstance(given, dict) and isinstance(kept, dict):
         pairs = [(f"{place}.{key}", given[key], kept.get(key, ...)) for key in given]
@@ -214,12 +245,14 @@ def lost(given: Any, kept: Any, place: str = "") -> str | None:
     elif isinstance(given, bool) is isinstance(kept, bool) and (given == kept or _same_number(given, kept)):
         return None
     else:
-        return f"{place.removeprefix('.')}: {given!r} became {kept!r}"
+        return f"{place.removeprefix('.')}: {given!r} against {kept!r}"
     return next((found for where, one, other in pairs if (found := lost(one, other, where)) is not None), None)
 
 
 def _same_number(given: Any, kept: Any) -> bool:
-    return isinstance(given, int) and isinstance(kept, float) and float(given) == kept
+    if not isinstance(kept, float):
+        return False
+    return float(given) == kept if isinstance(given, int) else given != given and kept != kept
 
 
 def leaves(values: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

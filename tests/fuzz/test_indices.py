@@ -17,11 +17,8 @@ import pytest
 from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.exports import copy_documents
-from data_prep.manifest import read_manifest
-from data_prep.packing import write_packing
 from data_prep.verify import verify_dataset
-from tests.data_prep.support import make_documents, write_dataset
-from tests.fuzz.support import counts, drive, mutate_bytes
+from tests.fuzz.support import counts, drive, mutate_bytes, packed_dataset
 
 LENGTH = 16
 PACKING = f"train-00000.packing-{LENGTH}"
@@ -89,15 +86,7 @@ def fuzz(folder: Path, name: str, count: int) -> Counter[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    documents = [document for document in make_documents(30, 1) if len(document) > 1]
-    folder = write_dataset(tmp_path / "data", {"train": [("web", documents), ("law", documents[:7])]})
-    for entry in read_manifest(folder).splits["train"].shards:
-        write_packing(folder / entry.name, LENGTH)
-    path = folder / "manifest.json"
-    value = json.loads(path.read_text())
-    value["settings"] = {"packing": "best-fit", "sequence_length": LENGTH}
-    path.write_text(json.dumps(value))
-    return folder
+    return packed_dataset(tmp_path / "data", LENGTH)
 
 
 @counts

@@ -23,33 +23,10 @@ from pretrain.checkpoint import find_damage
 from pretrain.checkpoint_manifest import Manifest, read_manifest
 from pretrain.errors import RunError
 from pretrain.restricted_loading import load_restricted
-from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.fuzz.support import counts, drive, lost, mutate_bytes, mutate_json, mutate_value
 from tests.pretrain.checkpoints import fake_checkpoint, forge
 
 SMALL = {"vocab_size": 7, "hidden_size": 8, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
-
-
-def mutate_json(value: Any, source: random.Random) -> bytes:
-    """JSON text of a changed value, or changed JSON text."""
-    if source.random() < 0.7:
-        return json.dumps(mutate_value(value, source)).encode()
-    text = json.dumps(value)
-    if source.random() < 0.5:
-        return mutate_text(text, source).encode("utf-8", "surrogatepass")
-    return mutate_bytes(text.encode(), source)
-
-
-def same(given: Any, used: Any) -> bool:
-    """Equal, and of the same kind: 1 is 1.0, also where that is rounded, but not true and not "1"."""
-    if isinstance(given, dict) and isinstance(used, dict):
-        return given.keys() <= used.keys() and all(same(given[key], used[key]) for key in given)
-    if isinstance(given, list) and isinstance(used, (list, tuple)):
-        return len(given) == len(used) and all(map(same, given, used))
-    if isinstance(given, float) and given != given:
-        return isinstance(used, float) and used != used
-    if type(given) is int and isinstance(used, float):
-        return float(given) == used
-    return given == used and isinstance(given, bool) == isinstance(used, bool)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +79,7 @@ def test_a_models_configuration(count: int, model: Path, copied: Any) -> None:
         return load_model(folder).config.to_dict()
 
     def changed(content: bytes, used: dict[str, Any]) -> str | None:
-        return None if same(json.loads(content), used) else f"used as {used}"
+        return lost(json.loads(content), used)
 
     outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
     assert outcome.used > count / 50 and outcome.refused > count / 4
@@ -158,7 +135,7 @@ def test_a_llamas_configuration(count: int, llama: Path, copied: Any) -> None:
     def changed(content: bytes, used: ModelConfig) -> str | None:
         given, found = json.loads(content), llama_config(used)
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        return next((name for name in sizes if not same(given[name], found[name])), None)
+        return lost({name: given[name] for name in sizes}, found)
 
     outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
     assert outcome.used > count / 50 and outcome.refused > count / 4
@@ -224,8 +201,7 @@ def test_a_checkpoints_description_by_somebody_who_knows_its_checksum(count: int
         return read_manifest(checkpoint)
 
     def changed(content: dict[str, Any], used: Manifest) -> str | None:
-        found = {**used.model_dump(), "state": used.state.to_dict()}
-        return None if same(content, found) else f"used as {found}"
+        return lost(content, {**used.model_dump(), "state": used.state.to_dict()})
 
     outcome = drive(count, make, use, changed=changed)
     assert outcome.used > count / 50 and outcome.refused > count / 4

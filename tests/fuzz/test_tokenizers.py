@@ -13,7 +13,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from data_prep.tokenizers import Tokenizer, encoding_name, load_tokenizer
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.writing import sentences
-from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.fuzz.support import counts, drive, mutate_bytes, mutate_json, mutate_text, mutate_value
 
 TEXTS = ["the cat", "the </s> cat [SEP]", "", "naïve 漢字 🙂\n\n\x00", "x" * 300, "<unk><0x0A> <s>"]
 CONFIG = {"eos_token": {"content": "</s>", "special": True}, "bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}
@@ -125,9 +125,7 @@ def test_files_beside_a_tokenizer(tmp_path: Path, count: int) -> None:
 
     def mutated(source: random.Random) -> tuple[Path, bytes]:
         file, value = source.choice([(config, CONFIG), (encoding, {"name": "gpt2"})])
-        if source.random() < 0.5:
-            return file, json.dumps(mutate_value(value, source)).encode()
-        return file, mutate_text(json.dumps(value), source).encode("utf-8", "surrogatepass")
+        return file, mutate_json(value, source)
 
     def use(given: tuple[Path, bytes]) -> object:
         file, content = given

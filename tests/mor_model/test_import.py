@@ -178,12 +178,14 @@ def test_a_damaged_checkpoint_is_refused(llama, tmp_path):
         import_hf(llama[1], sharing="cycle", recursions=2, initialization="lower")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "", "a/../model.safetensors", "a\0", 3])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "..", "", "a/../model.safetensors", "a\0", 3, "a" * 256]
+)
 def test_an_index_names_files_of_its_own_folder(llama, tmp_path, name):
     checkpoint = changed(llama[1], tmp_path / "checkpoint")
     (checkpoint / "model.safetensors").rename(tmp_path / "secret.safetensors")
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(ConfigError, match=r"index\.json: .* is not the name of a file in that folder"):
+    with pytest.raises(ConfigError, match=r"index\.json: .* is not the name of a file"):
         import_hf(checkpoint)
 
 
