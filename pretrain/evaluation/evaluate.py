@@ -116,9 +116,9 @@ def evaluate_run(
         data: data set folder whose held-out text is read; by default the recipe's.
 
     Raises:
-        Incomplete: after all that could be done, when something of a suite is missing (weights, held-out text, ...), or
-            on rank 0 when a result could not be written. RunError: the run's folder cannot be written. UserError: as
-            `evaluate_model`. DataError: damaged questions.
+        Incomplete: after everything that could be done, when a suite cannot be evaluated (no weights, no held-out text,
+            damaged questions, ...), or on rank 0 when a result could not be written. RunError: the run's folder cannot
+            be written. UserError, DataError: on several ranks, what only evaluating a suite shows.
     """
     settings = settings or Settings()
     if limit is not None:
@@ -137,7 +137,7 @@ def evaluate_run(
                 left_out.setdefault(str(error), []).append(name)
     # Rank 0 decides for all: on a network file system the others may see its last results later.
     made_of, results, left_out = from_rank_zero((made_of, results, left_out))
-    problems = [f"{', '.join(suites)} not evaluated: {problem}" for problem, suites in left_out.items()]
+    not_written = []
     missing = [name for name in made_of if name not in results]
     if missing:
         require_writable_for_all(run.evaluation)
@@ -149,10 +149,16 @@ def evaluate_run(
         tokenizer = run_tokenizer(run)
         model = load_model(run.weights, device=device)
         for name in missing:
-            with _scratch_space(name):
-                made = evaluate_model(
-                    model, tokenizer, [name], documents=documents, settings=settings, progress=progress
-                )
+            try:
+                with _scratch_space():
+                    made = evaluate_model(
+                        model, tokenizer, [name], documents=documents, settings=settings, progress=progress
+                    )
+            except (DataError, UserError) as error:
+                if rank_and_world()[1] > 1:
+                    raise  # the others may wait for this rank in a forward pass
+                left_out.setdefault(str(error), []).append(name)
+                continue
             results[name] = signed(made[name], made_of[name])
             if rank_and_world()[0] == 0:
                 file = result_file(run, name, settings)
@@ -161,12 +167,13 @@ def evaluate_run(
                         _keep_questions(run, documents)
                     run.write_json(file, results[name])
                 except OSError as error:
-                    problems.append(
+                    not_written.append(
                         f"{file}: not written ({error.strerror or error}); make room and evaluate again to keep it."
                     )
     results = {name: results[name] for name in names if name in results}
-    if problems:
-        raise Incomplete(" ".join(problems), results)
+    problems = [f"{', '.join(suites)} not evaluated: {problem}" for problem, suites in left_out.items()]
+    if problems or not_written:
+        raise Incomplete(" ".join(problems + not_written), results)
     return results
 
 
@@ -183,13 +190,13 @@ def require_writable_for_all(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_space(suite: str) -> Iterator[None]:
+def _scratch_space() -> Iterator[None]:
     try:
         yield
     except OSError as error:  # questions and task files are written to the temporary folder
         raise RunError(
-            f"{suite}: cannot be evaluated ({error}); see that {tempfile.gettempdir()} has room, or let TMPDIR name "
-            "another folder."
+            f"a file cannot be read or written ({error}); see that {tempfile.gettempdir()} has room, or let TMPDIR "
+            "name another folder."
         ) from None
 
 
