@@ -139,11 +139,11 @@ class EvaluationHooks:
 
         The best validation loss so far is kept in `state`, and so is what was not measured because of a stop.
 
-        Raises:
-            RunError: the validation loss after the last step is not finite.
-
         Args:
             asked: what the ranks are asked to do already; the return value is what they are asked to do by now.
+
+        Raises:
+            RunError: the validation loss after the last step is not finite.
         """
         return self._run(self._due(state.step), state, asked)
 
@@ -242,14 +242,13 @@ def held_out_texts(recipe: Recipe) -> list[Path]:
     Raises:
         RecipeError: a data set has no such file.
     """
-    from pretrain.evaluation.held_out import TEST_FILE
+    from pretrain.evaluation.held_out import files_in
     from pretrain.evaluation.suites import HELD_OUT_SUITES
 
     suites = recipe.evaluation.suites
     if suites is None or not set(suites.names) & set(HELD_OUT_SUITES):
         return []
-    folders = dict.fromkeys(source.path for source in recipe.data.sources) or {str(recipe.data.path): None}
-    files = [Path(folder) / TEST_FILE for folder in folders]
+    files = files_in(Path(path) for path in [source.path for source in recipe.data.sources] or [str(recipe.data.path)])
     for file in files:
         if not file.is_file():
             raise RecipeError(

@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from pretrain.batches import make_micro_batch
 from pretrain.evaluation.lockstep import Lockstep
+from pretrain.evaluation.settings import ROUTINGS
 
 if TYPE_CHECKING:
     from data_prep.dataset import TokenDataset
-
-ROUTINGS = ("causal", "topk")
 
 
 @dataclass(frozen=True)

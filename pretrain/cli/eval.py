@@ -49,7 +49,7 @@ def evaluate(
     """Evaluate RUNS and write RUN/evaluation/<suite>.json; what was evaluated before, unchanged, is read again."""
     from data_prep.files import write_text
     from pretrain.errors import RunError
-    from pretrain.evaluation.evaluate import NotWritten, evaluate_run, require_writable_for_all
+    from pretrain.evaluation.evaluate import Incomplete, evaluate_run, require_writable_for_all
     from pretrain.evaluation.progress import suite_progress
     from pretrain.evaluation.ranks import evaluation_ranks
     from pretrain.evaluation.settings import TEXT_BYTES, Settings, check_routing
@@ -74,16 +74,17 @@ def evaluate(
                     results[title] = evaluate_run(
                         run, suites, device=place, settings=settings, data=data, progress=progress
                     )
-                except NotWritten as error:
+                except Incomplete as error:
                     results[title] = error.results
                     problems.append(str(error))
     if not reports:
         return
-    print_summary(results)
-    if markdown is not None:
-        try:
-            write_text(markdown, markdown_summary(results))
-        except OSError as error:
-            problems.append(f"{markdown}: not written ({error.strerror or error}).")
+    if any(results.values()):
+        print_summary(results)
+        if markdown is not None:
+            try:
+                write_text(markdown, markdown_summary(results))
+            except OSError as error:
+                problems.append(f"{markdown}: not written ({error.strerror or error}).")
     if problems:
-        raise RunError(" ".join(problems))
+        raise RunError(" ".join(dict.fromkeys(problems)))

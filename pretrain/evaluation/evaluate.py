@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import RunError
+from data_prep.errors import DataError
+from pretrain.errors import RunError, UserError
 from pretrain.evaluation import held_out
 from pretrain.evaluation.identity import identity, run_tokenizer, signed, stored_result
 from pretrain.evaluation.likelihood import Progress, Scorer, from_rank_zero, rank_and_world
@@ -37,8 +38,8 @@ SuiteProgress = Callable[[str], Progress | None]
 """Given a suite's name when it begins; returns what is told of its progress."""
 
 
-class NotWritten(RunError):
-    """Results were computed, but could not all be written. Attributes: results: by suite, all of them."""
+class Incomplete(RunError):
+    """A suite could not be evaluated, or a result not written. Attributes: results: by suite, those there are."""
 
     def __init__(self, message: str, results: dict[str, dict[str, Any]]) -> None:
         super().__init__(message)
@@ -115,25 +116,29 @@ def evaluate_run(
         data: data set folder whose held-out text is read; by default the recipe's.
 
     Raises:
-        RunError: the run has no weights or tokenizer yet, or its folder cannot be written. NotWritten: on rank 0, when
-            a result could not be written after all. UserError: as `evaluate_model`. DataError: damaged held-out text
-            or questions.
+        Incomplete: after everything that could be done, when a suite cannot be evaluated (no weights, no held-out text,
+            damaged questions, ...), or on rank 0 when a result could not be written. RunError: the run's folder cannot
+            be written. UserError, DataError: on several ranks, what only evaluating a suite shows.
     """
     settings = settings or Settings()
     if limit is not None:
         settings = dataclasses.replace(settings, limit=limit)
     names = check_suites(suites)
-    made_of = {name: identity(run, name, settings, data) for name in names}
+    made_of: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, list[str]] = {}
+    if rank_and_world()[0] == 0:
+        for name in names:
+            try:
+                made_of[name] = identity(run, name, settings, data)
+                if stored := stored_result(run, name, settings, data, made_of[name]):
+                    results[name] = stored
+            except (DataError, UserError) as error:
+                left_out.setdefault(str(error), []).append(name)
     # Rank 0 decides for all: on a network file system the others may see its last results later.
-    results = from_rank_zero(
-        {
-            name: stored
-            for name in names
-            if (stored := stored_result(run, name, settings, data, made_of[name])) is not None
-        }
-    )
-    missing = [name for name in names if name not in results]
-    problems = []
+    made_of, results, left_out = from_rank_zero((made_of, results, left_out))
+    not_written = []
+    missing = [name for name in made_of if name not in results]
     if missing:
         require_writable_for_all(run.evaluation)
         from mor_model.weights import load_model
@@ -144,10 +149,16 @@ def evaluate_run(
         tokenizer = run_tokenizer(run)
         model = load_model(run.weights, device=device)
         for name in missing:
-            with _scratch_space(name):
-                made = evaluate_model(
-                    model, tokenizer, [name], documents=documents, settings=settings, progress=progress
-                )
+            try:
+                with _scratch_space():
+                    made = evaluate_model(
+                        model, tokenizer, [name], documents=documents, settings=settings, progress=progress
+                    )
+            except (DataError, UserError) as error:
+                if rank_and_world()[1] > 1:
+                    raise  # the others may wait for this rank in a forward pass
+                left_out.setdefault(str(error), []).append(name)
+                continue
             results[name] = signed(made[name], made_of[name])
             if rank_and_world()[0] == 0:
                 file = result_file(run, name, settings)
@@ -156,10 +167,13 @@ def evaluate_run(
                         _keep_questions(run, documents)
                     run.write_json(file, results[name])
                 except OSError as error:
-                    problems.append(f"{file}: not written ({error.strerror or error})")
-    results = {name: results[name] for name in names}
-    if problems:
-        raise NotWritten(f"{'; '.join(problems)}. Make room and evaluate again to keep the results.", results)
+                    not_written.append(
+                        f"{file}: not written ({error.strerror or error}); make room and evaluate again to keep it."
+                    )
+    results = {name: results[name] for name in names if name in results}
+    problems = [f"{', '.join(suites)} not evaluated: {problem}" for problem, suites in left_out.items()]
+    if problems or not_written:
+        raise Incomplete(" ".join(problems + not_written), results)
     return results
 
 
@@ -176,13 +190,13 @@ def require_writable_for_all(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_space(suite: str) -> Iterator[None]:
+def _scratch_space() -> Iterator[None]:
     try:
         yield
     except OSError as error:  # questions and task files are written to the temporary folder
         raise RunError(
-            f"{suite}: cannot be evaluated ({error}); see that {tempfile.gettempdir()} has room, or let TMPDIR name "
-            "another folder."
+            f"a file cannot be read or written ({error}); see that {tempfile.gettempdir()} has room, or let TMPDIR "
+            "name another folder."
         ) from None
 
 
@@ -275,7 +289,7 @@ def _benchmark(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setti
     plan = plan_tasks(row, shared_evaluation_data(), hub, settings.limit)
     tasks: dict[str, Any] = {}
     if plan.local or plan.hub:
-        from pretrain.evaluation.harness import run_tasks
+        from pretrain.evaluation.harness import run_tasks, summarise
         from pretrain.evaluation.lm_adapter import HarnessModel
 
         tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, fewshot=row.fewshot, limit=settings.limit)
@@ -287,8 +301,6 @@ def _benchmark(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setti
         ((name, task),) = tasks.items()
         tasks = {suite: {**task, "harness_task": name}}
     else:
-        from pretrain.evaluation.harness import summarise
-
         tasks = {suite: summarise(tasks), **tasks}
     return {"tasks": tasks, "skipped": plan.skipped, "primary": primary(suite, tasks[suite], row.metric)}
 

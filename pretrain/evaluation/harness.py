@@ -120,7 +120,8 @@ def _records_of(name: str, plan: TaskPlan) -> Iterator[None]:
         places = ", ".join(map(str, plan.files.get(name, []))) or "its data on the hub"
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
-            f"{name}: {places}: not the records that this task asks about ({problem:.500}); copy the files again."
+            f"{name}: {places}: not the records that this task asks about ({problem:.500}); fetch them again, or leave "
+            "the suite out."
         ) from None
 
 

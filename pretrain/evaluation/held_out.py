@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +39,7 @@ def held_out_files(run: RunFolder, data: Path | None = None) -> list[Path]:
     Raises:
         RunError: when the recipe names no data set, or a data set has no held-out text.
     """
-    folders = [data] if data else _data_folders(run)
-    files = [folder / TEST_FILE for folder in folders]
+    files = files_in([data] if data else _data_folders(run))
     for file in files:
         if not file.is_file():
             raise RunError(
@@ -48,6 +47,12 @@ def held_out_files(run: RunFolder, data: Path | None = None) -> list[Path]:
                 "Give the data set's folder (--data DIR), or prepare it with a test split (mor prep tokenize)."
             )
     return files
+
+
+def files_in(folders: Iterable[Path]) -> list[Path]:
+    """Held-out text of data sets, whether or not it is there; one file, though several sources are parts of its set."""
+    files = [folder / TEST_FILE for folder in folders]
+    return list({file.resolve(): file for file in files}.values())
 
 
 def _data_folders(run: RunFolder) -> list[Path]:

@@ -21,7 +21,7 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from pretrain.errors import RunError
 from pretrain.evaluation import held_out
 from pretrain.evaluation.settings import Settings, result_file
-from pretrain.evaluation.suites import HELD_OUT_SUITES, benchmarks, hub_answers, shared_evaluation_data
+from pretrain.evaluation.suites import HELD_OUT_SUITES, benchmarks, harness_tasks, hub_answers, shared_evaluation_data
 from pretrain.evaluation.task_files import plan_tasks
 from pretrain.run_folder import RunFolder
 
@@ -51,6 +51,7 @@ def identity(run: RunFolder, suite: str, settings: Settings, data: Path | None =
 
     Raises:
         RunError: the run has no weights, tokenizer or held-out text. DataError: damaged held-out text or tokenizer.
+        UserError: lm-eval or the shared evaluation sets are not where they should be.
     """
     weights = run.weights / "model.safetensors"
     for path, what in ((weights, "final weights"), (run.tokenizer, "tokenizer")):
@@ -77,6 +78,7 @@ def identity(run: RunFolder, suite: str, settings: Settings, data: Path | None =
         parts["questions"] = {**found, **dict.fromkeys(plan.hub, "hub")}
         parts["settings"]["fewshot"] = row.fewshot
     if suite not in ("perplexity", "routing"):
+        harness_tasks()  # refuses a machine without it
         parts["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
     return parts
 

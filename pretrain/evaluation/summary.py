@@ -54,10 +54,10 @@ def _cell(figure: dict[str, Any] | None, result: dict[str, Any] | None) -> str:
         return "skipped" if result and result["primary"] is None else ""
     task = (result or {}).get("tasks", {}).get(figure["task"], {})
     if figure["value"] is None:
-        if lost := task.get("lost_bytes"):
-            return f"refused ({_percent(lost, task['scored_bytes'])} of the text lost)"
-        counted = f" ({task['not_finite']} of {task['n']})" if task.get("not_finite") else ""
-        return f"not finite{counted}"
+        if count := task.get("not_finite"):
+            return f"not finite ({count} of {task['n']})"
+        lost = task.get("lost_bytes")
+        return f"refused ({_percent(lost, task['scored_bytes'])} of the text lost)" if lost else "not finite"
     error = figure["stderr"]
     digits = 4 if error is None or error <= 0 else min(6, max(2, 1 - math.floor(math.log10(error))))
     value = f"{figure['value']:.{digits}f}"

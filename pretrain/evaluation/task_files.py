@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from pretrain.errors import UserError
+from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.suites import Suite, skipped
+from pretrain.yaml_input import parse_yaml
 
 _ROLES = ("training", "validation", "test", "fewshot")
 
@@ -55,21 +56,14 @@ def task_settings(source: Path) -> dict[str, Any]:
     Raises:
         UserError: not a file of the harness's kind: no YAML, no mapping, or no task's name in it.
     """
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: node.value)
     try:
-        entries = yaml.load(source.read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source}: cannot be read as a task file of lm-evaluation-harness: {problem}.") from None
-    if not isinstance(entries, dict) or not isinstance(entries.get("task"), str):
-        raise UserError(
-            f"{source}: is no task file of lm-evaluation-harness (it names no task); install the version that "
-            "constraints.txt names."
-        )
+        # What stands behind this tag is the name of a function, which is not called here.
+        entries = parse_yaml(source.read_text(encoding="utf-8").replace("!function ", ""), source)
+        if not isinstance(entries, dict) or not isinstance(entries.get("task"), str):
+            raise RecipeError(f"{source}: names no task")
+    except (OSError, ValueError, RecipeError) as error:
+        problem = error if isinstance(error, RecipeError) else f"{source}: cannot be read ({error})"
+        raise UserError(f"{problem}; install the lm-eval that constraints.txt names.") from None
     return entries
 
 

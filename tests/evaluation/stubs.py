@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,10 @@ import torch
 from torch import nn
 
 from mor_model.outputs import ModelOutput, Routing
+from pretrain.evaluation.harness import run_tasks
+from pretrain.evaluation.likelihood import Scorer
+from pretrain.evaluation.lm_adapter import HarnessModel
+from pretrain.evaluation.task_files import TaskPlan, local_task_file
 
 EOD = 256
 VOCABULARY = 257
@@ -96,3 +102,13 @@ def by_hand(model: BigramModel, tokens: list[int], first: int = 1) -> float:
     """Log-likelihood of tokens[first:], each given the one before."""
     table = log_probabilities(model)
     return math.fsum(float(table[a, b]) for a, b in zip(tokens[first - 1 :], tokens[first:]))
+
+
+def ask(
+    folder: Path, model: BigramModel, records: list[dict], task: str, tokenizer: ByteTokenizer | None = None
+) -> dict:
+    """One task over `records`, through the harness."""
+    (folder / "asked.yaml").write_text(f"task: asked\n{task}")
+    (folder / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = local_task_file(folder / "asked.yaml", {"test": folder / "asked.jsonl"}, {"task": "asked"})
+    return run_tasks(HarnessModel(Scorer(model, EOD), tokenizer or ByteTokenizer()), TaskPlan({"asked": text}))["asked"]

@@ -19,6 +19,7 @@ from pretrain.evaluation import held_out
 from pretrain.evaluation.evaluate import evaluate_model, evaluate_run
 from pretrain.evaluation.held_out import Document, choose, read_documents
 from pretrain.evaluation.settings import Settings, result_file
+from pretrain.evaluation.suites import harness_tasks
 from pretrain.evaluation.summary import markdown_summary, skipped_lines, summary_rows
 from pretrain.run_folder import RunFolder
 from tests.evaluation.runs import make_run, write_held_out
@@ -190,6 +191,25 @@ def test_held_out_text_is_checked_where_it_enters(tmp_path):
         Settings(limit=0)
     with pytest.raises(UserError, match="did you mean 'perplexity'"):
         evaluate_run(RunFolder(tmp_path), ["perplexty"])
+
+
+def test_sources_that_are_parts_of_one_data_set_read_its_text_once(tmp_path):
+    data = write_held_out(tmp_path / "data", ["one"])
+    sources = [
+        {"path": str(data), "subset": "web"},
+        {"path": f"{data}/", "subset": "books"},
+        {"path": f"{data}/../data"},
+    ]
+    run = RunFolder(tmp_path)
+    run.recipe_file.write_text(json.dumps({"data": {"sources": sources}}))
+    assert len(read_documents(held_out.held_out_files(run), 100)[0]) == 1
+
+
+def test_a_machine_without_the_harness_says_so(run, monkeypatch):
+    harness_tasks.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(RunError, match="own not evaluated: lm-eval is not installed"):
+        evaluate_run(run, ["own"], limit=1)
 
 
 def test_the_part_of_the_text_that_is_read_is_bounded_in_bytes_and_independent_of_order():

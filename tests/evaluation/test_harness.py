@@ -13,15 +13,12 @@ from data_prep.errors import DataError
 from pretrain.errors import UserError
 from pretrain.evaluation import suites
 from pretrain.evaluation.evaluate import evaluate_model
-from pretrain.evaluation.harness import run_tasks
-from pretrain.evaluation.likelihood import Scorer
-from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.local_data import read_records
 from pretrain.evaluation.settings import Settings
 from pretrain.evaluation.suites import benchmarks, check_suites
 from pretrain.evaluation.summary import summary_rows, warning_lines
-from pretrain.evaluation.task_files import TaskPlan, local_task_file, plan_tasks, task_settings
-from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, by_hand, log_probabilities
+from pretrain.evaluation.task_files import plan_tasks, task_settings
+from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, ask, by_hand, log_probabilities
 
 LIMIT = 12
 
@@ -224,18 +221,13 @@ def test_unknown_suites_and_broken_data_are_refused_by_name(tmp_path, monkeypatc
 
 def test_f1_and_its_error_are_those_of_the_counts(model, tmp_path):
     """A task with the harness's F1, whose aggregate is no mean of its items."""
-    source = tmp_path / "yes_no.yaml"
-    source.write_text(
-        "task: yes_no\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['no', 'yes']\n"
+    words = (
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['no', 'yes']\n"
         "doc_to_target: label\nmetric_list:\n  - {metric: acc}\n  - {metric: f1}\n"
     )
-    file = tmp_path / "yes_no.jsonl"
     labels = [0, 1, 1, 0, 1, 0, 1, 1, 0, 1]
-    file.write_text(
-        "".join(json.dumps({"q": f"{chr(65 + i)}?", "label": label}) + "\n" for i, label in enumerate(labels))
-    )
-    text = local_task_file(source, {"test": file}, {"task": "yes_no"})
-    task = run_tasks(HarnessModel(Scorer(model, EOD), ByteTokenizer()), TaskPlan({"yes_no": text}))["yes_no"]
+    asked = [{"q": f"{chr(65 + i)}?", "label": label} for i, label in enumerate(labels)]
+    task = ask(tmp_path, model, asked, words)
     said = [
         int(likelihood(model, f"{chr(65 + i)}?", " yes") > likelihood(model, f"{chr(65 + i)}?", " no"))
         for i in range(10)
@@ -286,10 +278,25 @@ def test_a_wrong_row_of_the_benchmarks_is_named(tmp_path, monkeypatch, text, mes
         benchmarks.__wrapped__()
 
 
-@pytest.mark.parametrize("text", ["- 1", "task: [a]", "dataset_name: x", "task: {", "task: !other x"])
+ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(7))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- 1",
+        "task: [a]",
+        "dataset_name: x",
+        "task: {",
+        "task: !other x",
+        "task: x\nmetric: !!timestamp x",
+        "task: x\nmetric: !!python/object/apply:os.getcwd []",
+        f"task: x\n{ALIASES}dataset_name: *a6",
+    ],
+)
 def test_a_task_file_that_is_none_is_named(tmp_path, text):
     (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"wrong\.yaml: (is no task file|cannot be read as a task file)"):
+    with pytest.raises(UserError, match=r"wrong\.yaml: (names no task|cannot be read as YAML).*constraints\.txt"):
         task_settings(tmp_path / "wrong.yaml")
 
 
@@ -326,19 +333,11 @@ class Narrow(ByteTokenizer):
 
 
 def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(model, tmp_path):
-    source = tmp_path / "lines.yaml"
-    source.write_text(
-        "task: lines\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n"
+    lines = (
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n"
         "  - {metric: word_perplexity}\n  - {metric: byte_perplexity}\n  - {metric: bits_per_byte}\n"
     )
-    file = tmp_path / "lines.jsonl"
-
-    def bits(text: str) -> dict:
-        file.write_text(json.dumps({"text": text}) + "\n")
-        plan = TaskPlan({"lines": local_task_file(source, {"test": file}, {"task": "lines"})})
-        return run_tasks(HarnessModel(Scorer(model, EOD), Narrow()), plan)["lines"]
-
-    whole, lossy = bits("abcde" * 4), bits("abcüx" * 4)
+    whole, lossy = (ask(tmp_path, model, [{"text": text}], lines, Narrow()) for text in ("abcde" * 4, "abcüx" * 4))
     assert whole["lost_bytes"] == 0 and math.isfinite(whole["metrics"]["bits_per_byte"])
     assert lossy["lost_bytes"] == 4 * 3 and lossy["scored_bytes"] == 4 * 6
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):

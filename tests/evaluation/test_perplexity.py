@@ -136,6 +136,10 @@ def test_what_the_tokenizer_loses_is_counted_and_its_figures_are_refused():
     assert "refused (27 % of the text lost)" in markdown_summary({"run": found})
     [warning, _] = warning_lines({"run": found})
     assert "the tokenizer loses 27 %" in warning
+    diverged = BigramModel()
+    diverged.table.data.fill_(math.nan)
+    found = evaluate_model(diverged, Lossy(), ["perplexity"], documents=mixed)
+    assert "| not finite (2 of 2) |" in markdown_summary({"run": found})
 
 
 def test_what_was_read_is_told_by_its_bytes_and_digest():

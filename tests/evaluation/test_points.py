@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from pretrain.evaluation.evaluate import evaluate_model
-from pretrain.evaluation.harness import run_tasks
 from pretrain.evaluation.held_out import Document
 from pretrain.evaluation.likelihood import Scorer, Window
-from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.summary import markdown_summary, summary_rows
-from pretrain.evaluation.task_files import TaskPlan, local_task_file
-from tests.evaluation.stubs import EOD, VOCABULARY, BigramModel, ByteTokenizer
+from tests.evaluation.stubs import EOD, VOCABULARY, BigramModel, ByteTokenizer, ask
 from tests.evaluation.test_own_suite import prose
 
 
@@ -26,16 +22,6 @@ def constant(value: float = 0.0) -> BigramModel:
     model = BigramModel(context_length=512)
     model.table.data.fill_(value)
     return model
-
-
-def ask(
-    folder: Path, model: BigramModel, records: list[dict], task: str, tokenizer: ByteTokenizer | None = None
-) -> dict:
-    """One task over `records`, through the harness."""
-    (folder / "asked.yaml").write_text(f"task: asked\n{task}")
-    (folder / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    text = local_task_file(folder / "asked.yaml", {"test": folder / "asked.jsonl"}, {"task": "asked"})
-    return run_tasks(HarnessModel(Scorer(model, EOD), tokenizer or ByteTokenizer()), TaskPlan({"asked": text}))["asked"]
 
 
 CHOICE = (

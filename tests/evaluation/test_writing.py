@@ -15,9 +15,10 @@ from mor_model.weights import load_model
 from pretrain.cli.main import main
 from pretrain.errors import RunError
 from pretrain.evaluation import evaluate
-from pretrain.evaluation.evaluate import NotWritten, evaluate_run
+from pretrain.evaluation.evaluate import Incomplete, evaluate_run
 from pretrain.run_folder import RunFolder
 from tests.evaluation.runs import make_run
+from tests.evaluation.test_identity import questions
 from tests.evaluation.test_own_suite import prose
 
 
@@ -73,7 +74,7 @@ def test_each_result_is_written_as_soon_as_it_is_there(run, monkeypatch):
 def test_results_that_cannot_be_written_are_returned_with_the_error(run, monkeypatch):
     fill_the_disk(monkeypatch, run.path, "perplexity", "own_")
     with pytest.raises(
-        NotWritten, match=r"perplexity\.json: not written \(No space left.*own\.json: not written"
+        Incomplete, match=r"perplexity\.json: not written \(No space left.*own\.json: not written"
     ) as told:
         evaluate_run(run, ["perplexity", "own", "routing"], limit=1)
     assert list(told.value.results) == ["perplexity", "own", "routing"]
@@ -85,7 +86,7 @@ def test_a_full_temporary_folder_is_named(run, monkeypatch, tmp_path):
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     fill_the_disk(monkeypatch, scratch, "own_")
-    with pytest.raises(RunError, match=r"own: cannot be evaluated .*scratch has room, or let TMPDIR"):
+    with pytest.raises(RunError, match=r"own not evaluated: .*scratch has room, or let TMPDIR"):
         evaluate_run(run, ["own"], limit=1)
 
 
@@ -101,6 +102,26 @@ def test_mor_eval_shows_what_it_could_not_write_and_exits_with_2(run, monkeypatc
     table.parent.write_text("no folder")
     code, shown, said = mor(monkeypatch, capsys, "eval", run.path, "-s", "perplexity", "--markdown", table)
     assert (code, shown) == (2, "") and "file: cannot be written" in said
+
+
+def test_suites_that_can_run_do_beside_those_that_cannot(run, monkeypatch, capsys, tmp_path):
+    """Beside missing text, damaged questions and a run without weights, what can be evaluated is, and is recorded."""
+    questions(tmp_path / "eval", 3)
+    (tmp_path / "eval" / "copa.validation.jsonl").write_text("{")
+    monkeypatch.setenv("MOR_SHARED_DATA", str(tmp_path))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    begun = make_run(tmp_path / "other" / "begun", [prose(1, 12)])
+    (begun.weights / "model.safetensors").unlink()
+    chosen = [*(f"--suite={name}" for name in ("perplexity", "copa", "winogrande", "routing")), "--device", "cpu"]
+    code, shown, said = mor(monkeypatch, capsys, "eval", begun.path, run.path, *chosen)
+    assert code == 2 and "winogrande" in shown and said.count("\n") == 1
+    assert [file.name for file in run.evaluation.iterdir()] == ["winogrande.json"]
+    assert f"perplexity, copa, winogrande, routing not evaluated: {begun.weights}" in said and "let it finish" in said
+    assert f"perplexity, routing not evaluated: {tmp_path}/data/held_out" in said and "--data DIR" in said
+    assert f"copa not evaluated: {tmp_path}/eval/copa.validation.jsonl:1: not JSON" in said
+    (tmp_path / "eval" / "copa.validation.jsonl").unlink()
+    code, _, said = mor(monkeypatch, capsys, "eval", run.path, *chosen, "--data", tmp_path / "moved")
+    assert (code, said) == (0, "")
 
 
 @pytest.mark.parametrize(
