@@ -118,6 +118,7 @@ class CorpusReader:
         self.notices = [*left_out, *notices(sources, options)]
         sources = with_standard_input(sources, Path(self._scratch.name))
         self._groups = plan_groups(sources, options, _WHOLE_FILES)
+        self._files = self._files_now()
         self.rejects: Counter[str] = Counter()
         self.examples: list[str] = []
 
@@ -149,6 +150,19 @@ class CorpusReader:
             finally:
                 if reader is not None:
                     reader.close()
+
+    def refuse_changed_files(self) -> None:
+        """Check, after a second reading, that it read what the first one did.
+
+        Raises:
+            DataError: a file has another size or time of change than when this reader was made.
+        """
+        for path in (path for path, now in self._files_now().items() if now != self._files[path]):
+            raise DataError(f"{path} was changed while it was read; run the command again when nothing writes it.")
+
+    def _files_now(self) -> dict[str, tuple[int, int] | None]:
+        found = {path: Path(path) for group in self._groups for path in group.files}
+        return {p: (f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else None for p, f in found.items()}
 
     def _reject(self, reason: str, file: str, line: int, detail: str) -> None:
         self.rejects[reason] += 1

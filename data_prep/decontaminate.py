@@ -7,7 +7,7 @@ appendix C, uses 13-grams). A document is removed when it shares enough distinct
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers,
 from data_prep.errors import DataError
 from data_prep.evaluation_texts import EvaluationIndex, Match
 from data_prep.files import atomic_write, write_json, write_text
+from data_prep.plain_text import markdown_text
 from data_prep.sources import ReadOptions
 
 NGRAM = 13
@@ -237,23 +238,29 @@ def render(report: DecontaminationReport) -> str:
     for found in report.evaluation:
         share = found.ngrams_found / max(found.ngrams, 1)
         cells = (found.name, found.items, found.too_short, found.contaminated, found.ngrams, f"{share:.3%}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(_row(cells))
     for found in report.evaluation:
         if found.worst:
-            lines += ["", f"## {found.name}", "", "| item | found | in one document | document |", "|---|---|---|---|"]
             lines += [
-                f"| {item.label} | {item.share:.1%} | {item.document_share:.1%} | {_cell(item)} |"
-                for item in found.worst
+                "",
+                f"## {markdown_text(found.name)}",
+                "",
+                "| item | found | in one document | document |",
+                "|---|---|---|---|",
+            ]
+            lines += [
+                _row((i.label, f"{i.share:.1%}", f"{i.document_share:.1%}", f"{i.document} ({i.document_begins})"))
+                for i in found.worst
             ]
     if report.rejects:
         lines += [
             "",
             f"Could not be read: {report.rejects}",
             "",
-            *(f"- {example}" for example in report.reject_examples),
+            *(f"- {markdown_text(example)}" for example in report.reject_examples),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(item: FoundItem) -> str:
-    return f"{item.document} ({item.document_begins})".replace("|", "\\|")
+def _row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(markdown_text, cells))} |"

@@ -80,7 +80,7 @@ def deduplicate(
         progress: called with the name of the pass and the number of documents done, now and then.
 
     Raises:
-        DataError: sources that do not exist, `out` not empty, a threshold out of range.
+        DataError: sources that do not exist or change meanwhile, `out` not empty, a threshold out of range.
     """
     if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"the similarity of near copies is above 0 and at most 1, not {threshold}.")
@@ -101,6 +101,8 @@ def deduplicate(
             places: dict[int, str] = {}
             wanted = set(original[original != np.arange(original.size)].tolist())
             for entry in reader:
+                if entry.number == original.size:
+                    break  # a file has grown
                 if entry.number % 1000 == 0:
                     report("write", entry.number)
                 keeps = int(original[entry.number])
@@ -118,6 +120,7 @@ def deduplicate(
                     removed.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
                 if entry.large and entry.large.temporary:
                     entry.large.path.unlink(missing_ok=True)
+            reader.refuse_changed_files()
     result = DedupReport(
         documents=original.size,
         exact_copies=exact,

@@ -7,6 +7,7 @@ item; WikiText in its raw form, one item a page; plain text, one item. A folder 
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_prep.identity import FileIdentity, identity
 from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
 from data_prep.sources import ReadOptions, SourceError
 from data_prep.sources.base import LARGE
-from data_prep.sources.find import kind_of
+from data_prep.sources.find import files_below, kind_of
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.parquet import records
 
@@ -149,7 +150,7 @@ def _named_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            inside = sorted(map(Path, files_below(path)))
             if not inside:
                 raise DataError(f"the folder of evaluation sets {path} holds no file.")
             yield from inside
@@ -187,7 +188,7 @@ def _json_items(path: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            record = orjson.loads(line)
+            record = orjson.loads(line.removeprefix(BOM_UTF8))
         except orjson.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: the evaluation set is not JSON lines ({error}).") from None
         yield Item(f"line {number}", list(_texts(record)))

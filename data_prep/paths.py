@@ -14,8 +14,8 @@ def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
     Raises:
         DataError: `name` is no relative path in a file system's terms, or leads out of the folder.
     """
-    usable = isinstance(name, str) and name and "\0" not in name and not PurePosixPath(name).is_absolute()
-    if not usable or ".." in PurePosixPath(str(name)).parts:
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()  # none for the folder itself
+    if not parts or parts[0].startswith("/") or ".." in parts or "\0" in str(name):
         raise DataError(f"{where}: {name!r} is not the name of a file inside {folder}.")
     path = Path(folder) / str(name)
     try:

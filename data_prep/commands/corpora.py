@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +123,7 @@ def decontaminate(
     for found in report.evaluation:
         if found.contaminated:
             say(f"{found.name}: half or more found of {found.contaminated:,} of {found.items:,} items")
-    print(f"{out / 'report.md'} names the items and documents")
+    say(f"{out / 'report.md'} names the items and documents")
     _finish(report.rejects, report.notices, report.documents, out)
 
 
@@ -143,7 +142,7 @@ def _options(text_field: str, format: str, separator: str, subset_field: str, su
 def _finish(rejects: dict[str, int], notices: list[str], documents: int, out: Path) -> None:
     """Say what could not be read; exit with 1 where that is a broken file, or more than one document in a hundred."""
     for sentence in notices:
-        print(f"note: {sentence}", file=sys.stderr)
+        say(f"note: {sentence}", error=True)
     if not rejects:
         return
     counts = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())

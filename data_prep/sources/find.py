@@ -16,7 +16,7 @@ from data_prep.identity import FileIdentity, identity
 from data_prep.plain_text import plain
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.embedded import NAME as EMBEDDED
-from data_prep.sources.hub import PRESETS
+from data_prep.sources.hub import PRESETS, hub_parts
 from data_prep.sources.streams import COMPRESSIONS
 
 _SUFFIXES = {
@@ -112,7 +112,9 @@ def _once(sources: Sequence[SourceFiles]) -> tuple[list[SourceFiles], list[tuple
         new: list[str] = []
         owner = ""
         for thing in source.files or [source.hub or EMBEDDED]:
-            key = identity(thing) if source.files and thing != STANDARD_INPUT else thing
+            key: FileIdentity = ":".join(hub_parts(thing)) if source.hub else thing
+            if source.files and thing != STANDARD_INPUT:
+                key = identity(thing)
             if key in seen:
                 first, owner = seen[key]
                 again.append((thing, first))
@@ -181,7 +183,7 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
         _refuse_unfinished(path.parent)
         return [address], []
     if os.path.isdir(address):
-        candidates = sorted(_without_reports(_files_below(path)))
+        candidates = sorted(_without_reports(files_below(path)))
     elif matches := _matches(address):
         candidates = sorted(_without_reports(filter(_is_file, matches)))
     elif glob.has_magic(address):
@@ -214,17 +216,30 @@ def _matches(address: str) -> list[str]:
     return glob.glob(address, recursive=True)
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    """Files in `folder` and the folders in it, links followed; hidden ones are left out."""
-    for name, folders, files in os.walk(folder, followlinks=True):
+def files_below(folder: Path) -> Iterator[str]:
+    """Files in `folder` and the folders in it, links followed, each folder once; hidden ones are left out.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, onerror=_refuse_unlisted, followlinks=True):
         here = os.path.realpath(name)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
         folders[:] = [
             child
-            for child in folders
+            for child in sorted(folders)
             if not child.startswith(".") and not _holds(os.path.realpath(os.path.join(name, child)), here)
         ]
         paths = (os.path.join(name, file) for file in files if not file.startswith("."))
         yield from filter(_is_file, paths)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} cannot be listed: {error.strerror}.")
 
 
 def _without_reports(paths: Iterable[str]) -> list[str]:
@@ -293,9 +308,9 @@ def _split_name(specification: str) -> tuple[str, str]:
 
 
 def _default_name(address: str) -> str:
-    path = Path(address.rstrip("/"))
-    if os.path.isdir(path):
-        return path.name
+    if os.path.isdir(address):
+        return Path(os.path.abspath(address)).name or "files"
+    path = Path(address)
     if glob.has_magic(address):
         return path.parent.name or "files"
     bare = path.name

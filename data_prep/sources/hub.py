@@ -32,13 +32,24 @@ def hub_groups(
     Raises:
         DataError: the hub cannot be reached, or has no such data set.
     """
-    _, repository, config, split, *_ = [*address.split(":"), "", ""]
-    split = split or "train"
+    repository, config, split = hub_parts(address)
     revision, files = _commit_and_files(repository, config, split, (revisions or {}).get(repository, ""))
     extra: dict[str, str | int] = {
         "repository": repository, "revision": revision, "config": config, "split": split, "files": files,
     }  # fmt: skip
     return [Group(first + n, name, "hub", (), 0, 1, piece_bytes, {**extra, "file": n}) for n in range(files)]
+
+
+def hub_parts(address: str) -> tuple[str, str, str]:
+    """Repository, configuration and split of `hub:REPO[:CONFIG[:SPLIT]]`.
+
+    Raises:
+        DataError: there is more behind the split.
+    """
+    repository, config, split, *more = [*address.removeprefix("hub:").split(":"), "", ""]
+    if any(more):
+        raise DataError(f"{address!r} has too many parts; a hub data set is named hub:REPOSITORY[:CONFIG[:SPLIT]].")
+    return repository, config, split or "train"
 
 
 def hub_revisions(groups: Iterable[Group]) -> dict[str, str]:

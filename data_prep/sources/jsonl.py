@@ -51,12 +51,11 @@ class JsonlReader(PieceReader):
         for path in self.group.files:
             self.file, self.lines = path, 0
             try:
-                reader = LineReader(path)
-                self._lines = reader
-                yield from self._records(reader, 0, None)
+                self._lines = LineReader(path)
+                yield from self._records(self._lines, 0, None)
             except SourceError as error:
                 yield Reject(error.reason, self.lines, str(error))
-            reader.stream.close()
+            self.close()
         self.end_seen = True
 
     def _records(self, reader: LineReader, start: int, end: int | None) -> Iterator[Item]:

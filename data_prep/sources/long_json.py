@@ -14,7 +14,7 @@ from data_prep.sources.lines import LongLine
 from data_prep.sources.spool import Spool
 
 _MARK = re.compile(rb'["{}\[\]:]')
-_SMALL_VALUE = 1 << 20  # a string of a field other than the text is kept up to this size
+_SMALL_VALUE = 1 << 20  # a string of a field that nobody asked for is kept up to this size
 _SKELETON = 64 << 20  # bytes besides the text
 _DEPTH = 1024  # as deep as the JSON parser goes
 _LONGEST_ESCAPE = 12  # bytes: two halves of a surrogate pair, which are decoded together
@@ -31,7 +31,7 @@ def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: P
     The object's values are walked without being held; only the text and short values are kept.
 
     Args:
-        keep_fields: whether the document holds the other fields of its record too; strings above a megabyte are empty.
+        keep_fields: whether the document holds the other fields of its record too.
 
     Raises:
         SourceError: the file is damaged inside the line.
@@ -39,7 +39,7 @@ def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: P
     text_path = field_path(options.text_field)
     with Spool(options, scratch) as spool:
         try:
-            record = orjson.loads(_Walker(line, spool, text_path).skeleton().removeprefix(BOM_UTF8))
+            record = orjson.loads(_Walker(line, spool, text_path, keep_fields).skeleton().removeprefix(BOM_UTF8))
         except (_Broken, orjson.JSONDecodeError) as error:
             return Reject("invalid_json", number, f"a line above {LARGE >> 20} MB: {error}")
         except UnicodeDecodeError as error:
@@ -56,16 +56,18 @@ def read_long_line(line: LongLine, number: int, options: ReadOptions, scratch: P
 
 
 class _Walker:
-    """Copies a JSON text with the wanted string replaced by a placeholder and other huge strings by empty ones.
+    """Copies a JSON text with the wanted string replaced by a placeholder and, unless all are kept, other huge strings
+    by empty ones.
 
     The copy is then judged by the JSON parser, so the walk itself only has to know where strings begin and end, how
     deep the nesting is and which key stands in front.
     """
 
-    def __init__(self, line: LongLine, text: Spool, path: tuple[str, ...]) -> None:
+    def __init__(self, line: LongLine, text: Spool, path: tuple[str, ...], keep_all: bool) -> None:
         self._line, self._text, self._path = line, text, path
         self._data, self._at = b"", 0  # what is read, and how much of it is done
         self._out = bytearray()
+        self._longest = _SKELETON if keep_all else _SMALL_VALUE
 
     def skeleton(self) -> bytes:
         """The whole line, with little in place of much."""
@@ -121,11 +123,11 @@ class _Walker:
         self._out += data
 
     def _string(self) -> bytes:
-        """The string under way as it is written; empty where it is huge."""
+        """The string under way as it is written; empty where it is huge and not to be kept."""
         kept = bytearray()
         huge = False
         for raw in self._raw():
-            huge = huge or len(kept) + len(raw) > _SMALL_VALUE
+            huge = huge or len(kept) + len(raw) > self._longest
             if not huge:
                 kept += raw
         return b"" if huge else bytes(kept)

@@ -7,6 +7,7 @@ of a megabyte or a thousand rows, whichever is more; none can be above 2 GB.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,6 @@ class ParquetReader(PieceReader):
         return pieces[piece]
 
     def _rows(self, path: str, groups: tuple[int, int] | None) -> Iterator[Item]:
-        import pyarrow
-
         file = _open(path)
         wanted, top = self._fields, set(file.schema_arrow.names)
         # A flattened table has columns with dots in their names.
@@ -98,7 +97,7 @@ class ParquetReader(PieceReader):
         numbers = range(*groups) if groups is not None else range(file.metadata.num_row_groups)
         options = self.options
         columns = None if self.keep_fields else wanted
-        try:
+        with _damage(path):
             for batch in _batches(path, file, numbers, columns):
                 for row in _rows_of(_with_readable_times(batch) if self.keep_fields else batch):
                     self.lines += 1
@@ -111,10 +110,6 @@ class ParquetReader(PieceReader):
                     found = accept(text, subset, values[0] if options.language_field else None, self.lines, options)
                     text_path = field_path(options.text_field)
                     yield with_fields(found, _nested(row), text_path) if self.keep_fields else found
-        except MemoryError as error:
-            raise _too_large(path, error) from None
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
 
 
 def records(path: str) -> Iterator[dict[str, Any]]:
@@ -123,25 +118,28 @@ def records(path: str) -> Iterator[dict[str, Any]]:
     Raises:
         SourceError: it is damaged, or needs too much memory.
     """
-    import pyarrow
-
     file = _open(path)
-    try:
+    with _damage(path):
         for batch in _batches(path, file, range(file.metadata.num_row_groups), None):
             for row in _rows_of(batch):
                 if isinstance(row, UnicodeDecodeError):
                     raise row
                 yield row
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """What the library raises over a file's rows, as a `SourceError`."""
+    import pyarrow
+
+    try:
+        yield
     except MemoryError as error:
-        raise _too_large(path, error) from None
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise SourceError(
+            "unreadable_file", f"{path}: is damaged, or has larger pages than memory holds ({error or 'out of memory'})"
+        ) from None
+    except (OSError, ValueError, OverflowError, LookupError, pyarrow.ArrowException) as error:
         raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
-
-
-def _too_large(path: str, error: MemoryError) -> SourceError:
-    return SourceError(
-        "unreadable_file", f"{path}: is damaged, or has larger pages than memory holds ({error or 'out of memory'})"
-    )
 
 
 def _batches(path: str, file: Any, numbers: Iterable[int], columns: list[str] | None) -> Iterator[Any]:
@@ -185,11 +183,11 @@ def _dictionary_bytes(path: str, column: Any) -> int:
 
 
 def _with_readable_times(batch: Any) -> Any:
-    """`batch` with points in time as text: Python's own have no nanoseconds, and end in the year 9999."""
+    """`batch` with dates and times as text: Python's own have no nanoseconds, and end in the year 9999."""
     import pyarrow
 
     for number, kind in enumerate(batch.schema.types):
-        if pyarrow.types.is_timestamp(kind):
+        if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
             name = batch.schema.names[number]
             batch = batch.set_column(number, name, batch.column(number).cast(pyarrow.string()))
     return batch

@@ -19,6 +19,7 @@ from data_prep.corpus import CorpusReader, CorpusWriter, Entry, map_entries
 from data_prep.decontaminate import decontaminate
 from data_prep.dedup import deduplicate
 from data_prep.errors import DataError
+from data_prep.evaluation_texts import EvaluationIndex
 from data_prep.sources import ReadOptions, lines, spool
 from tests.data_prep.support import large_entry, write_jsonl
 
@@ -133,6 +134,13 @@ def test_what_is_written_reads_the_same_with_the_same_options(tmp_path: Path, mo
     assert (writer.documents, writer.text_bytes) == (6, sum(len(entry.text.encode()) for entry in entries))
 
 
+def test_a_long_string_beside_a_long_text_stays(tmp_path: Path) -> None:
+    record = {"html": "h" * (3 << 20), "text": "t " * (5 << 20)}
+    path = write_jsonl(tmp_path / "in.jsonl", [record])
+    deduplicate([str(path)], tmp_path / "out", ReadOptions(), workers=1)
+    assert written(tmp_path / "out") == [record]
+
+
 FIELDS = {
     "id": 2**60, "meta": {"pile_set_name": "Books3", "score": 0.1}, "\x00text\x00": ["text", None, {"text": "x"}]
 }  # fmt: skip
@@ -155,12 +163,23 @@ def test_the_other_fields_of_a_record_stay(tmp_path: Path, monkeypatch: pytest.M
     assert [entry.subset for entry in CorpusReader([str(tmp_path / "clean")], options)] == ["Books3"] * 3
 
 
+def test_a_value_too_deep_for_its_column_is_a_broken_file(tmp_path: Path) -> None:
+    """Python's dates end in the year 9999, and those within other values are not turned into text."""
+    dates = pyarrow.array([[10_000_000]], pyarrow.list_(pyarrow.int32())).cast(pyarrow.list_(pyarrow.date32()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "dates": dates}), tmp_path / "in.parquet")
+    reader = CorpusReader([str(tmp_path / "in.parquet")], ReadOptions())
+    assert list(reader) == [] and reader.rejects == {"broken_compression": 1}
+    with pytest.raises(DataError, match=r"in\.parquet cannot be read behind row 0: .*out of range"):
+        EvaluationIndex([tmp_path / "in.parquet"], 1)
+
+
 def test_the_other_columns_of_a_table_stay(tmp_path: Path) -> None:
     rows = {
         "doc.text": ["one", "two", "one"],
         "doc.id": [1, 2, 3],
         "meta.set": ["a", "b", "a"],
         "when": pyarrow.array([0, 10**18 + 1, 5], pyarrow.timestamp("ns")),
+        "day": pyarrow.array([0, 10_000_000, 5], pyarrow.int32()).cast(pyarrow.date32()),
         "price": [Decimal("1.50"), None, Decimal("2.00")],
         "image": [b"\xff\x00", b"", None],
         "odd": [float("nan"), 0.5, 1.0],
@@ -171,6 +190,7 @@ def test_the_other_columns_of_a_table_stay(tmp_path: Path) -> None:
     assert first["doc"] == {"id": 1, "text": "one"} and second["doc"] == {"id": 2, "text": "two"}
     assert (first["meta"], first["price"], first["image"], first["odd"]) == ({"set": "a"}, "1.50", "/wA=", None)
     assert second["when"].endswith(".000000001") and second["price"] is None
+    assert (first["day"], second["day"]) == ("1970-01-01", "29349-01-26")
     options = ReadOptions(text_field="doc.text", subset_field="meta.set")
     assert [(e.text, e.subset) for e in CorpusReader([str(tmp_path / "out")], options)] == [("one", "a"), ("two", "b")]
 

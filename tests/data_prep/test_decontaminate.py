@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,24 @@ def test_items_in_scripts_without_spaces_are_found(tmp_path: Path, letters: str)
     assert (report.documents_with_matches, report.removed, report.evaluation[0].too_short) == (2, 1, 0)
     (line,) = removed_lines(tmp_path / "out")
     assert (line["document"], line["item"], line["item_share"]) == (f"{path}:2", "line 2", 1.0)
+
+
+def test_text_of_evaluation_sets_and_documents_is_no_markup_in_the_report(tmp_path: Path) -> None:
+    page = f" = <b>A | page</b> = \n{make_text(1)}\n"
+    (tmp_path / "a.raw").write_text(page)
+    path = write_jsonl(tmp_path / "docs.jsonl", [{"text": f"[x](y) | {make_text(1)}"}])
+    decontaminate([str(path)], [tmp_path / "a.raw"], tmp_path / "out", ReadOptions(), workers=1)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert r"| \<b\>A \| page\</b\> |" in text and r"(\[x\](y) \| " in text
+
+
+def test_folders_of_evaluation_sets_are_read_with_what_links_lead_to(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "elsewhere" / "b.jsonl", [{"q": make_text(1)}])
+    (tmp_path / "elsewhere" / "c.jsonl").write_bytes(BOM_UTF8 + json.dumps({"q": make_text(2)}).encode())
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "linked").symlink_to(tmp_path / "elsewhere")
+    index = EvaluationIndex([tmp_path / "sets"], 13)
+    assert [Path(found.name).name for found in index.sets] == ["b.jsonl", "c.jsonl"]
 
 
 def test_an_evaluation_set_given_twice_is_one(tmp_path: Path) -> None:

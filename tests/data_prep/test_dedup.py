@@ -174,6 +174,22 @@ def test_many_ngrams_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(signatures_of(entries(texts)), whole)
 
 
+@pytest.mark.parametrize("more", [2, 4, 5])
+def test_a_corpus_that_changes_between_its_two_readings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "two", "one", "four")])
+
+    def change(digests: np.ndarray) -> np.ndarray:
+        write_jsonl(path, [{"text": f"other {number}"} for number in range(more)])
+        return exact_originals(digests)
+
+    monkeypatch.setattr(dedup, "exact_originals", change)
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while it was read"):
+        deduplicate([str(path)], tmp_path / "out", ReadOptions(), workers=1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_temporary_files_are_where_the_corpus_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool

@@ -20,7 +20,7 @@ from tests.data_prep.test_sources import WIKI, items, texts
 from tests.data_prep.writing import compressed, jsonl, write_jsonl
 
 
-def test_names_of_sources(tmp_path):
+def test_names_of_sources(tmp_path, monkeypatch):
     one, two = write_jsonl(tmp_path / "a" / "one.jsonl.zst", ["x"]), write_jsonl(tmp_path / "a" / "two.json.gz", ["y"])
     names = lambda *specs: [s.name for s in find_sources(list(map(str, specs)), ReadOptions())[0]]  # noqa: E731
     assert names(one, two) == ["one", "two"]
@@ -29,6 +29,8 @@ def test_names_of_sources(tmp_path):
     assert names(tmp_path / "a" / "*.jsonl.zst") == ["a"]
     assert names(f"both={one}", f"both={two}") == ["both"]
     assert names("hub:allenai/c4:en", "pile") == ["allenai/c4", "pile"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert names(".") == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,8 @@ def test_names_of_sources(tmp_path):
         (["a={one}", "b={folder}/./one.jsonl"], "all that 'b' names is in the source 'a' already"),
         (["a=python-docs", "b=python-docs"], "all that 'b' names is in the source 'a' already"),
         (["pile", "b=hub:monology/pile-uncopyrighted"], "all that 'b' names is in the source 'pile' already"),
+        (["c4", "b=hub:allenai/c4:en:train"], "all that 'b' names is in the source 'c4' already"),
+        (["hub:allenai/c4:en:train:more"], "'hub:allenai/c4:en:train:more' has too many parts"),
         (["{folder}/*.none"], r"no file matches '.*\*\.none'"),
         (["lang=none/*.jsonl"], r"no file matches 'none/\*\.jsonl'\. 'lang=none/\*\.jsonl' was taken for NAME=SOURCE"),
         (["*\0"], "no file matches"),

@@ -280,6 +280,16 @@ def test_one_broken_file_of_many_costs_no_other(tmp_path, name, options, wanted)
         assert part and [text for text in place if text in set(part)] == part
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_file_that_cannot_be_opened_costs_no_other(tmp_path, gone):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in "ab"]
+    (group,) = plan_groups(find_sources([str(tmp_path)], ReadOptions())[0], ReadOptions())
+    paths[gone].unlink()
+    found = list(reader_for(group, ReadOptions(), tmp_path).items(0))
+    assert [item.reason for item in found if isinstance(item, Reject)] == ["unreadable_file"]
+    assert texts(found) == ["ba"[gone]]
+
+
 def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(spool_module, "LARGE", 1000)
     wanted = "\n".join(documents(50))

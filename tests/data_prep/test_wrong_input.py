@@ -13,6 +13,7 @@ from data_prep import piece
 from data_prep.errors import DataError
 from data_prep.sources import ReadOptions, find_sources, plan_groups
 from tests.data_prep.writing import command, digest, documents, jsonl, run, write_jsonl
+from tests.fuzz.support import processor_time
 
 WHOLE = ("--validation", 0, "--test", 0)
 
@@ -144,6 +145,27 @@ def test_links_in_a_folder_are_followed(tmp_path):
     ((source,), ignored) = find_sources([str(tmp_path / "corpus")], ReadOptions())
     assert [os.path.relpath(path, tmp_path / "corpus") for path in source.files] == ["a.jsonl", "linked/b.jsonl"]
     assert ignored == []
+
+
+def test_links_between_folders_lead_to_each_folder_once(tmp_path):
+    for here, there in ("ab", "ba"):
+        write_jsonl(tmp_path / here / f"{here}.jsonl", ["x"])
+        for number in range(3):
+            (tmp_path / here / f"link{number}").symlink_to(tmp_path / there)
+    with processor_time(2.0):
+        ((source,), ignored) = find_sources([str(tmp_path)], ReadOptions())
+    assert [os.path.basename(path) for path in source.files] == ["a.jsonl", "b.jsonl"] and ignored == []
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_a_gap(tmp_path, monkeypatch):
+    """Its path is longer than the system takes, which holds for a superuser too."""
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    monkeypatch.chdir(tmp_path)
+    for _ in range(18):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    with pytest.raises(DataError, match=r"the folder .* cannot be listed: File name too long"):
+        find_sources([str(tmp_path)], ReadOptions())
 
 
 @pytest.mark.parametrize("address", ["{}", "{}/*.jsonl"])
