@@ -326,7 +326,7 @@ def check_time(profile: Profile) -> None:
     Raises:
         LaunchError: naming the shortest that makes sense.
     """
-    if profile.time is None:
+    if not profile.time:
         return
     seconds = time_limit_seconds(profile.time)
     longest = max(_ANNOUNCED_SECONDS.values())

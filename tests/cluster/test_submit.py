@@ -13,10 +13,12 @@ import yaml
 from data_prep.errors import DataError
 from pretrain.cluster.profiles import EXAMPLE, Profile, load_profile
 from pretrain.cluster.submit import (
+    Shape,
     check_time,
     job_environment,
     plan_experiment,
     plan_recipe,
+    slurm_options,
     submit,
     time_limit_seconds,
 )
@@ -178,6 +180,13 @@ def test_a_profiles_time_is_read_as_sbatch_reads_it(clusters):
         assert profile.time == written and time_limit_seconds(profile.time) == seconds
 
 
+def test_empty_text_is_text_for_a_variable_and_leaves_an_option_out(clusters):
+    clusters.write_text("clusters: {a: {partition: gpu, environment: {http_proxy: ''}}}")
+    profile = load_profile("a", partition="")
+    assert job_environment(profile)["http_proxy"] == ""
+    assert not any("partition" in option for option in slurm_options(Shape.of(profile), profile))
+
+
 def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
     monkeypatch.setenv("SBATCH_ACCOUNT", "of somebody's shell")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as it is set on a login node without GPUs
@@ -204,7 +213,7 @@ def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
         ("clusters: {a: {partition: [gpu]}}", "a", r"clusters\.a\.partition"),
         ("clusters: {a: {environment: {A: yes}}}", "a", "variable A is True; write its value as text"),
         ("clusters: {a: {environment: {A=B: x}}}", "a", "variable 'A=B' has no name that a shell takes"),
-        ('clusters: {a: {options: ["--x=\\e[2J"]}}', "a", "characters that no program takes"),
+        ('clusters: {a: {options: ["--x=\\e[2J"]}}', "a", "holds control characters"),
         ("- a", "a", r"clusters\.yaml: must be a section with keys of its own"),
         ("default: a", "a", "'clusters' is missing"),
         ("clusters: {a: {}, a: {}}", "a", "stands twice"),
