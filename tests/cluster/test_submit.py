@@ -123,11 +123,22 @@ def test_an_experiment_is_evaluated_as_compare_run_does(tmp_path):
     assert {name for _, name in steps[4].after} == {"tiny-vanilla-eval-1", "tiny-vanilla-eval-2"}
 
 
-def test_a_job_that_cannot_be_remembered_is_submitted_all_the_same(recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> None:
+    """An `sbatch` that accepts every job as number 17."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 17\n")
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+
+
+def test_where_logs_cannot_be_written_nothing_is_submitted(recipe, sbatch):
+    steps = plan_recipe(str(recipe), [f"run_dir={recipe}/below/a/file"], Profile(), None)
+    with pytest.raises(RunError, match=r"file\.logs: cannot be written"):
+        submit(steps, Profile(), dry_run=False, say=pytest.fail)
+
+
+def test_a_job_that_cannot_be_remembered_is_submitted_all_the_same(recipe, sbatch, monkeypatch):
     monkeypatch.setenv("MOR_JOBS", str(recipe / "jobs.jsonl"))  # below a file
     said: list[str] = []
     numbers = submit(plan_recipe(str(recipe), [], Profile(), None), Profile(), dry_run=False, say=said.append)
