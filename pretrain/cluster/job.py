@@ -259,8 +259,8 @@ def _start_ranks(job: Job, run: Path, arguments: list[str]) -> int:
 def outcome(words: Mapping[int, int], code: int) -> int:
     """What a start ended with, from what the ranks say (exit codes by rank) and from srun's code.
 
-    srun makes 143 of ranks that it has itself ended after the first one's code, and 0 of a node that has failed. So a
-    run is finished when its first rank says so, and a message for a person stops it whichever rank has it.
+    srun's code alone misleads: it is 143 where srun itself has ended the other ranks, and can be 0 after a node has
+    failed. So the run is finished when rank 0 says so, and a message for a person from any rank stops it.
     """
     if words.get(0) == EXIT_FINISHED:
         return EXIT_FINISHED
@@ -341,7 +341,9 @@ def said(printed: str, command: Sequence[str], *keys: str) -> dict[str, Any]:
         found = parse_json(printed.strip().splitlines()[-1], "the last line")
         if isinstance(found, dict) and found.keys() >= set(keys):
             return found
-    raise LaunchError(f"`{shlex.join(command)}` did not answer as expected; nothing was started.")
+    raise LaunchError(
+        f"`{shlex.join(command)}` did not answer as expected; run it by hand to see why. Nothing was started."
+    )
 
 
 def say(text: str) -> None:

@@ -188,7 +188,7 @@ def _value_of(option: str, arguments: list[str]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"eval: {plain(message)}: sbatch slurm/eval.sbatch RUN... --suite perplexity")
+        raise LaunchError(f"eval: {plain(message)}; call it as sbatch slurm/eval.sbatch RUN... --suite perplexity")
 
 
 def evaluation_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
