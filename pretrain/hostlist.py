@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator
 
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
 
-# As many nodes as one Slurm cluster can have, and more digits than any of their numbers.
+# As many nodes as one Slurm cluster can have, all their names' characters, and more digits than any of their numbers.
 _MOST_HOSTS = 65536
+_MOST_CHARACTERS = 255 * _MOST_HOSTS
 _MOST_DIGITS = 18
 _RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]*")
@@ -29,9 +29,8 @@ def expand_hostlist(text: str) -> list[str]:
     """
     hosts: list[str] = []
     for word in _split(text):
-        parts = _parts(word.strip(), text)
-        _bound(len(hosts) + math.prod(len(part) for part in parts), text)
-        hosts.extend("".join(name) for name in itertools.product(*parts))
+        hosts.extend("".join(name) for name in itertools.product(*_parts(word.strip(), text)))
+        _bound(len(hosts), text)
     return hosts
 
 
@@ -55,15 +54,19 @@ def _parts(word: str, text: str) -> list[list[str]]:
     if not word:
         raise _refusal(text, "a name in it is empty")
     parts: list[list[str]] = []
+    hosts, length = 1, 0
     for number, piece in enumerate(re.split(r"[\[\]]", word)):
         if number % 2:
             parts.append(_numbers(piece, text))
-            # Before the next bracket is written out, or a list of many brackets would take for ever.
-            _bound(math.prod(len(part) for part in parts), text)
         elif _NAME.fullmatch(piece):
             parts.append([piece])
         else:
             raise _refusal(text, f"'{_short(piece)}' is not part of a host's name")
+        hosts, length = hosts * len(parts[-1]), length + len(parts[-1][0])
+        # Before the next bracket is written out, or a list of many brackets would take for ever.
+        _bound(hosts, text)
+        if hosts * length > _MOST_CHARACTERS:
+            raise _refusal(text, "its names are longer than those of hosts")
     return parts
 
 

@@ -66,8 +66,8 @@ class Mirrors:
 
 
 class _TensorBoard:
-    """After a restart or a rewind the steps from the last one in metrics.jsonl on are hidden in the older files, and
-    what metrics.jsonl still has of them is shown again.
+    """After a restart or a rewind, the older files' records are hidden from the last step in metrics.jsonl on; those
+    that metrics.jsonl still has are written again.
     """
 
     def __init__(self, run: Path, recipe: Recipe) -> None:
@@ -95,17 +95,15 @@ class _TensorBoard:
         if not any(self._folder.glob("events.*")):
             self._writer = SummaryWriter(str(self._folder))
             return
-        last = 0
-        kept: list[dict[str, Any]] = []
-        for record in self._run.metrics() if self._run.metrics_file.is_file() else ():
-            if record["kind"] != "event" and record["step"] > last:
-                last = record["step"]
-                kept = [earlier for earlier in kept if earlier["step"] >= last]
-            kept.append(record)
+        last = max((record["step"] for record in self._records() if record["kind"] != "event"), default=0)
         self._writer = SummaryWriter(str(self._folder), purge_step=last)
-        for record in kept:
-            values = {name: value for name, value in record.items() if name != "kind"}
-            self.show(_flat(record["kind"], values), record["step"])
+        for record in self._records():
+            if record["step"] >= last:
+                values = {name: value for name, value in record.items() if name != "kind"}
+                self.show(_flat(record["kind"], values), record["step"])
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        return self._run.metrics() if self._run.metrics_file.is_file() else iter(())
 
 
 class _Wandb:

@@ -44,7 +44,10 @@ def require_writable(folder: Path) -> None:
             stream.write(bytes(4096))
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(f"{folder}: cannot be written ({reason}), so nothing was computed: it would be lost.") from None
+        raise RunError(
+            f"{folder}: cannot be written ({reason}), so nothing was computed or submitted; make room, or use another "
+            "folder."
+        ) from None
 
 
 class RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from typing import Annotated, Optional
@@ -34,14 +35,13 @@ def _show(console: object, everything: bool) -> bool:
     """Print the table; whether a job has not ended yet."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    from data_prep.plain_text import plain
+    from data_prep.plain_text import cell, say
     from pretrain.cluster.jobs import view_jobs
     from pretrain.cluster.records import remembered
 
     assert isinstance(console, Console)
-    everyone = remembered(lambda text: typer.echo(plain(text), err=True))
+    everyone = remembered(functools.partial(say, error=True))
     recent = [record for record in everyone if everything or record.time > time.time() - 86400]
     views = view_jobs(recent)
     if not views:
@@ -56,9 +56,8 @@ def _show(console: object, everything: bool) -> bool:
         state = f"{view.state} ({view.reason})" if view.reason and view.state != "RUNNING" else view.state
         loss = "" if view.loss is None else f"{view.loss:.4f}" if math.isfinite(view.loss) else "not finite"
         left = _duration(view.remaining) if view.remaining is not None else ""
-        # What files and Slurm say is neither markup nor an escape.
-        cells = (view.record.job, view.record.name, state, progress, loss, left, view.record.log)
-        table.add_row(*(Text(plain(cell)) for cell in cells))
+        row = (view.record.job, view.record.name, state, progress, loss, left, view.record.log)
+        table.add_row(*map(cell, row))
     console.print(table)
     return any(view.state in ("PENDING", "RUNNING", "COMPLETING") for view in views)
 

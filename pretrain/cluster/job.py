@@ -31,7 +31,7 @@ from data_prep.files import write_text
 from data_prep.json_input import parse_json
 from data_prep.plain_text import plain
 from pretrain.cluster.restarts import note_start, trained
-from pretrain.environment import clean_environment, free_port, reachable_address, rendezvous_port
+from pretrain.environment import clean_environment, free_port, reachable_address, read_integer, rendezvous_port
 from pretrain.errors import LaunchError, UserError
 from pretrain.hostlist import expand_hostlist
 from pretrain.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_NO_PROGRESS, EXIT_USER
@@ -44,13 +44,13 @@ class Job:
     """The Slurm job this process is the batch script of."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
-        """Raises LaunchError outside a Slurm job."""
+        """Raises LaunchError outside a Slurm job, or when a number that Slurm tells it is not one."""
         if "SLURM_JOB_ID" not in environ:
             raise LaunchError("This runs inside a Slurm job: sbatch slurm/train.sbatch RECIPE, or mor submit RECIPE.")
         self.environ = environ
         self.identity = environ["SLURM_JOB_ID"]
         self.array = environ.get("SLURM_ARRAY_JOB_ID")
-        self.restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        self.restarts = self.number("SLURM_RESTART_COUNT", "0")
         self.hosts = expand_hostlist(environ["SLURM_JOB_NODELIST"])
         self.python = "python" if environ.get("MOR_CONTAINER") else sys.executable
         self.announced: signal.Signals | None = None
@@ -61,15 +61,19 @@ class Job:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._pass_on)
 
+    def number(self, name: str, default: str) -> int:
+        """One of the numbers that Slurm tells the job."""
+        return read_integer(name, self.environ.get(name) or default)
+
     @property
     def cores(self) -> int:
         """Processors of this node that belong to the job."""
-        return int(self.environ.get("SLURM_CPUS_ON_NODE", "1"))
+        return self.number("SLURM_CPUS_ON_NODE", "1")
 
     @property
     def tasks(self) -> int:
         """Tasks the job was asked to have; 1 where nobody said."""
-        return int(self.environ.get("SLURM_NTASKS", "1"))
+        return self.number("SLURM_NTASKS", "1")
 
     def environment_for_sbatch(self) -> dict[str, str]:
         """This job's variables without what describes this job, for a job that it submits."""
@@ -162,7 +166,7 @@ class Job:
     def _tasks_per_node(self) -> int | None:
         if "SLURM_NTASKS_PER_NODE" in self.environ or "SLURM_NTASKS" in self.environ:
             return None
-        return int(self.environ.get("SLURM_GPUS_ON_NODE") or 1)
+        return self.number("SLURM_GPUS_ON_NODE", "1")
 
     def container_options(self) -> list[str]:
         image = self.environ.get("MOR_CONTAINER", "")
@@ -255,8 +259,8 @@ def _start_ranks(job: Job, run: Path, arguments: list[str]) -> int:
 def outcome(words: Mapping[int, int], code: int) -> int:
     """What a start ended with, from what the ranks say (exit codes by rank) and from srun's code.
 
-    srun makes 143 of ranks that it has itself ended after the first one's code, and 0 of a node that has failed. So a
-    run is finished when its first rank says so, and a message for a person stops it whichever rank has it.
+    srun's code alone misleads: it is 143 where srun itself has ended the other ranks, and can be 0 after a node has
+    failed. So the run is finished when rank 0 says so, and a message for a person from any rank stops it.
     """
     if words.get(0) == EXIT_FINISHED:
         return EXIT_FINISHED
@@ -337,7 +341,9 @@ def said(printed: str, command: Sequence[str], *keys: str) -> dict[str, Any]:
         found = parse_json(printed.strip().splitlines()[-1], "the last line")
         if isinstance(found, dict) and found.keys() >= set(keys):
             return found
-    raise LaunchError(f"`{shlex.join(command)}` did not answer as expected; nothing was started.")
+    raise LaunchError(
+        f"`{shlex.join(command)}` did not answer as expected; run it by hand to see why. Nothing was started."
+    )
 
 
 def say(text: str) -> None:

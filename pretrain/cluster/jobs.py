@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from data_prep.errors import DataError
-from data_prep.json_input import parse_json
 from mor_model.errors import ConfigError
 from pretrain.cluster.records import Record
-from pretrain.errors import UserError
-from pretrain.finished import Part, parts
+from pretrain.errors import RunError, UserError
+from pretrain.fields import Fields
+from pretrain.finished import Part, begun_with, parts
 from pretrain.recipe import Recipe, load_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, parse_record
 
 _TAIL_BYTES = 65536
 
@@ -72,7 +71,7 @@ def _view(record: Record, states: dict[str, tuple[str, str]]) -> JobView:
     now = progress[everything.index(current)]
     seconds = now.step_seconds or progress[0].step_seconds
     remaining = None
-    if state == "RUNNING" and seconds is not None:
+    if state == "RUNNING" and seconds:
         steps = (part.steps - done.step for part, done in zip(everything, progress) if part in left)
         remaining = seconds * sum(steps)
     if not state:
@@ -83,12 +82,15 @@ def _view(record: Record, states: dict[str, tuple[str, str]]) -> JobView:
 
 
 def _recipe(record: Record, run: str) -> Recipe:
-    """What the job was submitted to train; where that is gone, or not prepared yet, what the run was begun with."""
+    """What the job was submitted to train. Where that is gone, not prepared yet, or another run by now, what the run
+    was begun with.
+    """
     if record.recipe is not None and Path(record.recipe).is_file():
-        recipe = load_recipe(record.recipe, record.overrides)
-    else:
-        recipe = load_recipe(RunFolder(run).recipe_file)
-    return recipe.model_copy(update={"run_dir": run})
+        recipe = load_recipe(record.recipe, record.overrides).model_copy(update={"run_dir": run})
+        with contextlib.suppress(RunError):
+            begun_with(recipe)
+            return recipe
+    return load_recipe(RunFolder(run).recipe_file).model_copy(update={"run_dir": run})
 
 
 def _progress(part: Part) -> _Progress:
@@ -96,36 +98,21 @@ def _progress(part: Part) -> _Progress:
     if status["state"] == "absent":
         # A branch's folder begins with the trunk's records, which go beyond where the branch leaves.
         return _Progress(part.start, None, None)
-    last = last_training_record(part.folder.metrics_file)
-    step, loss, seconds = last.get("step", status.get("step")), last.get("lm_loss"), last.get("step_seconds")
-    return _Progress(
-        min(step, part.steps) if type(step) is int and step >= 0 else part.start,
-        float(loss) if _is_number(loss) else math.nan if last.get("lm_loss", 0) is None else None,
-        float(seconds) if _is_number(seconds) and seconds > 0 else None,
-    )
+    last = Fields(_last_training_record(part.folder.metrics_file), part.folder.metrics_file)
+    step = last.values.get("step", status.get("step", part.start))
+    return _Progress(min(step, part.steps), last.number("lm_loss", None), last.amount("step_seconds", None))
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def last_training_record(metrics: Path) -> dict[str, Any]:
+def _last_training_record(metrics: Path) -> dict[str, Any]:
     """The newest training record of metrics.jsonl, read from its end; empty where there is none."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(0, os.SEEK_END)
             stream.seek(max(0, stream.tell() - _TAIL_BYTES))
-            lines = stream.read().split(b"\n")[:-1]
+            records = map(parse_record, reversed(stream.readlines()))
     except OSError:
         return {}
-    for line in reversed(lines):
-        try:
-            record = parse_json(line, metrics)
-        except DataError:
-            continue
-        if isinstance(record, dict) and record.get("kind") == "train":
-            return record
-    return {}
+    return next((record for record in records if record is not None and record["kind"] == "train"), {})
 
 
 def _slurm_states(numbers: list[str]) -> dict[str, tuple[str, str]]:

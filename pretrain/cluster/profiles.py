@@ -73,11 +73,11 @@ class Profile(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _text_that_programs_take(cls, value: Any) -> Any:
+    def _no_control_characters(cls, value: Any) -> Any:
         texts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
         for text in texts:
-            if isinstance(text, str) and (plain(text, lines=True) != text or not text):
-                raise ValueError(f"{text!r} is empty, or holds characters that no program takes")
+            if isinstance(text, str) and plain(text, lines=True) != text:
+                raise ValueError(f"{text!r} holds control characters")
         return value
 
     @property

@@ -1,7 +1,7 @@
 """A rank under srun: polite ends count as success there, because srun kills the other ranks at the first other code.
 
-What it really ended with it writes into MOR_EXIT_CODE_FILE.<rank>, before srun can end the others: the first rank
-always, any other where starting again would end the same way.
+The code that a rank really ended with is first written into MOR_EXIT_CODE_FILE.<rank>: by rank 0 always, by the others
+only where it is 2, which another start would end with too.
 """
 
 from __future__ import annotations

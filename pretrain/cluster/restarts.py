@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -42,11 +43,12 @@ def written(folders: Iterable[Path]) -> str:
     calls `reached`. It changes whenever a checkpoint, a result or a finished piece of text is added.
     """
     patterns = [f"{place}{kind}" for place in _RUNS for kind in ("checkpoints/latest", *_RESULTS)]
-    files = {file for folder in folders for pattern in patterns for file in folder.glob(pattern)}
-    newest = max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
-    return (
-        f"anything new after {len(files)} checkpoints, results and finished pieces (the newest of {newest / 1e9:.3f})"
-    )
+    times = []
+    for file in {file for folder in folders for pattern in patterns for file in folder.glob(pattern)}:
+        with contextlib.suppress(OSError):  # a merge has removed it meanwhile
+            times.append(file.stat().st_mtime)
+    last = f", the newest of {_utc(max(times))}" if times else ""
+    return f"anything new after {len(times)} checkpoints, results and finished pieces{last}"
 
 
 def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: Callable[[str], None]) -> str | None:
@@ -66,7 +68,7 @@ def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: C
     except DataError as error:
         say(f"{error} Starts are counted anew.")
         starts = []
-    starts.append({"reached": reached, "cause": cause, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    starts.append({"reached": reached, "cause": cause, "time": _utc(time.time())})
     try:
         write_json(file, {"job": job, "starts": starts})
     except OSError as error:
@@ -78,8 +80,12 @@ def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: C
     history = "; ".join(f"{start['time']} {start['cause']}" for start in starts[-fruitless:])
     return (
         f"{what}: started {fruitless} times without {reached} ({history}). "
-        "Find the reason in the log above, of training also in RUN/stacks, then submit again."
+        "Find the reason in the log above (for training also in RUN/stacks), then submit again."
     )
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _read(file: Path, job: str) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from pretrain.cluster.profiles import Profile
 from pretrain.cluster.records import Record, remember
 from pretrain.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.errors import LaunchError, RecipeError
+from pretrain.run_folder import require_writable
 from pretrain.toolchain import prepare_toolchain
 from pretrain.yaml_input import read_yaml
 
@@ -139,6 +140,7 @@ def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[
 
     Raises:
         LaunchError: without Slurm, or when Slurm would refuse a step; nothing has been submitted then.
+        RunError: the folder of the logs cannot be written; the same.
     """
     if not shutil.which("sbatch"):
         raise LaunchError("there is no sbatch here; log in to a cluster's login node, or use mor submit --local.")
@@ -152,11 +154,12 @@ def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[
         if done.returncode:
             reason = ((done.stderr or done.stdout).strip().splitlines() or ["it gave no reason"])[-1]
             raise LaunchError(f"{step.name}: Slurm would refuse this job: {plain(reason)}\n  {shlex.join(test)}")
+    # Slurm does not make the folders of its logs.
+    for folder in () if dry_run else {Path(step.log).parent for step in steps}:
+        require_writable(folder)
     numbers: dict[str, str] = {}
     for step in steps:
         if not dry_run:
-            # Slurm does not make the folders of its logs.
-            Path(step.log).parent.mkdir(parents=True, exist_ok=True)
             done = _sbatch(step.command(numbers), environ)
             number = done.stdout.strip().split(";")[0]
             if done.returncode or not number:
@@ -326,7 +329,7 @@ def check_time(profile: Profile) -> None:
     Raises:
         LaunchError: naming the shortest that makes sense.
     """
-    if profile.time is None:
+    if not profile.time:
         return
     seconds = time_limit_seconds(profile.time)
     longest = max(_ANNOUNCED_SECONDS.values())

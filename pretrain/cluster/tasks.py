@@ -153,8 +153,8 @@ def _place(job: Job) -> tuple[int, int]:
     """This element's place in its array, counted from 0, and the array's size; (0, 1) outside one."""
     if not job.array:
         return 0, 1
-    first, step = int(job.environ["SLURM_ARRAY_TASK_MIN"]), int(job.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-    return (int(job.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, int(job.environ["SLURM_ARRAY_TASK_COUNT"])
+    index, first, count = (job.number(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "COUNT"))
+    return (index - first) // job.number("SLURM_ARRAY_TASK_STEP", "1"), count
 
 
 def _after(job: Job, condition: str, script: str, arguments: list[str]) -> None:
@@ -188,7 +188,7 @@ def _value_of(option: str, arguments: list[str]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"eval: {plain(message)}: sbatch slurm/eval.sbatch RUN... --suite perplexity")
+        raise LaunchError(f"eval: {plain(message)}; call it as sbatch slurm/eval.sbatch RUN... --suite perplexity")
 
 
 def evaluation_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:

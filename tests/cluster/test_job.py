@@ -193,6 +193,12 @@ def test_ranks_leave_their_codes_where_the_job_reads_them(tmp_path, monkeypatch)
     assert rank.main([]) == 2, "a disk that takes nothing changes no exit code"
 
 
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_CPUS_ON_NODE"])
+@pytest.mark.parametrize("text", ["x", "9" * 5000])
+def test_a_number_that_slurm_does_not_set_is_named(started, recipe, name, text):
+    assert started("train", recipe, **{**FOUR_TASKS, name: text}) == ([], EXIT_USER)
+
+
 def test_the_meeting_place_is_free(monkeypatch):
     environ = {"SLURM_JOB_ID": "17"}
     own = rendezvous_port(environ)

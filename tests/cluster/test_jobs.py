@@ -87,6 +87,13 @@ def test_a_job_is_followed_through_its_trunk_and_its_branch(run, squeue):
     assert (raised.state, raised.step, raised.steps) == ("ENDED", 160, 200), "this budget was never trained"
 
 
+def test_a_recipe_file_that_describes_another_run_by_now_changes_nothing(run):
+    log(run, 0, "finished", 160, {"step": 160, "lm_loss": 1.5})
+    log(run, 1, "finished", 150, {"step": 150, "lm_loss": 1.9})
+    (view,) = view_jobs([record(run, overrides=["seed=99", "budget.steps=9000"])])
+    assert seen(view) == ("COMPLETED", None, 160, 160, 1.5, None)
+
+
 def test_without_its_recipe_file_a_job_trains_what_its_run_was_begun_with(run, squeue):
     squeue("41|PENDING|Dependency", "not a line of squeue's", "42|RUNNING|None")
     log(run, 0, "stopped", 40, {"step": 40, "lm_loss": None, "step_seconds": 0})

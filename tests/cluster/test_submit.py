@@ -13,10 +13,12 @@ import yaml
 from data_prep.errors import DataError
 from pretrain.cluster.profiles import EXAMPLE, Profile, load_profile
 from pretrain.cluster.submit import (
+    Shape,
     check_time,
     job_environment,
     plan_experiment,
     plan_recipe,
+    slurm_options,
     submit,
     time_limit_seconds,
 )
@@ -121,11 +123,22 @@ def test_an_experiment_is_evaluated_as_compare_run_does(tmp_path):
     assert {name for _, name in steps[4].after} == {"tiny-vanilla-eval-1", "tiny-vanilla-eval-2"}
 
 
-def test_a_job_that_cannot_be_remembered_is_submitted_all_the_same(recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> None:
+    """An `sbatch` that accepts every job as number 17."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 17\n")
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+
+
+def test_where_logs_cannot_be_written_nothing_is_submitted(recipe, sbatch):
+    steps = plan_recipe(str(recipe), [f"run_dir={recipe}/below/a/file"], Profile(), None)
+    with pytest.raises(RunError, match=r"file\.logs: cannot be written"):
+        submit(steps, Profile(), dry_run=False, say=pytest.fail)
+
+
+def test_a_job_that_cannot_be_remembered_is_submitted_all_the_same(recipe, sbatch, monkeypatch):
     monkeypatch.setenv("MOR_JOBS", str(recipe / "jobs.jsonl"))  # below a file
     said: list[str] = []
     numbers = submit(plan_recipe(str(recipe), [], Profile(), None), Profile(), dry_run=False, say=said.append)
@@ -178,6 +191,13 @@ def test_a_profiles_time_is_read_as_sbatch_reads_it(clusters):
         assert profile.time == written and time_limit_seconds(profile.time) == seconds
 
 
+def test_empty_text_is_text_for_a_variable_and_leaves_an_option_out(clusters):
+    clusters.write_text("clusters: {a: {partition: gpu, environment: {http_proxy: ''}}}")
+    profile = load_profile("a", partition="")
+    assert job_environment(profile)["http_proxy"] == ""
+    assert not any("partition" in option for option in slurm_options(Shape.of(profile), profile))
+
+
 def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
     monkeypatch.setenv("SBATCH_ACCOUNT", "of somebody's shell")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as it is set on a login node without GPUs
@@ -204,7 +224,7 @@ def test_a_profile_reaches_the_jobs_as_variables(monkeypatch):
         ("clusters: {a: {partition: [gpu]}}", "a", r"clusters\.a\.partition"),
         ("clusters: {a: {environment: {A: yes}}}", "a", "variable A is True; write its value as text"),
         ("clusters: {a: {environment: {A=B: x}}}", "a", "variable 'A=B' has no name that a shell takes"),
-        ('clusters: {a: {options: ["--x=\\e[2J"]}}', "a", "characters that no program takes"),
+        ('clusters: {a: {options: ["--x=\\e[2J"]}}', "a", "holds control characters"),
         ("- a", "a", r"clusters\.yaml: must be a section with keys of its own"),
         ("default: a", "a", "'clusters' is missing"),
         ("clusters: {a: {}, a: {}}", "a", "stands twice"),

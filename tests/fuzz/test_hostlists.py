@@ -6,8 +6,11 @@ import itertools
 import random
 import re
 
+import pytest
+
+from pretrain.errors import LaunchError
 from pretrain.hostlist import expand_hostlist
-from tests.fuzz.support import counts, drive, mutate_text
+from tests.fuzz.support import LIMIT_SECONDS, counts, drive, mutate_text, processor_time
 
 
 def written(source: random.Random) -> str:
@@ -62,3 +65,9 @@ def test_damaged_host_lists_are_refused_or_written_out(count):
 
     outcome = drive(count, damaged, expand_hostlist, changed=compare, seed="damaged")
     assert outcome.refused > 0.1 * count and outcome.used > 0.1 * count
+
+
+@pytest.mark.parametrize("text", ["a" + "[2-3]" * 10 + "[1]" * 20_000, "a" * 100_000 + "[1-999]"], ids=["[", "a"])
+def test_a_short_list_does_not_stand_for_gigabytes(text):
+    with pytest.raises(LaunchError, match="names are longer"), processor_time(LIMIT_SECONDS):
+        expand_hostlist(text)

@@ -5,6 +5,7 @@ Each writes down how it was called and then runs what it was given, so that the 
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -42,6 +43,13 @@ conda() {{
   export PATH={programs}:$PATH
 }}
 """
+# The nodes are one machine, whose other load would make one of them slow: what is measured takes as long on each.
+EQUALLY_FAST = """
+import itertools, sys, time
+if "pretrain.cluster.health" in sys.orig_argv:
+    seconds = itertools.count()
+    time.perf_counter = lambda: float(next(seconds))
+"""
 PYTHON = """\
 #!/usr/bin/env bash
 exec {python} "$@"
@@ -70,3 +78,10 @@ def make_modules(folder: Path, record: Path) -> Path:
     """A shell file that defines `module` and `conda`; only `conda activate` makes `python` known."""
     _program(folder / "programs" / "python", PYTHON.format(python=shlex.quote(sys.executable)))
     return _program(folder / "modules.sh", MODULES.format(record=record, programs=folder / "programs"))
+
+
+def start_python_with(folder: Path, lines: str) -> str:
+    """A PYTHONPATH with which every Python starts with these lines; `folder` is made for them."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(lines, encoding="utf-8")
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))

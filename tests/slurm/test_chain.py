@@ -13,17 +13,18 @@ import yaml
 from pretrain.environment import clean_environment
 from tests.slurm.cluster import Cluster, most_at_once
 from tests.slurm.corpus import write_text_files
+from tests.slurm.stand_ins import EQUALLY_FAST, start_python_with
 from tests.slurm.test_tasks import finished, write_experiment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 NODES = ("--nodes=2", "--gpus-per-node=1", "--time=60")
 
 
-def mor(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+def mor(cluster: Cluster, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     jobs = str(cluster.folder / "work" / "jobs.jsonl")
     clusters = str(cluster.folder / "work" / "clusters.yaml")
     command = [sys.executable, "-m", "pretrain.cli.main", *arguments]
-    environ = {"MOR_JOBS": jobs, "MOR_CLUSTERS": clusters, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
+    environ = {"MOR_JOBS": jobs, "MOR_CLUSTERS": clusters, "OMP_NUM_THREADS": "1", "COLUMNS": "250", **variables}
     return cluster.run(*command, check=False, **environ)
 
 
@@ -132,8 +133,9 @@ def test_the_same_chain_without_slurm(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_doctor_writes_one_page_about_both_nodes(cluster):
-    done = mor(cluster, "doctor", "--cluster", "--nodes=2")
+def test_the_doctor_writes_one_page_about_both_nodes(cluster, tmp_path):
+    path = start_python_with(tmp_path / "python", EQUALLY_FAST)
+    done = mor(cluster, "doctor", "--cluster", "--nodes=2", PYTHONPATH=path)
     lines = done.stdout.splitlines()
     about = {line.split()[1]: line for line in lines if re.match(r"ok +node\d", line)}
     assert sorted(about) == ["node1", "node2"], done.stdout + done.stderr

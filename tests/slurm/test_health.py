@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from tests.pretrain.support import losses
 from tests.slurm.cluster import Cluster, local_cluster
+from tests.slurm.stand_ins import EQUALLY_FAST, start_python_with
 from tests.slurm.training import log, recipe_writer, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -49,12 +51,9 @@ def recipe(three_nodes, training_data) -> tuple[Path, Path]:
 
 
 def unfit(folder: Path, node: str, lines: str) -> str:
-    """A PYTHONPATH with which Python on `node` has this fault."""
-    folder.mkdir(exist_ok=True)
-    body = "".join(f"    {line}\n" for line in lines.strip().splitlines())
-    text = f"import os\nif os.environ.get('SLURMD_NODENAME') == {node!r}:\n{body}"
-    (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
-    return str(folder)
+    """A PYTHONPATH with which Python on `node` has this fault, and which makes all nodes equally fast."""
+    here = f"import os\nif os.environ.get('SLURMD_NODENAME') == {node!r}:"
+    return start_python_with(folder, EQUALLY_FAST + here + textwrap.indent(lines, "    "))
 
 
 def test_a_node_that_does_not_see_the_shared_folder_is_left_out(three_nodes, recipe, undisturbed, tmp_path):
