@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_prep.errors import DataError
 from data_prep.files import write_json
+from data_prep.json_input import read_json
 from data_prep.locks import lock
 from data_prep.manifest import FILE_NAME
 from data_prep.plain_text import cell
@@ -46,6 +47,7 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.with_name(f".{path.name}.lock")):
         if (path / FILE_NAME).is_file():
+            _refuse_other_text(experiment, wanted)
             return
         tokenizer = data.tokenizer
         if tokenizer == TRAIN_TOKENIZER:
@@ -76,7 +78,9 @@ def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> Non
     record = experiment.data_path / _RECORD
     if experiment.data.corpus is None or not record.is_file():
         return  # prepared by hand: the folder is what the experiment asks for
-    found = json.loads(record.read_text(encoding="utf-8"))
+    found = read_json(record)
+    if not isinstance(found, dict):
+        raise DataError(f"{record}: is not a JSON object. Remove {experiment.data_path} to prepare the data anew.")
     for key, value in wanted.items():
         if found.get(key) != value:
             raise RecipeError(

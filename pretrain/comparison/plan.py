@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +10,17 @@ from pathlib import Path
 from rich.table import Table
 
 from data_prep.manifest import FILE_NAME, read_manifest
-from data_prep.plain_text import cell
+from data_prep.plain_text import cell, plain
 from data_prep.tokenizers import load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
 from pretrain.comparison.report import numbers
-from pretrain.errors import RecipeError, UserError
+from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.suites import check_suites
+from pretrain.finished import changed_keys
 from pretrain.plan import Plan, make_plan
-from pretrain.recipe import Recipe, build_recipe
+from pretrain.recipe import Recipe, build_recipe, load_recipe
+from pretrain.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,22 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     return planned
 
 
+def other_recipe(run: PlannedRun) -> str | None:
+    """How the recipe in the run folder differs from the experiment's, with what to do; None where it does not."""
+    folder = RunFolder(run.trial.folder)
+    try:
+        found = load_recipe(folder.recipe_file)
+    except RecipeError as error:
+        return f"{error} Remove {folder} to train this arm anew."
+    for key, (before, now) in changed_keys(found, run.recipe).items():
+        return (
+            f"{folder}: was begun with another recipe ({key} was {plain(repr(before))}, the experiment says "
+            f"{plain(repr(now))}); remove that folder to train it anew, or keep it and give the experiment a name of "
+            "its own (name=NAME)."
+        )
+    return None
+
+
 def jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
     """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
     own = [run for run in planned if run.trial.trunk is None]
@@ -80,10 +99,17 @@ def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
 
 
 def vocab_size(experiment: Experiment) -> int | None:
-    """Vocabulary of the prepared data, or of the tokenizer they will be made with; None where neither is here yet."""
+    """Vocabulary of the prepared data; where they are not here, of the runs that were trained on them, or of the
+    tokenizer they will be made with; None where nothing says it yet.
+    """
     for folder in experiment.source_folders or [experiment.data_path]:
         if (folder / FILE_NAME).is_file():
             return read_manifest(folder).tokenizer.vocab_size
+    for trial in experiment.trials():
+        with contextlib.suppress(RunError):
+            size = RunFolder(trial.folder).model().get("vocab_size")
+            if type(size) is int:
+                return size
     if experiment.data.corpus is not None and experiment.data.tokenizer == TRAIN_TOKENIZER:
         return experiment.data.vocab_size
     if Path(experiment.data.tokenizer).exists():

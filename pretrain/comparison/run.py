@@ -15,20 +15,18 @@ from rich.console import Console
 from data_prep.errors import DataError
 from data_prep.files import write_text
 from data_prep.manifest import read_manifest
-from data_prep.plain_text import plain
 from pretrain.comparison.data import prepare_data
 from pretrain.comparison.experiment import EvaluationSection, Experiment
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
-from pretrain.comparison.plan import PlannedRun, jobs, plan_experiment, plan_table
+from pretrain.comparison.plan import PlannedRun, jobs, other_recipe, plan_experiment, plan_table
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report import numbers
 from pretrain.comparison.report.records import read_run
-from pretrain.errors import RecipeError, RunError, UserError
+from pretrain.errors import RunError, UserError
 from pretrain.evaluation.identity import stored_result
 from pretrain.evaluation.settings import TEXT_BYTES, Settings
 from pretrain.evaluation.suites import check_suites
-from pretrain.finished import changed_keys, has_finished
-from pretrain.recipe import load_recipe
+from pretrain.finished import has_finished
 from pretrain.run_folder import RunFolder, require_writable
 
 
@@ -57,7 +55,7 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
     prepare_data(experiment, console)
     planned = plan_experiment(experiment, arms)
     for run in planned:
-        refuse_other_recipe(run)
+        _refuse_other_run(run)
     console.print(plan_table(planned))
     failures: list[Failure] = []
     to_train = jobs(planned)
@@ -73,15 +71,13 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
     return failures
 
 
-def refuse_other_recipe(run: PlannedRun) -> None:
-    """Raise `RunError` when the run folder was begun with another recipe than the experiment's."""
+def _refuse_other_run(run: PlannedRun) -> None:
+    """Raise `RunError` when the run folder was begun with another recipe than the experiment's, or on other data."""
     folder = RunFolder(run.trial.folder)
     if not folder.recipe_file.is_file():
         return
-    try:
-        found = load_recipe(folder.recipe_file)
-    except RecipeError as error:
-        raise RunError(f"{error} Remove {folder} to train this arm anew.") from None
+    if (difference := other_recipe(run)) is not None:
+        raise RunError(difference)
     data = run.recipe.data.path
     if (
         data is not None
@@ -91,12 +87,6 @@ def refuse_other_recipe(run: PlannedRun) -> None:
         raise RunError(
             f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm anew, "
             "or give the experiment a name of its own (name=NAME)."
-        )
-    for key, (before, now) in changed_keys(found, run.recipe).items():
-        raise RunError(
-            f"{folder}: was begun with another recipe ({key} was {plain(repr(before))}, the experiment says "
-            f"{plain(repr(now))}); remove that folder to train it anew, or keep it and give the experiment a name of "
-            "its own (name=NAME)."
         )
 
 

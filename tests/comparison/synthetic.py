@@ -12,6 +12,8 @@ from typing import Any
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_token
+from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.plan import plan_experiment
 
 SMALL = {
     "vocab_size": 8192,
@@ -29,6 +31,23 @@ def network(arm: str) -> ModelConfig:
         return ModelConfig(**SMALL)
     router = ExpertChoiceConfig() if arm.startswith("mor") else None
     return ModelConfig(**SMALL, sharing="middle_cycle", recursions=3, router=router)
+
+
+def experiment(root: Path, **changes: Any) -> Experiment:
+    """An experiment of three arms; those of its runs that lie in `root` were begun with what it says."""
+    base = {"seed": 1, "model": SMALL, "batch": {"sequences": 32, "micro_batch": 4, "sequence_length": 256}}
+    values: dict[str, Any] = {
+        "name": "small",
+        "runs": str(root),
+        "base": base if "budgets" in changes else {**base, "budget": {"flops": 1.2e14}},
+        "arms": {"vanilla": {}, "recursive": {}, "mor": {}},
+        "evaluation": {"suites": ["perplexity", "routing"]},
+    }
+    made = Experiment.model_validate({**values, **changes})
+    for run in plan_experiment(made):
+        if run.trial.folder.is_dir():
+            (run.trial.folder / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+    return made
 
 
 def write_run(

@@ -20,6 +20,7 @@ from pretrain.comparison.report import numbers
         (numbers.fixed(-0.00001, 3), "0.000"),
         (numbers.fixed(-0.25, 2), "−0.25"),
         (numbers.fixed(49741.96, 1), "49 742"),
+        (numbers.fixed(2.5e200), "2.50 × 10²⁰⁰"),
         (numbers.signed(12345.6), "+12 346"),
         (numbers.signed(0.04, 2), "+0.04"),
         (numbers.signed(-0.04, 2), "−0.04"),

@@ -15,14 +15,14 @@ from pretrain.comparison.report.build import write_report
 from pretrain.comparison.report.findings import findings
 from pretrain.comparison.report.records import Curve
 from pretrain.comparison.report.results import read_results
+from tests.comparison import synthetic
 from tests.comparison.synthetic import write_run
 
 ARMS = {"vanilla": {}, "recursive": {}, "mor": {}}
 
 
 def experiment(root, **changes) -> Experiment:
-    values = {"name": "small", "runs": str(root), "base": {"seed": 1}, "arms": ARMS, "labels": {"mor": "MoR, R=3"}}
-    return Experiment.model_validate({**values, "evaluation": {"suites": ["perplexity", "routing"]}, **changes})
+    return synthetic.experiment(root, **{"labels": {"mor": "MoR, R=3"}, **changes})
 
 
 def build_report(made: Experiment, file: str = "recipes/small.yaml"):
@@ -261,15 +261,68 @@ def test_arms_that_did_not_finish_are_named_with_the_reason(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train", "st\n{}\n'), "metrics.jsonl:1"),
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train"}\n'), "step"),
         (lambda run: (run / "evaluation" / "perplexity.json").write_text("[]"), "perplexity.json"),
+        (lambda run: (run / "recipe.yaml").unlink(), "recipe.yaml"),
         (lambda run: (run / "evaluation" / "perplexity.json").unlink(), "not evaluated on perplexity"),
     ],
 )
 def test_a_damaged_run_does_not_take_the_report_with_it(tmp_path, damage, words):
     write_run(tmp_path / "vanilla", "vanilla")
-    damage(write_run(tmp_path / "mor", "mor"))
-    results, index = build_report(experiment(tmp_path, arms={"vanilla": {}, "mor": {}}), "recipes/small.yaml")
+    run = write_run(tmp_path / "mor", "mor")
+    made = experiment(tmp_path, arms={"vanilla": {}, "mor": {}})
+    damage(run)
+    results, index = build_report(made, "recipes/small.yaml")
     assert len(results.problems) == 1 and words in results.problems[0] and "mor" in results.problems[0]
     assert index.is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"budget": {"flops": 2.4e14}}, "budget.flops was 120000000000000.0, the experiment says 240000000000000.0"),
+        ({"optim": {"lr": 1e-4}}, "optim.lr was 0.003, the experiment says 0.0001"),
+    ],
+)
+def test_a_run_that_finished_something_else_has_not_finished(tmp_path, change, words):
+    for arm in ARMS:
+        write_run(tmp_path / arm, arm)
+    before = experiment(tmp_path)
+    now = before.model_copy(update={"arms": {**before.arms, "mor": change}})
+    results, index = build_report(now)
+    assert [arm.name for arm in results.arms(None)] == ["vanilla", "recursive"]
+    assert len(results.problems) == 1 and words in results.problems[0] and "remove that folder" in results.problems[0]
+    assert words in index.read_text(encoding="utf-8")
+    assert re.search(r"^mor,mor,1,,outdated,", report_text(now, "report.csv"), re.M)
+
+
+def test_a_budget_is_finished_when_its_own_branch_is(tmp_path):
+    for arm in ARMS:
+        write_run(tmp_path / arm, arm)
+        write_run(tmp_path / arm / "branches" / "1e14", arm, budget=1e14)
+    made = experiment(tmp_path, budgets=[1e14, 1.2e14])
+    (tmp_path / "mor" / "branches" / "1e14" / "status.json").write_text('{"state": "stopped", "step": 9}')
+    results = read_results(made)
+    assert [arm.name for arm in results.arms(1e14)] == ["vanilla", "recursive"] and len(results.arms(1.2e14)) == 3
+    assert len(results.problems) == 1 and "branches/1e14: training was stopped" in results.problems[0]
+    # With a smaller budget still the trunk would leave a branch earlier, with another warm-up.
+    results = read_results(made.model_copy(update={"budgets": (1e14, 5e13, 1.2e14)}))
+    assert results.arms(1.2e14) == [] and "mor: was begun with another recipe" in " ".join(results.problems)
+
+
+def test_run_folders_are_enough_for_a_report(tmp_path):
+    """Without the data they were trained on, which would say the size of the vocabulary."""
+    for arm in ARMS:
+        write_run(tmp_path / arm, arm)
+    made = experiment(tmp_path)
+    model = {key: value for key, value in made.base["model"].items() if key != "vocab_size"}
+    results = read_results(made.model_copy(update={"base": {**made.base, "model": model}}))
+    assert results.problems == [] and len(results.arms(None)) == 3
+
+
+def test_all_suites_are_each_of_them(tmp_path):
+    for arm in ARMS:
+        write_run(tmp_path / arm, arm)
+    problems = read_results(experiment(tmp_path, evaluation={"suites": ["all"]})).problems
+    assert len(problems) == 3 and "not evaluated on own, wikitext" in problems[0] and "blimp" not in problems[0]
 
 
 def test_a_report_without_any_finished_arm_says_so(tmp_path):

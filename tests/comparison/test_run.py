@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from data_prep.errors import DataError
 from pretrain.comparison import data as data_room
 from pretrain.comparison import run as runner
 from pretrain.comparison.experiment import Experiment
@@ -120,6 +121,18 @@ def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch)
     other = experiment(data={"corpus": "elsewhere.jsonl", "path": "data", "vocab_size": 300})
     with pytest.raises(RecipeError, match=r"data\.corpus = .*corpus\.jsonl.*'elsewhere\.jsonl'.*name=NAME"):
         data_room.prepare_data(other, quiet)
+    # So it is where another process prepares the data while this one waits for it.
+    record, manifest = prepared / "data" / "prepared_from.json", prepared / "data" / "manifest.json"
+    text = manifest.read_text()
+    manifest.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(data_room, "lock", lambda *_, **__: manifest.write_text(text))
+        with pytest.raises(RecipeError, match="name=NAME"):
+            data_room.prepare_data(other, quiet)
+    for damaged in ("{", "[]"):
+        record.write_text(damaged)
+        with pytest.raises(DataError, match="prepared_from"):
+            data_room.prepare_data(experiment(), quiet)
 
 
 def test_data_without_a_corpus_are_asked_for(tmp_path, monkeypatch):

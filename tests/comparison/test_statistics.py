@@ -49,6 +49,17 @@ def test_unpaired_differences_add_their_variances():
     assert difference_of_scores(2.0, None, 1.9, 0.4).half_width is None
 
 
+def test_no_spread_is_no_certainty():
+    """Of seeds that did nothing, or of one document whose standard error is zero."""
+    assert difference_of_seeds({1: 3.1, 2: 3.2, 3: 3.3}, {1: 3.0, 2: 3.1, 3: 3.2}).half_width is None
+    assert difference_of_scores(2.0, 0.0, 1.9, 0.0).half_width is None
+
+
+def test_huge_numbers_overflow_nowhere():
+    assert difference_of_pairs([1e200, 3e200], [0.0, 0.0]).half_width == pytest.approx(12.706e200, rel=1e-4)
+    assert mean_and_spread([1e308, 1e308]) == (1e308, 0.0)
+
+
 def test_seeds_are_paired_and_one_seed_says_nothing():
     assert difference_of_seeds({1: 3.0}, {1: 2.9}) is None
     assert difference_of_seeds({1: 3.0, 2: 3.1}, {1: 2.9, 3: 3.0}) is None
@@ -62,6 +73,11 @@ def test_intervals_of_shares_are_wilsons(right, n):
     interval = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
     low, high = wilson_interval(right / n, n)
     assert (low, high) == (pytest.approx(interval.low, abs=1e-4), pytest.approx(interval.high, abs=1e-4))
+
+
+@pytest.mark.parametrize(("share", "n"), [(math.nan, 9), (math.inf, 9), (5.0, 9), (-0.1, 9), (0.5, 0)])
+def test_what_is_no_share_of_anything_has_no_interval(share, n):
+    assert wilson_interval(share, n) == (0.0, 1.0)
 
 
 def test_spread_is_the_standard_deviation():

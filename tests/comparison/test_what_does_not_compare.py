@@ -21,14 +21,9 @@ from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.findings import findings
 from pretrain.comparison.report.results import Results, read_results
-from tests.comparison.synthetic import write_run
+from tests.comparison.synthetic import experiment, write_run
 
 ARMS = ("vanilla", "recursive", "mor")
-
-
-def experiment(root: Path, **changes: Any) -> Experiment:
-    values = {"name": "small", "runs": str(root), "base": {"seed": 1}, "arms": {name: {} for name in ARMS}}
-    return Experiment.model_validate({**values, "evaluation": {"suites": ["perplexity", "routing"]}, **changes})
 
 
 def write_runs(root: Path, losses: tuple[float, ...] = (4.02, 4.11, 4.06)) -> None:
@@ -144,6 +139,86 @@ def test_figures_of_different_text_are_no_table(tmp_path: Path, field: str) -> N
     assert "not compared" in terminal(results) and "4.06" not in terminal(results)
 
 
+def write_seeds(root: Path, arm: str, losses: dict[int, float]) -> None:
+    for seed, loss in losses.items():
+        write_run(root / (arm if seed == 1 else f"{arm}-seed{seed}"), arm, seed=seed, final_loss=loss)
+
+
+def test_arms_of_different_seeds_are_compared_on_those_they_share(tmp_path: Path) -> None:
+    write_seeds(tmp_path, "vanilla", {1: 4.01, 2: 4.02})
+    write_seeds(tmp_path, "mor", {2: 4.02, 3: 4.03})
+    results, page, markdown, _ = written(experiment(tmp_path, arms={"vanilla": {}, "mor": {}}, seeds=[1, 2, 3]))
+    text = " ".join(findings(results))
+    assert "mor and vanilla have exactly the same loss" in text
+    assert "did not finish with the same seeds (vanilla: 1, 2; mor: 2, 3)" in text and "one seed per arm" not in text
+    assert not any("**" in value for row in table(markdown, "Held-out test text").values() for value in row)
+    (tmp_path / "mor-seed3" / "status.json").unlink()
+    results, page, markdown, _ = written(results.experiment)
+    assert "one seed per arm" not in " ".join(findings(results)) and "1 to 2 seeds per arm" in page
+    assert table(markdown, "Held-out test text")["mor"][0] == "4.0200 ± 0.0110"
+    assert "deviation over seeds, for an arm of one seed the standard error over the documents" in markdown
+
+
+def test_validation_losses_that_were_not_recorded_are_missing(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_seeds(tmp_path, "vanilla", {seed: 4.0})
+        write_seeds(tmp_path, "mor", {seed: 4.1})
+    for run, lost in (("mor", "loss_topk"), ("mor-seed2", "loss_causal")):
+        file = tmp_path / run / "metrics.jsonl"
+        file.write_text(re.sub(rf'"{lost}": [^,]*, ', "", file.read_text()))
+    _, _, markdown, _ = written(experiment(tmp_path, arms={"vanilla": {}, "mor": {}}, seeds=[1, 2]))
+    after = table(markdown, "The same runs after")
+    assert "±" in after["vanilla"][0] and after["mor"][0] != "–" and "±" not in after["mor"][0]
+
+
+def test_a_cost_that_was_not_recorded_is_not_called_equal(tmp_path: Path) -> None:
+    write_runs(tmp_path)
+    file = tmp_path / "mor" / "metrics.jsonl"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if '"train"' not in line))
+    text = " ".join(findings(read_results(experiment(tmp_path))))
+    assert re.search(r"mor .*at a cost that was not recorded", text) and "FLOPs agree" not in text
+
+
+def test_a_difference_that_is_small_and_clear_has_a_size(tmp_path: Path) -> None:
+    for arm, gap in (("vanilla", 0.0), ("mor", 0.0002)):
+        write_run(tmp_path / arm, arm)
+        documents = {"nats": [400 + 100 * gap + gap * (number % 7) for number in range(50)], "tokens": [100] * 50}
+        file = tmp_path / arm / "evaluation" / "perplexity.json"
+        change(file, lambda content, kept=documents: content["tasks"]["perplexity"].update(documents=kept))
+    text = " ".join(findings(read_results(experiment(tmp_path, arms={"vanilla": {}, "mor": {}}))))
+    assert "mor is 0.000206 nats per token worse" in text and "95 % interval +0.000205 to" in text
+
+
+def test_losses_at_other_budgets_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    for arm, gap in (("vanilla", 0.0), ("mor", 0.1)):
+        for seed in (1, 2, 3):
+            trunk = tmp_path / (arm if seed == 1 else f"{arm}-seed{seed}")
+            write_run(trunk, arm, seed=seed)
+            loss = 4 + 0.5 * seed + gap * (0.9 + 0.1 * (seed % 2))
+            write_run(trunk / "branches" / "1e14", arm, budget=1e14, seed=seed, final_loss=loss)
+    (tmp_path / "mor-seed3" / "branches" / "1e14" / "status.json").unlink()
+    made = experiment(tmp_path, arms={"vanilla": {}, "mor": {}}, seeds=[1, 2, 3], budgets=[1e14, 1.2e14])
+    results, _, markdown, _ = written(made)
+    text = " ".join(findings(results))
+    assert "against vanilla, in nats per token: +0.095 (95 % interval +0.031 to +0.159, over seeds) at 1.00" in text
+    for seed in ("mor", "mor-seed2"):
+        file = tmp_path / seed / "branches" / "1e14" / "metrics.jsonl"
+        file.write_text(file.read_text().replace('"tokens_evaluated": 16384', '"tokens_evaluated": 4096'))
+    results, _, markdown, _ = written(made)
+    text = " ".join(findings(results))
+    assert "Validation text: not compared" in text and "Remove the run folders of one side" in text
+    assert "against vanilla, in nats per token" not in text and "Loss at every budget" not in markdown
+
+
+def test_validation_losses_of_different_data_are_not_compared(tmp_path: Path) -> None:
+    """Of a data set that was prepared anew between two arms."""
+    for arm in ARMS:
+        write_run(tmp_path / arm, arm, evaluate=False)
+    change(tmp_path / "mor" / "plan.json", lambda plan: plan.update(data_manifest="e" * 16))
+    text = " ".join(findings(read_results(experiment(tmp_path))))
+    assert "Validation text: not compared" in text and "mor and vanilla have no loss in common" in text
+
+
 def test_validation_losses_of_different_text_are_no_table(tmp_path: Path) -> None:
     for arm in ARMS:
         write_run(tmp_path / arm, arm, evaluate=False)
@@ -223,7 +298,6 @@ def test_names_from_outside_are_text_wherever_they_are_shown(tmp_path: Path) -> 
         description=HOSTILE,
         budgets=[1e14, 1.2e14],
         seeds=[1, 2],
-        base={"seed": 1},
     )
     results, page, markdown, rows = written(made)
     for text in (page, markdown, terminal(results)):
@@ -246,7 +320,7 @@ def test_results_are_printed_where_the_report_cannot_be_written(
     write_runs(tmp_path)
     (tmp_path / "report").write_text("in the way of the folder")
     file = tmp_path / "small.yaml"
-    file.write_text(json.dumps({"name": "small", "runs": str(tmp_path), "base": {"seed": 1}, "arms": {"mor": {}}}))
+    file.write_text(experiment(tmp_path).model_dump_json())
     monkeypatch.setattr(sys, "argv", ["mor", "compare", "report", str(file)])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -139,8 +139,9 @@ def _subtitle(results: Results) -> str:
     flops = [arm.first.counted_flops for arm in arms if arm.first.counted_flops]
     cost = equal_cost(arms)
     mean = f" ({numbers.power_of_ten(sum(flops) / len(flops))} each)" if flops and "FLOPs" in cost else ""
-    seeds = max(len(arm.runs) for arm in arms)
-    return f"{_counted(len(arms), 'arm')} {cost}{mean} · {_counted(seeds, 'seed')} per arm"
+    seeds = sorted({len(arm.runs) for arm in arms})
+    fewest = f"{seeds[0]} to " if len(seeds) > 1 else ""
+    return f"{_counted(len(arms), 'arm')} {cost}{mean} · {fewest}{_counted(seeds[-1], 'seed')} per arm"
 
 
 def _counted(count: int, thing: str) -> str:

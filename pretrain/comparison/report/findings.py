@@ -36,7 +36,7 @@ def findings(results: Results) -> list[str]:
     sentences += [_depth(arm) for arm in arms]
     if len(arms) > 1:
         sentences.append(_agreement(arms))
-    sentences.append(_seeds(results, arms))
+    sentences.append(_seeds(arms))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -49,28 +49,34 @@ def test_difference(results: Results, arm: Arm, reference: Arm) -> tuple[Differe
         return tested, "the held-out test text"
     if any(where for side in (arm, reference) for where in _losses_not_finite(side)):
         return None
+    validated = _validation_difference(arm, reference)
+    return None if validated is None else (validated, "the validation text")
+
+
+def _validation_difference(arm: Arm, reference: Arm) -> Difference | None:
+    """Of the causal loss at the end of training, over the seeds that both have; None where there is none, or where the
+    text is not the same.
+    """
     if len(arm.texts(VALIDATION) | reference.texts(VALIDATION)) > 1:
         return None
     values, references = (
         {run.trial.seed: loss for run in side.runs if (loss := run.final_validation("causal")) is not None}
         for side in (arm, reference)
     )
-    over_seeds = difference_of_seeds(values, references)
-    if over_seeds is not None:
-        return over_seeds, "the validation text"
-    seed = next((seed for seed in values if seed in references), None)
-    if seed not in values or seed not in references:
-        return None
-    return Difference(values[seed] - references[seed], None, "examples"), "the validation text"
+    common = [seed for seed in values if seed in references]
+    if len(common) == 1:
+        return Difference(values[common[0]] - references[common[0]], None, "examples")
+    return difference_of_seeds(values, references)
 
 
 def equal_cost(arms: list[Arm]) -> str:
     """`equal training FLOPs`, `equal tokens` or, where neither holds within 1 %, neither."""
-    if _alike([arm.first.counted_flops for arm in arms]):
+    flops, tokens = [arm.first.counted_flops for arm in arms], [arm.first.tokens for arm in arms]
+    if _alike(flops):
         return "at equal training FLOPs"
-    if _alike([arm.first.tokens for arm in arms]):
+    if _alike(tokens):
         return "at equal tokens"
-    return "at the unequal budgets of this experiment"
+    return "at the unequal budgets of this experiment" if all(flops) else "at a cost that was not recorded"
 
 
 def _alike(amounts: list[float | None]) -> bool:
@@ -92,13 +98,15 @@ def _against(results: Results, arm: Arm, reference: Arm) -> str:
     cost = equal_cost([arm, reference])
     if difference.value == 0.0:
         sentence = f"{arm.label} and {reference.label} have exactly the same loss on {text} {cost}: neither is better"
-    elif difference.half_width is None:
-        size = f"{abs(difference.value):.3f} nats per token {_direction(difference.value)} than"
+    elif difference.half_width is None or difference.clear:
+        digits = 3 if abs(difference.value) >= 0.0005 else 6  # not "0.000 worse"
+        size = f"{numbers.fixed(abs(difference.value), digits)} nats per token {_direction(difference.value)} than"
         sentence = f"{arm.label} is {size} {reference.label} on {text} {cost}"
-        sentence += "; no uncertainty of this difference was measured"
-    elif difference.clear:
-        size = f"{abs(difference.value):.3f} nats per token {_direction(difference.value)} than"
-        sentence = f"{arm.label} is {size} {reference.label} on {text} {cost} ({_interval(difference)})"
+        sentence += (
+            "; no uncertainty of this difference was measured"
+            if difference.half_width is None
+            else f" ({_interval(difference, digits)})"
+        )
     else:
         sentence = (
             f"{arm.label} and {reference.label} cannot be told apart on {text} {cost}: "
@@ -115,7 +123,7 @@ def _losses_not_finite(arm: Arm) -> Iterator[str]:
             yield f"at the end of training ({name})"
         for routing in run.validation:
             if not math.isfinite(run.final_validation(routing) or 0.0):
-                yield f"on the validation text with {routing} routing ({name})"
+                yield f"on the validation text with {routing.replace('topk', 'top-k')} routing ({name})"
         score = run.score(HELD_OUT, "loss")
         if score is not None and not math.isfinite(score.value):
             yield f"on the held-out test text ({name})"
@@ -159,14 +167,15 @@ def _direction(value: float) -> str:
     return "worse" if value > 0 else "better"
 
 
-def _interval(difference: Difference) -> str:
+def _interval(difference: Difference, digits: int = 3) -> str:
     over = "over seeds" if difference.over == "seeds" else "over the test documents alone"
-    return f"95 % interval {numbers.signed(difference.low)} to {numbers.signed(difference.high)}, {over}"
+    low, high = (numbers.signed(end, digits) for end in (difference.low, difference.high))
+    return f"95 % interval {low} to {high}, {over}"
 
 
 def _terms(arm: Arm, reference: Arm) -> str:
     stored = arm.first.parameters["non_embedding_stored"] / reference.first.parameters["non_embedding_stored"]
-    terms = f"It stores {_ratio(stored)} parameters outside the embedding"
+    terms = f"{arm.label} stores {_ratio(stored)} parameters outside the embedding"
     if arm.first.tokens and reference.first.tokens:
         terms += f" and saw {_ratio(arm.first.tokens / reference.first.tokens)} tokens"
     return f"{terms}."
@@ -177,16 +186,14 @@ def _ratio(value: float) -> str:
 
 
 def _smaller_budgets(results: Results, name: str) -> str:
-    """Differences of the causal validation loss at the budgets below the main one."""
+    """Differences of the causal validation loss at the other budgets than the main one."""
     parts = []
     for budget in sorted(budget for budget in results.budgets if budget is not None and budget != results.main_budget):
         arm, reference = results.arm(name, budget), results.reference(budget)
-        if not arm.runs or reference is None or results.different_texts(budget, VALIDATION):
-            continue
-        loss, _ = arm.mean(lambda run: run.final_validation("causal"))
-        against, _ = reference.mean(lambda run: run.final_validation("causal"))
-        if loss is not None and against is not None:
-            parts.append(f"{numbers.signed(loss - against)} at {numbers.power_of_ten(budget)} training FLOPs")
+        found = _validation_difference(arm, reference) if reference is not None else None
+        if found is not None:
+            interval = f" ({_interval(found)})" if found.half_width is not None else ""
+            parts.append(f"{numbers.signed(found.value)}{interval} at {numbers.power_of_ten(budget)} training FLOPs")
     if not parts:
         return ""
     names = (results.label(name), results.label(results.experiment.reference_arm))
@@ -223,8 +230,8 @@ def _few_shot(results: Results) -> str:
 
 
 def _agreement(arms: list[Arm]) -> str:
-    flops = [flops for arm in arms for run in arm.runs if (flops := run.counted_flops)]
-    if not flops:
+    flops = [run.counted_flops or 0.0 for arm in arms for run in arm.runs]
+    if not all(flops):
         return ""
     spread = 100 * (max(flops) / min(flops) - 1)
     mean = numbers.power_of_ten(sum(flops) / len(flops))
@@ -234,20 +241,24 @@ def _agreement(arms: list[Arm]) -> str:
     return f"The arms' counted training FLOPs agree within {max(spread, 0.01):.2f} % (mean {mean})."
 
 
-def _seeds(results: Results, arms: list[Arm]) -> str:
-    fewest = min(len(arm.runs) for arm in arms)
-    if fewest == 1:
+def _seeds(arms: list[Arm]) -> str:
+    seeds = [[run.trial.seed for run in arm.runs] for arm in arms]
+    first = seeds[0]
+    if any(others != first for others in seeds):
+        listed = "; ".join(f"{arm.label}: {', '.join(map(str, own))}" for arm, own in zip(arms, seeds))
+        return (
+            f"The arms did not finish with the same seeds ({listed}), so their means do not rank them. Each difference "
+            "above is of the seeds that both arms have; that of a single seed says nothing of another one."
+        )
+    if len(first) == 1:
         return (
             "This is one seed per arm: how much a difference would change with another initialisation and order of "
             "data was not measured, "
             "and no interval here covers it."
         )
-    most = max(len(arm.runs) for arm in arms)
-    seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return (
-        f"Each arm was trained with {seeds} seeds; intervals are Student's t over the differences seed by seed, "
-        "which is "
-        "wide for so few."
+        f"Each arm was trained with {len(first)} seeds; an interval over seeds is Student's t of the differences seed "
+        "by seed, which is wide for so few."
     )
 
 

@@ -48,7 +48,9 @@ def power_of_ten(value: float, digits: int = 3) -> str:
 
 @_number
 def fixed(value: float, digits: int = 3) -> str:
-    """Fixed decimals with a real minus sign."""
+    """Fixed decimals with a real minus sign; none of a large number, of which a huge one is a power of ten."""
+    if abs(value) >= 1e15:
+        return power_of_ten(value)
     if abs(value) >= 10_000:
         return whole(value)
     text = f"{value:.{digits}f}"

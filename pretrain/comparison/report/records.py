@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,12 @@ class RunRecord:
         curve = self.validation.get(routing)
         return curve.values[-1] if curve else None
 
+    def validation_at(self, routing: str, tokens: float) -> float | None:
+        curve = self.validation.get(routing)
+        return curve.at_tokens(tokens) if curve else None
 
-def read_run(trial: Trial, label: str, suites: tuple[str, ...] = ()) -> RunRecord:
+
+def read_run(trial: Trial, label: str, suites: Sequence[str] = ()) -> RunRecord:
     """Everything the run folder of `trial` says.
 
     A folder that is missing, damaged or unfinished gives a record whose `problem` says so; it never raises, because a
@@ -205,7 +210,10 @@ def _validation(run: RunFolder) -> dict[str, Any]:
             curves[routing] = _curve(rows, values)
     last = by_step[max(by_step)] if by_step else {}
     read = (f"{name}: {numbers.whole(record.amount('tokens_evaluated', None))} tokens" for name, record in last.items())
-    return {"validation": curves, "validated_on": plain(", ".join(sorted(read)))}
+    data = run.plan().get("data_manifest")
+    # That of a mixture depends on the order of its sources too.
+    manifest = f" (manifest {data[:12]})" if data and len(last) == 1 else ""
+    return {"validation": curves, "validated_on": plain(", ".join(sorted(read)) + manifest)}
 
 
 def _evaluation_files(run: RunFolder, depths: dict[str, list[float]]) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def _add_suite(content: Fields, suite: str, file: Path, found: dict[str, Any]) -
             found["depths"] = {plain(name): shares.shares(name) for name in histogram}
 
 
-def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: tuple[str, ...]) -> str | None:
+def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: Sequence[str]) -> str | None:
     """Why numbers of this run are missing, or are none."""
     state = record.state
     steps = record.plan.get("steps")

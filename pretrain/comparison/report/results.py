@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_prep.plain_text import plain
 from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.plan import PlannedRun, other_recipe, plan_experiment
 from pretrain.comparison.report.records import RunRecord, read_run
 from pretrain.comparison.report.statistics import (
     Difference,
@@ -16,6 +18,8 @@ from pretrain.comparison.report.statistics import (
     difference_of_seeds,
     mean_and_spread,
 )
+from pretrain.evaluation.suites import check_suites
+from pretrain.finished import has_finished
 
 Getter = Callable[[RunRecord], float | None]
 # Beside the tasks of evaluations, the text whose loss is measured during training.
@@ -144,11 +148,18 @@ class Results:
 
 
 def read_results(experiment: Experiment) -> Results:
-    """Read every run folder of the experiment; folders that cannot be read become records with a problem."""
-    return Results(
-        experiment,
-        [
-            read_run(trial, plain(experiment.label(trial.arm)), experiment.evaluation.suites)
-            for trial in experiment.trials()
-        ],
-    )
+    """Read every run folder of the experiment; folders that cannot be read become records with a problem.
+
+    Raises:
+        RecipeError, DataError: the experiment cannot be planned, so nothing says what a finished run of it is.
+    """
+    suites = check_suites(experiment.evaluation.suites)
+    return Results(experiment, [_read(run, suites) for run in plan_experiment(experiment)])
+
+
+def _read(run: PlannedRun, suites: list[str]) -> RunRecord:
+    record = read_run(run.trial, plain(run.label), suites)
+    if not record.finished or has_finished(run.recipe):
+        return record
+    # Finished, but not what the experiment says now: with a smaller budget, say.
+    return dataclasses.replace(record, state="outdated", problem=plain(other_recipe(run)))

@@ -48,7 +48,7 @@ def difference_of_scores(
     narrow.
     """
     half = None if stderr is None or reference_stderr is None else _Z95 * math.hypot(stderr, reference_stderr)
-    return Difference(value - reference, half, "examples")
+    return Difference(value - reference, half or None, "examples")
 
 
 def difference_of_pairs(
@@ -69,9 +69,10 @@ def difference_of_pairs(
     ratio = sum(gaps) / total
     if n < 2:
         return Difference(ratio, None, "examples")
-    residuals = math.fsum((gap - ratio * weight) ** 2 for gap, weight in zip(gaps, weights, strict=True))
-    quantile = float(stdtrit(n - 1, _TWO_SIDED_95))
-    return Difference(ratio, quantile * math.sqrt(residuals * n / (n - 1)) / total, "examples")
+    residuals = math.hypot(*(gap - ratio * weight for gap, weight in zip(gaps, weights, strict=True)))
+    half = float(stdtrit(n - 1, _TWO_SIDED_95)) * residuals * math.sqrt(n / (n - 1)) / total
+    # Gaps that are all alike, up to rounding, say nothing of how far another one would be.
+    return Difference(ratio, half if half > 1e-9 * abs(ratio) else None, "examples")
 
 
 def difference_of_seeds(values: dict[int | None, float], references: dict[int | None, float]) -> Difference | None:
@@ -92,9 +93,9 @@ def difference_of_seeds(values: dict[int | None, float], references: dict[int | 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of `n` examples (Wilson 1927): sound at 0 and 1 and for few examples, where share plus
-    or minus two standard errors is not. (0, 1) without examples, or for a share that is not finite.
+    or minus two standard errors is not. (0, 1) without examples, or for what is no share (not finite, say).
     """
-    if n < 1 or not math.isfinite(share):
+    if n < 1 or not 0 <= share <= 1:
         return 0.0, 1.0
     z2 = _Z95**2 / n
     middle = (share + z2 / 2) / (1 + z2)
@@ -108,4 +109,4 @@ def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
     """
     if not all(math.isfinite(value) for value in values):
         return math.nan, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

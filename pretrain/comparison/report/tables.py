@@ -162,7 +162,7 @@ def routing_table(results: Results, budget: float | None) -> Table:
         "used in training, chooses among all tokens of a sequence and so looks at future ones; its loss is shown to "
         "measure that leak. "
         "Packed: documents joined and cut into full sequences as in training, so these losses differ from the "
-        "document-wise ones above." + _spread_note(results, "the sequences"),
+        f"document-wise ones above. {_spread_note(results, 'the sequences')}",
     )
 
 
@@ -198,11 +198,11 @@ def test_table(results: Results, budget: float | None, task: str) -> Table | Non
             Column("Routing", text=True),
         ],
         rows,
-        f"{note}.{_spread_note(results, 'the documents')}",
+        f"{note}. {_spread_note(results, 'the documents')}",
         frozenset(
             (row, column + 1)
             for column, metric in enumerate(LOSS_METRICS)
-            for row in best_rows([arm.mean_score(task, metric.name)[0] for arm in arms])
+            for row in best_rows(arms, [arm.mean_score(task, metric.name)[0] for arm in arms])
         ),
     )
 
@@ -252,7 +252,6 @@ def few_shot_table(results: Results, budget: float | None) -> Table:
         cells += [_range([score.prompts_cut for score in known])] if cut else []
         cells.append(", ".join(sorted({score.routing for score in known})))
         rows.append(cells)
-    what = "standard deviation over seeds" if len(results.seeds) > 1 else "standard error over the examples"
     return Table(
         "Accuracy in per cent",
         [
@@ -265,25 +264,32 @@ def few_shot_table(results: Results, budget: float | None) -> Table:
             Column("Routing", text=True),
         ],
         rows,
-        f"± is the {what}. A score within two of them of chance says nothing about the model, and of few examples "
-        "little." + (" A prompt that is cut lost its beginning, examples included: it did not fit." if cut else ""),
+        f"{_spread_note(results, 'the examples')} A score within twice its ± of chance says nothing about the model, "
+        "and of few examples little."
+        + (" A prompt that is cut lost its beginning, examples included: it did not fit." if cut else ""),
     )
 
 
 def refusals(results: Results, budget: float | None) -> list[str]:
-    """A sentence for each evaluation whose figures are of different texts, and are not compared therefore."""
+    """A sentence for each text whose figures are not compared, because the arms read different ones."""
     found = {
         score.task
         for arm in results.arms(budget)
         for score in arm.first.scores
         if score.headline or score.suite == "own"
     }
-    return [
-        f"{task_name(task)}: not compared, because the arms read different text ({different}). Start mor compare "
-        "run again without --arm: it evaluates the others anew."
-        for task in (VALIDATION, *sorted(found))
-        if (different := results.different_texts(budget, task))
-    ]
+    evaluate = "Start mor compare run again without --arm: it evaluates the others anew."
+    train = "Remove the run folders of one side and start mor compare run again: this loss is measured in training."
+    # Validation losses are compared at every budget, the others at this one.
+    places = [(VALIDATION, other, train) for other in results.budgets]
+    places += [(task, budget, evaluate) for task in sorted(found)]
+    return list(
+        dict.fromkeys(
+            f"{task_name(task)}: not compared, because the arms read different text ({different}). {remedy}"
+            for task, place, remedy in places
+            if (different := results.different_texts(place, task))
+        )
+    )
 
 
 def speed_table(results: Results, budget: float | None) -> Table:
@@ -369,19 +375,18 @@ def _routing(arm: Arm, task: str) -> str:
 
 
 def _spread_note(results: Results, over: str) -> str:
-    return (
-        " ± is the standard deviation over seeds."
-        if len(results.seeds) > 1
-        else f" ± is the standard error over {over}."
-    )
+    if len(results.seeds) > 1:
+        return f"± is the standard deviation over seeds, for an arm of one seed the standard error over {over}."
+    return f"± is the standard error over {over}."
 
 
-def best_rows(values: Sequence[float | None]) -> list[int]:
-    """Where the lowest value stands: at several places when it is a tie, nowhere with fewer than two to compare. What
-    is not finite is never the best.
+def best_rows(arms: Sequence[Arm], values: Sequence[float | None]) -> list[int]:
+    """Where the lowest of the arms' values stands: at several places when it is a tie, nowhere with fewer than two to
+    compare, or where the arms did not finish with the same seeds. What is not finite is never the best.
     """
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    if len(finite) < 2:
+    seeds = {tuple(run.trial.seed for run in arm.runs) for arm in arms if arm.runs}
+    if len(finite) < 2 or len(seeds) > 1:
         return []
     lowest = min(finite)
     return [row for row, value in enumerate(values) if value == lowest]

@@ -36,11 +36,12 @@ def budgets_table(results: Results) -> Table | None:
     best: set[tuple[int, int]] = set()
     for index, budget in enumerate(budgets):
         losses: list[float | None] = []
-        for row, cells in enumerate(arms.values()):
-            loss, spread = cells[index].mean(lambda run: run.final_validation("causal"))
+        at_budget = [cells[index] for cells in arms.values()]
+        for row, arm in enumerate(at_budget):
+            loss, spread = arm.mean(lambda run: run.final_validation("causal"))
             rows[row].append(numbers.plus_minus(loss, spread, 4))
             losses.append(loss)
-        best |= {(row, len(columns)) for row in best_rows(losses)}
+        best |= {(row, len(columns)) for row in best_rows(at_budget, losses)}
         columns.append(Column(numbers.power_of_ten(budget), "measured"))
         if budget in with_paper:
             columns.append(Column("", "paper"))
@@ -72,8 +73,8 @@ def equal_tokens_table(results: Results, budget: float | None) -> Table | None:
     for arm in arms:
         run = arm.first
         flops = run.training.flops_at(tokens)
-        loss, spread = arm.mean(lambda run: run.validation["causal"].at_tokens(tokens))
-        topk, _ = arm.mean(lambda run: run.validation["topk"].at_tokens(tokens))
+        loss, spread = arm.mean(lambda run: run.validation_at("causal", tokens))
+        topk, _ = arm.mean(lambda run: run.validation_at("topk", tokens))
         rows.append(
             [
                 arm.label,
