@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 
 from pretrain.cli.runs import describe
-from pretrain.comparison.experiment import Experiment, Trial
+from pretrain.comparison.experiment import Trial
 from pretrain.comparison.progress import Progress
 from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.records import read_run
 from pretrain.comparison.report.results import Results, read_results
 from pretrain.run_folder import RunFolder
-from tests.comparison.synthetic import network, write_run
+from tests.comparison.synthetic import experiment, network, write_run
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
 
 FILES = ("metrics.jsonl", "status.json", "recipe.yaml", "plan.json", "environment.json")
@@ -95,14 +95,13 @@ def test_a_report_of_odd_runs_is_whole(good: Path, tmp_path: Path, count: int) -
     """Page, Markdown, spreadsheet and terminal of three arms, of which two are odd."""
     for arm in ("vanilla", "mor", "other"):
         shutil.copytree(good, tmp_path / arm)
-    made = Experiment.model_validate(
-        {"name": "odd", "runs": str(tmp_path), "base": {"seed": 1}, "arms": {"vanilla": {}, "mor": {}, "other": {}}}
-    )
+    made = experiment(tmp_path, arms={"vanilla": {}, "mor": {}, "other": {}})
 
     def make(source: random.Random) -> list[tuple[str, str, bytes]]:
         return [(arm, *readable(good, tmp_path / arm, source)) for arm in ("mor", "other")]
 
     def use(mutated: list[tuple[str, str, bytes]]) -> tuple[Results, list[str]]:
+        before = {tmp_path / arm / name: (tmp_path / arm / name).read_bytes() for arm, name, _ in mutated}
         for arm, name, content in mutated:
             (tmp_path / arm / name).write_bytes(content)
         try:
@@ -113,8 +112,8 @@ def test_a_report_of_odd_runs_is_whole(good: Path, tmp_path: Path, count: int) -
             files = [index.with_name(name).read_text(encoding="utf-8") for name in ("index.html", "report.md")]
             return results, [*files, stream.getvalue()]
         finally:
-            for arm, name, _ in mutated:
-                shutil.copyfile(good / name, tmp_path / arm / name)
+            for file, content in before.items():
+                file.write_bytes(content)
 
     def changed(mutated: Any, result: tuple[Results, list[str]]) -> str | None:
         results, texts = result
@@ -124,16 +123,17 @@ def test_a_report_of_odd_runs_is_whole(good: Path, tmp_path: Path, count: int) -
         hostile = [sign for text in texts for sign in ("\x1b", "\x00", "\u202e") if sign in text]
         return f"{hostile} is shown" if hostile else None
 
-    drive(count, make, use, changed=changed)
+    assert drive(count, make, use, changed=changed).used == count
 
 
 def readable(good: Path, run: Path, source: random.Random) -> tuple[str, bytes]:
     """A mutation that leaves the run readable: what is read is then drawn."""
     while True:
         name, content = mutation(good, source)
+        before = (run / name).read_bytes()
         (run / name).write_bytes(content)
         record = read_run(Trial(run.name, 1, None, run), run.name)
-        shutil.copyfile(good / name, run / name)
+        (run / name).write_bytes(before)
         if record.state != "unreadable" and content != (good / name).read_bytes():
             return name, content
 
