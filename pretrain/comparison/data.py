@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -49,29 +49,31 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
         if (path / FILE_NAME).is_file():
             _refuse_other_text(experiment, wanted)
             return
-        tokenizer = data.tokenizer
-        if tokenizer == TRAIN_TOKENIZER:
-            tokenizer = str(path.with_name(f"{path.name}-tokenizer.model"))
-            if not Path(tokenizer).is_file():
-                console.print(cell(f"Training a tokenizer of {data.vocab_size} entries on {data.corpus}"))
-                _data_prep(
-                    [
-                        "tokenizer",
-                        "train",
-                        data.corpus,
-                        "--out",
-                        tokenizer,
-                        "--vocab-size",
-                        str(data.vocab_size),
-                        *_shares(experiment),
-                    ]
-                )
+        tokenizer = str(_trained_tokenizer(experiment, console)) if data.tokenizer == TRAIN_TOKENIZER else data.tokenizer
         console.print(cell(f"Tokenizing {data.corpus} into {path}"))
         limit = ["--max-tokens", str(data.max_tokens)] if data.max_tokens else []
         _data_prep(
             ["tokenize", data.corpus, "--out", str(path), "--tokenizer", tokenizer, *limit, *_shares(experiment)]
         )
         write_json(path / _RECORD, wanted)
+
+
+def _trained_tokenizer(experiment: Experiment, console: Console) -> Path:
+    """The tokenizer beside the data set, trained unless it is there and was made from what the experiment says now."""
+    data = experiment.data
+    file = experiment.data_path.with_name(f"{experiment.data_path.name}-tokenizer.model")
+    record = file.with_suffix(".json")
+    wanted = {key: getattr(data, key) for key in ("corpus", "vocab_size", "validation", "test")}
+    if file.is_file() and record.is_file():
+        with suppress(DataError):
+            if read_json(record) == wanted:
+                return file
+    file.unlink(missing_ok=True)
+    console.print(cell(f"Training a tokenizer of {data.vocab_size} entries on {data.corpus}"))
+    size = ["--vocab-size", str(data.vocab_size)]
+    _data_prep(["tokenizer", "train", str(data.corpus), "--out", str(file), *size, *_shares(experiment)])
+    write_json(record, wanted)
+    return file
 
 
 def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> None:

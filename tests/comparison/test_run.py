@@ -135,6 +135,16 @@ def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch)
             data_room.prepare_data(experiment(), quiet)
 
 
+def test_a_tokenizer_of_other_settings_is_not_taken_for_data_that_are_prepared_anew(prepared):
+    shutil.rmtree(prepared / "data")
+    for vocab_size in (310, 310, 300):
+        wanted = experiment(data={"corpus": "corpus.jsonl", "path": "data", "vocab_size": vocab_size})
+        data_room.prepare_data(wanted, Console(file=io.StringIO()))
+        manifest = json.loads((prepared / "data" / "manifest.json").read_text())
+        assert manifest["tokenizer"]["vocab_size"] == vocab_size
+        shutil.rmtree(prepared / "data")
+
+
 def test_data_without_a_corpus_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = experiment(data={"path": "nothing"})
