@@ -49,7 +49,9 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
         if (path / FILE_NAME).is_file():
             _refuse_other_text(experiment, wanted)
             return
-        tokenizer = str(_trained_tokenizer(experiment, console)) if data.tokenizer == TRAIN_TOKENIZER else data.tokenizer
+        tokenizer = data.tokenizer
+        if tokenizer == TRAIN_TOKENIZER:
+            tokenizer = str(_trained_tokenizer(experiment, console))
         console.print(cell(f"Tokenizing {data.corpus} into {path}"))
         limit = ["--max-tokens", str(data.max_tokens)] if data.max_tokens else []
         _data_prep(

@@ -158,20 +158,22 @@ def _trained(run: PlannedRun) -> str:
 
 
 def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
-    """Run `mor eval` for the suites whose stored results are not what it would compute now."""
+    """Run `mor eval` for the suites whose stored results are not what it would compute now; returns the first failure,
+    which does not stop the others.
+    """
     folder, settings = RunFolder(run.trial.folder), experiment.evaluation
     missing = [suite for suite in check_suites(settings.suites) if not _is_current(folder, suite, settings)]
     if missing:
         progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
+    failure = None
     for arguments in evaluation_arguments(settings, folder.path, missing):
         command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
         status = run_child(command, log, progress.refresh)
         if status != 0:
-            return Failure(
-                run.trial.name, f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
-            )
-    return None
+            reason = f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
+            failure = failure or Failure(run.trial.name, reason)
+    return failure
 
 
 def _is_current(folder: RunFolder, suite: str, section: EvaluationSection) -> bool:

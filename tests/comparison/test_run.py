@@ -229,15 +229,15 @@ def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared, monkeypat
 
 
 def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared, monkeypatch):
-    """Results of other settings are not taken for these."""
-    commands = []
+    """Results of other settings are not taken for these; one that fails does not stop the others."""
+    commands, status = [], 0
     original = runner.run_child
 
     def run_child(command, log, tick=lambda: None):
         if "eval" not in command:
             return original(command, log, tick)
         commands.append(command[command.index("eval") + 1 :])
-        return 0
+        return status
 
     monkeypatch.setattr(runner, "run_child", run_child)
     made = experiment(evaluation={"suites": ["perplexity", "own", "lambada"], "limit": 7, "text_bytes": 900})
@@ -256,8 +256,9 @@ def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, 
         content = {"suite": suite, "tasks": {}, "skipped": [], "settings": settings}
         (run / "evaluation" / f"{suite}.json").write_text(json.dumps(content))
     commands.clear()
-    runner.run_experiment(made, ["vanilla"])
-    assert commands == wanted
+    status = 2
+    (failure,) = runner.run_experiment(made, ["vanilla"])
+    assert commands == wanted and "status 2" in failure.why
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prepared, monkeypatch):
