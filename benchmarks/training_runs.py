@@ -56,7 +56,6 @@ def random_data(folder: Path, vocabulary: int, tokens: int) -> Path:
     ids = np.random.default_rng(0).integers(1, vocabulary, (max(2, tokens // 500), 499))
     documents = [[*row, EOD] for row in ids.tolist()]
     write_dataset(folder, {"train": [("random", documents)]}, vocabulary=vocabulary)
-    (folder / "made-up").write_text("a tokenizer stands here", encoding="utf-8")
     return folder
 
 

@@ -73,7 +73,7 @@ def write_dataset(
     fingerprint: str = "f" * 64,
     vocabulary: int = VOCABULARY,
 ) -> Path:
-    """A data set folder with, for each split, the shards given as (source, documents)."""
+    """A data set folder with, for each split, the shards given as (source, documents); its tokenizer is a stand-in."""
     splits = {}
     for split, contents in shards.items():
         entries = []
@@ -93,6 +93,7 @@ def write_dataset(
             )
         splits[split] = Split(tuple(entries))
     tokenizer = TokenizerInfo("tiktoken", fingerprint, vocabulary, EOD, "tiktoken.json")
+    (folder / "tiktoken.json").write_text('{"name": "made-up"}', encoding="utf-8")
     write_manifest(folder, Manifest(tokenizer=tokenizer, dtype="uint16", splits=splits))
     return folder
 

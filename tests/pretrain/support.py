@@ -52,7 +52,6 @@ def make_dataset(
         fingerprint=fingerprint,
         vocabulary=VOCABULARY,
     )
-    (folder / "tiktoken.json").write_text('{"name": "made-up"}', encoding="utf-8")
     return folder
 
 
