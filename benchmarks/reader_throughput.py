@@ -29,11 +29,13 @@ import numpy as np
 
 from data_prep.dataset import open_dataset
 from data_prep.files import write_json, write_text
-from data_prep.manifest import Manifest, Shard, Split, TokenizerInfo, write_manifest
+from data_prep.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.mixture import Mixture, MixtureSource, Phase
+from data_prep.packed import PackedDataset
 from data_prep.packing import write_packing
 from data_prep.sampling import SampleOrder
 from data_prep.shards import ShardWriter
+from data_prep.tokenizers.base import TokenizerInfo
 from mor_model.flops import flops_per_token
 from mor_model.presets import preset
 
@@ -110,7 +112,7 @@ def measure(folder: Path) -> dict[str, float]:
     """Tokens a second in every way of reading, files in the page cache."""
     data = open_dataset(folder, verify="checksums")  # which also brings the files into the page cache
     order = SampleOrder(data.num_sequences(LENGTH), seed=1)
-    packed = data.packed(LENGTH)
+    packed = PackedDataset(data, LENGTH)
     packed_order = SampleOrder(packed.num_sequences(LENGTH), seed=1)
     sources = [MixtureSource(name, data.only(name)) for name in data.sources]
     weights = {name: 1.0 + number for number, name in enumerate(data.sources)}

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,6 @@ from data_prep.files import sha256_file
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.manifest import Shard as ShardEntry
 from data_prep.shards import Shard
-
-if TYPE_CHECKING:
-    from data_prep.packed import PackedDataset
 
 # Every mapping holds a file descriptor, and there may be more shards than a process may have of those.
 _MAPPINGS = 256
@@ -88,6 +85,7 @@ class TokenDataset:
         path: the data set folder.
         split: name of the split.
         manifest: the folder's manifest.
+        shards: the shards of this stream, opened.
         num_tokens, num_documents, text_bytes: sums over the shards of this stream; tokens include END_OF_DOCUMENT.
         sources: names of the sources of this stream, in order of appearance.
     """
@@ -101,7 +99,7 @@ class TokenDataset:
         shards: Sequence[Shard],
     ) -> None:
         self.path, self.split, self.manifest = path, split, manifest
-        self._entries, self._shards = tuple(entries), tuple(shards)
+        self._entries, self.shards = tuple(entries), tuple(shards)
         self._starts = list(accumulate((shard.num_tokens for shard in shards), initial=0))
         self.num_tokens = self._starts[-1]
         self.num_documents = sum(entry.documents for entry in entries)
@@ -155,18 +153,8 @@ class TokenDataset:
             self.split,
             self.manifest,
             [self._entries[number] for number in chosen],
-            [self._shards[number] for number in chosen],
+            [self.shards[number] for number in chosen],
         )
-
-    def packed(self, length: int) -> PackedDataset:
-        """The same documents in sequences of `length` as best-fit packing arranged them.
-
-        Raises:
-            DataError: the data set was not packed for this length, or a packing is damaged.
-        """
-        from data_prep.packed import PackedDataset
-
-        return PackedDataset(self, self._shards, length)
 
     def num_sequences(self, length: int) -> int:
         """Whole sequences of `length` inputs and as many labels; what is left, `length` tokens at most, is unused."""
@@ -217,10 +205,10 @@ class TokenDataset:
         return document_ids(tokens, self.eod_id)
 
     def _map(self, number: int) -> np.ndarray:
-        return self._shards[number].map_tokens()
+        return self.shards[number].map_tokens()
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.path, self.split, self.manifest, self._entries, self._shards
+        return self.path, self.split, self.manifest, self._entries, self.shards
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]

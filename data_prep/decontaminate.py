@@ -20,7 +20,7 @@ from data_prep.errors import DataError
 from data_prep.evaluation_texts import EvaluationIndex, Match
 from data_prep.files import atomic_write, write_json, write_text
 from data_prep.plain_text import markdown_text
-from data_prep.sources import ReadOptions
+from data_prep.sources.base import ReadOptions
 
 NGRAM = 13
 MATCHES = 20

@@ -26,7 +26,7 @@ from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers,
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
 from data_prep.ngrams import mix, ngram_hashes, ngrams_of_pieces, word_hashes
-from data_prep.sources import ReadOptions
+from data_prep.sources.base import ReadOptions
 
 SIGNATURE = 128
 NGRAM = 5

@@ -18,10 +18,9 @@ import orjson
 
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.errors import DataError
-from data_prep.identity import FileIdentity, identity
 from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
-from data_prep.sources import ReadOptions, SourceError
-from data_prep.sources.base import LARGE
+from data_prep.paths import FileIdentity, identity
+from data_prep.sources.base import LARGE, ReadOptions, SourceError
 from data_prep.sources.find import files_below, kind_of
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.parquet import records

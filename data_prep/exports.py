@@ -13,7 +13,7 @@ from data_prep.dataset import open_shard
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.shards import Shard, ShardSummary, ShardWriter
-from data_prep.tokenizers import copy_recorded_tokenizer
+from data_prep.tokenizers.loading import copy_recorded_tokenizer
 
 _PIECE = 1 << 22  # ids in memory at a time
 

@@ -9,8 +9,10 @@ import numpy as np
 from data_prep.dataset import TokenDataset, open_dataset, open_shard
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
+from data_prep.packed import PackedDataset
 from data_prep.plain_text import plain
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 
 _LENGTH = 2048
 
@@ -46,7 +48,7 @@ def show_sequence(folder: str | os.PathLike[str], split: str, number: int, lengt
     settings = read_manifest(folder).settings
     own = int(settings.get("sequence_length", 0))
     length = length or own or _LENGTH
-    packed = data.packed(length) if settings.get("packing") == "best-fit" and length == own else None
+    packed = PackedDataset(data, length) if settings.get("packing") == "best-fit" and length == own else None
     count = (packed or data).num_sequences(length)
     if number >= count:
         raise DataError(f"{folder} has {count:,} sequences of {length} in {split}; there is no number {number}.")

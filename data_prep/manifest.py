@@ -24,6 +24,7 @@ from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
 from data_prep.paths import inside
+from data_prep.tokenizers.base import TokenizerInfo
 from data_prep.typed import Count, as_dataclass
 
 FORMAT_VERSION = 1
@@ -32,22 +33,6 @@ SPLITS = ("train", "validation", "test")
 _LONGEST_NAME = 200  # bytes of a shard's name; file systems have 255, endings included
 # What may differ between two runs that wrote the same shards; left out of the digest.
 _VOLATILE = ("created", "version", "engine")
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """Which tokenizer wrote the shards.
-
-    kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 of what decides ids (hex). vocab_size: every
-    id is below it. eod_id: END_OF_DOCUMENT, the last token of every document. file: path of the copy, relative to the
-    data set folder.
-    """
-
-    kind: str
-    fingerprint: str
-    vocab_size: Count
-    eod_id: Count
-    file: str
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from data_prep.receipts import Receipt, read_receipt, rejects_path
 from data_prep.schedule import Schedule, Share
 from data_prep.shards import bin_path, dtype_for_vocabulary, idx_path
 from data_prep.shuffle import shuffle_source
-from data_prep.sources import SourceError
+from data_prep.sources.base import SourceError
 from data_prep.sources.hub import hub_revisions
 from data_prep.sources.streams import ByteStream
 

@@ -3,58 +3,22 @@
 Documents longer than a sequence are first cut into full sequences; what is left of them, and all shorter documents, are
 placed in order of decreasing length, each into the sequence with the least room that still holds it (best-fit
 decreasing; Ding et al. 2024, Fewer Truncations Improve Language Modeling, section 3).
-
-The sidecar of a shard is two arrays beside it, which can be mapped into memory:
-
-    NAME.packing-<length>.pieces.npy        int64 [pieces, 2], first token in the shard and number of tokens
-    NAME.packing-<length>.sequences.npy     int64 [sequences + 1], first piece of each sequence, and the end
-
-A sequence has room for length + 1 tokens: `length` inputs and their labels.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.packed import Packing, sidecar
 from data_prep.shards import Shard
 
 _TOGETHER = 1 << 20  # documents packed among each other; bounds memory
-# As `np.save` writes it for whole numbers in one column or two.
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<i8', 'fortran_order': False, 'shape': \((\d{1,15}),( 2)?\), \} *\n", re.DOTALL
-)
-_LONGEST_HEADER = 256
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Which tokens of a shard make up which sequence.
-
-    pieces: int64 `[pieces, 2]`, first token and number of tokens. sequences: int64 `[sequences + 1]`, first piece of
-    each sequence. capacity: tokens a sequence has room for.
-    """
-
-    pieces: npt.NDArray[np.int64]
-    sequences: npt.NDArray[np.int64]
-    capacity: int
-
-    def __len__(self) -> int:
-        return len(self.sequences) - 1
-
-    def of(self, sequence: int) -> npt.NDArray[np.int64]:
-        """Pieces of one sequence, `[n, 2]`, in the order they lie in the shard."""
-        return self.pieces[self.sequences[sequence] : self.sequences[sequence + 1]]
 
 
 def best_fit(lengths: npt.ArrayLike, capacity: int) -> Packing:
@@ -171,45 +135,6 @@ def concat_summary(prefixes: Sequence[str | os.PathLike[str]], length: int) -> d
     }
 
 
-def read_packing(prefix: str | os.PathLike[str], length: int) -> Packing:
-    """Map the sidecar of the shard `prefix` for `length`.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    try:
-        pieces = _mapped(sidecar(prefix, length, "pieces"))
-        sequences = _mapped(sidecar(prefix, length, "sequences"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{prefix} has no packing for length {length}; "
-            f"write the data set with --packing best-fit --sequence-length {length}."
-        ) from None
-    if pieces.ndim != 2 or sequences.ndim != 1 or not len(sequences) or sequences[-1] != len(pieces):
-        raise DataError(
-            f"the packing of {prefix} for length {length} is damaged: its files do not belong together; pack it again."
-        )
-    return Packing(pieces, sequences, length + 1)
-
-
-def _mapped(path: Path) -> npt.NDArray[np.int64]:
-    """An array of a packing. `np.load` reads its header with Python's parser, which fails now and then where several
-    threads use it at once (Python 3.11, CPython's issue 106905).
-    """
-    try:
-        with path.open("rb") as stream:
-            header = _HEADER.match(stream.read(_LONGEST_HEADER))
-            if header is not None:
-                shape = (int(header[1]), 2) if header[2] else (int(header[1]),)
-                if stream.seek(0, os.SEEK_END) == header.end() + 8 * math.prod(shape):
-                    return np.memmap(path, "<i8", "r", header.end(), shape)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    raise DataError(f"{path} is damaged; pack it again.")
-
-
 def summary(parts: list[dict[str, int]]) -> dict[str, Any]:
     """Sums over shards, with `padding` (share of places left empty) and `truncation` (share of documents cut)."""
     sums: dict[str, Any] = {key: sum(part[key] for part in parts) for key in parts[0]} if parts else {}
@@ -217,8 +142,3 @@ def summary(parts: list[dict[str, int]]) -> dict[str, Any]:
         sums["padding"] = round((sums["places"] - sums["tokens"]) / max(1, sums["places"]), 6)
         sums["truncation"] = round(sums["cut_documents"] / max(1, sums["documents"]), 6)
     return sums
-
-
-def sidecar(prefix: str | os.PathLike[str], length: int, name: str) -> Path:
-    """Path of one of the two arrays."""
-    return Path(f"{os.fspath(prefix)}.packing-{length}.{name}.npy")

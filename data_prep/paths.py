@@ -1,4 +1,4 @@
-"""Names that stand in files from outside stay inside the folder of that file."""
+"""Paths from outside: kept inside their folder, and told apart however they are spelled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from pathlib import Path, PurePosixPath
 
 from data_prep.errors import DataError
+
+FileIdentity = tuple[int, int] | str
 
 
 def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
@@ -25,3 +27,12 @@ def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
     if not real.is_relative_to(root):
         raise DataError(f"{where}: {name!r} leads out of {folder}, to {real}.")
     return path
+
+
+def identity(path: str | os.PathLike[str]) -> FileIdentity:
+    """What is equal for two paths of the same file: device and inode, or the real path of what is not there."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino

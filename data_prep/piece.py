@@ -28,9 +28,9 @@ from data_prep.manifest import Shard
 from data_prep.plan import WORK, Plan, Settings
 from data_prep.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
 from data_prep.shards import ShardWriter, dtype_for_vocabulary
-from data_prep.sources import Document, Filtered, LargeDocument, Reject, SourceError, reader_for
-from data_prep.sources.base import PieceReader
-from data_prep.tokenizers import differences_from, load_tokenizer
+from data_prep.sources.base import Document, Filtered, LargeDocument, PieceReader, Reject, SourceError
+from data_prep.sources.plan import reader_for
+from data_prep.tokenizers.loading import differences_from, load_tokenizer
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
 _HELD = 8 << 20  # bytes of text that wait in all

@@ -11,10 +11,11 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
-from data_prep.manifest import TokenizerInfo
 from data_prep.paths import inside
-from data_prep.sources import Group, ReadOptions, SourceFiles
+from data_prep.sources.base import Group, ReadOptions
+from data_prep.sources.find import SourceFiles
 from data_prep.sources.plan import KINDS
+from data_prep.tokenizers.base import TokenizerInfo
 from data_prep.typed import as_dataclass
 
 WORK = ".work"  # folder inside the data set folder that holds what is needed until the manifest is written

@@ -10,7 +10,7 @@ from data_prep.piece import Progress as Step
 from data_prep.plain_text import plain
 from data_prep.plan import Plan
 from data_prep.schedule import Key, Schedule
-from data_prep.sources import SourceError
+from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream, compression
 
 if TYPE_CHECKING:

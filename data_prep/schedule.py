@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from data_prep.receipts import Receipt
-from data_prep.sources import Group
+from data_prep.sources.base import Group
 
 Key = tuple[int, int]  # group, piece
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -16,7 +16,7 @@ from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.manifest import Shard as ShardEntry
-from data_prep.packing import read_packing
+from data_prep.packed import read_packing
 from data_prep.shards import Shard
 from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
@@ -79,7 +79,7 @@ def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], 
 
 def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     # Brings the tokenizer libraries, which reading does without.
-    from data_prep.tokenizers import differences_from, load_tokenizer
+    from data_prep.tokenizers.loading import differences_from, load_tokenizer
 
     info = manifest.tokenizer
     if info.kind == "tiktoken":

@@ -9,9 +9,10 @@ from pathlib import Path
 from data_prep.dataset import TokenDataset, open_dataset
 from data_prep.errors import DataError
 from data_prep.json_input import read_json
-from data_prep.manifest import TokenizerInfo
 from data_prep.mixture import Mixture, MixtureSource, Phase
-from data_prep.tokenizers import TOKENIZER_FILES, load_recorded_tokenizer, load_tokenizer
+from data_prep.packed import PackedDataset
+from data_prep.tokenizers.base import TokenizerInfo
+from data_prep.tokenizers.loading import TOKENIZER_FILES, load_recorded_tokenizer, load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.batches import SampleSource
 from pretrain.errors import RecipeError
@@ -62,7 +63,7 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
         dataset = open_dataset(source.path, "train", recipe.data.verify)
         dataset = dataset if source.subset is None else dataset.only(source.subset)
         _check_fit(dataset, config, source.path, length)
-        stream = dataset.packed(length) if recipe.data.packing == "best-fit" else dataset
+        stream = PackedDataset(dataset, length) if recipe.data.packing == "best-fit" else dataset
         datasets.append(MixtureSource(source.label, stream))
     mixture = Mixture(datasets, length, weight_phases(recipe, plan), recipe.seed)
     digests = [

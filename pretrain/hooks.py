@@ -58,7 +58,7 @@ class SuiteRunner:
         device: torch.device,
         lockstep: Lockstep,
     ) -> None:
-        from data_prep.tokenizers import load_tokenizer
+        from data_prep.tokenizers.loading import load_tokenizer
         from pretrain.evaluation.evaluate import most_text
         from pretrain.evaluation.held_out import read_documents
         from pretrain.evaluation.settings import Settings

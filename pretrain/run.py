@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_prep.plain_text import say
-from data_prep.tokenizers import copy_recorded_tokenizer
+from data_prep.tokenizers.loading import copy_recorded_tokenizer
 from pretrain.branches import extend, seed_branch
 from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks

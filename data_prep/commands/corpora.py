@@ -13,7 +13,7 @@ from data_prep.commands import options as o
 from data_prep.plain_text import say
 
 if TYPE_CHECKING:
-    from data_prep.sources import ReadOptions
+    from data_prep.sources.base import ReadOptions
 
 app = typer.Typer()
 NewFolder = Annotated[Path, typer.Option(help="New folder to write.", show_default=False)]
@@ -128,7 +128,7 @@ def decontaminate(
 
 
 def _options(text_field: str, format: str, separator: str, subset_field: str, subset: list[str]) -> ReadOptions:
-    from data_prep.sources import ReadOptions
+    from data_prep.sources.base import ReadOptions
 
     return ReadOptions(
         text_field=text_field,

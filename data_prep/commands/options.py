@@ -64,7 +64,7 @@ def reading_settings(
         DataError: options that do not go together.
     """
     from data_prep.plan import Settings
-    from data_prep.sources import ReadOptions
+    from data_prep.sources.base import ReadOptions
 
     options = ReadOptions(
         text_field=text_field,

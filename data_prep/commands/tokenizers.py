@@ -41,7 +41,8 @@ def train(
     maximum_document_bytes: o.MaximumDocument = 1 << 32,
 ) -> None:
     """Train a tokenizer on the documents that `tokenize` with the same split options would train on."""
-    from data_prep.sources import find_sources, notices, with_standard_input
+    from data_prep.sources.find import find_sources, with_standard_input
+    from data_prep.sources.notices import notices
     from data_prep.tokenizers.train import train_tokenizer
 
     settings = o.reading_settings(
@@ -86,8 +87,10 @@ def check(
     from data_prep.check import describe_round_trip, round_trip, sample_documents
     from data_prep.engine import choose_engine
     from data_prep.nasty import nasty_texts
-    from data_prep.sources import ReadOptions, find_sources, plan_groups, with_standard_input
-    from data_prep.tokenizers import load_tokenizer
+    from data_prep.sources.base import ReadOptions
+    from data_prep.sources.find import find_sources, with_standard_input
+    from data_prep.sources.plan import plan_groups
+    from data_prep.tokenizers.loading import load_tokenizer
 
     loaded = load_tokenizer(tokenizer, eod)
     say(f"{tokenizer}: {loaded.kind}, {loaded.vocab_size:,} ids, fingerprint {loaded.fingerprint[:16]}")

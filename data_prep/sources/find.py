@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.identity import FileIdentity, identity
+from data_prep.paths import FileIdentity, identity
 from data_prep.plain_text import plain
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.embedded import NAME as EMBEDDED

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,25 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.json_input import read_json
 from data_prep.plain_text import plain
+from data_prep.typed import Count
 
 MOST_IDS = 1 << 31  # ids are stored as int32 at most
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which tokenizer wrote the shards.
+
+    kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 of what decides ids (hex). vocab_size: every
+    id is below it. eod_id: END_OF_DOCUMENT, the last token of every document. file: path of the copy, relative to the
+    data set folder.
+    """
+
+    kind: str
+    fingerprint: str
+    vocab_size: Count
+    eod_id: Count
+    file: str
 
 
 class Tokenizer(ABC):

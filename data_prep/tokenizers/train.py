@@ -12,8 +12,10 @@ import xxhash
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.plan import Settings
-from data_prep.sources import Document, LargeDocument, SourceError, expected_bytes, plan_groups, reader_for
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.sources.base import Document, LargeDocument, SourceError
+from data_prep.sources.plan import expected_bytes, plan_groups, reader_for
+from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 
 KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 END_OF_DOCUMENT = "<|endoftext|>"

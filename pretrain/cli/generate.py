@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from rich.text import Text
 
-    from data_prep.tokenizers import Tokenizer
+    from data_prep.tokenizers.base import Tokenizer
 
 app = typer.Typer(add_completion=False)
 
@@ -48,7 +48,7 @@ def generate(
 
     from rich.console import Console
 
-    from data_prep.tokenizers import load_tokenizer
+    from data_prep.tokenizers.loading import load_tokenizer
     from mor_model.generation import generate as continue_prompts
     from mor_model.weights import load_model
 

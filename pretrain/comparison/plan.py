@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_prep.manifest import FILE_NAME, read_manifest
 from data_prep.plain_text import cell, plain
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
 from pretrain.comparison.report import numbers

@@ -17,7 +17,8 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
 from data_prep.json_input import read_json
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from pretrain.errors import RunError
 from pretrain.evaluation import held_out
 from pretrain.evaluation.settings import Settings, result_file

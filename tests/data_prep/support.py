@@ -14,8 +14,9 @@ import numpy as np
 import zstandard
 
 from data_prep.corpus import Entry
-from data_prep.manifest import Manifest, Shard, Split, TokenizerInfo, write_manifest
-from data_prep.sources import LargeDocument
+from data_prep.manifest import Manifest, Shard, Split, write_manifest
+from data_prep.sources.base import LargeDocument
+from data_prep.tokenizers.base import TokenizerInfo
 
 EOD = 0
 VOCABULARY = 1000

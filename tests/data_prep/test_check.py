@@ -6,7 +6,9 @@ import pytest
 
 from data_prep import check
 from data_prep.check import sample_documents
-from data_prep.sources import ReadOptions, find_sources, plan_groups
+from data_prep.sources.base import ReadOptions
+from data_prep.sources.find import find_sources
+from data_prep.sources.plan import plan_groups
 from tests.data_prep.writing import documents, jsonl, write_jsonl
 
 

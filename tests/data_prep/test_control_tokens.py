@@ -10,7 +10,7 @@ import pytest
 from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
-from data_prep.tokenizers import copy_tokenizer, load_tokenizer
+from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from data_prep.verify import verify_dataset
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.support import read_index_independently

@@ -13,7 +13,7 @@ from data_prep import corpus
 from data_prep.cli import app
 from data_prep.corpus import CorpusReader, CorpusWriter
 from data_prep.errors import DataError
-from data_prep.sources import ReadOptions
+from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import write_jsonl
 
 

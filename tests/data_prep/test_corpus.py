@@ -20,7 +20,8 @@ from data_prep.decontaminate import decontaminate
 from data_prep.dedup import deduplicate
 from data_prep.errors import DataError
 from data_prep.evaluation_texts import EvaluationIndex
-from data_prep.sources import ReadOptions, lines, spool
+from data_prep.sources import lines, spool
+from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import large_entry, write_jsonl
 
 

@@ -17,7 +17,7 @@ from data_prep.corpus import CorpusReader, Entry
 from data_prep.decontaminate import decontaminate
 from data_prep.errors import DataError
 from data_prep.evaluation_texts import EvaluationIndex
-from data_prep.sources import ReadOptions
+from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import large_entry, write_jsonl
 
 

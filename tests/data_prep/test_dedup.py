@@ -18,7 +18,8 @@ from data_prep import corpus, dedup
 from data_prep.corpus import CorpusReader, Entry
 from data_prep.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
 from data_prep.errors import DataError
-from data_prep.sources import ReadOptions, lines
+from data_prep.sources import lines
+from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import large_entry, write_jsonl
 
 WORDS = [f"word{number}" for number in range(400)]

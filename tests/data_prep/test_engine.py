@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_prep import engine as engine_module
 from data_prep.engine import FASTOKENS, FASTOKENS_DIGITS, REFERENCE, Engine, choose_engine, count_differences
 from data_prep.nasty import nasty_texts
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from data_prep.tokenizers.train import _train_sentencepiece
 from tests.data_prep.writing import sentences
 

@@ -9,12 +9,9 @@ import sys
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.sources import (
-    ReadOptions,
-    find_sources,
-    notices,
-    with_standard_input,
-)
+from data_prep.sources.base import ReadOptions
+from data_prep.sources.find import find_sources, with_standard_input
+from data_prep.sources.notices import notices
 from tests.conftest import skip_or_fail
 from tests.data_prep.test_sources import WIKI, items, texts
 from tests.data_prep.writing import compressed, jsonl, write_jsonl

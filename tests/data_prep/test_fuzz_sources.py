@@ -10,18 +10,9 @@ from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
-from data_prep.sources import (
-    Document,
-    Filtered,
-    Group,
-    LargeDocument,
-    ReadOptions,
-    Reject,
-    SourceError,
-    lines,
-    reader_for,
-    spool,
-)
+from data_prep.sources import lines, spool
+from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
+from data_prep.sources.plan import reader_for
 from data_prep.verify import verify_dataset
 from tests.data_prep.writing import compressed, documents, jsonl, run
 

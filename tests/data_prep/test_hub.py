@@ -14,7 +14,9 @@ import zstandard
 
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
-from data_prep.sources import Document, Group, ReadOptions, SourceError, find_sources, hub
+from data_prep.sources import hub
+from data_prep.sources.base import Document, Group, ReadOptions, SourceError
+from data_prep.sources.find import find_sources
 from tests.data_prep.hub_server import COMMIT, Hub, serve
 from tests.data_prep.test_sources import WIKI
 from tests.data_prep.test_tokenize import encoder, written

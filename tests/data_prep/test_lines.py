@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import Document, LargeDocument, ReadOptions, Reject, lines, spool
+from data_prep.sources import lines, spool
+from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject
 from data_prep.sources.lines import LineReader, LongLine, can_overlap
 from data_prep.sources.long_json import read_long_line
 from data_prep.sources.streams import ByteStream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from data_prep.tokenizers.loss import lost_bytes
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.writing import sentences

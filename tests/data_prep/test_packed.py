@@ -11,8 +11,8 @@ import pytest
 from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.mixture import Mixture, MixtureSource, Phase
-from data_prep.packed import PackedDataset
-from data_prep.packing import sidecar, write_packing
+from data_prep.packed import PackedDataset, sidecar
+from data_prep.packing import write_packing
 from tests.data_prep.support import EOD, make_documents, write_dataset
 
 LENGTH = 15
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_document_is_in_the_sequences_once(folder: Path) -> None:
-    data = open_dataset(folder).packed(LENGTH)
+    data = PackedDataset(open_dataset(folder), LENGTH)
     documents = [d for _, docs in SHARDS for d in docs if len(d) > 1]
     found: list[list[int]] = []
     full = 0
@@ -52,7 +52,7 @@ def test_every_document_is_in_the_sequences_once(folder: Path) -> None:
 
 
 def test_packed_data_is_shuffled_mixed_and_pickled_like_any_other(folder: Path) -> None:
-    data = open_dataset(folder).packed(LENGTH)
+    data = PackedDataset(open_dataset(folder), LENGTH)
     copy: PackedDataset = pickle.loads(pickle.dumps(data))
     everything = data.batch(range(data.num_sequences(LENGTH)), LENGTH)
     assert np.array_equal(copy.batch(range(len(everything)), LENGTH), everything)
@@ -68,11 +68,11 @@ def test_packed_data_is_shuffled_mixed_and_pickled_like_any_other(folder: Path) 
 
 def test_another_length_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="has no packing for length 99"):
-        open_dataset(folder).packed(99)
+        PackedDataset(open_dataset(folder), 99)
     with pytest.raises(DataError, match="packed for sequences of 15, not 16"):
-        open_dataset(folder).packed(LENGTH).sequence(0, 16)
+        PackedDataset(open_dataset(folder), LENGTH).sequence(0, 16)
     with pytest.raises(IndexError):
-        open_dataset(folder).packed(LENGTH).sequence(10_000, LENGTH)
+        PackedDataset(open_dataset(folder), LENGTH).sequence(10_000, LENGTH)
 
 
 def test_a_packing_that_points_outside_is_refused(folder: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_packing_that_points_outside_is_refused(folder: Path) -> None:
     pieces[0] = (10**9, 5)
     np.save(path, pieces)
     with pytest.raises(DataError, match="sequence 0 takes 5 tokens from 1000000000"):
-        open_dataset(folder).packed(LENGTH).sequence(0, LENGTH)
+        PackedDataset(open_dataset(folder), LENGTH).sequence(0, LENGTH)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(DataError, match="is damaged"):
-        open_dataset(folder).packed(LENGTH)
+        PackedDataset(open_dataset(folder), LENGTH)

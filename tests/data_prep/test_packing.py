@@ -14,7 +14,8 @@ from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.inspection import show_sequence
 from data_prep.manifest import read_manifest
-from data_prep.packing import best_fit, read_packing, sidecar, write_packing
+from data_prep.packed import PackedDataset, read_packing, sidecar
+from data_prep.packing import best_fit, write_packing
 from data_prep.shards import ShardWriter
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.test_tokenize import encoder
@@ -160,7 +161,7 @@ def test_a_packed_sequence_is_shown_as_training_reads_it(tmp_path, byte_bpe):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     more = {"sequence_length": 200, "validation": 0, "test": 0}
     run([source], tmp_path / "out", byte_bpe, packing="best-fit", **more)
-    data = open_dataset(tmp_path / "out").packed(200)
+    data = PackedDataset(open_dataset(tmp_path / "out"), 200)
     whole = 0
     for number in range(data.num_sequences(200)):
         head, *shown = show_sequence(tmp_path / "out", "train", number, 0).split("\n--- ")

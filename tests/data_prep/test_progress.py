@@ -19,7 +19,7 @@ from data_prep.pipeline import tokenize
 from data_prep.plan import read_plan
 from data_prep.progress import Display, Estimate, expansion
 from data_prep.schedule import Share
-from data_prep.sources import ReadOptions
+from data_prep.sources.base import ReadOptions
 from tests.data_prep.writing import Quiet, compressed, documents, job, jsonl, run, write_jsonl
 
 PIECE = 4000

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Manifest, Shard, Split, TokenizerInfo, write_manifest
+from data_prep.manifest import Manifest, Shard, Split, write_manifest
+from data_prep.tokenizers.base import TokenizerInfo
 from tests.conftest import skip_or_fail
 
 SHARDS = 20

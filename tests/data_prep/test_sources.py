@@ -16,21 +16,11 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.sources import (
-    Document,
-    Filtered,
-    Group,
-    LargeDocument,
-    ReadOptions,
-    Reject,
-    SourceError,
-    find_sources,
-    lines,
-    plan_groups,
-    reader_for,
-    with_standard_input,
-)
+from data_prep.sources import lines
 from data_prep.sources import spool as spool_module
+from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
+from data_prep.sources.find import find_sources, with_standard_input
+from data_prep.sources.plan import plan_groups, reader_for
 from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
 from tests.fuzz.support import processor_time
 

@@ -14,8 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import SourceError
 from data_prep.sources import streams as streams_module
+from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 from tests.data_prep.writing import compressed
 

@@ -18,7 +18,8 @@ from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
 from data_prep.pipeline import merge_tasks, prepare, tokenize
-from data_prep.sources import ReadOptions, lines
+from data_prep.sources import lines
+from data_prep.sources.base import ReadOptions
 from data_prep.verify import verify_dataset
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import Quiet, command, compressed, documents, job, jsonl, run, write_jsonl
@@ -190,7 +191,7 @@ def test_end_of_document_can_be_named(tmp_path, byte_bpe):
     manifest = read_manifest(tmp_path / "out")
     assert manifest.tokenizer.eod_id == 1
     assert written(tmp_path / "out", "train")[0][-1] == 1
-    from data_prep.tokenizers import load_tokenizer
+    from data_prep.tokenizers.loading import load_tokenizer
 
     assert load_tokenizer(tmp_path / "out" / "tokenizer").eod_id == 1
 

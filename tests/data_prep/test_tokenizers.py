@@ -13,9 +13,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.errors import DataError
 from data_prep.plan import Settings
-from data_prep.sources import ReadOptions, find_sources
-from data_prep.tokenizers import copy_tokenizer, load_tokenizer
+from data_prep.sources.base import ReadOptions
+from data_prep.sources.find import find_sources
 from data_prep.tokenizers import train as train_module
+from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from data_prep.tokenizers.train import train_tokenizer, training_texts
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.test_tokenize import split_of

@@ -14,7 +14,8 @@ import zstandard
 
 from data_prep import verify as module
 from data_prep.errors import DataError
-from data_prep.packing import best_fit, sidecar, write_packing
+from data_prep.packed import sidecar
+from data_prep.packing import best_fit, write_packing
 from data_prep.verify import verify_dataset
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 from tests.data_prep.writing import documents, run, write_jsonl

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__
 
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.weights import load_model
 from pretrain.evaluation.evaluate import evaluate_model
 from pretrain.evaluation.held_out import held_out_files, read_documents

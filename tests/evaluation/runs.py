@@ -68,7 +68,7 @@ def model_config(vocab_size: int, **changes) -> ModelConfig:
 
 def make_run(folder: Path, texts: list[str], seed: int = 0, **changes) -> RunFolder:
     """A run folder as training leaves it, as far as evaluation reads it."""
-    from data_prep.tokenizers import load_tokenizer
+    from data_prep.tokenizers.loading import load_tokenizer
 
     run = RunFolder(folder)
     data = write_held_out(folder.parent / "data", texts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.hub.export import export_hf
 from mor_model.model import RecursiveTransformer

@@ -12,7 +12,7 @@ import torch
 import zstandard
 
 from data_prep.errors import DataError
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.weights import load_model
 from pretrain.errors import RunError, UserError
 from pretrain.evaluation import held_out

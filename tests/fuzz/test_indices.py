@@ -17,6 +17,7 @@ import pytest
 from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.exports import copy_documents
+from data_prep.packed import PackedDataset
 from data_prep.verify import verify_dataset
 from tests.fuzz.support import counts, drive, mutate_bytes, packed_dataset
 
@@ -49,7 +50,7 @@ def read_documents(folder: Path) -> None:
 
 
 def read_packed(folder: Path) -> None:
-    data = open_dataset(folder).packed(LENGTH)
+    data = PackedDataset(open_dataset(folder), LENGTH)
     for index in range(min(data.num_sequences(LENGTH), 100)):
         data.sequence(index, LENGTH)
 

@@ -13,6 +13,7 @@ import pytest
 from data_prep.dataset import open_dataset
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.merge import build_manifest, merged_schedule
+from data_prep.packed import PackedDataset
 from data_prep.pipeline import tokenize
 from data_prep.plan import WORK, read_plan
 from data_prep.schedule import Share
@@ -61,7 +62,7 @@ def test_manifests(folder: Path, count: int) -> None:
             for index in range(min(5, data.num_sequences(LENGTH))):
                 data.sequence(index, LENGTH)
             if data.num_tokens and manifest.settings.get("packing") == "best-fit":
-                data.packed(LENGTH).sequence(0, LENGTH)
+                PackedDataset(data, LENGTH).sequence(0, LENGTH)
         return manifest
 
     def changed(given: bytes, manifest: Manifest) -> str | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from data_prep.tokenizers import Tokenizer, encoding_name, load_tokenizer
+from data_prep.tokenizers.base import Tokenizer
+from data_prep.tokenizers.loading import encoding_name, load_tokenizer
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.writing import sentences
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_json, mutate_text, mutate_value

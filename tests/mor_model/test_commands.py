@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import torch
 
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from mor_model import ModelConfig, RecursiveTransformer, load_model, preset, save_weights
 from mor_model.generation import generate
 from pretrain.cli.generate import _coloured, _legend, spell

@@ -8,6 +8,7 @@ import torch
 
 from data_prep.dataset import open_dataset
 from data_prep.mixture import Mixture, MixtureSource, Phase
+from data_prep.packed import PackedDataset
 from mor_model import RecursiveTransformer
 from mor_model.config import ModelConfig
 from pretrain.recipe import build_recipe
@@ -38,7 +39,7 @@ def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict
     warmup, decay = recipe.schedule.warmup, recipe.schedule.decay
     assert isinstance(warmup, int) and isinstance(decay, int)
     dataset = open_dataset(recipe.data.path)
-    packed = dataset.packed(length) if recipe.data.packing == "best-fit" else None
+    packed = PackedDataset(dataset, length) if recipe.data.packing == "best-fit" else None
     data = Mixture([MixtureSource("data", packed or dataset)], length, [Phase(0, {"data": 1.0})], recipe.seed)
     losses, norms, position = [], [], 0
     for step in range(steps):

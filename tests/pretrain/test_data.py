@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.tokenizers import copy_tokenizer, load_tokenizer
+from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from mor_model import RecursiveTransformer
 from mor_model.weights import save_weights
 from pretrain.errors import RecipeError

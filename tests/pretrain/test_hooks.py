@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.evaluate import evaluate_run

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_prep.dataset import open_dataset
+from data_prep.packed import PackedDataset
 from data_prep.packing import write_packing
 from pretrain.batches import make_micro_batch
 from tests.data_prep.support import EOD
@@ -30,7 +31,7 @@ def packed_values(data: Path, run: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_labels_and_validity_are_those_of_the_packing(packed_data: Path) -> None:
-    data = open_dataset(packed_data).packed(LENGTH)
+    data = PackedDataset(open_dataset(packed_data), LENGTH)
     rows = [data.sequence(index, LENGTH) for index in range(data.num_sequences(LENGTH))]
     batch = make_micro_batch(rows, end_of_document=None, padding=EOD)
     tokens = torch.stack([torch.from_numpy(row.astype("int64")) for row in rows])
@@ -63,7 +64,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, packed_data: Path,
     assert code == 0 and "resuming at step 8" in printed
     assert_same_run(tmp_path / "again", whole)
     assert metrics(whole, "train")[-1]["epochs"]["data"] == pytest.approx(
-        12 * 8 / open_dataset(packed_data).packed(LENGTH).num_sequences(LENGTH)
+        12 * 8 / PackedDataset(open_dataset(packed_data), LENGTH).num_sequences(LENGTH)
     )
     assert losses(whole)[12] < losses(whole)[1] - 0.5
 
