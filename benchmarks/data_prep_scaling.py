@@ -26,7 +26,7 @@ from typing import Any
 from data_prep_tokenize import shown_command, take_documents
 
 from data_prep.files import write_json, write_text
-from data_prep.manifest import read_manifest
+from data_prep.reading.manifest import read_manifest
 
 
 def start(command: list[str], processors: list[int]) -> subprocess.Popen:

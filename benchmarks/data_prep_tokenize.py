@@ -43,7 +43,7 @@ import psutil
 import zstandard
 
 from data_prep.files import write_json, write_text
-from data_prep.manifest import read_manifest
+from data_prep.reading.manifest import read_manifest
 
 DATASETS = """
 import sys, datasets, tokenizers

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.recording import restart_with_steady_heap
 from benchmarks.training_runs import network, parser, recipe_of, records, run, train
-from data_prep.dataset import open_dataset
+from data_prep.reading.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
 from pretrain.ds_config import resolve_ds_config
 from pretrain.engine import build_engine, start_process_group

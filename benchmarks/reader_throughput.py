@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dataset import open_dataset
 from data_prep.files import write_json, write_text
-from data_prep.manifest import Manifest, Shard, Split, write_manifest
-from data_prep.mixture import Mixture, MixtureSource, Phase
-from data_prep.packed import PackedDataset
 from data_prep.packing import write_packing
-from data_prep.sampling import SampleOrder
-from data_prep.shards import ShardWriter
+from data_prep.reading.dataset import open_dataset
+from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
+from data_prep.reading.mixture import Mixture, MixtureSource, Phase
+from data_prep.reading.packed import PackedDataset
+from data_prep.reading.sample_order import SampleOrder
+from data_prep.reading.shards import ShardWriter
 from data_prep.tokenizers.base import TokenizerInfo
 from mor_model.flops import flops_per_token
 from mor_model.presets import preset
@@ -152,8 +152,8 @@ def measure(folder: Path) -> dict[str, float]:
 _TRILLION = """
 import sys, time
 start = time.perf_counter()
-from data_prep.dataset import open_dataset
-from data_prep.sampling import SampleOrder
+from data_prep.reading.dataset import open_dataset
+from data_prep.reading.sample_order import SampleOrder
 imported = time.perf_counter()
 data = open_dataset(sys.argv[1])
 order = SampleOrder(data.num_sequences(2048), seed=1)

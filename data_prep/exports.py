@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.dataset import open_shard
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
-from data_prep.shards import Shard, ShardSummary, ShardWriter
+from data_prep.reading.dataset import open_shard
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.shards import Shard, ShardSummary, ShardWriter
 from data_prep.tokenizers.loading import copy_recorded_tokenizer
 
 _PIECE = 1 << 22  # ids in memory at a time

@@ -26,13 +26,13 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.file_formats import refuse_other_format
-from data_prep.manifest import SPLITS, Manifest, Split, write_manifest
-from data_prep.manifest import Shard as ShardEntry
 from data_prep.paths import FileIdentity, identity
-from data_prep.shards import Shard, ShardWriter, bin_path, dtype_for_vocabulary, idx_path
+from data_prep.reading.manifest import SPLITS, Manifest, Split, write_manifest
+from data_prep.reading.manifest import Shard as ShardEntry
+from data_prep.reading.shards import Shard, ShardWriter, bin_path, dtype_for_vocabulary, idx_path
+from data_prep.reading.verify import index_problems_of
 from data_prep.tokenizers.base import Tokenizer, TokenizerInfo
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
-from data_prep.verify import index_problems_of
 
 _PIECE = 1 << 22  # ids in memory at a time
 _WIDTHS = ("uint16", "uint32", "uint64")

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.files import atomic_write
-from data_prep.packed import Packing, sidecar
-from data_prep.shards import Shard
+from data_prep.reading.packed import Packing, sidecar
+from data_prep.reading.shards import Shard
 
 _TOGETHER = 1 << 20  # documents packed among each other; bounds memory
 

@@ -13,11 +13,11 @@ from data_prep.check import round_trip, sample_documents
 from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
 from data_prep.locks import lock
-from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
 from data_prep.mpi import Ranks
 from data_prep.piece import PieceWorker, Progress
 from data_prep.plan import WORK, Plan, Settings, changed_groups, differences, read_plan, write_plan
+from data_prep.reading.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.receipts import read_receipt, receipt_path
 from data_prep.schedule import Key, Schedule, Share
 from data_prep.sources.base import Group

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import Shard as Entry
-from data_prep.shards import Shard, ShardWriter
+from data_prep.reading.manifest import Shard as Entry
+from data_prep.reading.shards import Shard, ShardWriter
 
 _SMALLEST = 64 << 20  # bytes of ids of a new shard, at least
 _MOST = 256  # new shards per source

@@ -23,7 +23,7 @@ SkipRanges = tuple[tuple[int, int], ...]
 
 
 class SampleSource(Protocol):
-    """Sequences by sample number, such as `data_prep.mixture.Mixture`; seed and data alone decide which is which."""
+    """Sequences by sample number, such as `data_prep.reading.mixture.Mixture`; seed and data alone decide which is which."""
 
     def sequence(self, sample: int) -> np.ndarray:
         """Token ids of one sample, length T+1: inputs and the token after the last."""
@@ -193,7 +193,7 @@ def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, pa
     Args:
         end_of_document: token that ends a document, to number documents by, where the network masks them; else None.
         padding: the same token where sequences are packed best-fit: where it follows itself it is padding
-            (`data_prep.packed.PackedDataset.is_padding`), which is neither predicted nor routed; else None.
+            (`data_prep.reading.packed.PackedDataset.is_padding`), which is neither predicted nor routed; else None.
     """
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

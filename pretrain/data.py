@@ -6,11 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.dataset import TokenDataset, open_dataset
 from data_prep.errors import DataError
 from data_prep.json_input import read_json
-from data_prep.mixture import Mixture, MixtureSource, Phase
-from data_prep.packed import PackedDataset
+from data_prep.reading.dataset import TokenDataset, open_dataset
+from data_prep.reading.mixture import Mixture, MixtureSource, Phase
+from data_prep.reading.packed import PackedDataset
 from data_prep.tokenizers.base import TokenizerInfo
 from data_prep.tokenizers.loading import TOKENIZER_FILES, load_recorded_tokenizer, load_tokenizer
 from mor_model.config import ModelConfig

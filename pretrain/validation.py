@@ -20,7 +20,7 @@ from pretrain.evaluation.lockstep import Lockstep
 from pretrain.evaluation.settings import ROUTINGS
 
 if TYPE_CHECKING:
-    from data_prep.dataset import TokenDataset
+    from data_prep.reading.dataset import TokenDataset
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ SplitName = Annotated[str, typer.Option(help="train, validation or test.")]
 @app.command()
 def verify(out: Folder) -> None:
     """Check a data set: structure, checksums, ids within the vocabulary, counts."""
-    from data_prep.verify import verify_dataset
+    from data_prep.reading.verify import verify_dataset
 
     report = verify_dataset(out)
     for problem in report.problems:
@@ -35,8 +35,8 @@ def stats(
     picture: Annotated[Path | None, typer.Option(help="Also draw the document lengths into this file.")] = None,
 ) -> None:
     """Tokens per source, document lengths, fertility, rejects."""
-    from data_prep.manifest import read_manifest
-    from data_prep.statistics import draw_lengths, report
+    from data_prep.reading.length_statistics import draw_lengths, report
+    from data_prep.reading.manifest import read_manifest
 
     manifest = read_manifest(out)
     say(report(manifest))
@@ -58,7 +58,7 @@ def inspect(
     ids: Annotated[bool, typer.Option("--ids", help="Print ids too.")] = False,
 ) -> None:
     """Print a document, or a sequence as training sees it, with its document boundaries."""
-    from data_prep.inspection import show_document, show_sequence
+    from data_prep.reading.inspection import show_document, show_sequence
 
     if (document is None) == (sequence is None):
         raise DataError("name either --document N or --sequence N.")

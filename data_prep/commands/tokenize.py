@@ -134,7 +134,7 @@ def merge(
 def describe(out: Path) -> None:
     """Print what a finished data set holds, and on the error stream what a person should know of it."""
     from data_prep.check import describe_round_trip
-    from data_prep.manifest import read_manifest
+    from data_prep.reading.manifest import read_manifest
 
     manifest = read_manifest(out)
     for name, split in manifest.splits.items():

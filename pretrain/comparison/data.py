@@ -13,8 +13,8 @@ from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
 from data_prep.locks import lock
-from data_prep.manifest import FILE_NAME
 from data_prep.plain_text import cell
+from data_prep.reading.manifest import FILE_NAME
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment
 from pretrain.comparison.launch import run_child
 from pretrain.errors import RecipeError, RunError

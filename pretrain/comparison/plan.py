@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from data_prep.manifest import FILE_NAME, read_manifest
 from data_prep.plain_text import cell, plain
+from data_prep.reading.manifest import FILE_NAME, read_manifest
 from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial

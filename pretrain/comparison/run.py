@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data_prep.errors import DataError
 from data_prep.files import write_text
-from data_prep.manifest import read_manifest
+from data_prep.reading.manifest import read_manifest
 from pretrain.comparison.data import prepare_data
 from pretrain.comparison.experiment import EvaluationSection, Experiment
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command

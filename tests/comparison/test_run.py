@@ -98,7 +98,7 @@ def experiment(**changes) -> Experiment:
 @pytest.fixture
 def trainer(prepared, monkeypatch):
     """Replaces the training command; returns a function that lists the recipes it was called with."""
-    from data_prep.manifest import read_manifest
+    from data_prep.reading.manifest import read_manifest
 
     calls = prepared / "calls"
     script = prepared / "trainer.py"

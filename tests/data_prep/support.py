@@ -14,7 +14,7 @@ import numpy as np
 import zstandard
 
 from data_prep.corpus import Entry
-from data_prep.manifest import Manifest, Shard, Split, write_manifest
+from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.sources.base import LargeDocument
 from data_prep.tokenizers.base import TokenizerInfo
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import dataset as module
-from data_prep.dataset import document_ids, open_dataset
 from data_prep.errors import DataError
-from data_prep.manifest import Split, read_manifest
-from data_prep.shards import Shard
+from data_prep.reading import dataset as module
+from data_prep.reading.dataset import document_ids, open_dataset
+from data_prep.reading.manifest import Split, read_manifest
+from data_prep.reading.shards import Shard
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 
 
@@ -235,6 +235,6 @@ def test_reading_brings_no_heavy_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, data_prep.dataset, data_prep.sampling; print(*sorted(set(sys.modules)))"
+    code = "import sys, data_prep.reading.dataset, data_prep.reading.sample_order; print(*sorted(set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "tokenizers", "transformers", "pyarrow", "datasets"} & set(loaded)

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.verify import verify_dataset
 from data_prep.sources import lines, spool
 from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
 from data_prep.sources.plan import reader_for
-from data_prep.verify import verify_dataset
 from tests.data_prep.writing import compressed, documents, jsonl, run
 
 RELAXED = settings(

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
+from data_prep.reading.manifest import read_manifest
 from data_prep.sources import hub
 from data_prep.sources.base import Document, Group, ReadOptions, SourceError
 from data_prep.sources.find import find_sources

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from data_prep import exports as exports_module
 from data_prep import imports as module
-from data_prep.dataset import open_dataset, open_shard
 from data_prep.errors import DataError
 from data_prep.exports import export_megatron
 from data_prep.imports import import_files
-from data_prep.manifest import read_manifest
-from data_prep.verify import verify_dataset
+from data_prep.reading.dataset import open_dataset, open_shard
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.verify import verify_dataset
 from tests.data_prep.support import make_documents, read_index_independently, write_shard_independently
 
 EOD = 0

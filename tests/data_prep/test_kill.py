@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from data_prep.verify import verify_dataset
+from data_prep.reading.verify import verify_dataset
 from tests.data_prep.writing import digest, documents, run, write_jsonl
 
 # So many small pieces that a run lasts seconds: what is to interrupt it must not come too late.

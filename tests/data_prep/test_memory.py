@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_prep.manifest import read_manifest
+from data_prep.reading.manifest import read_manifest
 from tests.data_prep.writing import sentences
 
 LIMIT = 300e6

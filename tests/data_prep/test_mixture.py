@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
-from data_prep.mixture import Mixture, MixtureSource, Phase
+from data_prep.reading.dataset import open_dataset
+from data_prep.reading.mixture import Mixture, MixtureSource, Phase
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 from tests.data_prep.writing import documents, write_jsonl
 from tests.data_prep.writing import run as tokenize

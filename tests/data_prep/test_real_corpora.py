@@ -9,8 +9,8 @@ import random
 import pytest
 import zstandard
 
-from data_prep.manifest import read_manifest
-from data_prep.verify import verify_dataset
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.verify import verify_dataset
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.test_tokenize import encoder, written
 from tests.data_prep.writing import command

@@ -10,9 +10,9 @@ import pytest
 
 from data_prep import merge, python_docs
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
 from data_prep.pipeline import merge_tasks, tokenize
 from data_prep.plan import WORK
+from data_prep.reading.manifest import read_manifest
 from data_prep.schedule import Share
 from tests.data_prep.writing import Quiet, digest, documents, job, jsonl, run, write_jsonl
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.sampling import SampleOrder
+from data_prep.reading.sample_order import SampleOrder
 
 KNOWN_TEN = [3, 1, 5, 9, 7, 6, 2, 4, 0, 8, 9, 4, 1, 6, 3, 2, 5, 7, 0, 8]
 KNOWN_LARGE = 709686179813

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Manifest, Shard, Split, write_manifest
+from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.tokenizers.base import TokenizerInfo
 from tests.conftest import skip_or_fail
 
@@ -21,8 +21,8 @@ DOCUMENTS = 50_000_000
 # Run in a process of its own, so that its memory is that of reading alone.
 READ = """
 import json, sys
-from data_prep.dataset import open_dataset
-from data_prep.sampling import SampleOrder
+from data_prep.reading.dataset import open_dataset
+from data_prep.reading.sample_order import SampleOrder
 
 data = open_dataset(sys.argv[1])
 order = SampleOrder(data.num_sequences(2048), seed=1)
@@ -85,7 +85,7 @@ def test_opening_reads_the_same_number_of_bytes_at_any_size(tmp_path: Path, fact
     other = write_dataset(tmp_path / "other", {"train": [("web", make_documents(2, 2))]})
     code = (
         "import sys, os\n"
-        "from data_prep.dataset import open_dataset\n"
+        "from data_prep.reading.dataset import open_dataset\n"
         "open_dataset(sys.argv[2])\n"  # reads the modules that opening needs
         "read = lambda: int(open('/proc/self/io').read().split('rchar: ')[1].split()[0])\n"
         "first = read(); again = read(); data = open_dataset(sys.argv[1]); print(read() - again - (again - first))"

@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.manifest import Shard
+from data_prep.reading.manifest import Shard
 from data_prep.receipts import Receipt
 from data_prep.schedule import Schedule, Share
 from data_prep.sources.base import Group

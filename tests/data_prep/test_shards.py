@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import shards
 from data_prep.errors import DataError
-from data_prep.shards import Shard, ShardWriter, dtype_for_vocabulary
+from data_prep.reading import shards
+from data_prep.reading.shards import Shard, ShardWriter, dtype_for_vocabulary
 from tests.data_prep.support import make_documents, read_index_independently, write_shard_independently
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65_535), max_size=30), max_size=20)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_prep import shuffle
-from data_prep.manifest import Shard, read_manifest
-from data_prep.shards import ShardWriter
+from data_prep.reading.manifest import Shard, read_manifest
+from data_prep.reading.shards import ShardWriter
+from data_prep.reading.verify import verify_dataset
 from data_prep.shuffle import document_hashes
-from data_prep.verify import verify_dataset
 from tests.data_prep.test_tokenize import written
 from tests.data_prep.writing import digest, documents, run, write_jsonl
 

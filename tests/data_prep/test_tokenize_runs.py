@@ -11,10 +11,10 @@ import pytest
 
 from data_prep import piece
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
 from data_prep.pipeline import merge_tasks, prepare, tokenize
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.verify import verify_dataset
 from data_prep.schedule import Share
-from data_prep.verify import verify_dataset
 from tests.data_prep.test_sources import BAD_LINES
 from tests.data_prep.test_tokenize import PIECE, written
 from tests.data_prep.writing import Quiet, compressed, digest, documents, job, jsonl, run, write_jsonl

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_prep import verify as module
 from data_prep.errors import DataError
-from data_prep.packed import sidecar
 from data_prep.packing import best_fit, write_packing
-from data_prep.verify import verify_dataset
+from data_prep.reading import verify as module
+from data_prep.reading.packed import sidecar
+from data_prep.reading.verify import verify_dataset
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 from tests.data_prep.writing import documents, run, write_jsonl
 

@@ -15,8 +15,8 @@ import pytest
 import tokenizers
 
 from data_prep import imports
-from data_prep.manifest import read_manifest
-from data_prep.verify import verify_dataset
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.verify import verify_dataset
 from tests.data_prep.support import EOD, make_documents, read_index_independently, write_shard_independently
 from tests.fuzz.support import counts, drive, mutate_bytes
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.dataset import open_dataset
 from data_prep.errors import DataError
 from data_prep.exports import copy_documents
-from data_prep.packed import PackedDataset
-from data_prep.verify import verify_dataset
+from data_prep.reading.dataset import open_dataset
+from data_prep.reading.packed import PackedDataset
+from data_prep.reading.verify import verify_dataset
 from tests.fuzz.support import counts, drive, mutate_bytes, packed_dataset
 
 LENGTH = 16

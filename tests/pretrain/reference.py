@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from data_prep.dataset import open_dataset
-from data_prep.mixture import Mixture, MixtureSource, Phase
-from data_prep.packed import PackedDataset
+from data_prep.reading.dataset import open_dataset
+from data_prep.reading.mixture import Mixture, MixtureSource, Phase
+from data_prep.reading.packed import PackedDataset
 from mor_model import RecursiveTransformer
 from mor_model.config import ModelConfig
 from pretrain.recipe import build_recipe

@@ -217,7 +217,7 @@ def test_training_records_are_complete_and_add_up(finished: Path) -> None:
 
 def test_validation_is_the_mean_over_the_same_sequences(finished: Path, tiny_data: Path) -> None:
     """The last record against the exported weights, sequence by sequence."""
-    from data_prep.dataset import open_dataset
+    from data_prep.reading.dataset import open_dataset
 
     model = load_model(finished / "weights")
     records = metrics(finished, "validation")
@@ -257,8 +257,8 @@ def test_document_masks_reach_the_network(tmp_path: Path, tiny_data: Path, two_r
     model = tiny_model("vanilla", document_masking=True, reset_positions=True)
     values = recipe_values(tiny_data, tmp_path / "run", model=model, budget={"steps": 6}, seed=3)
     run = two_ranks.train(tmp_path, values)
-    from data_prep.dataset import open_dataset
-    from data_prep.mixture import Mixture, MixtureSource, Phase
+    from data_prep.reading.dataset import open_dataset
+    from data_prep.reading.mixture import Mixture, MixtureSource, Phase
     from mor_model import RecursiveTransformer
 
     network = RecursiveTransformer(build_recipe({**values, "model": tiny_model("vanilla")}).network())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.manifest import Manifest
 from data_prep.plain_text import plain
+from data_prep.reading.manifest import Manifest
 
 _BAR = 40
 

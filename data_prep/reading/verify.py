@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.dataset import open_shard
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
-from data_prep.manifest import Manifest, read_manifest
-from data_prep.manifest import Shard as ShardEntry
-from data_prep.packed import read_packing
-from data_prep.shards import Shard
+from data_prep.reading.dataset import open_shard
+from data_prep.reading.manifest import Manifest, read_manifest
+from data_prep.reading.manifest import Shard as ShardEntry
+from data_prep.reading.packed import read_packing
+from data_prep.reading.shards import Shard
 from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 

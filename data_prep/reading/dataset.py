@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from data_prep.errors import DataError
 from data_prep.files import sha256_file
-from data_prep.manifest import Manifest, read_manifest
-from data_prep.manifest import Shard as ShardEntry
-from data_prep.shards import Shard
+from data_prep.reading.manifest import Manifest, read_manifest
+from data_prep.reading.manifest import Shard as ShardEntry
+from data_prep.reading.shards import Shard
 
 # Every mapping holds a file descriptor, and there may be more shards than a process may have of those.
 _MAPPINGS = 256

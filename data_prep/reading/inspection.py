@@ -6,11 +6,11 @@ import os
 
 import numpy as np
 
-from data_prep.dataset import TokenDataset, open_dataset, open_shard
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
-from data_prep.packed import PackedDataset
 from data_prep.plain_text import plain
+from data_prep.reading.dataset import TokenDataset, open_dataset, open_shard
+from data_prep.reading.manifest import read_manifest
+from data_prep.reading.packed import PackedDataset
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
 

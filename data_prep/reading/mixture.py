@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.dataset import TokenDataset, document_ids
 from data_prep.errors import DataError
-from data_prep.sampling import SampleOrder
+from data_prep.reading.dataset import TokenDataset, document_ids
+from data_prep.reading.sample_order import SampleOrder
 
 if TYPE_CHECKING:
-    from data_prep.packed import PackedDataset
+    from data_prep.reading.packed import PackedDataset
 
 # Weights become integers that add up to this: rounding shifts a share by less than one sample in a billion, and
 # products with the number of samples of a batch stay inside 64 bits.

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.dataset import TokenDataset
 from data_prep.errors import DataError
-from data_prep.shards import Shard
+from data_prep.reading.dataset import TokenDataset
+from data_prep.reading.shards import Shard
 
 # As `np.save` writes it for whole numbers in one column or two.
 _HEADER = re.compile(
