@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.sources.base import Document, Group, LargeDocument, ReadOptions
-from data_prep.sources.plan import expected_bytes, reader_for
+from data_prep.sources.groups import expected_bytes, reader_for
 from data_prep.tokenizers.loss import lost_bytes
 
 _GROUPS = 8

@@ -25,8 +25,8 @@ from data_prep.ngrams import between_letters
 from data_prep.processors import available_processors
 from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject, SourceError, field_path, record_head
 from data_prep.sources.find import UNFINISHED, find_sources, with_standard_input
+from data_prep.sources.groups import plan_groups, reader_for
 from data_prep.sources.notices import notices
-from data_prep.sources.plan import plan_groups, reader_for
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
 _PIECE = 1 << 20  # bytes of a large document that are read at a time

@@ -29,7 +29,7 @@ from data_prep.reading.manifest import Shard
 from data_prep.reading.shards import ShardWriter, dtype_for_vocabulary
 from data_prep.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
 from data_prep.sources.base import Document, Filtered, LargeDocument, PieceReader, Reject, SourceError
-from data_prep.sources.plan import reader_for
+from data_prep.sources.groups import reader_for
 from data_prep.tokenizers.loading import differences_from, load_tokenizer
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together

@@ -22,9 +22,9 @@ from data_prep.receipts import read_receipt, receipt_path
 from data_prep.schedule import Key, Schedule, Share
 from data_prep.sources.base import Group
 from data_prep.sources.find import find_sources, with_standard_input
+from data_prep.sources.groups import plan_groups
 from data_prep.sources.hub import hub_revisions
 from data_prep.sources.notices import notices
-from data_prep.sources.plan import plan_groups
 from data_prep.tokenizers.base import Tokenizer, TokenizerInfo
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from data_prep.workers import Pool, quiet_libraries

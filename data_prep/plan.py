@@ -14,7 +14,7 @@ from data_prep.json_input import read_json
 from data_prep.paths import inside
 from data_prep.sources.base import Group, ReadOptions
 from data_prep.sources.find import SourceFiles
-from data_prep.sources.plan import KINDS
+from data_prep.sources.groups import KINDS
 from data_prep.tokenizers.base import TokenizerInfo
 from data_prep.typed import as_dataclass
 

@@ -22,7 +22,7 @@ from data_prep.plan import Plan
 from data_prep.receipts import read_receipt, receipt_path
 from data_prep.schedule import Key, Schedule
 from data_prep.sources.base import Group
-from data_prep.sources.plan import pieces_expected
+from data_prep.sources.groups import pieces_expected
 from data_prep.tokenizers.loading import load_tokenizer
 
 _TRIES = 3  # a piece that takes its worker down this often stops the run

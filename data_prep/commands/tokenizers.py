@@ -89,7 +89,7 @@ def check(
     from data_prep.nasty import nasty_texts
     from data_prep.sources.base import ReadOptions
     from data_prep.sources.find import find_sources, with_standard_input
-    from data_prep.sources.plan import plan_groups
+    from data_prep.sources.groups import plan_groups
     from data_prep.tokenizers.loading import load_tokenizer
 
     loaded = load_tokenizer(tokenizer, eod)

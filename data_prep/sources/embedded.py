@@ -13,7 +13,7 @@ class EmbeddedReader(PieceReader):
     """Reads all documents of the embedded corpus as one piece."""
 
     def items(self, piece: int) -> Iterator[Item]:
-        from data_prep.python_docs import iter_documents
+        from data_prep.sources.python_docs import iter_documents
 
         for number, (name, text) in enumerate(iter_documents(), start=1):
             self.file, self.lines = name, number

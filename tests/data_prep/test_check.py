@@ -8,7 +8,7 @@ from data_prep import check
 from data_prep.check import sample_documents
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
-from data_prep.sources.plan import plan_groups
+from data_prep.sources.groups import plan_groups
 from tests.data_prep.writing import documents, jsonl, write_jsonl
 
 

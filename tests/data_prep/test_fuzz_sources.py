@@ -13,7 +13,7 @@ from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
 from data_prep.sources import lines, spool
 from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
-from data_prep.sources.plan import reader_for
+from data_prep.sources.groups import reader_for
 from tests.data_prep.writing import compressed, documents, jsonl, run
 
 RELAXED = settings(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import python_docs
-from data_prep.python_docs import iter_documents
+from data_prep.sources import python_docs
+from data_prep.sources.python_docs import iter_documents
 
 
 @pytest.fixture

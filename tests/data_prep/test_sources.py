@@ -20,7 +20,7 @@ from data_prep.sources import lines
 from data_prep.sources import spool as spool_module
 from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
 from data_prep.sources.find import find_sources, with_standard_input
-from data_prep.sources.plan import plan_groups, reader_for
+from data_prep.sources.groups import plan_groups, reader_for
 from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
 from tests.fuzz.support import processor_time
 

@@ -21,8 +21,8 @@ from data_prep.errors import DataError
 from data_prep.sources import lines, spool
 from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject
 from data_prep.sources.find import find_sources
+from data_prep.sources.groups import plan_groups, reader_for
 from data_prep.sources.notices import notices
-from data_prep.sources.plan import plan_groups, reader_for
 from tests.data_prep.writing import compressed, documents
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
 
