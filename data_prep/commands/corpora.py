@@ -83,7 +83,7 @@ def dedup(
     subset: o.Subset = [],  # noqa: B006
 ) -> None:
     """Write corpora without copies: exact ones, and with --near also near ones (MinHash of word 5-grams)."""
-    from data_prep.dedup import deduplicate
+    from data_prep.corpora.dedup import deduplicate
 
     options = _options(text_field, format, separator, subset_field, subset)
     with _shown(out) as show:
@@ -112,7 +112,7 @@ def decontaminate(
     subset: o.Subset = [],  # noqa: B006
 ) -> None:
     """Write corpora without documents that hold text of evaluation sets, with a report of what was found."""
-    from data_prep.decontaminate import decontaminate as run
+    from data_prep.corpora.decontaminate import decontaminate as run
 
     options = _options(text_field, format, separator, subset_field, subset)
     with _shown(out) as show:

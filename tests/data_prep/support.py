@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_prep.corpus import Entry
+from data_prep.corpora.corpus import Entry
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.sources.base import LargeDocument
 from data_prep.tokenizers.base import TokenizerInfo

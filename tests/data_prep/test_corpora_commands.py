@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from data_prep import corpus
 from data_prep.cli import app
-from data_prep.corpus import CorpusReader, CorpusWriter
+from data_prep.corpora import corpus
+from data_prep.corpora.corpus import CorpusReader, CorpusWriter
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import write_jsonl

@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_prep import corpus as module
-from data_prep.corpus import CorpusReader, CorpusWriter, Entry, map_entries
-from data_prep.decontaminate import decontaminate
-from data_prep.dedup import deduplicate
+from data_prep.corpora import corpus as module
+from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, map_entries
+from data_prep.corpora.decontaminate import decontaminate
+from data_prep.corpora.dedup import deduplicate
+from data_prep.corpora.evaluation_texts import EvaluationIndex
 from data_prep.errors import DataError
-from data_prep.evaluation_texts import EvaluationIndex
 from data_prep.sources import lines, spool
 from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import large_entry, write_jsonl

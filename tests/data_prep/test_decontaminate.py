@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_prep import corpus
-from data_prep.corpus import CorpusReader, Entry
-from data_prep.decontaminate import decontaminate
+from data_prep.corpora import corpus
+from data_prep.corpora.corpus import CorpusReader, Entry
+from data_prep.corpora.decontaminate import decontaminate
+from data_prep.corpora.evaluation_texts import EvaluationIndex
 from data_prep.errors import DataError
-from data_prep.evaluation_texts import EvaluationIndex
 from data_prep.sources.base import ReadOptions
 from tests.data_prep.support import large_entry, write_jsonl
 

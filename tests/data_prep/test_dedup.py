@@ -14,9 +14,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import corpus, dedup
-from data_prep.corpus import CorpusReader, Entry
-from data_prep.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
+from data_prep.corpora import corpus, dedup
+from data_prep.corpora.corpus import CorpusReader, Entry
+from data_prep.corpora.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
 from data_prep.errors import DataError
 from data_prep.sources import lines
 from data_prep.sources.base import ReadOptions

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import ngrams as module
-from data_prep.ngrams import between_letters, ngram_hashes, ngrams_of_pieces, normalized, word_hashes, words_of
+from data_prep.corpora import ngrams as module
+from data_prep.corpora.ngrams import between_letters, ngram_hashes, ngrams_of_pieces, normalized, word_hashes, words_of
 from tests.fuzz.support import processor_time
 
 KNOWN = [8299794868474364208, 5391054183650655607, 9969114287553916399]

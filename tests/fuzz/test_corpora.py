@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.decontaminate import decontaminate
-from data_prep.dedup import deduplicate
+from data_prep.corpora.decontaminate import decontaminate
+from data_prep.corpora.dedup import deduplicate
 from data_prep.errors import DataError
 from data_prep.sources import lines, spool
 from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject

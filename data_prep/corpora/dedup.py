@@ -22,10 +22,10 @@ import numpy as np
 import orjson
 import zstandard
 
-from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
+from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
+from data_prep.corpora.ngrams import mix, ngram_hashes, ngrams_of_pieces, word_hashes
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, write_json
-from data_prep.ngrams import mix, ngram_hashes, ngrams_of_pieces, word_hashes
 from data_prep.sources.base import ReadOptions
 
 SIGNATURE = 128

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from data_prep.corpus import CorpusReader, Entry
+from data_prep.corpora.corpus import CorpusReader, Entry
+from data_prep.corpora.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
 from data_prep.errors import DataError
-from data_prep.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
 from data_prep.paths import FileIdentity, identity
 from data_prep.sources.base import LARGE, ReadOptions, SourceError
 from data_prep.sources.find import files_below, kind_of

@@ -15,9 +15,9 @@ import numpy as np
 import orjson
 import zstandard
 
-from data_prep.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
+from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
+from data_prep.corpora.evaluation_texts import EvaluationIndex, Match
 from data_prep.errors import DataError
-from data_prep.evaluation_texts import EvaluationIndex, Match
 from data_prep.files import atomic_write, write_json, write_text
 from data_prep.plain_text import markdown_text
 from data_prep.sources.base import ReadOptions
@@ -92,7 +92,7 @@ def decontaminate(
 
     Args:
         sources: as for `tokenize`.
-        against: files or folders of evaluation sets, see `data_prep.evaluation_texts`.
+        against: files or folders of evaluation sets, see `data_prep.corpora.evaluation_texts`.
         out: a new folder.
         n: words of an n-gram.
         matches: distinct shared n-grams from which a document is removed; one that holds half of an item's always is.

@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple, TypeVar
 import orjson
 import zstandard
 
+from data_prep.corpora.ngrams import between_letters
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.ngrams import between_letters
 from data_prep.processors import available_processors
 from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject, SourceError, field_path, record_head
 from data_prep.sources.find import UNFINISHED, find_sources, with_standard_input
