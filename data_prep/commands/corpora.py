@@ -40,7 +40,7 @@ def import_(
     ] = "",
 ) -> None:
     """Make a data set of token files of another stack."""
-    from data_prep.imports import import_files
+    from data_prep.interchange.imports import import_files
 
     with _shown(out) as show:
         report = import_files(kind, files, out, tokenizer, eod=eod, dtype=dtype, progress=show)
@@ -57,7 +57,7 @@ def export(
     out: NewFolder,
 ) -> None:
     """Write a data set under Megatron's names, for GPT-NeoX or Megatron-LM."""
-    from data_prep.exports import export_megatron
+    from data_prep.interchange.exports import export_megatron
 
     with _shown(out) as show:
         report = export_megatron(path, out, show)

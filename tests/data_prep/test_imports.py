@@ -16,11 +16,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import exports as exports_module
-from data_prep import imports as module
 from data_prep.errors import DataError
-from data_prep.exports import export_megatron
-from data_prep.imports import import_files
+from data_prep.interchange import exports as exports_module
+from data_prep.interchange import imports as module
+from data_prep.interchange.exports import export_megatron
+from data_prep.interchange.imports import import_files
 from data_prep.reading.dataset import open_dataset, open_shard
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset

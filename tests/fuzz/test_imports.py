@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data_prep import imports
+from data_prep.interchange import imports
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
 from tests.data_prep.support import EOD, make_documents, read_index_independently, write_shard_independently

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.exports import copy_documents
+from data_prep.interchange.exports import copy_documents
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.packed import PackedDataset
 from data_prep.reading.verify import verify_dataset

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.file_formats import refuse_other_format
+from data_prep.interchange.file_formats import refuse_other_format
 from data_prep.paths import FileIdentity, identity
 from data_prep.reading.manifest import SPLITS, Manifest, Split, write_manifest
 from data_prep.reading.manifest import Shard as ShardEntry
