@@ -71,7 +71,7 @@ if __name__ == "__main__":
 """
 ENGINE = """
 import sys, time, orjson
-from data_prep.engine import Engine, choose_engine
+from data_prep.tokenizing.encoder import Engine, choose_engine
 from data_prep.tokenizers import load_tokenizer
 texts = [orjson.loads(line)["text"] for line in open(sys.argv[1], "rb")]
 tokenizer = load_tokenizer(sys.argv[2])
@@ -85,10 +85,10 @@ print(time.perf_counter() - began, time.process_time() - spent)
 PIPELINE = """
 import sys, time
 from pathlib import Path
-from data_prep.pipeline import Job, Share, begin, prepare
-from data_prep.plan import Settings
-from data_prep.progress import Display
-from data_prep.workers import Pool
+from data_prep.tokenizing.pipeline import Job, Share, begin, prepare
+from data_prep.tokenizing.shard_plan import Settings
+from data_prep.tokenizing.progress import Display
+from data_prep.tokenizing.workers import Pool
 source, tokenizer, out = sys.argv[1:]
 display = Display()
 job = Job((source,), Path(out) / "data", tokenizer, Settings((), validation=0, test=0))

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import write_json, write_text
-from data_prep.packing import write_packing
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.reading.mixture import Mixture, MixtureSource, Phase
@@ -36,6 +35,7 @@ from data_prep.reading.packed import PackedDataset
 from data_prep.reading.sample_order import SampleOrder
 from data_prep.reading.shards import ShardWriter
 from data_prep.tokenizers.base import TokenizerInfo
+from data_prep.tokenizing.packing import write_packing
 from mor_model.flops import flops_per_token
 from mor_model.presets import preset
 

@@ -13,7 +13,7 @@ import typer
 from data_prep.errors import DataError
 
 if TYPE_CHECKING:
-    from data_prep.plan import Settings
+    from data_prep.tokenizing.shard_plan import Settings
 
 Sources = Annotated[
     list[str],
@@ -63,8 +63,8 @@ def reading_settings(
     Raises:
         DataError: options that do not go together.
     """
-    from data_prep.plan import Settings
     from data_prep.sources.base import ReadOptions
+    from data_prep.tokenizing.shard_plan import Settings
 
     options = ReadOptions(
         text_field=text_field,

@@ -58,10 +58,10 @@ def tokenize(
     mpi: Annotated[bool, typer.Option("--mpi", help="One worker per MPI rank, under mpirun or srun.")] = False,
 ) -> None:
     """Turn corpora into shards. A stopped run continues when the same command runs again."""
-    from data_prep.pipeline import Job, tokenize_mpi
-    from data_prep.pipeline import tokenize as run
-    from data_prep.progress import Display
-    from data_prep.schedule import Share
+    from data_prep.tokenizing.piece_schedule import Share
+    from data_prep.tokenizing.pipeline import Job, tokenize_mpi
+    from data_prep.tokenizing.pipeline import tokenize as run
+    from data_prep.tokenizing.progress import Display
 
     if task_count and task_index >= task_count:
         raise DataError(f"--task-index {task_index} must be below --task-count {task_count}.")
@@ -123,8 +123,8 @@ def merge(
     max_broken: o.MaxBroken = 0,
 ) -> None:
     """Finish a data set whose pieces were done by the tasks of a job array."""
-    from data_prep.pipeline import merge_tasks
-    from data_prep.progress import Display
+    from data_prep.tokenizing.pipeline import merge_tasks
+    from data_prep.tokenizing.progress import Display
 
     with _reported(Display(), out):
         merge_tasks(out, max_rejects, max_broken, workers or o.processors())
@@ -133,8 +133,8 @@ def merge(
 
 def describe(out: Path) -> None:
     """Print what a finished data set holds, and on the error stream what a person should know of it."""
-    from data_prep.check import describe_round_trip
     from data_prep.reading.manifest import read_manifest
+    from data_prep.tokenizing.tokenizer_check import describe_round_trip
 
     manifest = read_manifest(out)
     for name, split in manifest.splits.items():

@@ -43,7 +43,7 @@ def train(
     """Train a tokenizer on the documents that `tokenize` with the same split options would train on."""
     from data_prep.sources.find import find_sources, with_standard_input
     from data_prep.sources.notices import notices
-    from data_prep.tokenizers.train import train_tokenizer
+    from data_prep.tokenizing.train_tokenizer import train_tokenizer
 
     settings = o.reading_settings(
         validation=validation,
@@ -84,13 +84,13 @@ def check(
     eod: Annotated[str, typer.Option(help="END_OF_DOCUMENT token, where the tokenizer does not say.")] = "",
 ) -> None:
     """Say what a tokenizer is, which encoder is exact for it, and what it loses of a sample of the sources."""
-    from data_prep.check import describe_round_trip, round_trip, sample_documents
-    from data_prep.engine import choose_engine
-    from data_prep.nasty import nasty_texts
     from data_prep.sources.base import ReadOptions
     from data_prep.sources.find import find_sources, with_standard_input
     from data_prep.sources.groups import plan_groups
     from data_prep.tokenizers.loading import load_tokenizer
+    from data_prep.tokenizing.encoder import choose_engine
+    from data_prep.tokenizing.nasty import nasty_texts
+    from data_prep.tokenizing.tokenizer_check import describe_round_trip, round_trip, sample_documents
 
     loaded = load_tokenizer(tokenizer, eod)
     say(f"{tokenizer}: {loaded.kind}, {loaded.vocab_size:,} ids, fingerprint {loaded.fingerprint[:16]}")

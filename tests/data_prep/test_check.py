@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep import check
-from data_prep.check import sample_documents
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups
+from data_prep.tokenizing import tokenizer_check as check
+from data_prep.tokenizing.tokenizer_check import sample_documents
 from tests.data_prep.writing import documents, jsonl, write_jsonl
 
 

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
+from data_prep.tokenizing.encoder import Engine, choose_engine
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import run, small_byte_bpe, write_jsonl

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import cutting
-from data_prep.cutting import Cutter, cut
-from data_prep.engine import Engine, choose_engine
 from data_prep.tokenizers.loading import load_tokenizer
+from data_prep.tokenizing import cutting
+from data_prep.tokenizing.cutting import Cutter, cut
+from data_prep.tokenizing.encoder import Engine, choose_engine
 from tests.data_prep.writing import sentences
 
 TEXT = st.text(alphabet=st.sampled_from("ab1 \n\t.é漢"), max_size=400)

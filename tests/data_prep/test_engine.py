@@ -13,11 +13,18 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import engine as engine_module
-from data_prep.engine import FASTOKENS, FASTOKENS_DIGITS, REFERENCE, Engine, choose_engine, count_differences
-from data_prep.nasty import nasty_texts
 from data_prep.tokenizers.loading import load_tokenizer
-from data_prep.tokenizers.train import _train_sentencepiece
+from data_prep.tokenizing import encoder as engine_module
+from data_prep.tokenizing.encoder import (
+    FASTOKENS,
+    FASTOKENS_DIGITS,
+    REFERENCE,
+    Engine,
+    choose_engine,
+    count_differences,
+)
+from data_prep.tokenizing.nasty import nasty_texts
+from data_prep.tokenizing.train_tokenizer import _train_sentencepiece
 from tests.data_prep.writing import sentences
 
 fastokens = pytest.importorskip("fastokens")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import mpi
 from data_prep.errors import DataError
+from data_prep.tokenizing import mpi
 from tests.conftest import skip_or_fail
 from tests.data_prep.writing import digest, documents, run, write_jsonl
 
@@ -83,7 +83,7 @@ from pathlib import Path
 from data_prep import mpi
 from data_prep.cli import app
 from data_prep.errors import DataError
-from data_prep.piece import PieceWorker, Progress
+from data_prep.tokenizing.piece import PieceWorker, Progress
 
 kind, notes, *arguments = sys.argv[1:]
 work = PieceWorker.work

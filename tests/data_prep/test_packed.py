@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.packing import write_packing
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.mixture import Mixture, MixtureSource, Phase
 from data_prep.reading.packed import PackedDataset, sidecar
+from data_prep.tokenizing.packing import write_packing
 from tests.data_prep.support import EOD, make_documents, write_dataset
 
 LENGTH = 15

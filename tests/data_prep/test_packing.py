@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import packing as packing_module
 from data_prep.errors import DataError
-from data_prep.packing import best_fit, write_packing
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.inspection import show_sequence
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.packed import PackedDataset, read_packing, sidecar
 from data_prep.reading.shards import ShardWriter
+from data_prep.tokenizing import packing as packing_module
+from data_prep.tokenizing.packing import best_fit, write_packing
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.test_tokenize import encoder
 from tests.data_prep.writing import documents, run, write_jsonl

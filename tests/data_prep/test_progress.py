@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_prep import progress
-from data_prep.pipeline import tokenize
-from data_prep.plan import read_plan
-from data_prep.progress import Display, Estimate, expansion
-from data_prep.schedule import Share
 from data_prep.sources.base import ReadOptions
+from data_prep.tokenizing import progress
+from data_prep.tokenizing.piece_schedule import Share
+from data_prep.tokenizing.pipeline import tokenize
+from data_prep.tokenizing.progress import Display, Estimate, expansion
+from data_prep.tokenizing.shard_plan import read_plan
 from tests.data_prep.writing import Quiet, compressed, documents, job, jsonl, run, write_jsonl
 
 PIECE = 4000

@@ -8,13 +8,13 @@ import os
 
 import pytest
 
-from data_prep import merge
 from data_prep.errors import DataError
-from data_prep.pipeline import merge_tasks, tokenize
-from data_prep.plan import WORK
 from data_prep.reading.manifest import read_manifest
-from data_prep.schedule import Share
 from data_prep.sources import python_docs
+from data_prep.tokenizing import merge
+from data_prep.tokenizing.piece_schedule import Share
+from data_prep.tokenizing.pipeline import merge_tasks, tokenize
+from data_prep.tokenizing.shard_plan import WORK
 from tests.data_prep.writing import Quiet, digest, documents, job, jsonl, run, write_jsonl
 
 PIECE = 4000

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.reading.manifest import Shard
-from data_prep.receipts import Receipt
-from data_prep.schedule import Schedule, Share
 from data_prep.sources.base import Group
+from data_prep.tokenizing.piece_schedule import Schedule, Share
+from data_prep.tokenizing.receipts import Receipt
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 1000), st.integers(1, 40), st.booleans()), min_size=1, max_size=12

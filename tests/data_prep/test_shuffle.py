@@ -7,11 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_prep import shuffle
 from data_prep.reading.manifest import Shard, read_manifest
 from data_prep.reading.shards import ShardWriter
 from data_prep.reading.verify import verify_dataset
-from data_prep.shuffle import document_hashes
+from data_prep.tokenizing import shuffle
+from data_prep.tokenizing.shuffle import document_hashes
 from tests.data_prep.test_tokenize import written
 from tests.data_prep.writing import digest, documents, run, write_jsonl
 

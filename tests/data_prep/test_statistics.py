@@ -10,10 +10,10 @@ from itertools import pairwise
 import tokenizers
 from matplotlib import pyplot
 
-from data_prep import engine
 from data_prep.reading.length_statistics import draw_lengths, report
 from data_prep.reading.manifest import read_manifest
 from data_prep.sources.base import ReadOptions
+from data_prep.tokenizing import encoder as engine
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import compressed, documents, run, write_jsonl
 

@@ -13,14 +13,14 @@ import tokenizers
 import xxhash
 import zstandard
 
-from data_prep import cutting, piece
 from data_prep.errors import DataError
-from data_prep.pipeline import merge_tasks, prepare, tokenize
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
 from data_prep.sources import lines
 from data_prep.sources.base import ReadOptions
+from data_prep.tokenizing import cutting, piece
+from data_prep.tokenizing.pipeline import merge_tasks, prepare, tokenize
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import Quiet, command, compressed, documents, job, jsonl, run, write_jsonl
 

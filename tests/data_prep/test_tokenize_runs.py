@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from data_prep import piece
 from data_prep.errors import DataError
-from data_prep.pipeline import merge_tasks, prepare, tokenize
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
-from data_prep.schedule import Share
+from data_prep.tokenizing import piece
+from data_prep.tokenizing.piece_schedule import Share
+from data_prep.tokenizing.pipeline import merge_tasks, prepare, tokenize
 from tests.data_prep.test_sources import BAD_LINES
 from tests.data_prep.test_tokenize import PIECE, written
 from tests.data_prep.writing import Quiet, compressed, digest, documents, job, jsonl, run, write_jsonl
@@ -130,7 +130,7 @@ def test_an_unfinished_run_of_other_settings_or_changed_files_is_not_continued(c
 
 def test_two_runs_do_not_write_the_same_folder(corpus, byte_bpe, tmp_path):
     out = tmp_path / "out"
-    second = "import sys\nfrom pathlib import Path\nfrom data_prep.pipeline import only_writer\n"
+    second = "import sys\nfrom pathlib import Path\nfrom data_prep.tokenizing.pipeline import only_writer\n"
     second += "with only_writer(Path(sys.argv[1]), ''): pass"
 
     class Second(Quiet):

@@ -12,12 +12,12 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.errors import DataError
-from data_prep.plan import Settings
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
-from data_prep.tokenizers import train as train_module
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
-from data_prep.tokenizers.train import train_tokenizer, training_texts
+from data_prep.tokenizing import train_tokenizer as train_module
+from data_prep.tokenizing.shard_plan import Settings
+from data_prep.tokenizing.train_tokenizer import train_tokenizer, training_texts
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.test_tokenize import split_of
 from tests.data_prep.writing import command, documents, jsonl, sentences, write_jsonl

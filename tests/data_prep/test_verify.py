@@ -13,10 +13,10 @@ import pytest
 import zstandard
 
 from data_prep.errors import DataError
-from data_prep.packing import best_fit, write_packing
 from data_prep.reading import verify as module
 from data_prep.reading.packed import sidecar
 from data_prep.reading.verify import verify_dataset
+from data_prep.tokenizing.packing import best_fit, write_packing
 from tests.data_prep.support import EOD, VOCABULARY, make_documents, write_dataset
 from tests.data_prep.writing import documents, run, write_jsonl
 

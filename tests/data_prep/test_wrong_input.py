@@ -9,11 +9,11 @@ import resource
 
 import pytest
 
-from data_prep import piece
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups
+from data_prep.tokenizing import piece
 from tests.data_prep.writing import command, digest, documents, jsonl, run, write_jsonl
 from tests.fuzz.support import processor_time
 

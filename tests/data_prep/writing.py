@@ -20,9 +20,9 @@ import tokenizers
 import zstandard
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_prep.pipeline import Job, tokenize
-from data_prep.plan import Settings
 from data_prep.sources.base import ReadOptions
+from data_prep.tokenizing.pipeline import Job, tokenize
+from data_prep.tokenizing.shard_plan import Settings
 
 _WORDS = (
     "the a of and to in is it that was for on with as his they be at one have this from or had by not word but what "

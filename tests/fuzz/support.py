@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.packing import write_packing
 from data_prep.reading.manifest import read_manifest, write_manifest
+from data_prep.tokenizing.packing import write_packing
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
 from tests.data_prep.support import make_documents, write_dataset

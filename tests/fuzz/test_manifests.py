@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.merge import build_manifest, merged_schedule
-from data_prep.pipeline import tokenize
-from data_prep.plan import WORK, read_plan
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.length_statistics import report
 from data_prep.reading.manifest import Manifest, read_manifest
 from data_prep.reading.packed import PackedDataset
 from data_prep.reading.verify import verify_dataset
-from data_prep.schedule import Share
+from data_prep.tokenizing.merge import build_manifest, merged_schedule
+from data_prep.tokenizing.piece_schedule import Share
+from data_prep.tokenizing.pipeline import tokenize
+from data_prep.tokenizing.shard_plan import WORK, read_plan
 from tests.data_prep.writing import Quiet, documents, job, small_byte_bpe, write_jsonl
 from tests.fuzz.support import counts, drive, lost, mutate_json, packed_dataset
 

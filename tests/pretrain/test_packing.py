@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.packing import write_packing
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.packed import PackedDataset
+from data_prep.tokenizing.packing import write_packing
 from pretrain.batches import make_micro_batch
 from tests.data_prep.support import EOD
 from tests.pretrain.support import LENGTH, Workers, losses, make_dataset, metrics, recipe_values, tiny_model

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from data_prep.locks import lock
-from data_prep.pipeline import only_writer
+from data_prep.tokenizing.pipeline import only_writer
 from pretrain import run_lock
 from pretrain.errors import RunError
 from tests.pretrain.support import (

@@ -9,17 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from data_prep.check import round_trip, sample_documents
-from data_prep.engine import Engine, choose_engine
 from data_prep.errors import DataError
 from data_prep.locks import lock
-from data_prep.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
-from data_prep.mpi import Ranks
-from data_prep.piece import PieceWorker, Progress
-from data_prep.plan import WORK, Plan, Settings, changed_groups, differences, read_plan, write_plan
 from data_prep.reading.manifest import FILE_NAME, Manifest, read_manifest
-from data_prep.receipts import read_receipt, receipt_path
-from data_prep.schedule import Key, Schedule, Share
 from data_prep.sources.base import Group
 from data_prep.sources.find import find_sources, with_standard_input
 from data_prep.sources.groups import plan_groups
@@ -27,7 +19,15 @@ from data_prep.sources.hub import hub_revisions
 from data_prep.sources.notices import notices
 from data_prep.tokenizers.base import Tokenizer, TokenizerInfo
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
-from data_prep.workers import Pool, quiet_libraries
+from data_prep.tokenizing.encoder import Engine, choose_engine
+from data_prep.tokenizing.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
+from data_prep.tokenizing.mpi import Ranks
+from data_prep.tokenizing.piece import PieceWorker, Progress
+from data_prep.tokenizing.piece_schedule import Key, Schedule, Share
+from data_prep.tokenizing.receipts import read_receipt, receipt_path
+from data_prep.tokenizing.shard_plan import WORK, Plan, Settings, changed_groups, differences, read_plan, write_plan
+from data_prep.tokenizing.tokenizer_check import round_trip, sample_documents
+from data_prep.tokenizing.workers import Pool, quiet_libraries
 
 
 class Listener(Protocol):

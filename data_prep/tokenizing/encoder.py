@@ -19,11 +19,11 @@ import orjson
 import tokenizers
 
 from data_prep.errors import DataError
-from data_prep.nasty import nasty_texts
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.conversion import as_tokenizer_json
 from data_prep.tokenizers.huggingface import HuggingFaceTokenizer
 from data_prep.tokenizers.sentencepiece_model import SentencePieceTokenizer
+from data_prep.tokenizing.nasty import nasty_texts
 
 REFERENCE = "reference"
 FASTOKENS = "fastokens"
@@ -68,7 +68,7 @@ class Engine:
     def encode(self, texts: Sequence[str], continued: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` in one array `[ids]` (uint32 or int32), and where each begins, `[texts + 1]`.
 
-        `continued` names the texts that continue the one before them (see `data_prep.cutting`).
+        `continued` names the texts that continue the one before them (see `data_prep.tokenizing.cutting`).
 
         Raises:
             DataError: a text became END_OF_DOCUMENT, which only the pipeline may put behind a document.

@@ -11,11 +11,11 @@ import xxhash
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.plan import Settings
 from data_prep.sources.base import Document, LargeDocument, SourceError
 from data_prep.sources.groups import expected_bytes, plan_groups, reader_for
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
+from data_prep.tokenizing.shard_plan import Settings
 
 KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 END_OF_DOCUMENT = "<|endoftext|>"

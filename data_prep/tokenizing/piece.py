@@ -20,17 +20,17 @@ import orjson
 import xxhash
 import zstandard
 
-from data_prep.cutting import Cutter, cut
-from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.plan import WORK, Plan, Settings
 from data_prep.reading.manifest import Shard
 from data_prep.reading.shards import ShardWriter, dtype_for_vocabulary
-from data_prep.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
 from data_prep.sources.base import Document, Filtered, LargeDocument, PieceReader, Reject, SourceError
 from data_prep.sources.groups import reader_for
 from data_prep.tokenizers.loading import differences_from, load_tokenizer
+from data_prep.tokenizing.cutting import Cutter, cut
+from data_prep.tokenizing.encoder import Engine
+from data_prep.tokenizing.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
+from data_prep.tokenizing.shard_plan import WORK, Plan, Settings
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
 _HELD = 8 << 20  # bytes of text that wait in all

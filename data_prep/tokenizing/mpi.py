@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.engine import Engine
 from data_prep.errors import DataError
-from data_prep.piece import PieceWorker, Progress
 from data_prep.plain_text import say
-from data_prep.plan import Plan, read_plan
-from data_prep.receipts import read_receipt, receipt_path
-from data_prep.schedule import Key, Schedule
+from data_prep.tokenizing.encoder import Engine
+from data_prep.tokenizing.piece import PieceWorker, Progress
+from data_prep.tokenizing.piece_schedule import Key, Schedule
+from data_prep.tokenizing.receipts import read_receipt, receipt_path
+from data_prep.tokenizing.shard_plan import Plan, read_plan
 
 _AHEAD = 2  # pieces a rank holds, so that it never waits for the next one
 _PAUSE = 0.002  # seconds between two looks at an empty mailbox

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from data_prep.receipts import Receipt
 from data_prep.sources.base import Group
+from data_prep.tokenizing.receipts import Receipt
 
 Key = tuple[int, int]  # group, piece
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -15,15 +15,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine import Engine, first_choice
 from data_prep.errors import DataError
-from data_prep.piece import PieceWorker, Progress, orphaned
-from data_prep.plan import Plan
-from data_prep.receipts import read_receipt, receipt_path
-from data_prep.schedule import Key, Schedule
 from data_prep.sources.base import Group
 from data_prep.sources.groups import pieces_expected
 from data_prep.tokenizers.loading import load_tokenizer
+from data_prep.tokenizing.encoder import Engine, first_choice
+from data_prep.tokenizing.piece import PieceWorker, Progress, orphaned
+from data_prep.tokenizing.piece_schedule import Key, Schedule
+from data_prep.tokenizing.receipts import read_receipt, receipt_path
+from data_prep.tokenizing.shard_plan import Plan
 
 _TRIES = 3  # a piece that takes its worker down this often stops the run
 

@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.sources.base import Document, Group, LargeDocument, ReadOptions
 from data_prep.sources.groups import expected_bytes, reader_for
 from data_prep.tokenizers.loss import lost_bytes
+from data_prep.tokenizing.encoder import Engine
 
 _GROUPS = 8
 # Characters of the sample, in all: a small share of the corpus, for the reference tokenizer is slow.

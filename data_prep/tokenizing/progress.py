@@ -6,12 +6,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from data_prep.piece import Progress as Step
 from data_prep.plain_text import plain
-from data_prep.plan import Plan
-from data_prep.schedule import Key, Schedule
 from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream, compression
+from data_prep.tokenizing.piece import Progress as Step
+from data_prep.tokenizing.piece_schedule import Key, Schedule
+from data_prep.tokenizing.shard_plan import Plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -9,8 +9,8 @@ from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
 from data_prep.paths import inside
-from data_prep.plan import WORK
 from data_prep.reading.manifest import SPLITS, Shard, check_names
+from data_prep.tokenizing.shard_plan import WORK
 from data_prep.typed import Count, as_dataclass
 
 LENGTH_BINS = 40  # document lengths are counted by powers of two

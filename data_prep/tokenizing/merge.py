@@ -20,17 +20,17 @@ import zstandard
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.json_input import parse_json
-from data_prep.packing import concat_summary, write_packing
-from data_prep.packing import summary as packing_summary
-from data_prep.plan import WORK, Plan
 from data_prep.reading.manifest import SPLITS, Manifest, Shard, Split, write_manifest
 from data_prep.reading.shards import bin_path, dtype_for_vocabulary, idx_path
-from data_prep.receipts import Receipt, read_receipt, rejects_path
-from data_prep.schedule import Schedule, Share
-from data_prep.shuffle import shuffle_source
 from data_prep.sources.base import SourceError
 from data_prep.sources.hub import hub_revisions
 from data_prep.sources.streams import ByteStream
+from data_prep.tokenizing.packing import concat_summary, write_packing
+from data_prep.tokenizing.packing import summary as packing_summary
+from data_prep.tokenizing.piece_schedule import Schedule, Share
+from data_prep.tokenizing.receipts import Receipt, read_receipt, rejects_path
+from data_prep.tokenizing.shard_plan import WORK, Plan
+from data_prep.tokenizing.shuffle import shuffle_source
 
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
 _UNFINISHED = re.compile(r"\.(?:train|validation|test)-\d{5,}-\d{5,}.*\.tmp")
