@@ -23,7 +23,7 @@ SkipRanges = tuple[tuple[int, int], ...]
 
 
 class SampleSource(Protocol):
-    """Sequences by sample number, such as `data_prep.reading.mixture.Mixture`; seed and data alone decide which is which."""
+    """Sequences by sample number (`data_prep.reading.mixture.Mixture`); seed and data alone decide which is which."""
 
     def sequence(self, sample: int) -> np.ndarray:
         """Token ids of one sample, length T+1: inputs and the token after the last."""
