@@ -29,10 +29,10 @@ from benchmarks.recording import restart_with_steady_heap
 from benchmarks.training_runs import network, parser, recipe_of, records, run, train
 from data_prep.reading.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
-from pretrain.ds_config import resolve_ds_config
 from pretrain.engine import build_engine, start_process_group
 from pretrain.environment import prepare_environment
-from pretrain.recipe import Recipe, build_recipe
+from pretrain.recipe.deepspeed_json import resolve_ds_config
+from pretrain.recipe.recipe import Recipe, build_recipe
 
 
 def batch_of(recipe: Recipe) -> tuple[torch.Tensor, ...]:

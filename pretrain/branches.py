@@ -19,8 +19,8 @@ from pretrain.checkpoint_manifest import checkpoint_name
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
 from pretrain.finished import branch_path, branch_recipe
-from pretrain.plan import Branch, Plan, make_plan
-from pretrain.recipe import Recipe
+from pretrain.recipe.plan import Branch, Plan, make_plan
+from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import RunFolder
 
 

@@ -30,9 +30,9 @@ from pretrain.agreement import on_first_rank
 from pretrain.checkpoint_manifest import MANIFEST, Manifest, TrainState, checkpoint_name, read_manifest, write_manifest
 from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
+from pretrain.recipe.sections import Checkpointing
 from pretrain.restricted_loading import load_restricted, refuse_code, restricted_loading
 from pretrain.run_folder import RunFolder
-from pretrain.sections import Checkpointing
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 _READ_AGAIN_SECONDS = (0.5, 2.0, 5.0)

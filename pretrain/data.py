@@ -16,10 +16,10 @@ from data_prep.tokenizers.loading import TOKENIZER_FILES, load_recorded_tokenize
 from mor_model.config import ModelConfig
 from pretrain.batches import SampleSource
 from pretrain.errors import RecipeError
-from pretrain.plan import Plan
-from pretrain.recipe import Recipe
+from pretrain.recipe.plan import Plan
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.sections import Source
 from pretrain.run_folder import RunFolder
-from pretrain.sections import Source
 from pretrain.validation import ValidationSet, spread
 
 # Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.

@@ -12,15 +12,15 @@ import torch
 
 from pretrain.checkpoint import list_checkpoints, refuse_shape
 from pretrain.checkpoint_manifest import read_manifest
-from pretrain.ds_config import zero_stage
 from pretrain.engine import peak_flops
 from pretrain.environment import Ranks
 from pretrain.errors import RunError
 from pretrain.memory import estimate_memory
 from pretrain.memory import format_bytes as size
-from pretrain.partitioning import STAGES, explain
 from pretrain.prepare import Prepared
-from pretrain.recipe import Recipe
+from pretrain.recipe.deepspeed_json import zero_stage
+from pretrain.recipe.partitioning import STAGES, explain
+from pretrain.recipe.recipe import Recipe
 from pretrain.stage import trains_on_cpu
 from pretrain.telemetry import format_seconds
 

@@ -21,7 +21,7 @@ from mor_model.config import ModelConfig
 from pretrain.environment import Ranks
 from pretrain.muon import Muon
 from pretrain.optimizer import build_optimizer
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 _SHM_COMM = "deepspeed_shm_comm"
 # Without sparsity, from NVIDIA's data sheets; the first whose words are all in the device's name counts.
@@ -106,7 +106,7 @@ def build_engine(
     from mor_model import RecursiveTransformer
     from mor_model.initialization import whole
     from mor_model.weights import start_from
-    from pretrain.ds_config import offload_device, zero_stage
+    from pretrain.recipe.deepspeed_json import offload_device, zero_stage
 
     if ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
         # DeepSpeed makes this group once per process; a branch's engine comes after the trunk's.

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from pretrain.batches import StepBatch, merge_ranges
 from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.errors import RunError
-from pretrain.plan import Plan
-from pretrain.recipe import Recipe
+from pretrain.recipe.plan import Plan
+from pretrain.recipe.recipe import Recipe
 from pretrain.telemetry import Telemetry
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from data_prep.plain_text import plain
 from pretrain.errors import RunError, UserError
-from pretrain.plan import Branch, make_plan
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.recipe.plan import Branch, make_plan
+from pretrain.recipe.recipe import Recipe, load_recipe
+from pretrain.recipe.sections import Budget
 from pretrain.run_folder import RunFolder
-from pretrain.sections import Budget
 
 # Sections of a recipe that may change in the middle of a run.
 EXTENDABLE = ("budget.", "schedule.")

@@ -23,9 +23,9 @@ from pretrain.engine import seed_step
 from pretrain.environment import Ranks
 from pretrain.faults import FaultRules
 from pretrain.hooks import EvaluationHooks
-from pretrain.plan import Plan, is_due
 from pretrain.profiling import StepProfiler
-from pretrain.recipe import Recipe
+from pretrain.recipe.plan import Plan, is_due
+from pretrain.recipe.recipe import Recipe
 from pretrain.signals import Asked, Request, StopRequest
 from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
 from pretrain.watchdog import Watchdog

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import atomic_write
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import RunFolder
 
 Flat = dict[str, float]

@@ -8,7 +8,7 @@ import torch
 
 from mor_model import RecursiveTransformer
 from pretrain.muon import Muon, is_hidden_matrix, stacked_rows
-from pretrain.sections import Optim
+from pretrain.recipe.sections import Optim
 
 
 def parameter_groups(model: RecursiveTransformer, optim: Optim) -> list[dict[str, Any]]:

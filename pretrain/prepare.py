@@ -9,12 +9,12 @@ from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from pretrain.branches import Extension, find_extension
 from pretrain.data import OpenedData, open_data
-from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError, RunError
 from pretrain.finished import begun_with, branch_path, branch_recipe, changed_keys
-from pretrain.plan import Branch, Plan, make_plan
-from pretrain.recipe import Recipe
+from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
+from pretrain.recipe.plan import Branch, Plan, make_plan
+from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.signals import CHECKPOINT_FILE, STOP_FILE
 from pretrain.stage import StageChoice, choose_stage, with_stage

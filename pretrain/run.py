@@ -11,13 +11,13 @@ from typing import Any
 from data_prep.plain_text import say
 from data_prep.tokenizers.loading import copy_recorded_tokenizer
 from pretrain.branches import extend, seed_branch
-from pretrain.ds_config import resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RunError, UserError
 from pretrain.finished import has_finished
-from pretrain.partitioning import STAGES, explain
 from pretrain.prepare import Prepared, check_folder, prepare_branch
 from pretrain.provenance import changes_since_last_start, describe_environment, identity
+from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
+from pretrain.recipe.partitioning import STAGES, explain
 from pretrain.signals import EXIT_FINISHED, StopRequest
 from pretrain.stage import agree_on_stage, with_stage
 from pretrain.watchdog import Watchdog

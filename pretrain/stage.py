@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 
 from mor_model.config import ModelConfig
-from pretrain.ds_config import AUTO, resolve_ds_config, zero_stage
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.recipe.deepspeed_json import AUTO, resolve_ds_config, zero_stage
+from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 
 _CANDIDATES = ("zero0", "zero1", "zero2", "zero3")

@@ -23,7 +23,7 @@ import torch
 from data_prep.files import atomic_write
 from data_prep.plain_text import plain
 from pretrain.mirrors import Mirrors
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import RunFolder, parse_record
 
 # Kind of record by evaluation (`TrainState.unfinished`).

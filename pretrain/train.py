@@ -24,7 +24,7 @@ from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.environment import Ranks, prepare_environment
 from pretrain.errors import MeetingError, UserError
-from pretrain.recipe import load_recipe
+from pretrain.recipe.recipe import load_recipe
 from pretrain.signals import EXIT_FAILED, EXIT_FINISHED, EXIT_USER
 
 

@@ -28,7 +28,7 @@ def flops(
     if (recipe is None) == (preset_name is None):
         raise UserError(f"give either a recipe file or --preset with one of {', '.join(PRESETS)}.")
     if recipe is not None:
-        from pretrain.recipe import load_recipe
+        from pretrain.recipe.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         _print_counts({loaded.name: (loaded.network(), loaded.batch.sequence_length)})

@@ -55,7 +55,7 @@ def main() -> None:
         print(importlib.metadata.version("mor-pretrain"))
         return
     if name not in _COMMANDS:
-        from pretrain.messages import nearest, shorten
+        from pretrain.recipe.messages import nearest, shorten
 
         sys.exit(f"mor: no command {shorten(name)}; {nearest(name, _COMMANDS)}")
     try:

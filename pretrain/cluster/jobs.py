@@ -15,7 +15,7 @@ from pretrain.cluster.records import Record
 from pretrain.errors import RunError, UserError
 from pretrain.fields import Fields
 from pretrain.finished import Part, begun_with, parts
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder, parse_record
 
 _TAIL_BYTES = 65536

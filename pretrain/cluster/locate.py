@@ -12,7 +12,7 @@ from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
 from pretrain.finished import unfinished
-from pretrain.recipe import load_recipe
+from pretrain.recipe.recipe import load_recipe
 from pretrain.signals import EXIT_USER
 
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError, RecipeError
-from pretrain.messages import first_problem
-from pretrain.yaml_input import read_yaml
+from pretrain.recipe.messages import first_problem
+from pretrain.recipe.yaml_input import read_yaml
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 EXAMPLE = Path(__file__).resolve().parents[2] / "slurm" / "clusters.yaml"

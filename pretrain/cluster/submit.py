@@ -19,12 +19,12 @@ from pretrain.cluster.profiles import Profile
 from pretrain.cluster.records import Record, remember
 from pretrain.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.errors import LaunchError, RecipeError
+from pretrain.recipe.yaml_input import read_yaml
 from pretrain.run_folder import require_writable
 from pretrain.toolchain import prepare_toolchain
-from pretrain.yaml_input import read_yaml
 
 if TYPE_CHECKING:
-    from pretrain.recipe import Recipe
+    from pretrain.recipe.recipe import Recipe
 
 _SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 # Announcements of the scripts' --signal lines; a job must be able to last longer.
@@ -75,7 +75,7 @@ def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[
         RecipeError, DataError: when the recipe cannot run on so many ranks, or its shards are missing or damaged.
         UserError: for a suite that does not exist, or that reads text which the data set does not have.
     """
-    from pretrain.recipe import load_recipe
+    from pretrain.recipe.recipe import load_recipe
 
     prepare_toolchain()
     recipe = load_recipe(path, overrides)
@@ -209,9 +209,9 @@ class Shape:
 def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     """Everything about a recipe that can be known without its nodes."""
     from pretrain.data import open_data
-    from pretrain.ds_config import resolve_ds_config
     from pretrain.finished import begun_with
-    from pretrain.plan import make_plan
+    from pretrain.recipe.deepspeed_json import resolve_ds_config
+    from pretrain.recipe.plan import make_plan
     from pretrain.stage import choose_stage, with_stage
 
     begun_with(recipe)

@@ -23,12 +23,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_prep.plain_text import plain
 from pretrain.errors import RecipeError
-from pretrain.messages import first_problem, nearest, shorten
-from pretrain.overrides import apply_override
-from pretrain.plan import Branch
-from pretrain.recipe import EXCLUSIVE
-from pretrain.sections import MOST_TEXT_BYTES, Listed, Name, Number, Section, Whole
-from pretrain.yaml_input import read_yaml
+from pretrain.recipe.messages import first_problem, nearest, shorten
+from pretrain.recipe.overrides import apply_override
+from pretrain.recipe.plan import Branch
+from pretrain.recipe.recipe import EXCLUSIVE
+from pretrain.recipe.sections import MOST_TEXT_BYTES, Listed, Name, Number, Section, Whole
+from pretrain.recipe.yaml_input import read_yaml
 
 REPORT_FOLDER = "report"
 TRAIN_TOKENIZER = "train"

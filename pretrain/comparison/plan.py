@@ -18,8 +18,8 @@ from pretrain.comparison.report import numbers
 from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.suites import check_suites
 from pretrain.finished import changed_keys
-from pretrain.plan import Plan, make_plan
-from pretrain.recipe import Recipe, build_recipe, load_recipe
+from pretrain.recipe.plan import Plan, make_plan
+from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.errors import RecipeError, UserError
-from pretrain.yaml_input import read_yaml
+from pretrain.recipe.yaml_input import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 HELD_OUT_SUITES = ("perplexity", "own", "routing")

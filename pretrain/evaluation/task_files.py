@@ -10,7 +10,7 @@ import yaml
 
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.suites import Suite, skipped
-from pretrain.yaml_input import parse_yaml
+from pretrain.recipe.yaml_input import parse_yaml
 
 _ROLES = ("training", "validation", "test", "fewshot")
 

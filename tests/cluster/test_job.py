@@ -18,7 +18,7 @@ from pretrain.cluster.tasks import evaluation_arguments
 from pretrain.environment import clean_environment, rendezvous_port
 from pretrain.errors import LaunchError
 from pretrain.finished import parts
-from pretrain.recipe import Recipe, build_recipe, load_recipe
+from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
 from pretrain.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_USER
 from tests.pretrain.support import ROOT, recipe_values, tiny_model, write_recipe
 

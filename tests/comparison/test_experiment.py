@@ -8,8 +8,8 @@ import pytest
 from pretrain.comparison.experiment import Experiment, load_experiment
 from pretrain.comparison.plan import plan_experiment
 from pretrain.errors import RecipeError
-from pretrain.recipe import Recipe, build_recipe
-from pretrain.yaml_input import write_yaml
+from pretrain.recipe.recipe import Recipe, build_recipe
+from pretrain.recipe.yaml_input import write_yaml
 from tests.pretrain.support import recipe_values
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -37,7 +37,7 @@ ARMS = {
 TRAINER = """
 import sys, pathlib, json
 sys.path.insert(0, {root!r})
-from pretrain.recipe import load_recipe
+from pretrain.recipe.recipe import load_recipe
 from pretrain.finished import parts
 from tests.comparison.synthetic import write_run
 recipe = load_recipe(sys.argv[1])

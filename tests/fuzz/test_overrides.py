@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from pretrain.plan import make_plan
-from pretrain.recipe import EXCLUSIVE, Recipe, build_recipe
-from pretrain.yaml_input import parse_yaml, write_yaml
+from pretrain.recipe.plan import make_plan
+from pretrain.recipe.recipe import EXCLUSIVE, Recipe, build_recipe
+from pretrain.recipe.yaml_input import parse_yaml, write_yaml
 from tests.fuzz.recipes import RECIPES
 from tests.fuzz.support import ODD_VALUES, counts, drive, leaves, lost, mutate_text
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.plan import make_plan
-from pretrain.recipe import Recipe, load_recipe
-from pretrain.yaml_input import parse_yaml, write_yaml
+from pretrain.recipe.plan import make_plan
+from pretrain.recipe.recipe import Recipe, load_recipe
+from pretrain.recipe.yaml_input import parse_yaml, write_yaml
 from tests.fuzz.recipes import RECIPES
 from tests.fuzz.support import counts, drive, lost, mutate_text, mutate_value
 

@@ -27,7 +27,7 @@ from pretrain import checkpoint_files, loop, prepare, train
 from pretrain.batches import StepBatch
 from pretrain.checkpoint import TrainState
 from pretrain.environment import Ranks
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 from pretrain.stage import StageChoice
 from tests.pretrain.support import last_step
 

@@ -11,7 +11,7 @@ from data_prep.reading.mixture import Mixture, MixtureSource, Phase
 from data_prep.reading.packed import PackedDataset
 from mor_model import RecursiveTransformer
 from mor_model.config import ModelConfig
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
 
 
 def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from pretrain.branches import Extension, common_steps, extend
 from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError
-from pretrain.plan import make_plan
-from pretrain.recipe import build_recipe, load_recipe
+from pretrain.recipe.plan import make_plan
+from pretrain.recipe.recipe import build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from tests.pretrain.support import (
     Job,

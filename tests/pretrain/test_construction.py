@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mor_model.flops import count_parameters
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
 from tests.pretrain.support import Job, recipe_values, tiny_model, write_recipe
 
 RANKS = 4
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import deepspeed
 
-from pretrain.ds_config import resolve_ds_config
+from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.engine import build_engine, start_process_group
 from pretrain.environment import prepare_environment
-from pretrain.recipe import load_recipe
+from pretrain.recipe.recipe import load_recipe
 
 
 def resident(name):

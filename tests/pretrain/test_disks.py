@@ -17,9 +17,9 @@ from data_prep.errors import DataError
 from pretrain.checkpoint import CheckpointStore, find_damage
 from pretrain.checkpoint_files import CheckpointFiles
 from pretrain.checkpoint_manifest import TrainState
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
+from pretrain.recipe.sections import Checkpointing
 from pretrain.run_folder import RunFolder
-from pretrain.sections import Checkpointing
 from pretrain.telemetry import Telemetry
 from tests.pretrain.checkpoints import SHAPE
 from tests.pretrain.collectives import Threads

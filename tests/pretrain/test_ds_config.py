@@ -10,12 +10,12 @@ import pytest
 from pydantic import BaseModel
 
 import ds_configs
-from pretrain.ds_config import load_ds_config, resolve_ds_config, zero_stage
-from pretrain.ds_keys import FROM_THE_RECIPE, check_ds_config, ds_file
 from pretrain.errors import RecipeError
-from pretrain.messages import below, forms, keys_of
-from pretrain.partitioning import explain
-from pretrain.recipe import Recipe, build_recipe
+from pretrain.recipe.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
+from pretrain.recipe.deepspeed_keys import FROM_THE_RECIPE, check_ds_config, ds_file
+from pretrain.recipe.messages import below, forms, keys_of
+from pretrain.recipe.partitioning import explain
+from pretrain.recipe.recipe import Recipe, build_recipe
 from tests.pretrain.support import recipe_values
 
 

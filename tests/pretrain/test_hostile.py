@@ -25,7 +25,7 @@ from pretrain.hooks import check_suites_of
 from pretrain.loop import Trainer
 from pretrain.prepare import prepare
 from pretrain.provenance import changes_since_last_start, describe_environment
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.telemetry import Telemetry, rewind_metrics
 from tests.pretrain.checkpoints import fake_checkpoint

@@ -15,7 +15,7 @@ import pytest
 import ds_configs
 from pretrain.errors import RecipeError
 from pretrain.prepare import prepare
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
 from tests.conftest import skip_or_fail
 from tests.pretrain.reference import plain_losses
 from tests.pretrain.support import ALONE, Nursery, Workers, losses, recipe_values, train, write_recipe

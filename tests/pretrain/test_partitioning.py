@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mor_model.presets import preset
-from pretrain.ds_config import resolve_ds_config
-from pretrain.partitioning import choose_settings, complete, explain
-from pretrain.recipe import build_recipe
+from pretrain.recipe.deepspeed_json import resolve_ds_config
+from pretrain.recipe.partitioning import choose_settings, complete, explain
+from pretrain.recipe.recipe import build_recipe
 from tests.pretrain.support import recipe_values
 
 

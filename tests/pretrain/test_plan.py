@@ -9,8 +9,8 @@ import pytest
 
 from mor_model.flops import flops_per_sequence
 from pretrain.errors import RecipeError
-from pretrain.plan import Plan, make_plan
-from pretrain.recipe import build_recipe
+from pretrain.recipe.plan import Plan, make_plan
+from pretrain.recipe.recipe import build_recipe
 from tests.fuzz.support import LIMIT_SECONDS, processor_time
 from tests.pretrain.support import LENGTH, recipe_values, tiny_model
 

@@ -11,9 +11,9 @@ import yaml
 
 from pretrain.comparison.experiment import load_experiment
 from pretrain.errors import RecipeError
-from pretrain.recipe import build_recipe, load_recipe
-from pretrain.sections import Amount
-from pretrain.yaml_input import write_yaml
+from pretrain.recipe.recipe import build_recipe, load_recipe
+from pretrain.recipe.sections import Amount
+from pretrain.recipe.yaml_input import write_yaml
 from tests.fuzz.support import LIMIT_SECONDS, processor_time
 from tests.pretrain.support import ROOT, recipe_values, write_recipe
 

@@ -20,7 +20,7 @@ from pretrain.agreement import find_disagreement, on_first_rank
 from pretrain.errors import RunError, UserError
 from pretrain.prepare import Prepared, prepare
 from pretrain.provenance import identity
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
 from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (
     ALONE,

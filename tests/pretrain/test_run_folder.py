@@ -12,7 +12,7 @@ import torch
 from pretrain.errors import RunError
 from pretrain.prepare import prepare
 from pretrain.provenance import changes_since_last_start, describe_environment
-from pretrain.recipe import build_recipe
+from pretrain.recipe.recipe import build_recipe
 from pretrain.run_folder import RunFolder
 from tests.pretrain.support import ALONE, recipe_values
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.schedule import BatchSize, LearningRate, Recursion
+from pretrain.recipe.schedules import BatchSize, LearningRate, Recursion
 
 
 def test_warmup_stable_decay_by_hand() -> None:

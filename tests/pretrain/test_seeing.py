@@ -19,7 +19,7 @@ from pretrain.communication import timed_collectives
 from pretrain.engine import peak_flops
 from pretrain.errors import LaunchError
 from pretrain.profiling import parse_steps
-from pretrain.recipe import build_recipe, load_recipe
+from pretrain.recipe.recipe import build_recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes, rewind_metrics
 from tests.conftest import skip_or_fail

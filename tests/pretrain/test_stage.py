@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from pretrain.errors import RecipeError
-from pretrain.recipe import build_recipe, load_recipe
+from pretrain.recipe.recipe import build_recipe, load_recipe
 from pretrain.stage import _USABLE_ON_GPU, StageChoice, _group_limits, choose_stage, device_memory
 from tests.pretrain.support import (
     ALONE,

@@ -18,7 +18,7 @@ from mor_model.weights import load_model, save_weights
 from pretrain.environment import Ranks
 from pretrain.errors import RecipeError
 from pretrain.prepare import prepare
-from pretrain.recipe import build_recipe, load_recipe
+from pretrain.recipe.recipe import build_recipe, load_recipe
 from tests.data_prep.support import EOD
 from tests.ports import free_port
 from tests.pretrain.reference import plain_losses

@@ -15,7 +15,7 @@ from tests.pretrain.wandb_server import wandb_server
 START = """
 import sys
 from pathlib import Path
-from pretrain.recipe import load_recipe
+from pretrain.recipe.recipe import load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.telemetry import Telemetry
 recipe, run, first, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.errors import RecipeError
-from pretrain.yaml_input import parse_yaml, read_yaml, write_yaml
+from pretrain.recipe.yaml_input import parse_yaml, read_yaml, write_yaml
 
 BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi")

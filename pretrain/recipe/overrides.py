@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.errors import RecipeError
-from pretrain.messages import shorten
-from pretrain.yaml_input import parse_yaml
+from pretrain.recipe.messages import shorten
+from pretrain.recipe.yaml_input import parse_yaml
 
 _NOTHING: Mapping[str, tuple[str, ...]] = {}
 

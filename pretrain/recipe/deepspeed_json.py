@@ -15,11 +15,11 @@ import ds_configs
 from data_prep.errors import DataError
 from data_prep.json_input import read_json
 from data_prep.plain_text import plain
-from pretrain.ds_keys import check_ds_config, without_auto
 from pretrain.errors import RecipeError
-from pretrain.messages import nearest, shorten
-from pretrain.partitioning import complete
-from pretrain.recipe import Recipe
+from pretrain.recipe.deepspeed_keys import check_ds_config, without_auto
+from pretrain.recipe.messages import nearest, shorten
+from pretrain.recipe.partitioning import complete
+from pretrain.recipe.recipe import Recipe
 
 # Stands for the name of a shipped configuration that `pretrain.stage` chooses.
 AUTO = "auto"

@@ -17,9 +17,9 @@ from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from mor_model.presets import preset
 from pretrain.errors import RecipeError
-from pretrain.messages import first_problem
-from pretrain.overrides import apply_override
-from pretrain.sections import (
+from pretrain.recipe.messages import first_problem
+from pretrain.recipe.overrides import apply_override
+from pretrain.recipe.sections import (
     Batch,
     Budget,
     CapacityWarmup,
@@ -38,7 +38,7 @@ from pretrain.sections import (
     Section,
     Whole,
 )
-from pretrain.yaml_input import read_yaml, write_yaml
+from pretrain.recipe.yaml_input import read_yaml, write_yaml
 
 # Keys of which a section has exactly one; choosing one on the command line replaces the file's choice.
 EXCLUSIVE = {"budget": ("flops", "tokens", "steps"), "data": ("path", "sources")}

@@ -15,9 +15,9 @@ from typing import Any
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_sequence
 from pretrain.errors import RecipeError
-from pretrain.recipe import Recipe
-from pretrain.schedule import BatchSize, LearningRate, Recursion
-from pretrain.sections import MOST_STEPS, Amount
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.schedules import BatchSize, LearningRate, Recursion
+from pretrain.recipe.sections import MOST_STEPS, Amount
 
 
 @dataclass(frozen=True)

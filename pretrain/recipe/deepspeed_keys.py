@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from pretrain.errors import RecipeError
-from pretrain.messages import first_problem, forms, keys_of, shorten, unknown_key
-from pretrain.sections import Number, Section, Whole
+from pretrain.recipe.messages import first_problem, forms, keys_of, shorten, unknown_key
+from pretrain.recipe.sections import Number, Section, Whole
 
 # What transformers and accelerate write where the trainer decides. The recipe decides here what stands in
 # `FROM_THE_RECIPE`; DeepSpeed itself would take any other `auto` for its default.

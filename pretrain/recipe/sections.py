@@ -1,6 +1,6 @@
 """The sections of a recipe: every key with its type, its default and what it means.
 
-Lengths are given in steps, as a share of the run, in tokens or in FLOPs; `pretrain.plan` turns them into steps.
+Lengths are given in steps, as a share of the run, in tokens or in FLOPs; `pretrain.recipe.plan` turns them into steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pretrain.messages import first_problem, nearest
+from pretrain.recipe.messages import first_problem, nearest
 
 # What every number of the file formats and libraries below holds exactly; far more than any size, count or step.
 LARGEST = 1 << 53
