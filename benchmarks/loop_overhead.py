@@ -30,7 +30,7 @@ from benchmarks.training_runs import network, parser, recipe_of, records, run, t
 from data_prep.reading.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
 from pretrain.engine import build_engine, start_process_group
-from pretrain.environment import prepare_environment
+from pretrain.ranks.environment import prepare_environment
 from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.recipe.recipe import Recipe, build_recipe
 

@@ -26,10 +26,10 @@ import torch.distributed as dist
 from data_prep.errors import DataError
 from data_prep.files import sha256_file, sync_folder, write_text
 from data_prep.plain_text import plain
-from pretrain.agreement import on_first_rank
 from pretrain.checkpoint_manifest import MANIFEST, Manifest, TrainState, checkpoint_name, read_manifest, write_manifest
 from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
+from pretrain.ranks.agreement import on_first_rank
 from pretrain.recipe.sections import Checkpointing
 from pretrain.restricted_loading import load_restricted, refuse_code, restricted_loading
 from pretrain.run_folder import RunFolder

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from mor_model.config import ModelConfig
-from pretrain.environment import clean_environment
 from pretrain.errors import RunError
+from pretrain.ranks.environment import clean_environment
 from pretrain.restricted_loading import load_restricted, restricted_loading
 from pretrain.run_folder import RunFolder
 

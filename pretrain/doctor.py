@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.toolchain import accelerator_present, prepare_toolchain
+from pretrain.ranks.toolchain import accelerator_present, prepare_toolchain
 
 State = Literal["ok", "absent", "broken"]
 _PATIENCE = 20.0  # with what may answer or not

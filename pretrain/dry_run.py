@@ -13,11 +13,11 @@ import torch
 from pretrain.checkpoint import list_checkpoints, refuse_shape
 from pretrain.checkpoint_manifest import read_manifest
 from pretrain.engine import peak_flops
-from pretrain.environment import Ranks
 from pretrain.errors import RunError
 from pretrain.memory import estimate_memory
 from pretrain.memory import format_bytes as size
 from pretrain.prepare import Prepared
+from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import zero_stage
 from pretrain.recipe.partitioning import STAGES, explain
 from pretrain.recipe.recipe import Recipe

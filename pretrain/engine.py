@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from mor_model.config import ModelConfig
-from pretrain.environment import Ranks
 from pretrain.muon import Muon
 from pretrain.optimizer import build_optimizer
+from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
 
 _SHM_COMM = "deepspeed_shm_comm"
@@ -55,7 +55,7 @@ def start_process_group(ranks: Ranks, timeout_seconds: float) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    from pretrain.rendezvous import METHOD
+    from pretrain.ranks.rendezvous import METHOD
 
     # DeepSpeed reports every file it touches, and torch warns of names that DeepSpeed still uses.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

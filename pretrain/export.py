@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from mor_model.config import ModelConfig
-from pretrain.agreement import on_first_rank
 from pretrain.checkpoint import next_start
 from pretrain.errors import RunError
+from pretrain.ranks.agreement import on_first_rank
 
 
 def export_weights(engine: Any, config: ModelConfig, folder: Path, checkpoints: Path) -> None:

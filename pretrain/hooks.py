@@ -23,12 +23,12 @@ import torch
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError, RunError
 from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
-from pretrain.evaluation.lockstep import BrokenOff, EvaluationFailed, Lockstep
+from pretrain.ranks.lockstep import BrokenOff, EvaluationFailed, Lockstep
+from pretrain.ranks.signals import Asked
 from pretrain.recipe.plan import Plan, is_due
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Suites
 from pretrain.run_folder import RunFolder
-from pretrain.signals import Asked
 from pretrain.telemetry import Telemetry
 from pretrain.validation import Validator
 

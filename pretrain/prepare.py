@@ -9,16 +9,16 @@ from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from pretrain.branches import Extension, find_extension
 from pretrain.data import OpenedData, open_data
-from pretrain.environment import Ranks
 from pretrain.errors import RecipeError, RunError
 from pretrain.finished import begun_with, branch_path, branch_recipe, changed_keys
+from pretrain.ranks.environment import Ranks
+from pretrain.ranks.signals import CHECKPOINT_FILE, STOP_FILE
+from pretrain.ranks.toolchain import accelerator_present
 from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
 from pretrain.recipe.plan import Branch, Plan, make_plan
 from pretrain.recipe.recipe import Recipe
 from pretrain.run_folder import RunFolder
-from pretrain.signals import CHECKPOINT_FILE, STOP_FILE
 from pretrain.stage import StageChoice, choose_stage, with_stage
-from pretrain.toolchain import accelerator_present
 
 # What may lie in a run folder whose recipe is not written yet.
 _BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.plain_text import plain
-from pretrain.environment import Ranks
 from pretrain.errors import RunError
 from pretrain.finished import flatten
+from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import offload_device, zero_stage
 from pretrain.run_folder import RunFolder
 

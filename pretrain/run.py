@@ -11,16 +11,16 @@ from typing import Any
 from data_prep.plain_text import say
 from data_prep.tokenizers.loading import copy_recorded_tokenizer
 from pretrain.branches import extend, seed_branch
-from pretrain.environment import Ranks
 from pretrain.errors import RunError, UserError
 from pretrain.finished import has_finished
 from pretrain.prepare import Prepared, check_folder, prepare_branch
 from pretrain.provenance import changes_since_last_start, describe_environment, identity
+from pretrain.ranks.environment import Ranks
+from pretrain.ranks.signals import EXIT_FINISHED, StopRequest
+from pretrain.ranks.watchdog import Watchdog
 from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
 from pretrain.recipe.partitioning import STAGES, explain
-from pretrain.signals import EXIT_FINISHED, StopRequest
 from pretrain.stage import agree_on_stage, with_stage
-from pretrain.watchdog import Watchdog
 
 # Before the first step operators may have to be compiled and a checkpoint read; files may be written slowly, and an
 # evaluation prepares its questions. A stall is one only after so long there, however short a step is.
@@ -36,9 +36,9 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
     import deepspeed
     import torch
 
-    from pretrain.agreement import on_first_rank, require_agreement
     from pretrain.engine import start_process_group
-    from pretrain.run_lock import sole_job
+    from pretrain.ranks.agreement import on_first_rank, require_agreement
+    from pretrain.ranks.run_lock import sole_job
 
     recipe, folder, first = prepared.recipe, prepared.folder, ranks.rank == 0
     hours = recipe.limits.wall_clock_hours
@@ -75,7 +75,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
 
 def _asked_to_stop(stop: StopRequest, device: Any) -> int:
     """The exit code that some rank was asked for since the last step of a run; EXIT_FINISHED to go on. Collective."""
-    from pretrain.evaluation.lockstep import BrokenOff, Lockstep
+    from pretrain.ranks.lockstep import BrokenOff, Lockstep
 
     try:
         Lockstep(stop.poll, device).meet()
@@ -104,7 +104,7 @@ def _train_one(
     profiled: tuple[int, int] | None = None,
 ) -> int:
     """Train one run unless it is finished; `trunk` and `start` are where a branch comes from."""
-    from pretrain.agreement import on_first_rank
+    from pretrain.ranks.agreement import on_first_rank
 
     folder = prepared.folder
 
@@ -147,16 +147,16 @@ def _train(
     profiled: tuple[int, int] | None,
     changes: list[str],
 ) -> int:
-    from pretrain.agreement import on_first_rank
     from pretrain.batches import BatchReader, merge_ranges
     from pretrain.checkpoint import CheckpointStore, TrainState, next_start, select_checkpoint
     from pretrain.communication import timed_collectives
     from pretrain.engine import build_engine, peak_flops
-    from pretrain.evaluation.lockstep import Lockstep
     from pretrain.export import export_weights
     from pretrain.hooks import EvaluationHooks, SuiteRunner, held_out_texts
     from pretrain.loop import Trainer
     from pretrain.profiling import StepProfiler
+    from pretrain.ranks.agreement import on_first_rank
+    from pretrain.ranks.lockstep import Lockstep
     from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, rewind_metrics
     from pretrain.validation import Validator
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 
 from mor_model.config import ModelConfig
-from pretrain.environment import Ranks
 from pretrain.errors import RecipeError
+from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import AUTO, resolve_ds_config, zero_stage
 from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder

@@ -22,10 +22,10 @@ if __package__ in (None, ""):
 from data_prep.errors import DataError
 from data_prep.plain_text import say
 from mor_model.errors import ConfigError
-from pretrain.environment import Ranks, prepare_environment
 from pretrain.errors import MeetingError, UserError
+from pretrain.ranks.environment import Ranks, prepare_environment
+from pretrain.ranks.signals import EXIT_FAILED, EXIT_FINISHED, EXIT_USER
 from pretrain.recipe.recipe import load_recipe
-from pretrain.signals import EXIT_FAILED, EXIT_FINISHED, EXIT_USER
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.batches import make_micro_batch
-from pretrain.evaluation.lockstep import Lockstep
 from pretrain.evaluation.settings import ROUTINGS
+from pretrain.ranks.lockstep import Lockstep
 
 if TYPE_CHECKING:
     from data_prep.reading.dataset import TokenDataset

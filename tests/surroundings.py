@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from pretrain.environment import clean_environment
+from pretrain.ranks.environment import clean_environment
 
 # How wide and colourful a terminal is wanted, whether anything may be asked for over the network, what jobs should be
 # like: tests that want one of these set it themselves.

@@ -43,7 +43,7 @@ def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> 
     from pretrain.comparison.experiment import load_experiment
     from pretrain.comparison.launch import Interrupted
     from pretrain.comparison.run import run_experiment
-    from pretrain.signals import EXIT_AGAIN
+    from pretrain.ranks.signals import EXIT_AGAIN
 
     loaded = load_experiment(experiment, overrides)
     try:

@@ -26,7 +26,7 @@ def train(
     ] = None,
 ) -> None:
     """Train RECIPE, or go on where it stopped. On several devices: deepspeed pretrain/train.py --config RECIPE."""
-    from pretrain.environment import prepare_environment
+    from pretrain.ranks.environment import prepare_environment
     from pretrain.train import leave
     from pretrain.train import train as run
 

@@ -12,7 +12,7 @@ from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.comparison.experiment import Experiment, load_experiment
 from pretrain.errors import LaunchError, UserError
-from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_USER
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_USER
 
 
 def recipe_file(experiment: Experiment, run: str) -> Path:

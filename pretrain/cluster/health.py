@@ -119,7 +119,7 @@ def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str
 
 def examine(kind: str, folder: Path) -> None:
     """Look at this node `alone`, or at its all-reduce `together` with the others, and write FOLDER/<host>.json."""
-    from pretrain.environment import prepare_environment
+    from pretrain.ranks.environment import prepare_environment
 
     # Read before the environment is prepared, which settles on the CPU where a GPU has gone missing.
     wants_gpus = os.environ.get("DS_ACCELERATOR") != "cpu"

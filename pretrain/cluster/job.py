@@ -31,10 +31,10 @@ from data_prep.files import write_text
 from data_prep.json_input import parse_json
 from data_prep.plain_text import plain
 from pretrain.cluster.restarts import note_start, trained
-from pretrain.environment import clean_environment, free_port, reachable_address, read_integer, rendezvous_port
 from pretrain.errors import LaunchError, UserError
-from pretrain.hostlist import expand_hostlist
-from pretrain.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_NO_PROGRESS, EXIT_USER
+from pretrain.ranks.environment import clean_environment, free_port, reachable_address, read_integer, rendezvous_port
+from pretrain.ranks.hostlist import expand_hostlist
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_NO_PROGRESS, EXIT_USER
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _NEVER_AGAIN = (EXIT_FINISHED, EXIT_USER, EXIT_HELD, EXIT_NO_PROGRESS)

@@ -11,7 +11,7 @@ import os
 import sys
 
 from data_prep.files import write_text
-from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, EXIT_USER
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, EXIT_USER
 from pretrain.train import leave
 from pretrain.train import main as train
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from data_prep.plain_text import plain
 from pretrain.cluster.profiles import Profile
 from pretrain.cluster.records import Record, remember
-from pretrain.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.errors import LaunchError, RecipeError
+from pretrain.ranks.environment import LOOPBACK, Ranks, clean_environment
+from pretrain.ranks.toolchain import prepare_toolchain
 from pretrain.recipe.yaml_input import read_yaml
 from pretrain.run_folder import require_writable
-from pretrain.toolchain import prepare_toolchain
 
 if TYPE_CHECKING:
     from pretrain.recipe.recipe import Recipe

@@ -14,7 +14,7 @@ from data_prep.plain_text import plain
 from pretrain.cluster.job import Job, said, say
 from pretrain.cluster.restarts import note_start, written
 from pretrain.errors import LaunchError
-from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_NO_PROGRESS, EXIT_USER
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_NO_PROGRESS, EXIT_USER
 
 _MOR = ["-u", "-m", "pretrain.cli.main"]
 # Options of `mor eval` with and without a value. Its table would be written by every suite of every run anew.

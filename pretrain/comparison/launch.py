@@ -22,7 +22,7 @@ import psutil
 
 from data_prep.plain_text import say
 from pretrain.comparison.experiment import EvaluationSection, LaunchSection
-from pretrain.environment import clean_environment, free_port
+from pretrain.ranks.environment import clean_environment, free_port
 
 _POLL_SECONDS = 0.5
 _SUPERVISE = Path(__file__).with_name("supervise.py")

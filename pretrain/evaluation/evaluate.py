@@ -20,7 +20,6 @@ from pretrain.errors import RunError, UserError
 from pretrain.evaluation import held_out
 from pretrain.evaluation.identity import identity, run_tokenizer, signed, stored_result
 from pretrain.evaluation.likelihood import Progress, Scorer, from_rank_zero, rank_and_world
-from pretrain.evaluation.lockstep import Lockstep
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.suites import (
     HELD_OUT_SUITES,
@@ -29,6 +28,7 @@ from pretrain.evaluation.suites import (
     hub_answers,
     shared_evaluation_data,
 )
+from pretrain.ranks.lockstep import Lockstep
 from pretrain.run_folder import RunFolder, require_writable
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import UserError
-from pretrain.evaluation.lockstep import Lockstep
 from pretrain.evaluation.settings import Routing, check_routing
+from pretrain.ranks.lockstep import Lockstep
 
 # The logits of a batch are its largest tensor: 64 MiB on a CPU, where larger ones cost more in fresh memory than they
 # gain, and 2 GiB on an accelerator (fp32).

@@ -25,9 +25,9 @@ def evaluation_ranks(device: str | None) -> Iterator[tuple[str, bool]]:
     import torch
     import torch.distributed as dist
 
-    from pretrain.environment import discover_ranks, prepare_environment
     from pretrain.errors import UserError
-    from pretrain.rendezvous import METHOD
+    from pretrain.ranks.environment import discover_ranks, prepare_environment
+    from pretrain.ranks.rendezvous import METHOD
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: is neither cpu nor cuda.")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pretrain.cluster.health import judge, pairings, read_reports
-from pretrain.environment import clean_environment
+from pretrain.ranks.environment import clean_environment
 from tests.ports import free_port
 
 

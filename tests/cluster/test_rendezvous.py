@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.environment import Ranks, discover_ranks
 from pretrain.errors import LaunchError
+from pretrain.ranks.environment import Ranks, discover_ranks
 
 
 def srun(rank: int) -> dict[str, str]:

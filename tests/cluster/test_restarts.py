@@ -11,7 +11,7 @@ from pretrain.cluster.job import Job
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, trained, written
 from pretrain.cluster.tasks import run_task
 from pretrain.errors import LaunchError
-from pretrain.signals import EXIT_AGAIN, EXIT_NO_PROGRESS
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_NO_PROGRESS
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from pretrain.cluster.submit import (
     submit,
     time_limit_seconds,
 )
-from pretrain.environment import clean_environment
 from pretrain.errors import LaunchError, RecipeError, RunError, UserError
 from pretrain.evaluation.held_out import TEST_FILE
+from pretrain.ranks.environment import clean_environment
 from tests.pretrain.support import make_dataset, recipe_values, tiny_model, write_recipe
 from tests.slurm.corpus import prep_arguments, write_text_files
 from tests.slurm.test_tasks import write_experiment

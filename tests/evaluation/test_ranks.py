@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.environment import clean_environment
 from pretrain.evaluation.evaluate import evaluate_run
+from pretrain.ranks.environment import clean_environment
 from pretrain.run_folder import RunFolder
 from tests.evaluation.runs import make_run
 from tests.evaluation.test_own_suite import prose

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from pretrain import environment
-from pretrain.environment import Ranks, clean_environment, discover_ranks
 from pretrain.errors import LaunchError
-from pretrain.signals import StopRequest
+from pretrain.ranks import environment
+from pretrain.ranks.environment import Ranks, clean_environment, discover_ranks
+from pretrain.ranks.signals import StopRequest
 from tests.fuzz.support import ODD_TEXTS, counts, drive, mutate_text
 from tests.pretrain.test_environment import DEEPSPEED, HYDRA, OPENMPI, SRUN, TORCH, TORCHRUN
 

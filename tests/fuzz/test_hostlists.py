@@ -9,7 +9,7 @@ import re
 import pytest
 
 from pretrain.errors import LaunchError
-from pretrain.hostlist import expand_hostlist
+from pretrain.ranks.hostlist import expand_hostlist
 from tests.fuzz.support import LIMIT_SECONDS, counts, drive, mutate_text, processor_time
 
 

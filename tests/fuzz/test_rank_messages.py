@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pretrain.rank_messages import BadMessage, Channel, Kind, Message
+from pretrain.ranks.rank_messages import BadMessage, Channel, Kind, Message
 from tests.fuzz.support import ODD_TEXTS, counts, drive, mutate_bytes
 
 SECRET = bytes(range(32))

@@ -26,7 +26,7 @@ from mor_model.config import ModelConfig
 from pretrain import checkpoint_files, loop, prepare, train
 from pretrain.batches import StepBatch
 from pretrain.checkpoint import TrainState
-from pretrain.environment import Ranks
+from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
 from pretrain.stage import StageChoice
 from tests.pretrain.support import last_step

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from mor_model.model import RecursiveTransformer
-from pretrain import checkpoint, export, loop, run_lock, train
+from pretrain import checkpoint, export, loop, train
 from pretrain.batches import StepBatch
 from pretrain.checkpoint import TrainState
 from pretrain.evaluation import evaluate
+from pretrain.ranks import run_lock
 
 FAULT = json.loads(os.environ["FAULT"])
 RANK = os.environ.get("RANK", "0")

@@ -17,11 +17,6 @@ from typing import Any
 import deepspeed  # noqa: F401
 import torch  # noqa: F401
 
-import pretrain.loop
-import pretrain.run
-import pretrain.train
-import pretrain.watchdog  # noqa: F401
-
 
 def main() -> None:
     codes: dict[int, int] = {}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pretrain.environment import Ranks
+from pretrain.ranks.environment import Ranks
 from tests.data_prep.support import EOD, write_dataset
 from tests.ports import free_port
 

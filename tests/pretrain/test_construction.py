@@ -21,7 +21,7 @@ import deepspeed
 
 from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.engine import build_engine, start_process_group
-from pretrain.environment import prepare_environment
+from pretrain.ranks.environment import prepare_environment
 from pretrain.recipe.recipe import load_recipe
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import toolchain
-from pretrain.environment import clean_environment, discover_ranks, rendezvous_port
 from pretrain.errors import LaunchError
-from pretrain.hostlist import expand_hostlist
+from pretrain.ranks import toolchain
+from pretrain.ranks.environment import clean_environment, discover_ranks, rendezvous_port
+from pretrain.ranks.hostlist import expand_hostlist
 from tests.conftest import skip_or_fail
 from tests.ports import free_port
 
@@ -212,7 +212,7 @@ def test_a_program_of_its_own_inherits_no_ranks():
 
 WHO = """
 import json, os, sys
-from pretrain.environment import prepare_environment
+from pretrain.ranks.environment import prepare_environment
 ranks = prepare_environment()
 assert prepare_environment() == ranks, "a second call must find the same"
 import deepspeed, torch
@@ -268,7 +268,7 @@ def test_mpirun_over_several_hosts_agrees_through_mpi(tmp_path):
     script.write_text(
         "import os\n"
         "os.environ.update(OMPI_COMM_WORLD_LOCAL_RANK='0', OMPI_COMM_WORLD_LOCAL_SIZE='1')\n"
-        "from pretrain.environment import discover_ranks\n"
+        "from pretrain.ranks.environment import discover_ranks\n"
         "ranks = discover_ranks()\n"
         "print('WHERE', ranks.rank, ranks.master_address, ranks.master_port, flush=True)\n"
     )
@@ -280,10 +280,12 @@ def test_mpirun_over_several_hosts_agrees_through_mpi(tmp_path):
 
 
 def test_a_child_does_not_take_its_parents_place():
-    show = "from pretrain.environment import discover_ranks as d; r = d(); print(r.rank, r.world_size, r.launcher)"
+    show = (
+        "from pretrain.ranks.environment import discover_ranks as d; r = d(); print(r.rank, r.world_size, r.launcher)"
+    )
     parent = (
         "import subprocess, sys\n"
-        "from pretrain.environment import prepare_environment\n"
+        "from pretrain.ranks.environment import prepare_environment\n"
         "prepare_environment()\n"
         f"subprocess.run([sys.executable, '-c', {show!r}], check=True)\n"
     )

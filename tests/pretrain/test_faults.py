@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint import find_damage
-from pretrain.signals import EXIT_STALLED
+from pretrain.ranks.signals import EXIT_STALLED
 from tests.pretrain.support import (
     Job,
     Nursery,

@@ -14,12 +14,12 @@ from data_prep.tokenizers.loading import load_tokenizer
 from pretrain.checkpoint import TrainState
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.evaluate import evaluate_run
-from pretrain.evaluation.lockstep import Lockstep
 from pretrain.hooks import EvaluationHooks, SuiteRunner, check_suites_of
+from pretrain.ranks.lockstep import Lockstep
+from pretrain.ranks.signals import Asked
 from pretrain.recipe.recipe import build_recipe
 from pretrain.recipe.sections import Suites
 from pretrain.run_folder import RunFolder
-from pretrain.signals import Asked
 from tests.pretrain.support import LENGTH, Workers, losses, metrics, recipe_values, tiny_model
 
 

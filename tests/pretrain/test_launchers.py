@@ -62,8 +62,8 @@ RESTARTED = """
 import datetime, os
 import torch
 import torch.distributed as dist
-from pretrain.environment import prepare_environment
-from pretrain.rendezvous import METHOD
+from pretrain.ranks.environment import prepare_environment
+from pretrain.ranks.rendezvous import METHOD
 ranks = prepare_environment()
 dist.init_process_group("gloo", init_method=METHOD, timeout=datetime.timedelta(seconds=120))
 total = torch.ones(1)

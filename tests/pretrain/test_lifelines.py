@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from pretrain import lifelines as module
-from pretrain.environment import Ranks
 from pretrain.errors import MeetingError
-from pretrain.lifelines import Lifelines
-from pretrain.rank_messages import Channel, Kind, Message
+from pretrain.ranks import lifelines as module
+from pretrain.ranks.environment import Ranks
+from pretrain.ranks.lifelines import Lifelines
+from pretrain.ranks.rank_messages import Channel, Kind, Message
 from tests.pretrain.collectives import Threads
 
 SECONDS = 60.0

@@ -16,10 +16,10 @@ import pytest
 from data_prep.errors import DataError
 from mor_model.errors import ConfigError
 from pretrain import provenance
-from pretrain.agreement import find_disagreement, on_first_rank
 from pretrain.errors import RunError, UserError
 from pretrain.prepare import Prepared, prepare
 from pretrain.provenance import identity
+from pretrain.ranks.agreement import find_disagreement, on_first_rank
 from pretrain.recipe.recipe import build_recipe
 from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pretrain.environment import Ranks
 from pretrain.errors import MeetingError
-from pretrain.rendezvous import open_store
-from pretrain.signals import EXIT_FAILED
+from pretrain.ranks.environment import Ranks
+from pretrain.ranks.rendezvous import open_store
+from pretrain.ranks.signals import EXIT_FAILED
 from tests.ports import free_port
 from tests.pretrain.support import Job, Nursery, recipe_values, write_recipe
 

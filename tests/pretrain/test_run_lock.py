@@ -17,8 +17,8 @@ import pytest
 
 from data_prep.locks import lock
 from data_prep.tokenizing.pipeline import only_writer
-from pretrain import run_lock
 from pretrain.errors import RunError
+from pretrain.ranks import run_lock
 from tests.pretrain.support import (
     ROOT,
     Job,
@@ -35,7 +35,7 @@ from tests.pretrain.test_stopping import run_with
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.run_lock import take
+from pretrain.ranks.run_lock import take
 stream, _ = take(Path(sys.argv[1]), 0.0)
 print("taken", flush=True)
 sys.stdin.read()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pretrain.errors import LaunchError
-from pretrain.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, Request, StopRequest
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_HELD, Request, StopRequest
 from tests.pretrain.support import ROOT
 
 
@@ -80,7 +80,9 @@ def test_limits_in_time(monkeypatch):
 
 def test_a_limit_leaves_room_for_the_longest_step_and_for_a_checkpoint(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("pretrain.signals.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    monkeypatch.setattr(
+        "pretrain.ranks.signals.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
+    )
     stop = StopRequest(wall_clock=1000, reserve=100, environ={})
 
     def poll(after: float) -> Request:
@@ -110,7 +112,7 @@ def test_limits_that_are_none(arguments):
 # a dead rank.
 BLOCKED = """
 import ctypes
-from pretrain.signals import StopRequest
+from pretrain.ranks.signals import StopRequest
 libc = ctypes.CDLL(None)
 lock = ctypes.create_string_buffer(64)  # pthread_mutex_t
 with StopRequest(debounce=0.0, environ={}):
@@ -210,7 +212,7 @@ def test_a_terminal_that_is_closed_asks_to_stop_unless_nobody_minds(handler: Any
 # Pools of libraries fork, and end their processes with SIGTERM.
 FORKING = """
 import os, signal
-from pretrain.signals import Request, StopRequest
+from pretrain.ranks.signals import Request, StopRequest
 with StopRequest(debounce=0.0, environ={}) as stop:
     for _ in range(3):
         child = os.fork()

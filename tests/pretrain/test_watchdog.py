@@ -12,11 +12,11 @@ import threading
 
 import pytest
 
-from pretrain import watchdog as module
-from pretrain.environment import Ranks
 from pretrain.errors import LaunchError, RunError
-from pretrain.signals import EXIT_STALLED
-from pretrain.watchdog import Watchdog
+from pretrain.ranks import watchdog as module
+from pretrain.ranks.environment import Ranks
+from pretrain.ranks.signals import EXIT_STALLED
+from pretrain.ranks.watchdog import Watchdog
 from tests.ports import free_port
 from tests.pretrain.collectives import Threads
 from tests.pretrain.support import ALONE
@@ -26,8 +26,8 @@ import ctypes, os, signal, sys, threading, time
 import torch
 import torch.distributed as dist
 from pretrain import watchdog as module
-from pretrain.environment import prepare_environment
-from pretrain.watchdog import Watchdog
+from pretrain.ranks.environment import prepare_environment
+from pretrain.ranks.watchdog import Watchdog
 
 def stuck_in_the_data_loader():
     threading.Event().wait()

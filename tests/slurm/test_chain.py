@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.environment import clean_environment
+from pretrain.ranks.environment import clean_environment
 from tests.slurm.cluster import Cluster, most_at_once
 from tests.slurm.corpus import write_text_files
 from tests.slurm.stand_ins import EQUALLY_FAST, start_python_with

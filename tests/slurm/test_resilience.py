@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.signals import EXIT_NO_PROGRESS
+from pretrain.ranks.signals import EXIT_NO_PROGRESS
 from tests.pretrain.support import losses
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import log, reached, restarted, submit

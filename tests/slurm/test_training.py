@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.signals import EXIT_HELD, EXIT_USER
+from pretrain.ranks.signals import EXIT_HELD, EXIT_USER
 from tests.pretrain.support import losses, metrics
 from tests.slurm.cluster import most_at_once
 from tests.slurm.training import STEPS, log, reached, restarted, submit

@@ -1,7 +1,7 @@
 """A run that stops moving ends with a name and every rank's stack, instead of burning the allocation.
 
 Each rank's thread tells rank 0 how often it has moved and what it is doing, beside the collectives
-(`pretrain.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so; rank 0 then ends
+(`pretrain.ranks.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so; rank 0 then ends
 all of them, and every rank that can still run writes its stacks. The rank that has moved least is the one the others
 wait for. A rank whose process is gone ends the others within a minute.
 """
@@ -21,11 +21,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from data_prep.files import write_text
-from pretrain.environment import Ranks
 from pretrain.errors import LaunchError
-from pretrain.lifelines import Lifelines
-from pretrain.rank_messages import Kind, Message
-from pretrain.signals import EXIT_STALLED
+from pretrain.ranks.environment import Ranks
+from pretrain.ranks.lifelines import Lifelines
+from pretrain.ranks.rank_messages import Kind, Message
+from pretrain.ranks.signals import EXIT_STALLED
 
 # Where collectives notice a dead rank themselves, they say more about it.
 _GONE_SECONDS = 15.0

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.signals import Asked, Request
+from pretrain.ranks.signals import Asked, Request
 
 _Result = TypeVar("_Result")
 

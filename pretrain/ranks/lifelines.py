@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.environment import LOOPBACK, Ranks
 from pretrain.errors import MeetingError
-from pretrain.rank_messages import BadMessage, Channel, Kind, Message
-from pretrain.rendezvous import listen
+from pretrain.ranks.environment import LOOPBACK, Ranks
+from pretrain.ranks.rank_messages import BadMessage, Channel, Kind, Message
+from pretrain.ranks.rendezvous import listen
 
 _MEET_SECONDS = 60.0
 _CONNECT_SECONDS = 20.0

@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 from data_prep.locks import lock
 from data_prep.plain_text import say
-from pretrain.agreement import on_first_rank
-from pretrain.environment import Ranks
 from pretrain.errors import RunError
+from pretrain.ranks.agreement import on_first_rank
+from pretrain.ranks.environment import Ranks
 
 LOCK_FILE = ".lock"
 # The job before may still write its last checkpoint; a file server keeps a dead node's locks for a minute or two, and

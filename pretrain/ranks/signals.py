@@ -12,7 +12,7 @@ The loop polls on every rank and reduces the answers with MAX, so that all ranks
             if request.stops:
                 return request.exit_code
 
-Evaluations poll before every forward pass (`pretrain.evaluation.lockstep`).
+Evaluations poll before every forward pass (`pretrain.ranks.lockstep`).
 
 Exit codes that launch scripts understand are the constants below.
 """
@@ -30,8 +30,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from pretrain.environment import read_integer
 from pretrain.errors import LaunchError
+from pretrain.ranks.environment import read_integer
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1  # an error with a traceback, or ranks that did not meet: another start may go well

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
-from pretrain.hostlist import expand_hostlist
-from pretrain.toolchain import prepare_toolchain
+from pretrain.ranks.hostlist import expand_hostlist
+from pretrain.ranks.toolchain import prepare_toolchain
 
 _LOG = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"

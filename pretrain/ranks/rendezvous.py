@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.environment import LOOPBACK, Ranks, discover_ranks
 from pretrain.errors import MeetingError
+from pretrain.ranks.environment import LOOPBACK, Ranks, discover_ranks
 
 METHOD = "mor://"
 _AGENT_KEY = "mor/rank 0 listens at"
