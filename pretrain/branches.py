@@ -18,10 +18,10 @@ from pretrain.checkpoint import find_damage, list_checkpoints
 from pretrain.checkpoint_manifest import checkpoint_name
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
-from pretrain.finished import branch_path, branch_recipe
 from pretrain.recipe.plan import Branch, Plan, make_plan
 from pretrain.recipe.recipe import Recipe
-from pretrain.run_folder import RunFolder
+from pretrain.records.finished import branch_path, branch_recipe
+from pretrain.records.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
 from pretrain.ranks.agreement import on_first_rank
 from pretrain.recipe.sections import Checkpointing
+from pretrain.records.run_folder import RunFolder
 from pretrain.restricted_loading import load_restricted, refuse_code, restricted_loading
-from pretrain.run_folder import RunFolder
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 _READ_AGAIN_SECONDS = (0.5, 2.0, 5.0)

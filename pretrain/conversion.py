@@ -13,8 +13,8 @@ from pathlib import Path
 from mor_model.config import ModelConfig
 from pretrain.errors import RunError
 from pretrain.ranks.environment import clean_environment
+from pretrain.records.run_folder import RunFolder
 from pretrain.restricted_loading import load_restricted, restricted_loading
-from pretrain.run_folder import RunFolder
 
 
 def to_universal(checkpoint: Path) -> Path:

@@ -19,7 +19,7 @@ from pretrain.errors import RecipeError
 from pretrain.recipe.plan import Plan
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Source
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from pretrain.validation import ValidationSet, spread
 
 # Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.

@@ -21,8 +21,8 @@ from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import zero_stage
 from pretrain.recipe.partitioning import STAGES, explain
 from pretrain.recipe.recipe import Recipe
+from pretrain.records.telemetry import format_seconds
 from pretrain.stage import trains_on_cpu
-from pretrain.telemetry import format_seconds
 
 # What training reaches of a GPU's promised FLOPs, and of a matrix product's on a CPU.
 _USUAL_ON_GPU, _USUAL_ON_CPU = 0.4, 0.75

@@ -13,7 +13,7 @@ from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.errors import RunError
 from pretrain.recipe.plan import Plan
 from pretrain.recipe.recipe import Recipe
-from pretrain.telemetry import Telemetry
+from pretrain.records.telemetry import Telemetry
 
 
 @dataclass(kw_only=True)

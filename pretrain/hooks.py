@@ -28,8 +28,8 @@ from pretrain.ranks.signals import Asked
 from pretrain.recipe.plan import Plan, is_due
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Suites
-from pretrain.run_folder import RunFolder
-from pretrain.telemetry import Telemetry
+from pretrain.records.run_folder import RunFolder
+from pretrain.records.telemetry import Telemetry
 from pretrain.validation import Validator
 
 Records = list[tuple[str, dict[str, Any]]]

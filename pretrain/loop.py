@@ -22,13 +22,13 @@ from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.engine import seed_step
 from pretrain.faults import FaultRules
 from pretrain.hooks import EvaluationHooks
-from pretrain.profiling import StepProfiler
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import Asked, Request, StopRequest
 from pretrain.ranks.watchdog import Watchdog
 from pretrain.recipe.plan import Plan, is_due
 from pretrain.recipe.recipe import Recipe
-from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
+from pretrain.records.profiling import StepProfiler
+from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
 
 
 @dataclass(frozen=True)

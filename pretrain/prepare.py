@@ -10,14 +10,14 @@ from mor_model.errors import ConfigError
 from pretrain.branches import Extension, find_extension
 from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError, RunError
-from pretrain.finished import begun_with, branch_path, branch_recipe, changed_keys
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import CHECKPOINT_FILE, STOP_FILE
 from pretrain.ranks.toolchain import accelerator_present
 from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
 from pretrain.recipe.plan import Branch, Plan, make_plan
 from pretrain.recipe.recipe import Recipe
-from pretrain.run_folder import RunFolder
+from pretrain.records.finished import begun_with, branch_path, branch_recipe, changed_keys
+from pretrain.records.run_folder import RunFolder
 from pretrain.stage import StageChoice, choose_stage, with_stage
 
 # What may lie in a run folder whose recipe is not written yet.

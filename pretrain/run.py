@@ -12,14 +12,14 @@ from data_prep.plain_text import say
 from data_prep.tokenizers.loading import copy_recorded_tokenizer
 from pretrain.branches import extend, seed_branch
 from pretrain.errors import RunError, UserError
-from pretrain.finished import has_finished
 from pretrain.prepare import Prepared, check_folder, prepare_branch
-from pretrain.provenance import changes_since_last_start, describe_environment, identity
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import EXIT_FINISHED, StopRequest
 from pretrain.ranks.watchdog import Watchdog
 from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
 from pretrain.recipe.partitioning import STAGES, explain
+from pretrain.records.finished import has_finished
+from pretrain.records.provenance import changes_since_last_start, describe_environment, identity
 from pretrain.stage import agree_on_stage, with_stage
 
 # Before the first step operators may have to be compiled and a checkpoint read; files may be written slowly, and an
@@ -149,15 +149,15 @@ def _train(
 ) -> int:
     from pretrain.batches import BatchReader, merge_ranges
     from pretrain.checkpoint import CheckpointStore, TrainState, next_start, select_checkpoint
-    from pretrain.communication import timed_collectives
     from pretrain.engine import build_engine, peak_flops
     from pretrain.export import export_weights
     from pretrain.hooks import EvaluationHooks, SuiteRunner, held_out_texts
     from pretrain.loop import Trainer
-    from pretrain.profiling import StepProfiler
     from pretrain.ranks.agreement import on_first_rank
     from pretrain.ranks.lockstep import Lockstep
-    from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, rewind_metrics
+    from pretrain.records.communication import timed_collectives
+    from pretrain.records.profiling import StepProfiler
+    from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, rewind_metrics
     from pretrain.validation import Validator
 
     recipe, config, plan, data, folder = (

@@ -19,7 +19,7 @@ from pretrain.errors import RecipeError
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import AUTO, resolve_ds_config, zero_stage
 from pretrain.recipe.recipe import Recipe, load_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 _CANDIDATES = ("zero0", "zero1", "zero2", "zero3")
 # The estimate holds to 15 %. A GPU's context and the buffers of collectives take memory too; on a CPU the allocator

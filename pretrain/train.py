@@ -80,9 +80,9 @@ def train(
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="", flush=True)
         return EXIT_FINISHED
-    from pretrain.finished import unfinished
     from pretrain.prepare import prepare
-    from pretrain.profiling import parse_steps
+    from pretrain.records.finished import unfinished
+    from pretrain.records.profiling import parse_steps
     from pretrain.run import execute
 
     profiled = parse_steps(profile) if profile is not None else None

@@ -65,7 +65,8 @@ def test_no_room_reaches_into_the_evaluation_or_comparison_from_below():
 
 
 @pytest.mark.parametrize(
-    "module", ["pretrain.cli.main", "mor_model.config", "mor_model.presets", "data_prep.errors", "pretrain.finished"]
+    "module",
+    ["pretrain.cli.main", "mor_model.config", "mor_model.presets", "data_prep.errors", "pretrain.records.finished"],
 )
 def test_importing_the_command_is_cheap(module):
     code = f"import sys, {module}; print(' '.join(sorted({HEAVY!r} & set(sys.modules))))"

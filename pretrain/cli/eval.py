@@ -55,7 +55,7 @@ def evaluate(
     from pretrain.evaluation.settings import TEXT_BYTES, Settings, check_routing
     from pretrain.evaluation.suites import check_suites
     from pretrain.evaluation.summary import markdown_summary, print_summary
-    from pretrain.run_folder import RunFolder
+    from pretrain.records.run_folder import RunFolder
 
     settings = Settings(
         limit=limit, routing=check_routing(routing), depth=depth, text_bytes=text_bytes or TEXT_BYTES, hub=hub

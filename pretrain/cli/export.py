@@ -20,7 +20,7 @@ def export(
 ) -> None:
     """Write the model of RUN to OUT: weights, configuration, tokenizer and, where needed, modelling code."""
     from pretrain.errors import RunError, UserError
-    from pretrain.run_folder import RunFolder, require_writable
+    from pretrain.records.run_folder import RunFolder, require_writable
 
     if to != "hf":
         raise UserError(f"--to {to}: not a form of export; hf is the one there is.")

@@ -38,7 +38,7 @@ def generate(
 ) -> None:
     """Continue each prompt with the model of RUN."""
     from pretrain.errors import RunError, UserError
-    from pretrain.run_folder import RunFolder
+    from pretrain.records.run_folder import RunFolder
 
     folder = RunFolder.existing(run)
     if not folder.weights.is_dir():

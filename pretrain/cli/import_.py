@@ -40,7 +40,7 @@ def hf(
     from safetensors import SafetensorError
 
     from pretrain.errors import RunError, UserError
-    from pretrain.run_folder import require_writable
+    from pretrain.records.run_folder import require_writable
 
     if variant not in ("vanilla", "recursive", "mor"):
         raise UserError(f"--variant {variant}: not one of vanilla, recursive, mor.")

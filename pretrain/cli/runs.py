@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pretrain.fields import Fields
-    from pretrain.run_folder import RunFolder
+    from pretrain.records.fields import Fields
+    from pretrain.records.run_folder import RunFolder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="List run folders.")
 
@@ -49,7 +49,7 @@ def find_runs(folder: Path) -> list[RunFolder]:
     """Run folders below (or at) `folder`, by path; links are followed, and of a run only its branches are looked
     into.
     """
-    from pretrain.run_folder import RunFolder
+    from pretrain.records.run_folder import RunFolder
 
     found, seen = [], set()
     for path, folders, files in os.walk(folder, followlinks=True):
@@ -76,8 +76,8 @@ def describe(run: RunFolder, name: str) -> list[str]:
 
 
 def _facts(run: RunFolder) -> list[str]:
-    from pretrain.fields import Fields
-    from pretrain.telemetry import format_seconds
+    from pretrain.records.fields import Fields
+    from pretrain.records.telemetry import format_seconds
 
     status = run.status()
     steps = int(Fields(run.plan(), run.plan_file).amount("steps")) if run.plan_file.is_file() else 0

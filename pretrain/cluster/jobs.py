@@ -13,10 +13,10 @@ from typing import Any
 from mor_model.errors import ConfigError
 from pretrain.cluster.records import Record
 from pretrain.errors import RunError, UserError
-from pretrain.fields import Fields
-from pretrain.finished import Part, begun_with, parts
 from pretrain.recipe.recipe import Recipe, load_recipe
-from pretrain.run_folder import RunFolder, parse_record
+from pretrain.records.fields import Fields
+from pretrain.records.finished import Part, begun_with, parts
+from pretrain.records.run_folder import RunFolder, parse_record
 
 _TAIL_BYTES = 65536
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
-from pretrain.finished import unfinished
 from pretrain.ranks.signals import EXIT_USER
 from pretrain.recipe.recipe import load_recipe
+from pretrain.records.finished import unfinished
 
 
 def main(arguments: list[str]) -> int:

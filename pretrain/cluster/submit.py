@@ -21,7 +21,7 @@ from pretrain.errors import LaunchError, RecipeError
 from pretrain.ranks.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.ranks.toolchain import prepare_toolchain
 from pretrain.recipe.yaml_input import read_yaml
-from pretrain.run_folder import require_writable
+from pretrain.records.run_folder import require_writable
 
 if TYPE_CHECKING:
     from pretrain.recipe.recipe import Recipe
@@ -209,9 +209,9 @@ class Shape:
 def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     """Everything about a recipe that can be known without its nodes."""
     from pretrain.data import open_data
-    from pretrain.finished import begun_with
     from pretrain.recipe.deepspeed_json import resolve_ds_config
     from pretrain.recipe.plan import make_plan
+    from pretrain.records.finished import begun_with
     from pretrain.stage import choose_stage, with_stage
 
     begun_with(recipe)

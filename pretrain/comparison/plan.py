@@ -17,10 +17,10 @@ from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
 from pretrain.comparison.report import numbers
 from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.suites import check_suites
-from pretrain.finished import changed_keys
 from pretrain.recipe.plan import Plan, make_plan
 from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.records.finished import changed_keys
+from pretrain.records.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from rich.progress import Progress as Bars
 from data_prep.plain_text import cell, plain
 from pretrain.comparison.report import numbers
 from pretrain.errors import RunError
-from pretrain.fields import Fields
-from pretrain.run_folder import RunFolder, parse_record
+from pretrain.records.fields import Fields
+from pretrain.records.run_folder import RunFolder, parse_record
 
 _PLAIN_SECONDS = 20.0
 

@@ -26,8 +26,8 @@ from pretrain.errors import RunError, UserError
 from pretrain.evaluation.identity import stored_result
 from pretrain.evaluation.settings import TEXT_BYTES, Settings
 from pretrain.evaluation.suites import check_suites
-from pretrain.finished import has_finished
-from pretrain.run_folder import RunFolder, require_writable
+from pretrain.records.finished import has_finished
+from pretrain.records.run_folder import RunFolder, require_writable
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pretrain.evaluation.suites import (
     shared_evaluation_data,
 )
 from pretrain.ranks.lockstep import Lockstep
-from pretrain.run_folder import RunFolder, require_writable
+from pretrain.records.run_folder import RunFolder, require_writable
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 from pretrain.errors import RecipeError, RunError
 from pretrain.recipe.yaml_input import read_yaml
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 TEST_FILE = Path("held_out", "test.jsonl.zst")
 _LONGEST_LINE = 1 << 28

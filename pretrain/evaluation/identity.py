@@ -24,7 +24,7 @@ from pretrain.evaluation import held_out
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.suites import HELD_OUT_SUITES, benchmarks, harness_tasks, hub_answers, shared_evaluation_data
 from pretrain.evaluation.task_files import plan_tasks
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 FORMAT_VERSION = 2
 _ROOT = Path(__file__).resolve().parents[2]

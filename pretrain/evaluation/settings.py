@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.errors import RunError, UserError
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 Routing = Literal["causal", "topk"]
 ROUTINGS: tuple[Routing, ...] = ("causal", "topk")

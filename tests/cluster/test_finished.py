@@ -10,8 +10,8 @@ import pytest
 
 from pretrain.cluster.locate import main as locate
 from pretrain.errors import RunError
-from pretrain.finished import begun_with, parts, unfinished
 from pretrain.recipe.recipe import Recipe, build_recipe
+from pretrain.records.finished import begun_with, parts, unfinished
 from tests.pretrain.support import recipe_values, tiny_model, write_recipe
 
 WSD = {"kind": "wsd", "warmup": 2, "decay": 0.25}

@@ -16,10 +16,10 @@ from pretrain.cluster import rank
 from pretrain.cluster.job import choose_port, outcome, read_words
 from pretrain.cluster.tasks import evaluation_arguments
 from pretrain.errors import LaunchError
-from pretrain.finished import parts
 from pretrain.ranks.environment import clean_environment, rendezvous_port
 from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_USER
 from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
+from pretrain.records.finished import parts
 from tests.pretrain.support import ROOT, recipe_values, tiny_model, write_recipe
 
 FOUR_TASKS = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "4", "SLURM_CPUS_ON_NODE": "4"}

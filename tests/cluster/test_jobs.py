@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from pretrain.cli.jobs import app
 from pretrain.cluster.jobs import JobView, view_jobs
 from pretrain.cluster.records import Record, remember, remembered
-from pretrain.finished import parts
 from pretrain.recipe.recipe import Recipe, build_recipe
+from pretrain.records.finished import parts
 from tests.pretrain.support import recipe_values, tiny_model, write_recipe
 
 BRANCHES = {"budget": {"steps": 160, "branches": [150]}, "schedule": {"kind": "wsd", "warmup": 2, "decay": 0.2}}

@@ -18,7 +18,7 @@ from pretrain.comparison.launch import Interrupted
 from pretrain.comparison.plan import plan_experiment
 from pretrain.comparison.progress import Progress
 from pretrain.errors import RecipeError, RunError
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
@@ -38,7 +38,7 @@ TRAINER = """
 import sys, pathlib, json
 sys.path.insert(0, {root!r})
 from pretrain.recipe.recipe import load_recipe
-from pretrain.finished import parts
+from pretrain.records.finished import parts
 from tests.comparison.synthetic import write_run
 recipe = load_recipe(sys.argv[1])
 with open({calls!r}, "a") as calls:

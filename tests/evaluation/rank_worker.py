@@ -14,7 +14,7 @@ from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.weights import load_model
 from pretrain.evaluation.evaluate import evaluate_model
 from pretrain.evaluation.held_out import held_out_files, read_documents
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import zstandard
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.model import RecursiveTransformer
 from mor_model.weights import save_weights
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.evaluation.test_own_suite import prose
 
 END = "<|endoftext|>"

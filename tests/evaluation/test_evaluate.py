@@ -21,7 +21,7 @@ from pretrain.evaluation.held_out import Document, choose, read_documents
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.suites import harness_tasks
 from pretrain.evaluation.summary import markdown_summary, skipped_lines, summary_rows
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.evaluation.runs import make_run, write_held_out
 from tests.evaluation.test_own_suite import prose
 

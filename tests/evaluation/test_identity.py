@@ -12,7 +12,7 @@ from pretrain.evaluation import identity
 from pretrain.evaluation.evaluate import evaluate_run
 from pretrain.evaluation.identity import stored_result
 from pretrain.evaluation.settings import Settings, result_file
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.evaluation.runs import make_run, write_held_out
 from tests.evaluation.test_own_suite import prose
 

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.evaluation.evaluate import evaluate_run
 from pretrain.ranks.environment import clean_environment
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.evaluation.runs import make_run
 from tests.evaluation.test_own_suite import prose
 from tests.ports import free_port

@@ -16,7 +16,7 @@ from pretrain.cli.main import main
 from pretrain.errors import RunError
 from pretrain.evaluation import evaluate
 from pretrain.evaluation.evaluate import Incomplete, evaluate_run
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.evaluation.runs import make_run
 from tests.evaluation.test_identity import questions
 from tests.evaluation.test_own_suite import prose

@@ -16,8 +16,8 @@ from pretrain.cluster.profiles import Profile, load_profile
 from pretrain.cluster.records import Record, remembered
 from pretrain.cluster.restarts import note_start
 from pretrain.cluster.submit import Shape, check_time, job_environment, slurm_options
-from pretrain.finished import unfinished
 from pretrain.recipe.recipe import build_recipe
+from pretrain.records.finished import unfinished
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
 from tests.pretrain.support import recipe_values, tiny_model
 

@@ -18,7 +18,7 @@ from pretrain.comparison.progress import Progress
 from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.records import read_run
 from pretrain.comparison.report.results import Results, read_results
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.comparison.synthetic import experiment, network, write_run
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
 

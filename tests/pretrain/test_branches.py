@@ -17,7 +17,7 @@ from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError
 from pretrain.recipe.plan import make_plan
 from pretrain.recipe.recipe import build_recipe, load_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.pretrain.support import (
     Job,
     Nursery,

@@ -22,8 +22,8 @@ from pretrain.checkpoint import find_damage, list_checkpoints
 from pretrain.checkpoint_manifest import read_manifest
 from pretrain.conversion import to_universal, to_weights
 from pretrain.errors import RunError
+from pretrain.records.run_folder import RunFolder
 from pretrain.restricted_loading import load_restricted, restricted_loading
-from pretrain.run_folder import RunFolder
 from tests.pretrain.checkpoints import Payload, fake_checkpoint, forge, plant, rewrite_manifest
 from tests.pretrain.support import Workers, recipe_values, write_recipe
 

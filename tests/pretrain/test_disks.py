@@ -19,8 +19,8 @@ from pretrain.checkpoint_files import CheckpointFiles
 from pretrain.checkpoint_manifest import TrainState
 from pretrain.recipe.recipe import build_recipe
 from pretrain.recipe.sections import Checkpointing
-from pretrain.run_folder import RunFolder
-from pretrain.telemetry import Telemetry
+from pretrain.records.run_folder import RunFolder
+from pretrain.records.telemetry import Telemetry
 from tests.pretrain.checkpoints import SHAPE
 from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (

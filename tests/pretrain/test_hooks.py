@@ -19,7 +19,7 @@ from pretrain.ranks.lockstep import Lockstep
 from pretrain.ranks.signals import Asked
 from pretrain.recipe.recipe import build_recipe
 from pretrain.recipe.sections import Suites
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 from tests.pretrain.support import LENGTH, Workers, losses, metrics, recipe_values, tiny_model
 
 

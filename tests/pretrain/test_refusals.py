@@ -15,12 +15,12 @@ import pytest
 
 from data_prep.errors import DataError
 from mor_model.errors import ConfigError
-from pretrain import provenance
 from pretrain.errors import RunError, UserError
 from pretrain.prepare import Prepared, prepare
-from pretrain.provenance import identity
 from pretrain.ranks.agreement import find_disagreement, on_first_rank
 from pretrain.recipe.recipe import build_recipe
+from pretrain.records import provenance
+from pretrain.records.provenance import identity
 from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (
     ALONE,
@@ -179,7 +179,7 @@ def test_ranks_compare_everything_that_decides_a_run(
     copy = tmp_path / "copy"
     for package in ("pretrain", "mor_model", "data_prep"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(provenance, "__file__", str(copy / "pretrain" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(copy / "pretrain" / "records" / "provenance.py"))
     assert identity(prepared) == usual, "where the code lies does not matter"
     (copy / "mor_model" / "loss.py").open("a").write("# patched on one node\n")
     assert differing(prepared) == {"code"}

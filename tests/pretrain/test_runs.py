@@ -16,8 +16,8 @@ from pretrain.dry_run import describe as describe_plan
 from pretrain.dry_run import estimate_speed
 from pretrain.prepare import prepare
 from pretrain.recipe.recipe import build_recipe
-from pretrain.run_folder import RunFolder
-from pretrain.telemetry import Telemetry, format_seconds, rewind_metrics
+from pretrain.records.run_folder import RunFolder
+from pretrain.records.telemetry import Telemetry, format_seconds, rewind_metrics
 from tests.pretrain.support import ALONE, Workers, recipe_values, write_recipe
 
 

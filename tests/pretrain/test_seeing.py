@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from mor_model.flops import flops_per_sequence
-from pretrain.communication import timed_collectives
 from pretrain.engine import peak_flops
 from pretrain.errors import LaunchError
-from pretrain.profiling import parse_steps
 from pretrain.recipe.recipe import build_recipe, load_recipe
-from pretrain.run_folder import RunFolder
-from pretrain.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes, rewind_metrics
+from pretrain.records.communication import timed_collectives
+from pretrain.records.profiling import parse_steps
+from pretrain.records.run_folder import RunFolder
+from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes, rewind_metrics
 from tests.conftest import skip_or_fail
 from tests.pretrain.support import LENGTH, Job, Workers, metrics, recipe_values, write_recipe
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until a test moves it."""
     now = SimpleNamespace(time=0.0)
-    monkeypatch.setattr("pretrain.telemetry.time", SimpleNamespace(perf_counter=lambda: now.time))
+    monkeypatch.setattr("pretrain.records.telemetry.time", SimpleNamespace(perf_counter=lambda: now.time))
     return now
 
 

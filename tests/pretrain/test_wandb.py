@@ -16,8 +16,8 @@ START = """
 import sys
 from pathlib import Path
 from pretrain.recipe.recipe import load_recipe
-from pretrain.run_folder import RunFolder
-from pretrain.telemetry import Telemetry
+from pretrain.records.run_folder import RunFolder
+from pretrain.records.telemetry import Telemetry
 recipe, run, first, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 telemetry = Telemetry(RunFolder(run), load_recipe(recipe), 50, active=True)
 for step in range(first, last + 1):

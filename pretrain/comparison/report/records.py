@@ -18,8 +18,8 @@ from pretrain.comparison.experiment import Trial
 from pretrain.comparison.report import numbers, scores
 from pretrain.comparison.report.scores import Score
 from pretrain.errors import RunError
-from pretrain.fields import Fields
-from pretrain.run_folder import RunFolder
+from pretrain.records.fields import Fields
+from pretrain.records.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

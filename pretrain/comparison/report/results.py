@@ -19,7 +19,7 @@ from pretrain.comparison.report.statistics import (
     mean_and_spread,
 )
 from pretrain.evaluation.suites import check_suites
-from pretrain.finished import has_finished
+from pretrain.records.finished import has_finished
 
 Getter = Callable[[RunRecord], float | None]
 # Beside the tasks of evaluations, the text whose loss is measured during training.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.plain_text import plain
-from pretrain.fields import Fields
+from pretrain.records.fields import Fields
 
 # Figures that divide by a size of the text. The evaluation leaves them null where the tokens do not hold all of it.
 _NEED_WHOLE_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")

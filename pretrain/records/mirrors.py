@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.files import atomic_write
 from pretrain.recipe.recipe import Recipe
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 Flat = dict[str, float]
 

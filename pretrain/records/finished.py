@@ -18,7 +18,7 @@ from pretrain.errors import RunError, UserError
 from pretrain.recipe.plan import Branch, make_plan
 from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.recipe.sections import Budget
-from pretrain.run_folder import RunFolder
+from pretrain.records.run_folder import RunFolder
 
 # Sections of a recipe that may change in the middle of a run.
 EXTENDABLE = ("budget.", "schedule.")

@@ -14,10 +14,10 @@ import torch
 
 from data_prep.plain_text import plain
 from pretrain.errors import RunError
-from pretrain.finished import flatten
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import offload_device, zero_stage
-from pretrain.run_folder import RunFolder
+from pretrain.records.finished import flatten
+from pretrain.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from pretrain.prepare import Prepared
@@ -74,7 +74,7 @@ def _versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of the code that is running, with `+changes` where files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
@@ -109,7 +109,7 @@ def identity(prepared: Prepared) -> dict[str, str]:
 
 def source_digest() -> str:
     """Hash of the source files that decide what a run computes."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for package in ("mor_model", "data_prep", "pretrain"):
         for file in sorted((root / package).rglob("*.py")):

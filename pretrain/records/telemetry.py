@@ -22,9 +22,9 @@ import torch
 
 from data_prep.files import atomic_write
 from data_prep.plain_text import plain
-from pretrain.mirrors import Mirrors
 from pretrain.recipe.recipe import Recipe
-from pretrain.run_folder import RunFolder, parse_record
+from pretrain.records.mirrors import Mirrors
+from pretrain.records.run_folder import RunFolder, parse_record
 
 # Kind of record by evaluation (`TrainState.unfinished`).
 _RECORDED_AS = {"validation": "validation", "suites": "evaluation"}
