@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.checkpoint import list_checkpoints, refuse_shape
-from pretrain.checkpoint_manifest import read_manifest
+from pretrain.checkpoints.checkpoint_manifest import read_manifest
+from pretrain.checkpoints.store import list_checkpoints, refuse_shape
 from pretrain.engine import peak_flops
 from pretrain.errors import RunError
 from pretrain.memory import estimate_memory

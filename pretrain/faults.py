@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.batches import StepBatch, merge_ranges
-from pretrain.checkpoint import CheckpointStore, TrainState
+from pretrain.checkpoints.store import CheckpointStore, TrainState
 from pretrain.errors import RunError
 from pretrain.recipe.plan import Plan
 from pretrain.recipe.recipe import Recipe

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import TrainState
+from pretrain.checkpoints.store import TrainState
 from pretrain.errors import RecipeError, RunError
 from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
 from pretrain.ranks.lockstep import BrokenOff, EvaluationFailed, Lockstep

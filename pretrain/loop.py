@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
 from pretrain.batches import BatchReader, SampleSource, StepBatch
-from pretrain.checkpoint import CheckpointStore, TrainState
+from pretrain.checkpoints.store import CheckpointStore, TrainState
 from pretrain.engine import seed_step
 from pretrain.faults import FaultRules
 from pretrain.hooks import EvaluationHooks

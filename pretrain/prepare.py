@@ -7,7 +7,7 @@ from typing import Any
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
-from pretrain.branches import Extension, find_extension
+from pretrain.checkpoints.branches import Extension, find_extension
 from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError, RunError
 from pretrain.ranks.environment import Ranks

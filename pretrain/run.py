@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.plain_text import say
 from data_prep.tokenizers.loading import copy_recorded_tokenizer
-from pretrain.branches import extend, seed_branch
+from pretrain.checkpoints.branches import extend, seed_branch
 from pretrain.errors import RunError, UserError
 from pretrain.prepare import Prepared, check_folder, prepare_branch
 from pretrain.ranks.environment import Ranks
@@ -148,9 +148,9 @@ def _train(
     changes: list[str],
 ) -> int:
     from pretrain.batches import BatchReader, merge_ranges
-    from pretrain.checkpoint import CheckpointStore, TrainState, next_start, select_checkpoint
+    from pretrain.checkpoints.final_weights import export_weights
+    from pretrain.checkpoints.store import CheckpointStore, TrainState, next_start, select_checkpoint
     from pretrain.engine import build_engine, peak_flops
-    from pretrain.export import export_weights
     from pretrain.hooks import EvaluationHooks, SuiteRunner, held_out_texts
     from pretrain.loop import Trainer
     from pretrain.ranks.agreement import on_first_rank

@@ -19,10 +19,10 @@ from mor_model import ModelConfig, RecursiveTransformer, load_model, save_weight
 from mor_model.config import ExpertChoiceConfig
 from mor_model.hub.importing import import_hf
 from mor_model.hub.llama import llama_config, to_llama
-from pretrain.checkpoint import find_damage
-from pretrain.checkpoint_manifest import Manifest, read_manifest
+from pretrain.checkpoints.checkpoint_manifest import Manifest, read_manifest
+from pretrain.checkpoints.restricted_loading import load_restricted
+from pretrain.checkpoints.store import find_damage
 from pretrain.errors import RunError
-from pretrain.restricted_loading import load_restricted
 from tests.fuzz.support import counts, drive, lost, mutate_bytes, mutate_json, mutate_value
 from tests.pretrain.checkpoints import fake_checkpoint, forge
 

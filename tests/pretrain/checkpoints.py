@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint_manifest import TrainState, checkpoint_name, write_manifest
+from pretrain.checkpoints.checkpoint_manifest import TrainState, checkpoint_name, write_manifest
 
 SHAPE = {"world_size": 1, "zero_stage": 3, "precision": "fp32", "optimizer": "adamw"}
 

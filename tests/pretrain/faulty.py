@@ -23,9 +23,10 @@ import torch
 
 from mor_model import weights
 from mor_model.config import ModelConfig
-from pretrain import checkpoint_files, loop, prepare, train
+from pretrain import loop, prepare, train
 from pretrain.batches import StepBatch
-from pretrain.checkpoint import TrainState
+from pretrain.checkpoints import checkpoint_engine as checkpoint_files
+from pretrain.checkpoints.store import TrainState
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
 from pretrain.stage import StageChoice

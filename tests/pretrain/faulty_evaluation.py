@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from mor_model.model import RecursiveTransformer
-from pretrain import checkpoint, export, loop, train
+from pretrain import loop, train
 from pretrain.batches import StepBatch
-from pretrain.checkpoint import TrainState
+from pretrain.checkpoints import final_weights as export
+from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints.store import TrainState
 from pretrain.evaluation import evaluate
 from pretrain.ranks import run_lock
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.branches import Extension, common_steps, extend
+from pretrain.checkpoints.branches import Extension, common_steps, extend
 from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError
 from pretrain.recipe.plan import make_plan

@@ -17,13 +17,13 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from pretrain.branches import seed_branch
-from pretrain.checkpoint import find_damage, list_checkpoints
-from pretrain.checkpoint_manifest import read_manifest
-from pretrain.conversion import to_universal, to_weights
+from pretrain.checkpoints.branches import seed_branch
+from pretrain.checkpoints.checkpoint_manifest import read_manifest
+from pretrain.checkpoints.convert import to_universal, to_weights
+from pretrain.checkpoints.restricted_loading import load_restricted, restricted_loading
+from pretrain.checkpoints.store import find_damage, list_checkpoints
 from pretrain.errors import RunError
 from pretrain.records.run_folder import RunFolder
-from pretrain.restricted_loading import load_restricted, restricted_loading
 from tests.pretrain.checkpoints import Payload, fake_checkpoint, forge, plant, rewrite_manifest
 from tests.pretrain.support import Workers, recipe_values, write_recipe
 

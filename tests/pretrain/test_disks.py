@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import DataError
-from pretrain.checkpoint import CheckpointStore, find_damage
-from pretrain.checkpoint_files import CheckpointFiles
-from pretrain.checkpoint_manifest import TrainState
+from pretrain.checkpoints.checkpoint_engine import CheckpointFiles
+from pretrain.checkpoints.checkpoint_manifest import TrainState
+from pretrain.checkpoints.store import CheckpointStore, find_damage
 from pretrain.recipe.recipe import build_recipe
 from pretrain.recipe.sections import Checkpointing
 from pretrain.records.run_folder import RunFolder
@@ -141,7 +141,7 @@ def test_records_wait_for_a_full_disk(tmp_path: Path, tiny_data: Path, small_dis
 
 
 def test_a_write_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain import checkpoint_files
+    from pretrain.checkpoints import checkpoint_engine as checkpoint_files
 
     real, attempts = checkpoint_files._save_hashed, []
 

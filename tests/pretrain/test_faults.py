@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint import find_damage
+from pretrain.checkpoints.store import find_damage
 from pretrain.ranks.signals import EXIT_STALLED
 from tests.pretrain.support import (
     Job,

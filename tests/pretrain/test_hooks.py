@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_prep.tokenizers.loading import load_tokenizer
-from pretrain.checkpoint import TrainState
+from pretrain.checkpoints.store import TrainState
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.evaluate import evaluate_run
 from pretrain.hooks import EvaluationHooks, SuiteRunner, check_suites_of

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import checkpoint
-from pretrain.branches import seed_branch
-from pretrain.checkpoint import TrainState
+from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints.branches import seed_branch
+from pretrain.checkpoints.store import TrainState
 from pretrain.cli.runs import describe, find_runs
 from pretrain.errors import RecipeError, RunError
 from pretrain.hooks import check_suites_of

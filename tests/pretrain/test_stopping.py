@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint import find_damage
+from pretrain.checkpoints.store import find_damage
 from tests.pretrain.support import Job, Nursery, Workers, losses, metrics, recipe_values, train, write_recipe
 from tests.pretrain.test_hooks import values_of
 from tests.pretrain.test_resume import assert_same_run, finished_checkpoints

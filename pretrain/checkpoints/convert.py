@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from mor_model.config import ModelConfig
+from pretrain.checkpoints.restricted_loading import load_restricted, restricted_loading
 from pretrain.errors import RunError
 from pretrain.ranks.environment import clean_environment
 from pretrain.records.run_folder import RunFolder
-from pretrain.restricted_loading import load_restricted, restricted_loading
 
 
 def to_universal(checkpoint: Path) -> Path:
@@ -30,10 +30,10 @@ def to_universal(checkpoint: Path) -> Path:
         _remove(leftover)
     temporary.mkdir()
     written = temporary / target.name  # the tool writes a file beside it too
-    command = [sys.executable, "-m", "pretrain.conversion", "--inject_missing_state"]
+    command = [sys.executable, "-m", "pretrain.checkpoints.convert", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint.resolve()), "--output_folder", str(written.resolve())]
     # From here, so that it is this code that runs and no other folder `pretrain`.
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, env=clean_environment(), cwd=here, capture_output=True, text=True, errors="replace")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from pretrain.restricted_loading import load_restricted
+from pretrain.checkpoints.restricted_loading import load_restricted
 
 _RETRY_SECONDS = (0.5, 2.0, 5.0)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

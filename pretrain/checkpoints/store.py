@@ -26,13 +26,20 @@ import torch.distributed as dist
 from data_prep.errors import DataError
 from data_prep.files import sha256_file, sync_folder, write_text
 from data_prep.plain_text import plain
-from pretrain.checkpoint_manifest import MANIFEST, Manifest, TrainState, checkpoint_name, read_manifest, write_manifest
-from pretrain.conversion import to_universal, to_weights
+from pretrain.checkpoints.checkpoint_manifest import (
+    MANIFEST,
+    Manifest,
+    TrainState,
+    checkpoint_name,
+    read_manifest,
+    write_manifest,
+)
+from pretrain.checkpoints.convert import to_universal, to_weights
+from pretrain.checkpoints.restricted_loading import load_restricted, refuse_code, restricted_loading
 from pretrain.errors import RunError
 from pretrain.ranks.agreement import on_first_rank
 from pretrain.recipe.sections import Checkpointing
 from pretrain.records.run_folder import RunFolder
-from pretrain.restricted_loading import load_restricted, refuse_code, restricted_loading
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 _READ_AGAIN_SECONDS = (0.5, 2.0, 5.0)
@@ -147,7 +154,7 @@ class CheckpointStore:
         describe: dict[str, Any],
         restore: Callable[[], None],
     ) -> None:
-        from pretrain.checkpoint_files import CheckpointFiles
+        from pretrain.checkpoints.checkpoint_engine import CheckpointFiles
 
         self.folder = folder
         self._engine = engine

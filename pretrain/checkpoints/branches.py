@@ -14,8 +14,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from data_prep.files import atomic_write, write_text
-from pretrain.checkpoint import find_damage, list_checkpoints
-from pretrain.checkpoint_manifest import checkpoint_name
+from pretrain.checkpoints.checkpoint_manifest import checkpoint_name
+from pretrain.checkpoints.store import find_damage, list_checkpoints
 from pretrain.data import weight_phases
 from pretrain.errors import RunError
 from pretrain.recipe.plan import Branch, Plan, make_plan

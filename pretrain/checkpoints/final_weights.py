@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mor_model.config import ModelConfig
-from pretrain.checkpoint import next_start
+from pretrain.checkpoints.store import next_start
 from pretrain.errors import RunError
 from pretrain.ranks.agreement import on_first_rank
 
