@@ -50,9 +50,9 @@ def evaluate(
     from data_prep.files import write_text
     from pretrain.errors import RunError
     from pretrain.evaluation.evaluate import Incomplete, evaluate_run, require_writable_for_all
-    from pretrain.evaluation.progress import suite_progress
-    from pretrain.evaluation.ranks import evaluation_ranks
+    from pretrain.evaluation.evaluation_ranks import evaluation_ranks
     from pretrain.evaluation.settings import TEXT_BYTES, Settings, check_routing
+    from pretrain.evaluation.suite_progress import suite_progress
     from pretrain.evaluation.suites import check_suites
     from pretrain.evaluation.summary import markdown_summary, print_summary
     from pretrain.records.run_folder import RunFolder

@@ -235,7 +235,7 @@ def _perplexity(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, sett
 
 
 def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
-    from pretrain.evaluation.routing import evaluate_routing
+    from pretrain.evaluation.routing_analysis import evaluate_routing
 
     chosen = held_out.choose(documents, max(1, settings.text_bytes // 5))
     if not chosen:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.evaluation.likelihood import Scorer
-from pretrain.evaluation.routing import evaluate_routing, pack, read_windows, token_class
+from pretrain.evaluation.routing_analysis import evaluate_routing, pack, read_windows, token_class
 from tests.evaluation.stubs import EOD, BigramModel, ByteTokenizer, log_probabilities
 
 TEXTS = ["Some words, 12 of them.\nAnd a second line here to fill windows.", "Another document; ünïcode too."]
