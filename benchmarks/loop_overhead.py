@@ -29,10 +29,10 @@ from benchmarks.recording import restart_with_steady_heap
 from benchmarks.training_runs import network, parser, recipe_of, records, run, train
 from data_prep.reading.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
-from pretrain.engine import build_engine, start_process_group
 from pretrain.ranks.environment import prepare_environment
 from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.recipe.recipe import Recipe, build_recipe
+from pretrain.training.engine import build_engine, start_process_group
 
 
 def batch_of(recipe: Recipe) -> tuple[torch.Tensor, ...]:

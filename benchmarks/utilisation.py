@@ -31,7 +31,7 @@ from benchmarks.training_runs import median, recipe_of, records, train
 from mor_model.checkpointing import Checkpointing
 from mor_model.flops import flops_per_sequence
 from mor_model.presets import Variant, preset
-from pretrain.engine import peak_flops
+from pretrain.training.engine import peak_flops
 
 _GAIN = 1.01  # a larger micro-batch that brings less than this is not worth its memory
 

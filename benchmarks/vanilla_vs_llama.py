@@ -99,7 +99,7 @@ def utilisation(config: ModelConfig, tokens_per_second: float, options: argparse
     """Model FLOPs over the peak of the GPU, where that is known."""
     if options.device != "cuda":
         return None
-    from pretrain.engine import peak_flops
+    from pretrain.training.engine import peak_flops
 
     peak = peak_flops(torch.device("cuda"))
     per_token = flops_per_sequence(config, options.length).training / options.length

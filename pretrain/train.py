@@ -80,15 +80,15 @@ def train(
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="", flush=True)
         return EXIT_FINISHED
-    from pretrain.prepare import prepare
     from pretrain.records.finished import unfinished
     from pretrain.records.profiling import parse_steps
-    from pretrain.run import execute
+    from pretrain.training.prepare import prepare
+    from pretrain.training.run import execute
 
     profiled = parse_steps(profile) if profile is not None else None
     prepared = prepare(recipe, ranks)
     if dry_run:
-        from pretrain.dry_run import describe
+        from pretrain.training.dry_run import describe
 
         if ranks.rank == 0:
             say(describe(prepared, ranks))

@@ -197,7 +197,7 @@ def _alone(folder: Path, host: str) -> dict[str, Any]:
         if gpus:
             memory = [torch.cuda.mem_get_info(index) for index in range(gpus)]
             report["gpu_free_share"] = min(free / total for free, total in memory)
-            from pretrain.engine import peak_flops
+            from pretrain.training.engine import peak_flops
 
             report["peak_tflops"] = (peak_flops(devices[0]) or 0.0) / 1e12
         report["matmul_tflops"] = min(_matmul_tflops(device) for device in devices)

@@ -208,11 +208,11 @@ class Shape:
 
 def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     """Everything about a recipe that can be known without its nodes."""
-    from pretrain.data import open_data
     from pretrain.recipe.deepspeed_json import resolve_ds_config
     from pretrain.recipe.plan import make_plan
     from pretrain.records.finished import begun_with
-    from pretrain.stage import choose_stage, with_stage
+    from pretrain.training.open_data import open_data
+    from pretrain.training.zero_stage import choose_stage, with_stage
 
     begun_with(recipe)
     known = recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": "bf16"})

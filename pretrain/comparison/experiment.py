@@ -289,7 +289,7 @@ class Experiment(Section):
         trunk = self.folder / _run_name(arm, named_seed, None)
         if budget == max(self.budgets):
             return Trial(arm, seed, budget, trunk)
-        # Where `pretrain.run` puts the branches of a run.
+        # Where `pretrain.training.run` puts the branches of a run.
         return Trial(arm, seed, budget, trunk / "branches" / _amount(budget), trunk)
 
 

@@ -21,7 +21,7 @@ from pretrain.recipe.messages import nearest, shorten
 from pretrain.recipe.partitioning import complete
 from pretrain.recipe.recipe import Recipe
 
-# Stands for the name of a shipped configuration that `pretrain.stage` chooses.
+# Stands for the name of a shipped configuration that `pretrain.training.zero_stage` chooses.
 AUTO = "auto"
 
 # Beyond this the loss scale of fp16 is no number that fp32 holds.
@@ -35,7 +35,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
 
     Raises:
         RecipeError: when there is no such file, it is not a JSON object without repeated keys, or `name` is `auto`, for
-            which a run chooses (`pretrain.stage`).
+            which a run chooses (`pretrain.training.zero_stage`).
     """
     if name == AUTO:
         raise RecipeError(

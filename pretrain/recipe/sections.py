@@ -167,7 +167,7 @@ class Optim(Section):
 
     Attributes:
         name: `adamw`, or `muon`: Muon for the matrices inside the layers, AdamW for everything else, see
-            `pretrain.muon`.
+            `pretrain.training.muon`.
         lr: peak learning rate; Muon's updates are scaled to the size of AdamW's, so that it serves both.
         momentum: Muon's; betas and eps are AdamW's.
         weight_decay: applied to matrices only; norms and other vectors are not decayed.
@@ -277,7 +277,7 @@ class Deepspeed(Section):
 
     Attributes:
         config: the name of one in ds_configs/ (`zero3`), a path, or `auto`: the lowest ZeRO stage whose estimated
-            memory fits a rank, see `pretrain.stage`.
+            memory fits a rank, see `pretrain.training.zero_stage`.
     """
 
     config: Name = "zero3"

@@ -20,7 +20,7 @@ from pretrain.records.finished import flatten
 from pretrain.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from pretrain.prepare import Prepared
+    from pretrain.training.prepare import Prepared
 
 
 def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device) -> dict[str, Any]:

@@ -23,13 +23,14 @@ import torch
 
 from mor_model import weights
 from mor_model.config import ModelConfig
-from pretrain import loop, prepare, train
-from pretrain.batches import StepBatch
+from pretrain import train
 from pretrain.checkpoints import checkpoint_engine as checkpoint_files
 from pretrain.checkpoints.store import TrainState
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
-from pretrain.stage import StageChoice
+from pretrain.training import loop, prepare
+from pretrain.training.batches import StepBatch
+from pretrain.training.zero_stage import StageChoice
 from tests.pretrain.support import last_step
 
 FAULT = json.loads(os.environ["FAULT"])

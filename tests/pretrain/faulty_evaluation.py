@@ -23,13 +23,14 @@ from typing import Any
 import torch
 
 from mor_model.model import RecursiveTransformer
-from pretrain import loop, train
-from pretrain.batches import StepBatch
+from pretrain import train
 from pretrain.checkpoints import final_weights as export
 from pretrain.checkpoints import store as checkpoint
 from pretrain.checkpoints.store import TrainState
 from pretrain.evaluation import evaluate
 from pretrain.ranks import run_lock
+from pretrain.training import loop
+from pretrain.training.batches import StepBatch
 
 FAULT = json.loads(os.environ["FAULT"])
 RANK = os.environ.get("RANK", "0")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batches import BatchReader, make_micro_batch, merge_ranges, rank_share, take_samples
+from pretrain.training.batches import BatchReader, make_micro_batch, merge_ranges, rank_share, take_samples
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=6).map(
     lambda items: merge_ranges(tuple((first, first + size) for first, size in items))

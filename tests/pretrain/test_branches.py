@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoints.branches import Extension, common_steps, extend
-from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError
 from pretrain.recipe.plan import make_plan
 from pretrain.recipe.recipe import build_recipe, load_recipe
 from pretrain.records.run_folder import RunFolder
+from pretrain.training.open_data import OpenedData, open_data
 from tests.pretrain.support import (
     Job,
     Nursery,

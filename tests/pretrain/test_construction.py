@@ -20,7 +20,7 @@ from pathlib import Path
 import deepspeed
 
 from pretrain.recipe.deepspeed_json import resolve_ds_config
-from pretrain.engine import build_engine, start_process_group
+from pretrain.training.engine import build_engine, start_process_group
 from pretrain.ranks.environment import prepare_environment
 from pretrain.recipe.recipe import load_recipe
 

@@ -14,8 +14,8 @@ from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from mor_model import RecursiveTransformer
 from mor_model.weights import save_weights
 from pretrain.errors import RecipeError
-from pretrain.prepare import Prepared, prepare
 from pretrain.recipe.recipe import build_recipe
+from pretrain.training.prepare import Prepared, prepare
 from tests.data_prep.small_tokenizers import unigram
 from tests.data_prep.writing import documents, small_byte_bpe, small_sentencepiece, write_jsonl
 from tests.data_prep.writing import run as tokenize

@@ -14,12 +14,12 @@ from data_prep.tokenizers.loading import load_tokenizer
 from pretrain.checkpoints.store import TrainState
 from pretrain.errors import RecipeError, UserError
 from pretrain.evaluation.evaluate import evaluate_run
-from pretrain.hooks import EvaluationHooks, SuiteRunner, check_suites_of
 from pretrain.ranks.lockstep import Lockstep
 from pretrain.ranks.signals import Asked
 from pretrain.recipe.recipe import build_recipe
 from pretrain.recipe.sections import Suites
 from pretrain.records.run_folder import RunFolder
+from pretrain.training.evaluate_in_training import EvaluationHooks, SuiteRunner, check_suites_of
 from tests.pretrain.support import LENGTH, Workers, losses, metrics, recipe_values, tiny_model
 
 

@@ -20,14 +20,14 @@ from pretrain.checkpoints.branches import seed_branch
 from pretrain.checkpoints.store import TrainState
 from pretrain.cli.runs import describe, find_runs
 from pretrain.errors import RecipeError, RunError
-from pretrain.hooks import check_suites_of
-from pretrain.loop import Trainer
-from pretrain.prepare import prepare
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.finished import unfinished
 from pretrain.records.provenance import changes_since_last_start, describe_environment
 from pretrain.records.run_folder import RunFolder
 from pretrain.records.telemetry import Telemetry, rewind_metrics
+from pretrain.training.evaluate_in_training import check_suites_of
+from pretrain.training.loop import Trainer
+from pretrain.training.prepare import prepare
 from tests.pretrain.checkpoints import fake_checkpoint
 from tests.pretrain.support import (
     ALONE,

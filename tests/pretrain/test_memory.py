@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.training_runs import GIVE_BACK
 from mor_model import RecursiveTransformer
-from pretrain.memory import estimate_memory, peak_of_passes
-from pretrain.optimizer import build_optimizer
 from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.recipe.recipe import Recipe, build_recipe
+from pretrain.training.memory import estimate_memory, peak_of_passes
+from pretrain.training.optimizer import build_optimizer
 from tests.mor_model.live_memory import LiveBytes
 from tests.pretrain.support import LENGTH, Job, make_dataset, metrics, recipe_values, tiny_model, write_recipe
 

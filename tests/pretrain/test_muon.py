@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pretrain.errors import RecipeError
-from pretrain.muon import Muon, orthogonalize
 from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.recipe.recipe import build_recipe
+from pretrain.training.muon import Muon, orthogonalize
 from tests.pretrain.reference import plain_losses, plain_muon
 from tests.pretrain.support import Workers, losses, recipe_values, tiny_model
 from tests.pretrain.test_resume import assert_same_run, stop_after

@@ -14,8 +14,8 @@ import pytest
 
 import ds_configs
 from pretrain.errors import RecipeError
-from pretrain.prepare import prepare
 from pretrain.recipe.recipe import build_recipe
+from pretrain.training.prepare import prepare
 from tests.conftest import skip_or_fail
 from tests.pretrain.reference import plain_losses
 from tests.pretrain.support import ALONE, Nursery, Workers, losses, recipe_values, train, write_recipe
@@ -78,7 +78,7 @@ def test_secondary_partitions_change_no_loss(tmp_path: Path, tiny_data: Path, tw
 
 
 def test_quantised_communication_wants_a_gpu(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.prepare.accelerator_present", lambda: False)
+    monkeypatch.setattr("pretrain.training.prepare.accelerator_present", lambda: False)
     recipe = build_recipe(recipe_values(tiny_data, tmp_path / "run", deepspeed={"config": "zeropp"}))
     with pytest.raises(RecipeError, match=r"zero_quantized_weights.*GPU"):
         prepare(recipe, ALONE)

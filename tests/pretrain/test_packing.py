@@ -11,7 +11,7 @@ import torch
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.packed import PackedDataset
 from data_prep.tokenizing.packing import write_packing
-from pretrain.batches import make_micro_batch
+from pretrain.training.batches import make_micro_batch
 from tests.data_prep.support import EOD
 from tests.pretrain.support import LENGTH, Workers, losses, make_dataset, metrics, recipe_values, tiny_model
 from tests.pretrain.test_resume import assert_same_run, stop_after

@@ -16,11 +16,11 @@ import pytest
 from data_prep.errors import DataError
 from mor_model.errors import ConfigError
 from pretrain.errors import RunError, UserError
-from pretrain.prepare import Prepared, prepare
 from pretrain.ranks.agreement import find_disagreement, on_first_rank
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records import provenance
 from pretrain.records.provenance import identity
+from pretrain.training.prepare import Prepared, prepare
 from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (
     ALONE,

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pretrain.errors import RunError
-from pretrain.prepare import prepare
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.provenance import changes_since_last_start, describe_environment
 from pretrain.records.run_folder import RunFolder
+from pretrain.training.prepare import prepare
 from tests.pretrain.support import ALONE, recipe_values
 
 FILES = ["plan", "model", "environment", "status"]

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from pretrain.cli.main import main
 from pretrain.cli.runs import app, describe, find_runs
-from pretrain.dry_run import describe as describe_plan
-from pretrain.dry_run import estimate_speed
-from pretrain.prepare import prepare
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.run_folder import RunFolder
 from pretrain.records.telemetry import Telemetry, format_seconds, rewind_metrics
+from pretrain.training.dry_run import describe as describe_plan
+from pretrain.training.dry_run import estimate_speed
+from pretrain.training.prepare import prepare
 from tests.pretrain.support import ALONE, Workers, recipe_values, write_recipe
 
 
@@ -165,6 +165,6 @@ def test_a_gpu_is_thought_to_reach_a_share_of_its_promise(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(build_recipe(recipe_values(tiny_data, tmp_path / "run")), ALONE)
-    monkeypatch.setattr("pretrain.dry_run.trains_on_cpu", lambda: False)
-    monkeypatch.setattr("pretrain.dry_run.peak_flops", lambda device: 1e15 if device.type == "cuda" else None)
+    monkeypatch.setattr("pretrain.training.dry_run.trains_on_cpu", lambda: False)
+    monkeypatch.setattr("pretrain.training.dry_run.peak_flops", lambda device: 1e15 if device.type == "cuda" else None)
     assert estimate_speed(prepared).flops_per_second == pytest.approx(0.4e15)

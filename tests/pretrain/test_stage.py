@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.errors import RecipeError
 from pretrain.recipe.recipe import build_recipe, load_recipe
-from pretrain.stage import _USABLE_ON_GPU, StageChoice, _group_limits, choose_stage, device_memory
+from pretrain.training.zero_stage import _USABLE_ON_GPU, StageChoice, _group_limits, choose_stage, device_memory
 from tests.pretrain.support import (
     ALONE,
     ROOT,
@@ -138,9 +138,9 @@ def test_a_dry_run_tells_the_choice_and_a_begun_run_keeps_its_stage(
 
 
 def test_memory_of_a_cpu_rank_is_its_share_of_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.stage._group_limits", lambda: [6000, 4000])
+    monkeypatch.setattr("pretrain.training.zero_stage._group_limits", lambda: [6000, 4000])
     assert device_memory(replace(ALONE, local_world_size=4), on_cpu=True) == 1000
-    monkeypatch.setattr("pretrain.stage._group_limits", lambda: [])
+    monkeypatch.setattr("pretrain.training.zero_stage._group_limits", lambda: [])
     available = psutil.virtual_memory().available
     assert device_memory(replace(ALONE, local_world_size=2), on_cpu=True) == pytest.approx(available / 2, rel=0.2)
 

@@ -16,9 +16,9 @@ from mor_model import RecursiveTransformer
 from mor_model.flops import flops_per_sequence
 from mor_model.weights import load_model, save_weights
 from pretrain.errors import RecipeError
-from pretrain.prepare import prepare
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import build_recipe, load_recipe
+from pretrain.training.prepare import prepare
 from tests.data_prep.support import EOD
 from tests.ports import free_port
 from tests.pretrain.reference import plain_losses

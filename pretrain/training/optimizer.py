@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from mor_model import RecursiveTransformer
-from pretrain.muon import Muon, is_hidden_matrix, stacked_rows
 from pretrain.recipe.sections import Optim
+from pretrain.training.muon import Muon, is_hidden_matrix, stacked_rows
 
 
 def parameter_groups(model: RecursiveTransformer, optim: Optim) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from data_prep.plain_text import say
 from data_prep.tokenizers.loading import copy_recorded_tokenizer
 from pretrain.checkpoints.branches import extend, seed_branch
 from pretrain.errors import RunError, UserError
-from pretrain.prepare import Prepared, check_folder, prepare_branch
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import EXIT_FINISHED, StopRequest
 from pretrain.ranks.watchdog import Watchdog
@@ -20,7 +19,8 @@ from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
 from pretrain.recipe.partitioning import STAGES, explain
 from pretrain.records.finished import has_finished
 from pretrain.records.provenance import changes_since_last_start, describe_environment, identity
-from pretrain.stage import agree_on_stage, with_stage
+from pretrain.training.prepare import Prepared, check_folder, prepare_branch
+from pretrain.training.zero_stage import agree_on_stage, with_stage
 
 # Before the first step operators may have to be compiled and a checkpoint read; files may be written slowly, and an
 # evaluation prepares its questions. A stall is one only after so long there, however short a step is.
@@ -36,9 +36,9 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
     import deepspeed
     import torch
 
-    from pretrain.engine import start_process_group
     from pretrain.ranks.agreement import on_first_rank, require_agreement
     from pretrain.ranks.run_lock import sole_job
+    from pretrain.training.engine import start_process_group
 
     recipe, folder, first = prepared.recipe, prepared.folder, ranks.rank == 0
     hours = recipe.limits.wall_clock_hours
@@ -147,18 +147,18 @@ def _train(
     profiled: tuple[int, int] | None,
     changes: list[str],
 ) -> int:
-    from pretrain.batches import BatchReader, merge_ranges
     from pretrain.checkpoints.final_weights import export_weights
     from pretrain.checkpoints.store import CheckpointStore, TrainState, next_start, select_checkpoint
-    from pretrain.engine import build_engine, peak_flops
-    from pretrain.hooks import EvaluationHooks, SuiteRunner, held_out_texts
-    from pretrain.loop import Trainer
     from pretrain.ranks.agreement import on_first_rank
     from pretrain.ranks.lockstep import Lockstep
     from pretrain.records.communication import timed_collectives
     from pretrain.records.profiling import StepProfiler
     from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, rewind_metrics
-    from pretrain.validation import Validator
+    from pretrain.training.batches import BatchReader, merge_ranges
+    from pretrain.training.engine import build_engine, peak_flops
+    from pretrain.training.evaluate_in_training import EvaluationHooks, SuiteRunner, held_out_texts
+    from pretrain.training.loop import Trainer
+    from pretrain.training.validation import Validator
 
     recipe, config, plan, data, folder = (
         prepared.recipe,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pretrain.batches import StepBatch, merge_ranges
 from pretrain.checkpoints.store import CheckpointStore, TrainState
 from pretrain.errors import RunError
 from pretrain.recipe.plan import Plan
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.telemetry import Telemetry
+from pretrain.training.batches import StepBatch, merge_ranges
 
 
 @dataclass(kw_only=True)

@@ -58,7 +58,7 @@ def choose_stage(
     Raises:
         RecipeError: when no stage fits, or none is possible with the rest of the recipe.
     """
-    from pretrain.memory import estimate_memory, format_bytes, peak_of_passes
+    from pretrain.training.memory import estimate_memory, format_bytes, peak_of_passes
 
     name = recipe.deepspeed.config
     if name != AUTO:

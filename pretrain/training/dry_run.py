@@ -12,17 +12,17 @@ import torch
 
 from pretrain.checkpoints.checkpoint_manifest import read_manifest
 from pretrain.checkpoints.store import list_checkpoints, refuse_shape
-from pretrain.engine import peak_flops
 from pretrain.errors import RunError
-from pretrain.memory import estimate_memory
-from pretrain.memory import format_bytes as size
-from pretrain.prepare import Prepared
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import zero_stage
 from pretrain.recipe.partitioning import STAGES, explain
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.telemetry import format_seconds
-from pretrain.stage import trains_on_cpu
+from pretrain.training.engine import peak_flops
+from pretrain.training.memory import estimate_memory
+from pretrain.training.memory import format_bytes as size
+from pretrain.training.prepare import Prepared
+from pretrain.training.zero_stage import trains_on_cpu
 
 # What training reaches of a GPU's promised FLOPs, and of a matrix product's on a CPU.
 _USUAL_ON_GPU, _USUAL_ON_CPU = 0.4, 0.75

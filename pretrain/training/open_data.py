@@ -14,13 +14,13 @@ from data_prep.reading.packed import PackedDataset
 from data_prep.tokenizers.base import TokenizerInfo
 from data_prep.tokenizers.loading import TOKENIZER_FILES, load_recorded_tokenizer, load_tokenizer
 from mor_model.config import ModelConfig
-from pretrain.batches import SampleSource
 from pretrain.errors import RecipeError
 from pretrain.recipe.plan import Plan
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Source
 from pretrain.records.run_folder import RunFolder
-from pretrain.validation import ValidationSet, spread
+from pretrain.training.batches import SampleSource
+from pretrain.training.validation import ValidationSet, spread
 
 # Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.
 _ANNEAL_PHASES = 16

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pretrain.batches import make_micro_batch
 from pretrain.evaluation.settings import ROUTINGS
 from pretrain.ranks.lockstep import Lockstep
+from pretrain.training.batches import make_micro_batch
 
 if TYPE_CHECKING:
     from data_prep.reading.dataset import TokenDataset

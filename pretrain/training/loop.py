@@ -17,11 +17,7 @@ import torch.distributed as dist
 
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
-from pretrain.batches import BatchReader, SampleSource, StepBatch
 from pretrain.checkpoints.store import CheckpointStore, TrainState
-from pretrain.engine import seed_step
-from pretrain.faults import FaultRules
-from pretrain.hooks import EvaluationHooks
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import Asked, Request, StopRequest
 from pretrain.ranks.watchdog import Watchdog
@@ -29,6 +25,10 @@ from pretrain.recipe.plan import Plan, is_due
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.profiling import StepProfiler
 from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
+from pretrain.training.batches import BatchReader, SampleSource, StepBatch
+from pretrain.training.engine import seed_step
+from pretrain.training.evaluate_in_training import EvaluationHooks
+from pretrain.training.faults import FaultRules
 
 
 @dataclass(frozen=True)

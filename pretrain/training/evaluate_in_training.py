@@ -30,7 +30,7 @@ from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Suites
 from pretrain.records.run_folder import RunFolder
 from pretrain.records.telemetry import Telemetry
-from pretrain.validation import Validator
+from pretrain.training.validation import Validator
 
 Records = list[tuple[str, dict[str, Any]]]
 Beat = Callable[[str], None]

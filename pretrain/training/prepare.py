@@ -8,7 +8,6 @@ from typing import Any
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from pretrain.checkpoints.branches import Extension, find_extension
-from pretrain.data import OpenedData, open_data
 from pretrain.errors import RecipeError, RunError
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import CHECKPOINT_FILE, STOP_FILE
@@ -18,7 +17,8 @@ from pretrain.recipe.plan import Branch, Plan, make_plan
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.finished import begun_with, branch_path, branch_recipe, changed_keys
 from pretrain.records.run_folder import RunFolder
-from pretrain.stage import StageChoice, choose_stage, with_stage
+from pretrain.training.open_data import OpenedData, open_data
+from pretrain.training.zero_stage import StageChoice, choose_stage, with_stage
 
 # What may lie in a run folder whose recipe is not written yet.
 _BEFORE_THE_RECIPE = (STOP_FILE, CHECKPOINT_FILE, "stacks")
@@ -58,8 +58,8 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     Raises:
         RecipeError, DataError, RunError: one sentence on what to change.
     """
-    from pretrain.engine import resolve_precision
-    from pretrain.hooks import check_suites_of
+    from pretrain.training.engine import resolve_precision
+    from pretrain.training.evaluate_in_training import check_suites_of
 
     folder = RunFolder(recipe.run_folder)
     try:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from mor_model.config import ModelConfig
-from pretrain.muon import Muon
-from pretrain.optimizer import build_optimizer
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
+from pretrain.training.muon import Muon
+from pretrain.training.optimizer import build_optimizer
 
 _SHM_COMM = "deepspeed_shm_comm"
 # Without sparsity, from NVIDIA's data sheets; the first whose words are all in the device's name counts.

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from mor_model import RecursiveTransformer
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.flops import count_parameters
-from pretrain.muon import is_hidden_matrix, iterated_in, orthogonal_update, stacked_rows
 from pretrain.recipe.deepspeed_json import offload_device, zero_stage
 from pretrain.recipe.recipe import Recipe
+from pretrain.training.muon import is_hidden_matrix, iterated_in, orthogonal_update, stacked_rows
 
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_autocast": 4}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
