@@ -31,7 +31,7 @@ def plan(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) ->
     from rich.console import Console
 
     from pretrain.comparison.experiment import load_experiment
-    from pretrain.comparison.plan import plan_experiment, plan_table
+    from pretrain.comparison.planned_runs import plan_experiment, plan_table
 
     loaded = load_experiment(experiment, overrides)
     Console().print(plan_table(plan_experiment(loaded, _split(arms))))
@@ -42,7 +42,7 @@ def run(experiment: _File, overrides: _Overrides = None, arms: _Arms = None) -> 
     """Prepare data, train and evaluate every arm, and write the report. Started again, it continues."""
     from pretrain.comparison.experiment import load_experiment
     from pretrain.comparison.launch import Interrupted
-    from pretrain.comparison.run import run_experiment
+    from pretrain.comparison.run_experiment import run_experiment
     from pretrain.ranks.signals import EXIT_AGAIN
 
     loaded = load_experiment(experiment, overrides)

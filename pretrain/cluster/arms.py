@@ -29,8 +29,8 @@ def prepare(experiment: Experiment) -> None:
     """
     from rich.console import Console
 
-    from pretrain.comparison.data import prepare_data
-    from pretrain.comparison.plan import jobs, plan_experiment
+    from pretrain.comparison.experiment_data import prepare_data
+    from pretrain.comparison.planned_runs import jobs, plan_experiment
 
     prepare_data(experiment, Console(stderr=True))
     for run, *_branches in jobs(plan_experiment(experiment)):

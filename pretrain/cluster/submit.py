@@ -98,8 +98,8 @@ def plan_experiment(
     from pretrain.cluster.arms import recipe_file
     from pretrain.comparison.experiment import load_experiment
     from pretrain.comparison.launch import evaluation_arguments
-    from pretrain.comparison.plan import jobs
-    from pretrain.comparison.plan import plan_experiment as plan
+    from pretrain.comparison.planned_runs import jobs
+    from pretrain.comparison.planned_runs import plan_experiment as plan
     from pretrain.evaluation.suites import check_suites
 
     prepare_toolchain()

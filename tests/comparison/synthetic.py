@@ -13,7 +13,7 @@ from typing import Any
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_token
 from pretrain.comparison.experiment import Experiment
-from pretrain.comparison.plan import plan_experiment
+from pretrain.comparison.planned_runs import plan_experiment
 
 SMALL = {
     "vocab_size": 8192,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pretrain.comparison.experiment import Experiment, load_experiment
-from pretrain.comparison.plan import plan_experiment
+from pretrain.comparison.planned_runs import plan_experiment
 from pretrain.errors import RecipeError
 from pretrain.recipe.recipe import Recipe, build_recipe
 from pretrain.recipe.yaml_input import write_yaml

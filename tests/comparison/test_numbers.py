@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.comparison.report import numbers
+from pretrain.comparison import numbers
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from data_prep.errors import DataError
-from pretrain.comparison import data as data_room
-from pretrain.comparison import run as runner
+from pretrain.comparison import experiment_data as data_room
+from pretrain.comparison import run_experiment as runner
+from pretrain.comparison.arms_progress import Progress
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.launch import Interrupted
-from pretrain.comparison.plan import plan_experiment
-from pretrain.comparison.progress import Progress
+from pretrain.comparison.planned_runs import plan_experiment
 from pretrain.errors import RecipeError, RunError
 from pretrain.records.run_folder import RunFolder
 
@@ -294,7 +294,7 @@ def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsy
 
 def test_the_estimate_counts_only_what_this_process_did(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pretrain.comparison.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pretrain.comparison.arms_progress.time.monotonic", lambda: now[0])
     output = io.StringIO()
     run = RunFolder(tmp_path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pretrain.comparison.experiment import Experiment, load_experiment
-from pretrain.comparison.plan import PlannedRun, plan_experiment
+from pretrain.comparison.planned_runs import PlannedRun, plan_experiment
 from pretrain.recipe.yaml_input import parse_yaml, write_yaml
 from tests.fuzz.recipes import FULL, PLAIN
 from tests.fuzz.support import ODD_VALUES, counts, drive, leaves, lost, mutate_text, mutate_value

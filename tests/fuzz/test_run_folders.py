@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from pretrain.cli.runs import describe
+from pretrain.comparison.arms_progress import Progress
 from pretrain.comparison.experiment import Trial
-from pretrain.comparison.progress import Progress
 from pretrain.comparison.report.build import print_results, write_report
-from pretrain.comparison.report.records import read_run
 from pretrain.comparison.report.results import Results, read_results
+from pretrain.comparison.report.run_records import read_run
 from pretrain.records.run_folder import RunFolder
 from tests.comparison.synthetic import experiment, network, write_run
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from data_prep.files import write_text
 from data_prep.plain_text import cell
-from pretrain.comparison.report import numbers
+from pretrain.comparison import numbers
 from pretrain.comparison.report.document import compose
 from pretrain.comparison.report.findings import test_difference
 from pretrain.comparison.report.markdown import markdown

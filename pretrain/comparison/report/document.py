@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.comparison.report import numbers, tables, views
+from pretrain.comparison import numbers
+from pretrain.comparison.report import tables, views
 from pretrain.comparison.report.drawing import Picture
 from pretrain.comparison.report.findings import equal_cost, findings
 from pretrain.comparison.report.pictures import (

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pretrain.comparison.report import numbers
+from pretrain.comparison import numbers
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
 from pretrain.comparison.report.statistics import Difference, difference_of_seeds, wilson_interval
 from pretrain.comparison.report.tables import HELD_OUT, few_shot_scores, refusals, task_name

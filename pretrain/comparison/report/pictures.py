@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pretrain.comparison.report import numbers
+from pretrain.comparison import numbers
 from pretrain.comparison.report.drawing import (
     FAINT,
     INK,
@@ -22,8 +22,8 @@ from pretrain.comparison.report.drawing import (
     name_legend,
     new_figure,
 )
-from pretrain.comparison.report.records import Curve, RunRecord
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
+from pretrain.comparison.report.run_records import Curve, RunRecord
 from pretrain.comparison.report.scores import Score
 from pretrain.comparison.report.statistics import wilson_interval
 from pretrain.comparison.report.tables import few_shot_scores, task_name

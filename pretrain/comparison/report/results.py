@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from data_prep.plain_text import plain
 from pretrain.comparison.experiment import Experiment
-from pretrain.comparison.plan import PlannedRun, other_recipe, plan_experiment
-from pretrain.comparison.report.records import RunRecord, read_run
+from pretrain.comparison.planned_runs import PlannedRun, other_recipe, plan_experiment
+from pretrain.comparison.report.run_records import RunRecord, read_run
 from pretrain.comparison.report.statistics import (
     Difference,
     difference_of_pairs,

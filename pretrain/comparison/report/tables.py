@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.comparison.report import numbers
-from pretrain.comparison.report.records import RunRecord
+from pretrain.comparison import numbers
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
+from pretrain.comparison.report.run_records import RunRecord
 from pretrain.comparison.report.scores import Score
 
 

@@ -4,10 +4,10 @@ ours.
 
 from __future__ import annotations
 
-from pretrain.comparison.report import numbers
+from pretrain.comparison import numbers
 from pretrain.comparison.report.paper import PaperRow, paper_loss, paper_row
-from pretrain.comparison.report.records import RunRecord
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
+from pretrain.comparison.report.run_records import RunRecord
 from pretrain.comparison.report.tables import Column, Table, best_rows
 
 

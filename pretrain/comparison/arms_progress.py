@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from data_prep.plain_text import cell, plain
-from pretrain.comparison.report import numbers
+from pretrain.comparison import numbers
 from pretrain.errors import RunError
 from pretrain.records.fields import Fields
 from pretrain.records.run_folder import RunFolder, parse_record

@@ -15,13 +15,13 @@ from rich.console import Console
 from data_prep.errors import DataError
 from data_prep.files import write_text
 from data_prep.reading.manifest import read_manifest
-from pretrain.comparison.data import prepare_data
+from pretrain.comparison import numbers
+from pretrain.comparison.arms_progress import Progress
 from pretrain.comparison.experiment import EvaluationSection, Experiment
+from pretrain.comparison.experiment_data import prepare_data
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
-from pretrain.comparison.plan import PlannedRun, jobs, other_recipe, plan_experiment, plan_table
-from pretrain.comparison.progress import Progress
-from pretrain.comparison.report import numbers
-from pretrain.comparison.report.records import read_run
+from pretrain.comparison.planned_runs import PlannedRun, jobs, other_recipe, plan_experiment, plan_table
+from pretrain.comparison.report.run_records import read_run
 from pretrain.errors import RunError, UserError
 from pretrain.evaluation.identity import stored_result
 from pretrain.evaluation.settings import TEXT_BYTES, Settings

@@ -13,8 +13,8 @@ from data_prep.plain_text import cell, plain
 from data_prep.reading.manifest import FILE_NAME, read_manifest
 from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.config import ModelConfig
+from pretrain.comparison import numbers
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment, Trial
-from pretrain.comparison.report import numbers
 from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.suites import check_suites
 from pretrain.recipe.plan import Plan, make_plan
