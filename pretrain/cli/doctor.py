@@ -42,7 +42,7 @@ def doctor(
     from rich.console import Console
 
     from data_prep.plain_text import cell
-    from pretrain.doctor import examine
+    from pretrain.cluster.doctor import examine
 
     console = Console(highlight=False, soft_wrap=True)
     findings = examine()

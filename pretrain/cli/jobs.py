@@ -37,8 +37,8 @@ def _show(console: object, everything: bool) -> bool:
     from rich.table import Table
 
     from data_prep.plain_text import cell, say
+    from pretrain.cluster.job_records import remembered
     from pretrain.cluster.jobs import view_jobs
-    from pretrain.cluster.records import remembered
 
     assert isinstance(console, Console)
     everyone = remembered(functools.partial(say, error=True))

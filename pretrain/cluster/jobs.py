@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_model.errors import ConfigError
-from pretrain.cluster.records import Record
+from pretrain.cluster.job_records import Record
 from pretrain.errors import RunError, UserError
 from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.records.fields import Fields

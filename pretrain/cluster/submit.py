@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.plain_text import plain
+from pretrain.cluster.job_records import Record, remember
 from pretrain.cluster.profiles import Profile
-from pretrain.cluster.records import Record, remember
 from pretrain.errors import LaunchError, RecipeError
 from pretrain.ranks.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.ranks.toolchain import prepare_toolchain

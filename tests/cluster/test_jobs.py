@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pretrain.cli.jobs import app
+from pretrain.cluster.job_records import Record, remember, remembered
 from pretrain.cluster.jobs import JobView, view_jobs
-from pretrain.cluster.records import Record, remember, remembered
 from pretrain.recipe.recipe import Recipe, build_recipe
 from pretrain.records.finished import parts
 from tests.pretrain.support import recipe_values, tiny_model, write_recipe

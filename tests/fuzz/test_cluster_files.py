@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain.cluster.job_records import Record, remembered
 from pretrain.cluster.jobs import view_jobs
 from pretrain.cluster.profiles import Profile, load_profile
-from pretrain.cluster.records import Record, remembered
 from pretrain.cluster.restarts import note_start
 from pretrain.cluster.submit import Shape, check_time, job_environment, slurm_options
 from pretrain.recipe.recipe import build_recipe

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain import doctor
+from pretrain.cluster import doctor
 
 
 @pytest.fixture(scope="module")
