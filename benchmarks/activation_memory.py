@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.recording import machine, record, restart_with_steady_heap
 from benchmarks.routing_overhead import Step
-from mor_model.checkpointing import Checkpointing
+from mor_model.activation_checkpointing import Checkpointing
 from mor_model.presets import preset
 from tests.mor_model.live_memory import LiveBytes
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.recording import machine, record, restart_with_steady_heap
-from mor_model.checkpointing import Checkpointing
+from mor_model.activation_checkpointing import Checkpointing
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
 from mor_model.model import RecursiveTransformer

@@ -28,7 +28,7 @@ import yaml
 from benchmarks.recording import machine, record
 from benchmarks.routing_overhead import Step, synchronize
 from benchmarks.training_runs import median, recipe_of, records, train
-from mor_model.checkpointing import Checkpointing
+from mor_model.activation_checkpointing import Checkpointing
 from mor_model.flops import flops_per_sequence
 from mor_model.presets import Variant, preset
 from pretrain.training.engine import peak_flops

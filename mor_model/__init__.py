@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from mor_model.config import ModelConfig as ModelConfig
     from mor_model.config import TokenChoiceConfig as TokenChoiceConfig
     from mor_model.errors import ConfigError as ConfigError
+    from mor_model.layer_schedule import LayerSchedule as LayerSchedule
+    from mor_model.layer_schedule import layer_schedule as layer_schedule
     from mor_model.model import RecursiveTransformer as RecursiveTransformer
     from mor_model.outputs import ModelOutput as ModelOutput
     from mor_model.outputs import Routing as Routing
     from mor_model.presets import preset as preset
-    from mor_model.schedule import LayerSchedule as LayerSchedule
-    from mor_model.schedule import layer_schedule as layer_schedule
     from mor_model.weights import load_model as load_model
     from mor_model.weights import save_weights as save_weights
 

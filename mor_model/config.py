@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from mor_model.errors import ConfigError, refuse_unknown_keys, shown
-from mor_model.schedule import MAX_LAYERS, LayerSchedule, layer_schedule
+from mor_model.layer_schedule import MAX_LAYERS, LayerSchedule, layer_schedule
 
 RouterNetwork = Literal["linear", "mlp", "wide_mlp", "random"]
 KVSharing = Literal["recursion_wise", "shared", "hybrid"]
@@ -237,7 +237,7 @@ class ModelConfig:
         context_length: longest sequence trained on, in tokens.
         rope_theta: base of the rotary position embedding; norm_eps: epsilon of RMSNorm.
         tie_embeddings: the output head is the embedding matrix.
-        sharing, recursions: parameter sharing, see `mor_model.schedule`.
+        sharing, recursions: parameter sharing, see `mor_model.layer_schedule`.
         router: None runs every token through every recursion step.
         kv_sharing: `recursion_wise` keeps keys and values of the selected tokens per step; `shared` lets later steps
             read the first step's; `hybrid` reads the first step's, refreshed at the tokens selected since (paper,

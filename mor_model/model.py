@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mor_model.checkpointing import Checkpointing, check_policy
+from mor_model.activation_checkpointing import Checkpointing, check_policy
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
 from mor_model.expert_choice import ExpertChoice
@@ -18,7 +18,7 @@ from mor_model.loss import IGNORED_LABEL, Head
 from mor_model.outputs import ModelOutput
 from mor_model.recursion import LayerRunner, Sequences, recurse
 from mor_model.routing import Decision, RoutingInputs, RoutingRecord
-from mor_model.statistics import routing_statistics, routing_value
+from mor_model.routing_statistics import routing_statistics, routing_value
 from mor_model.token_choice import TokenChoice
 
 
@@ -32,7 +32,7 @@ class RecursiveTransformer(nn.Module):
     def __init__(self, config: ModelConfig, checkpointing: Checkpointing = "none") -> None:
         """Args:
         config: what to build.
-        checkpointing: what the backward pass computes again, see `mor_model.checkpointing`.
+        checkpointing: what the backward pass computes again, see `mor_model.activation_checkpointing`.
 
         Raises:
             ConfigError: for an unknown checkpointing policy.

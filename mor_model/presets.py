@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig, check_sizes
 from mor_model.errors import ConfigError, shown
-from mor_model.schedule import valid_depth
+from mor_model.layer_schedule import valid_depth
 
 Variant = Literal["vanilla", "recursive", "mor"]
 

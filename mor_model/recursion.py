@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mor_model.activation_checkpointing import Checkpointing, layer_runner, step_runner
 from mor_model.attention import Visibility, visibility_among, visibility_between
-from mor_model.checkpointing import Checkpointing, layer_runner, step_runner
 from mor_model.config import ModelConfig
 from mor_model.expert_choice import ExpertChoice
 from mor_model.layers import AttentionOutput, Memory, Rotary, rotary

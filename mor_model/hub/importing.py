@@ -37,7 +37,7 @@ def import_hf(
 
     Args:
         path: folder with config.json and model.safetensors (whole, or in parts with an index).
-        sharing, recursions: how layers are shared, see `mor_model.schedule`; `none` keeps the model as it is.
+        sharing, recursions: how layers are shared, see `mor_model.layer_schedule`; `none` keeps the model as it is.
         router: of a network with more than one recursion; its weights are new.
         initialization: what a shared layer starts from. `stepwise` takes layers at even steps through the depth it
             replaces, the first and the last among them; `average` the mean of all layers it stands for. Layers that

@@ -10,8 +10,8 @@ import pytest
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
+from mor_model.layer_schedule import layer_schedule
 from mor_model.presets import preset
-from mor_model.schedule import layer_schedule
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mor_model.errors import ConfigError
-from mor_model.schedule import SHARING_STRATEGIES, layer_schedule, valid_depth
+from mor_model.layer_schedule import SHARING_STRATEGIES, layer_schedule, valid_depth
 
 SHARED = [name for name in SHARING_STRATEGIES if name != "none"]
 
