@@ -7,8 +7,8 @@ import itertools
 import os
 import socket
 
-# Below those that the kernel deals out and those that jobs derive (`pretrain.ranks.environment`): between the choice of a
-# port and its use lie the seconds in which a rank imports torch, and every connection made meanwhile takes a port.
+# Below those that the kernel deals out and those that jobs derive (`pretrain.ranks.environment`): between the choice of
+# a port and its use lie the seconds in which a rank imports torch, and every connection made meanwhile takes a port.
 _FIRST, _COUNT = 5000, 10_000
 # No port twice in one process, and processes begin far apart.
 _turns = itertools.count(os.getpid() * 997)

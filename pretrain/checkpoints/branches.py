@@ -17,11 +17,10 @@ from data_prep.files import atomic_write, write_text
 from pretrain.checkpoints.checkpoint_manifest import checkpoint_name
 from pretrain.checkpoints.store import find_damage, list_checkpoints
 from pretrain.errors import RunError
-from pretrain.recipe.plan import Branch, Plan, make_plan
+from pretrain.recipe.plan import Branch, Plan, make_plan, weight_phases
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.finished import branch_path, branch_recipe
 from pretrain.records.run_folder import RunFolder
-from pretrain.training.open_data import weight_phases
 
 
 @dataclass(frozen=True)

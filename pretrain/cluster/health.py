@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.files import write_json
 
 if TYPE_CHECKING:
-    from pretrain.cluster.job import Job
+    from pretrain.cluster.slurm_job import Job
 
 _SLOWEST = 0.6  # of the median speed
 _LEAST_OF_PEAK = 0.5  # a sound GPU's matrix product reaches some 80 % of what its vendor promises

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.plain_text import plain
-from pretrain.cluster.job import Job, said, say
 from pretrain.cluster.restarts import note_start, written
+from pretrain.cluster.slurm_job import Job, said, say
 from pretrain.errors import LaunchError
 from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_NO_PROGRESS, EXIT_USER
 

@@ -21,7 +21,7 @@ from pretrain.comparison.experiment import EvaluationSection, Experiment
 from pretrain.comparison.experiment_data import prepare_data
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
 from pretrain.comparison.planned_runs import PlannedRun, jobs, other_recipe, plan_experiment, plan_table
-from pretrain.comparison.report.run_records import read_run
+from pretrain.comparison.run_records import read_run
 from pretrain.errors import RunError, UserError
 from pretrain.evaluation.identity import stored_result
 from pretrain.evaluation.settings import TEXT_BYTES, Settings

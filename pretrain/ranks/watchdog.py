@@ -1,9 +1,9 @@
 """A run that stops moving ends with a name and every rank's stack, instead of burning the allocation.
 
 Each rank's thread tells rank 0 how often it has moved and what it is doing, beside the collectives
-(`pretrain.ranks.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so; rank 0 then ends
-all of them, and every rank that can still run writes its stacks. The rank that has moved least is the one the others
-wait for. A rank whose process is gone ends the others within a minute.
+(`pretrain.ranks.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so; rank 0 then
+ends all of them, and every rank that can still run writes its stacks. The rank that has moved least is the one the
+others wait for. A rank whose process is gone ends the others within a minute.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ them out or say `auto` (they are filled in) or repeat them (they must agree).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import ds_configs
 from data_prep.errors import DataError
 from data_prep.json_input import read_json
 from data_prep.plain_text import plain
+from mor_model.config import ModelConfig
+from mor_model.flops import count_parameters
 from pretrain.errors import RecipeError
 from pretrain.recipe.deepspeed_keys import check_ds_config, without_auto
 from pretrain.recipe.messages import nearest, shorten
-from pretrain.recipe.partitioning import complete
 from pretrain.recipe.recipe import Recipe
 
 # Stands for the name of a shipped configuration that `pretrain.training.zero_stage` chooses.
@@ -27,6 +29,16 @@ AUTO = "auto"
 # Beyond this the loss scale of fp16 is no number that fp32 holds.
 _LARGEST_SCALE_POWER = 100
 _PRECISION_SECTIONS = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16_autocast"}
+# Below a few million elements a collective is all latency; above a few hundred million nothing is gained.
+_SMALLEST, _LARGEST = 5_000_000, 200_000_000
+
+STAGES = (
+    "every rank holds everything",
+    "optimiser states are partitioned",
+    "optimiser states and gradients are partitioned",
+    "weights, gradients and optimiser states are partitioned",
+)
+"""What each ZeRO stage means, by its number."""
 
 
 def load_ds_config(name: str) -> dict[str, Any]:
@@ -204,3 +216,46 @@ def _batch_advice(start: int, micro: int, world: int) -> str:
     choices = [str(value) for value in (below, below + micro * world) if value > 0]
     multiple = f"make it a multiple of {micro * world} ({' or '.join(choices)})"
     return f"{multiple}, or use a number of ranks that divides {start}."
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of `zero_optimization`, what is chosen for it, and why."""
+
+    key: str
+    value: int
+    reason: str
+
+
+def choose_settings(stage: int, config: ModelConfig) -> list[Setting]:
+    """Settings for a network at a ZeRO stage, in elements.
+
+    Buckets hold two layers' gradients, so that the first is on its way when the third is computed.
+    """
+    if stage == 0:
+        return []
+    layer = count_parameters(config).layers // config.schedule.num_stored
+    bucket = min(_LARGEST, max(_SMALLEST, 2 * layer))
+    settings = [Setting("reduce_bucket_size", bucket, "gradients of two layers: sent while others are computed")]
+    if stage < 3:
+        return [*settings, Setting("allgather_bucket_size", bucket, "as many updated weights at a time")]
+    ahead = min(_LARGEST, max(_SMALLEST, layer))
+    return [*settings, Setting("stage3_prefetch_bucket_size", ahead, "gathered ahead: a layer beyond the present one")]
+
+
+def complete(zero: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A `zero_optimization` section with what it leaves open chosen by `choose_settings`."""
+    chosen = {setting.key: setting.value for setting in choose_settings(int(zero.get("stage", 0)), config)}
+    # DeepSpeed takes these keys with and without the prefix.
+    given = {key if key in chosen else f"stage3_{key}" for key in zero}
+    return {**zero, **{key: value for key, value in chosen.items() if key not in given}}
+
+
+def explain(zero: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    """A line for each setting: its value, and why it was chosen or that the file says so."""
+    lines = []
+    for setting in choose_settings(int(zero.get("stage", 0)), config):
+        value = zero.get(setting.key, zero.get(setting.key.removeprefix("stage3_")))
+        reason = setting.reason if value == setting.value else "as the DeepSpeed configuration says"
+        lines.append(f"{setting.key} {value:,}: {reason}")
+    return lines

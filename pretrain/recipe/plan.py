@@ -12,12 +12,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.reading.mixture import Phase
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_sequence
 from pretrain.errors import RecipeError
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.schedules import BatchSize, LearningRate, Recursion
-from pretrain.recipe.sections import MOST_STEPS, Amount
+from pretrain.recipe.sections import MOST_STEPS, Amount, Source
+
+# Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.
+_ANNEAL_PHASES = 16
 
 
 @dataclass(frozen=True)
@@ -287,3 +291,29 @@ def _learning_rate(recipe: Recipe, convert: _Converter, steps: int, smallest_ste
             "shorten them."
         )
     return LearningRate(schedule.kind, steps, warmup, decay, schedule.decay_shape, schedule.floor)
+
+
+def data_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """The sources of a recipe's data; a single data set is one source."""
+    # The name decides the order of samples, so a single data set has one that does not change when its folder moves.
+    return recipe.data.sources or (Source(path=str(recipe.data.path), name="data"),)
+
+
+def weight_phases(recipe: Recipe, plan: Plan) -> list[Phase]:
+    """The weights at the start, those of each stage, and where they anneal, a new set at every sixteenth of the way."""
+    sources = data_sources(recipe)
+
+    def weights(x: float) -> dict[str, float]:
+        ends = {s.label: s.weight if s.final_weight is None else s.final_weight for s in sources}
+        return {s.label: (1.0 - x) * s.weight + x * ends[s.label] for s in sources}
+
+    phases = [Phase(0, weights(0.0))]
+    phases += [Phase(plan.batch.before(step), stage.weights) for step, stage in zip(plan.stages, recipe.data.stages)]
+    if plan.anneal and any(source.final_weight is not None for source in sources):
+        total = plan.batch.before(plan.steps)
+        begin = plan.batch.before(plan.steps - plan.anneal)
+        for number in range(1, _ANNEAL_PHASES + 1):
+            first = begin + (total - begin) * (number - 1) // _ANNEAL_PHASES
+            if first > phases[-1].first_sample:
+                phases.append(Phase(first, weights(number / _ANNEAL_PHASES)))
+    return phases

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pretrain.records.telemetry import Stopwatch
+from pretrain.records.stopwatch import Stopwatch
 
 PART = "communication"
 _COLLECTIVES = (

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_prep.files import write_text
 from pretrain.errors import LaunchError
-from pretrain.records.telemetry import Stopwatch
+from pretrain.records.stopwatch import Stopwatch
 
 _ROWS = 20
 _SNAPSHOT_ENTRIES = 1_000_000

@@ -8,7 +8,7 @@ import platform
 import socket
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,14 +16,14 @@ from data_prep.plain_text import plain
 from pretrain.errors import RunError
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import offload_device, zero_stage
+from pretrain.recipe.recipe import Recipe
 from pretrain.records.finished import flatten
 from pretrain.records.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from pretrain.training.prepare import Prepared
 
-
-def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def describe_environment(
+    recipe: Recipe, ds_config: dict[str, Any], ranks: Ranks, device: torch.device
+) -> dict[str, Any]:
     """What environment.json holds."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -35,22 +35,21 @@ def describe_environment(prepared: Prepared, ranks: Ranks, device: torch.device)
         "device_type": device.type,
         "world_size": ranks.world_size,
         "launcher": ranks.launcher,
-        "zero_stage": zero_stage(prepared.ds_config),
-        "offload_optimizer": offload_device(prepared.ds_config, "offload_optimizer"),
-        "precision": prepared.recipe.precision,
-        "ds_config": prepared.ds_config,
+        "zero_stage": zero_stage(ds_config),
+        "offload_optimizer": offload_device(ds_config, "offload_optimizer"),
+        "precision": recipe.precision,
+        "ds_config": ds_config,
     }
 
 
-def changes_since_last_start(folder: RunFolder, prepared: Prepared, ranks: Ranks, device: torch.device) -> list[str]:
-    """A warning where the run was last started with other code, versions or another device; call it before
-    environment.json is written anew.
+def changes_since_last_start(folder: RunFolder, now: dict[str, Any]) -> list[str]:
+    """A warning where the run was last started with other code, versions or another device than `now`
+    (`describe_environment`); call it before environment.json is written anew.
     """
     try:
         before = folder.environment()
     except RunError:
         return []
-    now = describe_environment(prepared, ranks, device)
     versions = before.get("versions", {})
     changes = [
         f"{name} was {versions[name]} and is {version}"
@@ -93,15 +92,15 @@ def git_commit() -> str | None:
     return f"{head}+changes" if changed else head
 
 
-def identity(prepared: Prepared) -> dict[str, str]:
-    """What all ranks must have alike, by the name a person knows it under."""
-    dump = prepared.recipe.model_dump(mode="json")
+def identity(recipe: Recipe, ds_config: dict[str, Any], data: str, tokenizer: str) -> dict[str, str]:
+    """What all ranks must have alike, by the name a person knows it under; `data` and `tokenizer` are fingerprints."""
+    dump = recipe.model_dump(mode="json")
     return {
         "recipe": hashlib.sha256(repr(sorted(flatten(dump).items())).encode()).hexdigest()[:16],
-        "seed": str(prepared.recipe.seed),
-        "DeepSpeed configuration": hashlib.sha256(repr(prepared.ds_config).encode()).hexdigest()[:16],
-        "data": prepared.data.manifest[:16],
-        "tokenizer": prepared.data.fingerprint[:16],
+        "seed": str(recipe.seed),
+        "DeepSpeed configuration": hashlib.sha256(repr(ds_config).encode()).hexdigest()[:16],
+        "data": data[:16],
+        "tokenizer": tokenizer[:16],
         "code": source_digest(),
         **{f"version of {name}": version for name, version in _versions().items()},
     }

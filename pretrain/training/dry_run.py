@@ -14,8 +14,7 @@ from pretrain.checkpoints.checkpoint_manifest import read_manifest
 from pretrain.checkpoints.store import list_checkpoints, refuse_shape
 from pretrain.errors import RunError
 from pretrain.ranks.environment import Ranks
-from pretrain.recipe.deepspeed_json import zero_stage
-from pretrain.recipe.partitioning import STAGES, explain
+from pretrain.recipe.deepspeed_json import STAGES, explain, zero_stage
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.telemetry import format_seconds
 from pretrain.training.engine import peak_flops

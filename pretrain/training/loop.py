@@ -24,7 +24,8 @@ from pretrain.ranks.watchdog import Watchdog
 from pretrain.recipe.plan import Plan, is_due
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.profiling import StepProfiler
-from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes
+from pretrain.records.stopwatch import Stopwatch, memory_bytes, peak_memory_bytes
+from pretrain.records.telemetry import Telemetry
 from pretrain.training.batches import BatchReader, SampleSource, StepBatch
 from pretrain.training.engine import seed_step
 from pretrain.training.evaluate_in_training import EvaluationHooks

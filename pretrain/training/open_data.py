@@ -9,21 +9,18 @@ from pathlib import Path
 from data_prep.errors import DataError
 from data_prep.json_input import read_json
 from data_prep.reading.dataset import TokenDataset, open_dataset
-from data_prep.reading.mixture import Mixture, MixtureSource, Phase
+from data_prep.reading.mixture import Mixture, MixtureSource
 from data_prep.reading.packed import PackedDataset
 from data_prep.tokenizers.base import TokenizerInfo
 from data_prep.tokenizers.loading import TOKENIZER_FILES, load_recorded_tokenizer, load_tokenizer
 from mor_model.config import ModelConfig
 from pretrain.errors import RecipeError
-from pretrain.recipe.plan import Plan
+from pretrain.recipe.plan import Plan, data_sources, weight_phases
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Source
 from pretrain.records.run_folder import RunFolder
 from pretrain.training.batches import SampleSource
 from pretrain.training.validation import ValidationSet, spread
-
-# Weights that move do so in this many steps; a share then differs from the straight line by a thirty-second of the way.
-_ANNEAL_PHASES = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
             weights to start from that another tokenizer belongs to.
     """
     length = recipe.batch.sequence_length
-    sources = _sources(recipe)
+    sources = data_sources(recipe)
     datasets = []
     for source in sources:
         dataset = open_dataset(source.path, "train", recipe.data.verify)
@@ -104,31 +101,6 @@ def _check_initial_weights(weights: Path, fingerprint: str) -> None:
             f"({fingerprint:.12}), so the same ids mean other text; tokenize the text with the weights' tokenizer, or "
             "set initial_weights_tokenizer=any to train on all the same."
         )
-
-
-def _sources(recipe: Recipe) -> tuple[Source, ...]:
-    # The name decides the order of samples, so a single data set has one that does not change when its folder moves.
-    return recipe.data.sources or (Source(path=str(recipe.data.path), name="data"),)
-
-
-def weight_phases(recipe: Recipe, plan: Plan) -> list[Phase]:
-    """The weights at the start, those of each stage, and where they anneal, a new set at every sixteenth of the way."""
-    sources = _sources(recipe)
-
-    def weights(x: float) -> dict[str, float]:
-        ends = {s.label: s.weight if s.final_weight is None else s.final_weight for s in sources}
-        return {s.label: (1.0 - x) * s.weight + x * ends[s.label] for s in sources}
-
-    phases = [Phase(0, weights(0.0))]
-    phases += [Phase(plan.batch.before(step), stage.weights) for step, stage in zip(plan.stages, recipe.data.stages)]
-    if plan.anneal and any(source.final_weight is not None for source in sources):
-        total = plan.batch.before(plan.steps)
-        begin = plan.batch.before(plan.steps - plan.anneal)
-        for number in range(1, _ANNEAL_PHASES + 1):
-            first = begin + (total - begin) * (number - 1) // _ANNEAL_PHASES
-            if first > phases[-1].first_sample:
-                phases.append(Phase(first, weights(number / _ANNEAL_PHASES)))
-    return phases
 
 
 def _check_fit(dataset: TokenDataset, config: ModelConfig, path: str, length: int) -> None:

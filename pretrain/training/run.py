@@ -15,8 +15,7 @@ from pretrain.errors import RunError, UserError
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import EXIT_FINISHED, StopRequest
 from pretrain.ranks.watchdog import Watchdog
-from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
-from pretrain.recipe.partitioning import STAGES, explain
+from pretrain.recipe.deepspeed_json import STAGES, explain, resolve_ds_config, zero_stage
 from pretrain.records.finished import has_finished
 from pretrain.records.provenance import changes_since_last_start, describe_environment, identity
 from pretrain.training.prepare import Prepared, check_folder, prepare_branch
@@ -47,7 +46,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
         device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _SLOW_SECONDS)
         try:
             prepared = _agree_on_stage(prepared, ranks)
-            require_agreement(identity(prepared))
+            require_agreement(identity(recipe, prepared.ds_config, prepared.data.manifest, prepared.data.fingerprint))
             with (
                 sole_job(folder.path, ranks),
                 Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog,
@@ -107,15 +106,16 @@ def _train_one(
     from pretrain.ranks.agreement import on_first_rank
 
     folder = prepared.folder
+    facts = describe_environment(prepared.recipe, prepared.ds_config, ranks, device)
 
     def begin() -> list[str] | None:
         if prepared.extension is not None:
             say(extend(folder, prepared.extension))
         if has_finished(prepared.recipe):
             return None
-        changes = changes_since_last_start(folder, prepared, ranks, device)
+        changes = changes_since_last_start(folder, facts)
         try:
-            _write_folder(prepared, ranks, device)
+            _write_folder(prepared, facts)
             if trunk is not None:
                 seed_branch(trunk.folder, folder, start)
         except OSError as error:
@@ -128,7 +128,7 @@ def _train_one(
     if changes is None:
         return EXIT_FINISHED
     try:
-        return _train(prepared, ranks, device, stop, watchdog, profiled, changes)
+        return _train(prepared, ranks, device, stop, watchdog, profiled, facts, changes)
     except Exception as error:
         if ranks.rank == 0:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -145,6 +145,7 @@ def _train(
     stop: StopRequest,
     watchdog: Watchdog,
     profiled: tuple[int, int] | None,
+    facts: dict[str, Any],
     changes: list[str],
 ) -> int:
     from pretrain.checkpoints.final_weights import export_weights
@@ -153,7 +154,8 @@ def _train(
     from pretrain.ranks.lockstep import Lockstep
     from pretrain.records.communication import timed_collectives
     from pretrain.records.profiling import StepProfiler
-    from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, rewind_metrics
+    from pretrain.records.stopwatch import Stopwatch, memory_bytes
+    from pretrain.records.telemetry import Telemetry, rewind_metrics
     from pretrain.training.batches import BatchReader, merge_ranges
     from pretrain.training.engine import build_engine, peak_flops
     from pretrain.training.evaluate_in_training import EvaluationHooks, SuiteRunner, held_out_texts
@@ -185,7 +187,7 @@ def _train(
         keep_every=plan.keep_every,
         pinned=plan.trunk_checkpoints,
         describe=describe,
-        restore=lambda: _write_folder(prepared, ranks, device),
+        restore=lambda: _write_folder(prepared, facts),
     )
     state = store.load(selected) if selected is not None else TrainState()
     state.skipped = merge_ranges(state.skipped, recipe.data.skip_samples)
@@ -312,12 +314,12 @@ def _train(
         engine.destroy()
 
 
-def _write_folder(prepared: Prepared, ranks: Ranks, device: Any) -> None:
+def _write_folder(prepared: Prepared, environment: dict[str, Any]) -> None:
     folder, data = prepared.folder, prepared.data
     # First, because its presence is what makes a folder a run that can be started again.
     folder.write_text(folder.recipe_file, prepared.recipe.to_yaml())
     folder.write_json(folder.model_file, prepared.config.to_dict())
-    folder.write_json(folder.environment_file, describe_environment(prepared, ranks, device))
+    folder.write_json(folder.environment_file, environment)
     facts = {"tokenizer_fingerprint": data.fingerprint, "data_manifest": data.manifest}
     folder.write_json(folder.plan_file, prepared.plan.to_dict(facts))
     if not folder.tokenizer.is_dir():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cluster.job import Job
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, trained, written
+from pretrain.cluster.slurm_job import Job
 from pretrain.cluster.tasks import run_task
 from pretrain.errors import LaunchError
 from pretrain.ranks.signals import EXIT_AGAIN, EXIT_NO_PROGRESS

@@ -14,7 +14,7 @@ from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.report.build import write_report
 from pretrain.comparison.report.findings import findings
 from pretrain.comparison.report.results import read_results
-from pretrain.comparison.report.run_records import Curve
+from pretrain.comparison.run_records import Curve
 from tests.comparison import synthetic
 from tests.comparison.synthetic import write_run
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 import ds_configs
-from pretrain.recipe.deepspeed_json import resolve_ds_config
+from pretrain.recipe.deepspeed_json import explain, resolve_ds_config
 from pretrain.recipe.deepspeed_keys import FROM_THE_RECIPE
-from pretrain.recipe.partitioning import explain
 from pretrain.recipe.recipe import build_recipe
 from tests.fuzz.recipes import PLAIN
 from tests.fuzz.support import counts, drive, leaves, lost, mutate_bytes, mutate_text, mutate_value

@@ -17,7 +17,7 @@ from pretrain.comparison.arms_progress import Progress
 from pretrain.comparison.experiment import Trial
 from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.results import Results, read_results
-from pretrain.comparison.report.run_records import read_run
+from pretrain.comparison.run_records import read_run
 from pretrain.records.run_folder import RunFolder
 from tests.comparison.synthetic import experiment, network, write_run
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value

@@ -11,10 +11,9 @@ from pydantic import BaseModel
 
 import ds_configs
 from pretrain.errors import RecipeError
-from pretrain.recipe.deepspeed_json import load_ds_config, resolve_ds_config, zero_stage
+from pretrain.recipe.deepspeed_json import explain, load_ds_config, resolve_ds_config, zero_stage
 from pretrain.recipe.deepspeed_keys import FROM_THE_RECIPE, check_ds_config, ds_file
 from pretrain.recipe.messages import below, forms, keys_of
-from pretrain.recipe.partitioning import explain
 from pretrain.recipe.recipe import Recipe, build_recipe
 from tests.pretrain.support import recipe_values
 

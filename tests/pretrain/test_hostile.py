@@ -146,8 +146,8 @@ def test_other_code_versions_or_devices_since_the_last_start_are_told(
     (run.path / "stop").touch()
     assert one_rank.run("--config", str(recipe))[0] == 76
     prepared = prepare(build_recipe(values), ALONE)
-    assert changes_since_last_start(run, prepared, ALONE, torch.device("cpu")) == []
-    facts = describe_environment(prepared, ALONE, torch.device("cpu"))
+    facts = describe_environment(prepared.recipe, prepared.ds_config, ALONE, torch.device("cpu"))
+    assert changes_since_last_start(run, facts) == []
     old = {**facts, "code": "0" * 16, "commit": "abc", "versions": {**facts["versions"], "torch": "2.6.0"}}
     run.write_json(run.environment_file, old)
     (run.path / "stop").touch()

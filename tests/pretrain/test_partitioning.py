@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from mor_model.presets import preset
-from pretrain.recipe.deepspeed_json import resolve_ds_config
-from pretrain.recipe.partitioning import choose_settings, complete, explain
+from pretrain.recipe.deepspeed_json import choose_settings, complete, explain, resolve_ds_config
 from pretrain.recipe.recipe import build_recipe
 from tests.pretrain.support import recipe_values
 

@@ -60,10 +60,10 @@ def test_another_machines_record_of_its_environment_is_compared_and_never_obeyed
     prepared = prepare(build_recipe(recipe_values(tiny_data, tmp_path / "run")), ALONE)
     run, device = RunFolder(tmp_path / "run"), torch.device("cpu")
     run.path.mkdir()
-    facts = describe_environment(prepared, ALONE, device)
+    facts = describe_environment(prepared.recipe, prepared.ds_config, ALONE, device)
     for content in ({}, {"versions": {}}, {"versions": 3}, {"code": None}, []):
         run.write_json(run.environment_file, content)
-        assert changes_since_last_start(run, prepared, ALONE, device) == []
+        assert changes_since_last_start(run, facts) == []
     run.write_json(run.environment_file, {**facts, "device": "\x1b[31m" + "x" * 5000})
-    (told,) = changes_since_last_start(run, prepared, ALONE, device)
+    (told,) = changes_since_last_start(run, facts)
     assert "the device was" in told and "\x1b" not in told and len(told) < 1000

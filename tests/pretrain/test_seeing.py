@@ -20,7 +20,8 @@ from pretrain.recipe.recipe import build_recipe, load_recipe
 from pretrain.records.communication import timed_collectives
 from pretrain.records.profiling import parse_steps
 from pretrain.records.run_folder import RunFolder
-from pretrain.records.telemetry import Stopwatch, Telemetry, memory_bytes, peak_memory_bytes, rewind_metrics
+from pretrain.records.stopwatch import Stopwatch, memory_bytes, peak_memory_bytes
+from pretrain.records.telemetry import Telemetry, rewind_metrics
 from pretrain.training.engine import peak_flops
 from tests.conftest import skip_or_fail
 from tests.pretrain.support import LENGTH, Job, Workers, metrics, recipe_values, write_recipe

@@ -23,10 +23,10 @@ from pretrain.comparison.report.drawing import (
     new_figure,
 )
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
-from pretrain.comparison.report.run_records import Curve, RunRecord
-from pretrain.comparison.report.scores import Score
 from pretrain.comparison.report.statistics import wilson_interval
 from pretrain.comparison.report.tables import few_shot_scores, task_name
+from pretrain.comparison.run_records import Curve, RunRecord
+from pretrain.comparison.scores import Score
 
 # One hue, light to dark with depth, and the text that can be read on it; the same by day and by night.
 _DEPTH_COLOURS = ("#d9dde2", "#c6dcf0", "#74aed6", "#2b6ca8", "#0d3c6e", "#08264a", "#051a33")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from data_prep.plain_text import plain
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.planned_runs import PlannedRun, other_recipe, plan_experiment
-from pretrain.comparison.report.run_records import RunRecord, read_run
 from pretrain.comparison.report.statistics import (
     Difference,
     difference_of_pairs,
@@ -18,6 +17,7 @@ from pretrain.comparison.report.statistics import (
     difference_of_seeds,
     mean_and_spread,
 )
+from pretrain.comparison.run_records import RunRecord, read_run
 from pretrain.evaluation.suites import check_suites
 from pretrain.records.finished import has_finished
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from data_prep.plain_text import spreadsheet_cell
 from pretrain.comparison.report.results import Results
-from pretrain.comparison.report.run_records import RunRecord
+from pretrain.comparison.run_records import RunRecord
 
 COLUMNS = ("run", "arm", "seed", "budget", "state", "quantity", "value", "stderr", "n", "routing")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pretrain.comparison import numbers
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
-from pretrain.comparison.report.run_records import RunRecord
-from pretrain.comparison.report.scores import Score
+from pretrain.comparison.run_records import RunRecord
+from pretrain.comparison.scores import Score
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from pretrain.comparison import numbers
 from pretrain.comparison.report.paper import PaperRow, paper_loss, paper_row
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
-from pretrain.comparison.report.run_records import RunRecord
 from pretrain.comparison.report.tables import Column, Table, best_rows
+from pretrain.comparison.run_records import RunRecord
 
 
 def validation_loss(arm: Arm) -> float | None:

@@ -14,10 +14,9 @@ from data_prep.plain_text import plain
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from mor_model.flops import count_parameters, kv_bytes_per_token
-from pretrain.comparison import numbers
+from pretrain.comparison import numbers, scores
 from pretrain.comparison.experiment import Trial
-from pretrain.comparison.report import scores
-from pretrain.comparison.report.scores import Score
+from pretrain.comparison.scores import Score
 from pretrain.errors import RunError
 from pretrain.records.fields import Fields
 from pretrain.records.run_folder import RunFolder

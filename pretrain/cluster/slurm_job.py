@@ -1,0 +1,206 @@
+"""The Slurm job that this process is the batch script of: its steps, its end, its log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.json_input import parse_json
+from data_prep.plain_text import plain
+from pretrain.errors import LaunchError
+from pretrain.ranks.environment import read_integer
+from pretrain.ranks.hostlist import expand_hostlist
+from pretrain.ranks.signals import EXIT_AGAIN
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+
+
+class Job:
+    """The Slurm job this process is the batch script of."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        """Raises LaunchError outside a Slurm job, or when a number that Slurm tells it is not one."""
+        if "SLURM_JOB_ID" not in environ:
+            raise LaunchError("This runs inside a Slurm job: sbatch slurm/train.sbatch RECIPE, or mor submit RECIPE.")
+        self.environ = environ
+        self.identity = environ["SLURM_JOB_ID"]
+        self.array = environ.get("SLURM_ARRAY_JOB_ID")
+        self.restarts = self.number("SLURM_RESTART_COUNT", "0")
+        self.hosts = expand_hostlist(environ["SLURM_JOB_NODELIST"])
+        self.python = "python" if environ.get("MOR_CONTAINER") else sys.executable
+        self.announced: signal.Signals | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        # What ends the child politely: ranks take USR1 as often as it comes, any other command a Ctrl-C.
+        self._polite = signal.SIGUSR1
+        self._through_srun = False
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
+
+    def number(self, name: str, default: str) -> int:
+        """One of the numbers that Slurm tells the job."""
+        return read_integer(name, self.environ.get(name) or default)
+
+    @property
+    def cores(self) -> int:
+        """Processors of this node that belong to the job."""
+        return self.number("SLURM_CPUS_ON_NODE", "1")
+
+    @property
+    def tasks(self) -> int:
+        """Tasks the job was asked to have; 1 where nobody said."""
+        return self.number("SLURM_NTASKS", "1")
+
+    def environment_for_sbatch(self) -> dict[str, str]:
+        """This job's variables without what describes this job, for a job that it submits."""
+        kept = ("SLURM_CONF",)
+        described = ("SLURM", "SBATCH")
+        return {name: value for name, value in self.environ.items() if name in kept or not name.startswith(described)}
+
+    def step(self, command: list[str], *, per_node: int | None = None, options: list[str] | None = None) -> int:
+        """Run `command` as a job step on all nodes and return its exit code.
+
+        `per_node` is the number of tasks on each node; by default as many as the job asked for, otherwise one for each
+        GPU of a node. `options` are further ones of srun, which go before those chosen here.
+        """
+        chosen = per_node or self._tasks_per_node()
+        own = ["--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
+        if per_node:
+            own.append(f"--ntasks={per_node * len(self.hosts)}")
+        tasks = chosen or -(-self.tasks // len(self.hosts))
+        # Since Slurm 22.05 srun no longer takes over what sbatch was told.
+        own.append("--overcommit" if tasks > self.cores else f"--cpus-per-task={self.cores // tasks}")
+        return self._wait(["srun", *own, *(options or []), *self.container_options(), *command], signal.SIGUSR1)
+
+    def alone(self, command: list[str]) -> int:
+        """Run `command` once, on this node, and return its exit code."""
+        if self.container_options():
+            command = ["srun", "--nodes=1", "--ntasks=1", *self.container_options(), *command]
+        return self._wait(self.inside(command), signal.SIGINT)
+
+    def inside(self, command: list[str]) -> list[str]:
+        """`command` as it runs in the image of MOR_CONTAINER where that is not srun's own business."""
+        image = self.environ.get("MOR_CONTAINER", "")
+        if not image.endswith(".sif"):
+            return command
+        return ["apptainer", "exec", "--nv", "--bind", f"{PROJECT},{Path.cwd()}", image, *command]
+
+    def why(self, code: int) -> str:
+        """Why the command ended early, for the log."""
+        return f"{self.announced.name} announced the end" if self.announced else f"it ended with code {code}"
+
+    def start_again(self, code: int, purpose: str) -> int:
+        """Requeue this job and wait to be ended by that; returns the exit code where it is not allowed."""
+        say(f"{self.why(code)}; requeueing {purpose}.")
+        if not self.requeue():
+            say("Requeueing is not allowed here; for training, a chain does the same: sbatch --array=1-10%1 ...")
+            return code
+        # Slurm ends this script; returning first would count as the job's own end.
+        time.sleep(120)
+        return EXIT_AGAIN
+
+    def requeue(self, without: Sequence[str] = ()) -> bool:
+        """Ask Slurm to start this job again, elsewhere than on the nodes `without`; False where that is not allowed."""
+        commands = [["scontrol", "requeue", self.identity]]
+        if without:
+            # Only a pending job's nodes can be chosen, so this comes second; nodes left out before stay out.
+            left_out = ",".join(sorted({*self._excluded(), *without}))
+            commands.append(["scontrol", "update", f"JobId={self.identity}", f"ExcNodeList={left_out}"])
+        # Requeueing ends every process of the job, the second command's too; it has a moment's grace.
+        script = " && ".join(["trap '' TERM", *map(shlex.join, commands)])
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+        if done.returncode:
+            say(f"scontrol: {(done.stderr or done.stdout).strip()}")
+        return done.returncode == 0
+
+    def can_spare(self, hosts: Sequence[str]) -> bool:
+        """Whether the partition has nodes enough for this job without these and those left out already."""
+        partition = self.environ.get("SLURM_JOB_PARTITION", "")
+        command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
+        shown = subprocess.run(command, capture_output=True, text=True)
+        return len(set(shown.stdout.split()) - {*hosts, *self._excluded()}) >= len(self.hosts)
+
+    def is_ending(self) -> bool:
+        """Whether Slurm is already ending this job: cancelled, out of time, or requeued by Slurm itself."""
+        shown = self._shown()
+        return bool(shown) and "JobState=RUNNING" not in shown
+
+    def cancel_rest_of_array(self) -> None:
+        """Cancel the elements of a chain that wait behind this one; nothing outside an array."""
+        if self.array:
+            subprocess.run(["scancel", "--state=PENDING", self.array], capture_output=True)
+
+    def _shown(self) -> list[str]:
+        """This job's record as Slurm shows it, in words NAME=VALUE; empty where Slurm does not answer."""
+        shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.identity], capture_output=True, text=True)
+        return shown.stdout.split() if shown.returncode == 0 else []
+
+    def _excluded(self) -> list[str]:
+        names = next((word.partition("=")[2] for word in self._shown() if word.startswith("ExcNodeList=")), "")
+        return expand_hostlist(names) if names not in ("", "(null)") else []
+
+    def _tasks_per_node(self) -> int | None:
+        if "SLURM_NTASKS_PER_NODE" in self.environ or "SLURM_NTASKS" in self.environ:
+            return None
+        return self.number("SLURM_GPUS_ON_NODE", "1")
+
+    def container_options(self) -> list[str]:
+        image = self.environ.get("MOR_CONTAINER", "")
+        if not image or image.endswith(".sif"):
+            return []
+        mounts = ",".join(f"{folder}:{folder}" for folder in {PROJECT, Path.cwd()})
+        return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+
+    def _wait(self, command: list[str], polite: signal.Signals) -> int:
+        self._polite, self._through_srun = polite, command[0] == "srun"
+        self._child = subprocess.Popen(command)
+        try:
+            if self.announced:
+                self._end_politely()
+            code = self._child.wait()
+            return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
+        finally:
+            self._child = None
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.announced = signal.Signals(number)
+        self._end_politely()
+
+    def _end_politely(self) -> None:
+        if self._child is None:
+            return
+        if self._polite is signal.SIGINT and self._through_srun:
+            # srun keeps a Ctrl-C to itself; this reaches the step's processes, and not this script.
+            subprocess.run(["scancel", "--signal=INT", self.identity], capture_output=True)
+        else:
+            self._child.send_signal(self._polite)
+
+
+def said(printed: str, command: Sequence[str], *keys: str) -> dict[str, Any]:
+    """The JSON object with `keys` in the last line that `command` has printed.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    with contextlib.suppress(LookupError, DataError):
+        found = parse_json(printed.strip().splitlines()[-1], "the last line")
+        if isinstance(found, dict) and found.keys() >= set(keys):
+            return found
+    raise LaunchError(
+        f"`{shlex.join(command)}` did not answer as expected; run it by hand to see why. Nothing was started."
+    )
+
+
+def say(text: str) -> None:
+    """A line for the job's log."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"{now} job {os.environ.get('SLURM_JOB_ID')}: {plain(text, lines=True)}", flush=True)
