@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.errors import DataError
 from data_prep.sources.base import Document, Group, LargeDocument, ReadOptions
 from data_prep.sources.groups import expected_bytes, reader_for
-from data_prep.tokenizers.loss import lost_bytes
+from data_prep.tokenizers.lost_bytes import lost_bytes
 from data_prep.tokenizing.encoder import Engine
 
 _GROUPS = 8
@@ -50,7 +50,7 @@ def round_trip(engine: Engine, texts: Sequence[str]) -> dict[str, Any]:
     """How many of `texts` come back from `decode(encode(text))`, and how many of their bytes the ids do not hold.
 
     Returns:
-        documents, exact, bytes, words, tokens, lost_bytes (see `data_prep.tokenizers.loss`), and an example.
+        documents, exact, bytes, words, tokens, lost_bytes (see `data_prep.tokenizers.lost_bytes`), and an example.
     """
     result: dict[str, Any] = dict.fromkeys(("documents", "exact", "bytes", "words", "tokens", "lost_bytes"), 0)
     result["documents"] = len(texts)

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from data_prep.tokenizers.loss import lost_bytes
+from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation.likelihood import Scorer, evaluating, split_windows
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data_prep.tokenizers.loss import lost_bytes
+from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.evaluation.held_out import Document, text_identity
 from pretrain.evaluation.likelihood import Scorer, Window, split_windows
 

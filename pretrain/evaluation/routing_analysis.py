@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_prep.tokenizers.loss import lost_bytes
+from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation.held_out import text_identity
 from pretrain.evaluation.likelihood import Progress, Scorer, evaluating, rank_and_world

@@ -11,7 +11,7 @@ from pretrain.ranks import environment
 from pretrain.ranks.environment import Ranks, clean_environment, discover_ranks
 from pretrain.ranks.signals import StopRequest
 from tests.fuzz.support import ODD_TEXTS, counts, drive, mutate_text
-from tests.pretrain.test_environment import DEEPSPEED, HYDRA, OPENMPI, SRUN, TORCH, TORCHRUN
+from tests.pretrain.ranks.test_environment import DEEPSPEED, HYDRA, OPENMPI, SRUN, TORCH, TORCHRUN
 
 MVAPICH = dict.fromkeys(("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), "1")
 MVAPICH |= dict.fromkeys(("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"), "2")

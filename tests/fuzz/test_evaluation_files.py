@@ -17,9 +17,9 @@ from pretrain.evaluation.local_data import read_records, read_splits
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.summary import markdown_summary
 from pretrain.records.run_folder import RunFolder
-from tests.evaluation.runs import make_run
-from tests.evaluation.test_own_suite import prose
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.pretrain.evaluation.runs import make_run
+from tests.pretrain.evaluation.test_own_suite import prose
 
 SETTINGS = Settings(limit=1, text_bytes=500)
 

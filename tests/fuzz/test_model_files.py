@@ -24,7 +24,7 @@ from pretrain.checkpoints.restricted_loading import load_restricted
 from pretrain.checkpoints.store import find_damage
 from pretrain.errors import RunError
 from tests.fuzz.support import counts, drive, lost, mutate_bytes, mutate_json, mutate_value
-from tests.pretrain.checkpoints import fake_checkpoint, forge
+from tests.pretrain.payloads import fake_checkpoint, forge
 
 SMALL = {"vocab_size": 7, "hidden_size": 8, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
 

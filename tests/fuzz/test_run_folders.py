@@ -19,8 +19,8 @@ from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.results import Results, read_results
 from pretrain.comparison.run_records import read_run
 from pretrain.records.run_folder import RunFolder
-from tests.comparison.synthetic import experiment, network, write_run
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.pretrain.comparison.synthetic import experiment, network, write_run
 
 FILES = ("metrics.jsonl", "status.json", "recipe.yaml", "plan.json", "environment.json")
 SUITES = ("perplexity", "routing", "blimp", "mmlu")

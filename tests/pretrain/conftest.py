@@ -21,8 +21,8 @@ def prose_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set with a tokenizer and held-out text."""
     from tests.data_prep.writing import run as tokenize
     from tests.data_prep.writing import write_jsonl
-    from tests.evaluation.runs import train_tokenizer
-    from tests.evaluation.test_own_suite import prose
+    from tests.pretrain.evaluation.runs import train_tokenizer
+    from tests.pretrain.evaluation.test_own_suite import prose
 
     folder = tmp_path_factory.mktemp("prose")
     source = write_jsonl(folder / "prose.jsonl", [prose(seed, 5 + seed % 40) for seed in range(80)])

@@ -1,0 +1,227 @@
+"""Hub data sets by streaming, against a server on this machine; a broken connection is taken up where it broke."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_prep.errors import DataError
+from data_prep.reading.manifest import read_manifest
+from data_prep.sources import hub
+from data_prep.sources.base import Document, Group, ReadOptions, SourceError
+from data_prep.sources.find import find_sources
+from tests.data_prep.sources.hub_server import COMMIT, Hub, serve
+from tests.data_prep.sources.test_sources import WIKI
+from tests.data_prep.tokenizing.test_tokenize import encoder, written
+from tests.data_prep.writing import command, compressed, documents, jsonl, run
+
+TEXTS = documents(120)
+
+
+def json_files():
+    files = {f"en/c4-train.0000{n}-of-00003.json.gz": TEXTS[40 * n : 40 * n + 40] for n in range(3)}
+    readme = "---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\n---\n"
+    return {"README.md": readme.encode(), **{name: compressed(jsonl(t), ".gz") for name, t in files.items()}}
+
+
+def parquet_files():
+    files = {}
+    for number in range(2):
+        buffer = io.BytesIO()
+        rows = [{"text": text, "score": 1} for text in TEXTS[60 * number : 60 * number + 60]]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=20)
+        files[f"data/train-0000{number}-of-00002.parquet"] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "files", "name"),
+    [
+        ("c4", "allenai/c4", json_files, "c4"),
+        ("hub:Skylion007/openwebtext", "Skylion007/openwebtext", parquet_files, "Skylion007/openwebtext"),
+    ],
+)
+def test_a_stream_that_breaks_gives_every_document_once(tmp_path, byte_bpe, source, repository, files, name):
+    server = Hub(repository, files())
+    server.breaks, server.break_after, server.busy = 2, 1500, 2
+    out = tmp_path / "out"
+    with serve(server) as address:
+        command(
+            "tokenize", source, "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1,
+            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"},
+        )  # fmt: skip
+    assert server.seen["broken"] == 2 and server.seen["busy"] == 2
+    assert written(out, "train") == [encoder(byte_bpe)(text) for text in TEXTS]
+    manifest = read_manifest(out)
+    assert [entry["name"] for entry in manifest.sources] == [name]
+    assert manifest.statistics["hub_revisions"] == {repository: COMMIT}
+    assert len(manifest.splits["train"].shards) == len([f for f in files() if not f.endswith(".md")])
+
+
+def test_a_subset_of_the_pile(tmp_path, byte_bpe):
+    rows = [
+        json.dumps({"text": text, "meta": {"pile_set_name": ["ArXiv", "Books3"][number % 2]}})
+        for number, text in enumerate(TEXTS)
+    ]
+    parts = {"train/00": rows[:70], "train/01": rows[70:], "val": rows, "test": rows}
+    server = Hub(
+        "monology/pile-uncopyrighted",
+        {f"{name}.jsonl.zst": compressed("\n".join(lines).encode(), ".zst") for name, lines in parts.items()},
+    )
+    with serve(server) as address:
+        command(
+            "tokenize", "pile", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--validation", 0, "--test", 0,
+            "--subset-field", "meta.pile_set_name", "--subset", "Books3",
+            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in TEXTS[1::2]]
+    assert [entry["name"] for entry in read_manifest(tmp_path / "out").sources] == ["Books3"]
+
+
+def wikitext_files():
+    """As on the hub: a row is a line of the raw file, and an empty line is an empty string."""
+    lines = [line if line.strip() else "" for line in WIKI.splitlines(keepends=True)]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), buffer)
+    readme = "---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files: wikitext-103-raw-v1/*.parquet\n---\n"
+    return {"README.md": readme.encode(), "wikitext-103-raw-v1/train-00000-of-00001.parquet": buffer.getvalue()}
+
+
+def test_the_lines_of_wikitext_become_its_articles(tmp_path, byte_bpe):
+    with serve(Hub("Salesforce/wikitext", wikitext_files())) as address:
+        command(
+            "tokenize", "wikitext-103", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--validation", 0,
+            "--test", 0, environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    (tmp_path / "wiki.raw").write_text(WIKI)
+    run([tmp_path / "wiki.raw"], tmp_path / "raw", byte_bpe, validation=0, test=0)
+    assert len(written(tmp_path / "out", "train")) == 2
+    assert written(tmp_path / "out", "train") == written(tmp_path / "raw", "train")
+
+
+def test_an_unknown_data_set_is_named(tmp_path, byte_bpe):
+    with serve(Hub("some/other", {"a.jsonl": b""})) as address:
+        failed = command(
+            "tokenize", "hub:no/such", "--out", tmp_path / "out", "--tokenizer", byte_bpe, check=False,
+            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    assert failed.returncode == 2 and "hub data set 'no/such' cannot be opened" in failed.stderr
+
+
+class Broken:
+    """What `datasets` gives: rows that can be skipped; an error in front of row number `fail_at`."""
+
+    def __init__(self, rows, fail_at, error):
+        self.rows, self.fail_at, self.error = rows, fail_at, error
+
+    def shard(self, num_shards, index):
+        return self
+
+    def skip(self, count):
+        return Broken(self.rows[count:], self.fail_at, self.error)
+
+    def __iter__(self):
+        for number, row in enumerate(self.rows):
+            if number == self.fail_at:
+                raise self.error
+            yield row
+
+
+def read(monkeypatch, tmp_path, failures, error, sleep=lambda seconds: None):
+    rows = [{"text": text} for text in TEXTS[:20]]
+    streams = iter(failures)
+
+    monkeypatch.setattr(hub, "_load", lambda *_: Broken(rows, next(streams, None), error))
+    monkeypatch.setattr(hub.time, "sleep", sleep)
+    extra = {"repository": "a/b", "revision": "c", "config": "", "split": "train", "files": 1, "file": 0}
+    reader = hub.HubReader(Group(0, "b", "hub", (), 0, 1, 1, extra), ReadOptions(), tmp_path)
+    return [item.text for item in reader.items(0) if isinstance(item, Document)]
+
+
+def test_the_reader_goes_on_behind_the_last_row(monkeypatch, tmp_path):
+    assert read(monkeypatch, tmp_path, [5, 3, 0, 0, 7], ConnectionError("reset")) == TEXTS[:20]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), zlib.error("reset"), zstandard.ZstdError("reset")])
+def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, tmp_path, error):
+    with pytest.raises(SourceError, match=r"failed 5 times after row 4: \w+: reset") as caught:
+        read(monkeypatch, tmp_path, [4, 0, 0, 0, 0, 0], error)
+    assert caught.value.reason == "unreadable_file"
+
+
+def test_a_run_that_is_continued_stays_at_the_commit_it_began_with(tmp_path, byte_bpe):
+    def tokenize(out, *more, check=True):
+        arguments = ["c4", "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1]
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+        return command("tokenize", *arguments, *more, check=check, environment=environment)
+
+    server = Hub("allenai/c4", json_files())
+    with serve(server) as address:
+        tokenize(tmp_path / "out", "--task-index", 0, "--task-count", 2)
+        server.push("f" * 40, {name: data for name, data in json_files().items() if "00002" not in name})
+        tokenize(tmp_path / "out", "--task-index", 1, "--task-count", 2)
+        command("merge", tmp_path / "out")
+        tokenize(tmp_path / "new")
+    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in TEXTS]
+    assert read_manifest(tmp_path / "out").statistics["hub_revisions"] == {"allenai/c4": COMMIT}
+    assert written(tmp_path / "new", "train") == [encoder(byte_bpe)(text) for text in TEXTS[:80]]
+
+
+class Refused(Exception):
+    """As the hub's client raises it, below what `datasets` makes of it."""
+
+    def __init__(self, status, headers):
+        super().__init__(f"{status} for url")
+        self.response = SimpleNamespace(status_code=status, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waits"),
+    [
+        (429, {"Retry-After": "77"}, [77, 77]),
+        (429, {"RateLimit": '"api";r=0;t=213'}, [213, 213]),
+        (503, {"Retry-After": "99999"}, [600, 600]),
+        (500, {"Retry-After": "5"}, [1, 2]),
+    ],
+)
+def test_it_waits_as_long_as_the_hub_asks(monkeypatch, tmp_path, status, headers, waits):
+    error = ConnectionError("wrapped")
+    error.__cause__ = Refused(status, headers)
+    slept = []
+    assert read(monkeypatch, tmp_path, [6, 0], error, slept.append) == TEXTS[:20]
+    assert slept == waits
+
+
+def test_all_files_are_read_at_one_commit(monkeypatch, tmp_path):
+    commits = iter(["first", "second"])
+    loaded = []
+
+    def load(repository, config, split, revision):
+        loaded.append(revision)
+        return SimpleNamespace(num_shards=2, shard=lambda **_: iter([{"text": "a text"}]))
+
+    monkeypatch.setattr(hub, "_commit", lambda repository: next(commits))
+    monkeypatch.setattr(hub, "_load", load)
+    groups = hub.hub_groups("s", "hub:a/b", 0, 1)
+    for group in groups:
+        assert len(list(hub.HubReader(group, ReadOptions(), tmp_path).items(0))) == 1
+    assert loaded == ["first"] * 3
+    assert hub.hub_revisions(groups) == {"a/b": "first"}
+    assert hub.hub_groups("s", "hub:a/b", 0, 1, hub.hub_revisions(groups)) == groups
+    assert hub.hub_groups("s", "hub:a/b", 0, 1) != groups
+
+
+def test_presets_are_hub_addresses():
+    for name, address in hub.PRESETS.items():
+        (source,), _ = find_sources([name], ReadOptions())
+        assert (source.name, source.hub) == (name, address)
+        assert address.startswith("hub:") and "/" in address
+    with pytest.raises(DataError, match="pile, c4, openwebtext, fineweb-edu, wikitext-103"):
+        find_sources(["c5"], ReadOptions())

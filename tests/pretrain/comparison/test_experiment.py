@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.comparison.experiment import Experiment, load_experiment
+from pretrain.comparison.planned_runs import plan_experiment
+from pretrain.errors import RecipeError
+from pretrain.recipe.recipe import Recipe, build_recipe
+from pretrain.recipe.yaml_input import write_yaml
+from tests.pretrain.support import recipe_values
+
+ROOT = Path(__file__).resolve().parents[3]
+
+MINIMAL = """
+name: small
+base:
+  seed: 3
+  budget: {flops: 1e13}
+  optim.lr: 1e-3
+arms:
+  vanilla:
+  mor: {model.variant: mor, model: {recursions: 3}, optim: {lr: 2e-3}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        file = tmp_path / "experiment.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+def test_an_arm_is_the_base_with_its_own_values_laid_upon_it(write):
+    experiment = load_experiment(write(MINIMAL))
+    vanilla, mor = (experiment.recipe_values(trial) for trial in experiment.trials())
+    assert vanilla["optim"] == {"lr": 1e-3} and mor["optim"] == {"lr": 2e-3}
+    assert "model" not in vanilla and mor["model"] == {"variant": "mor", "recursions": 3}
+    assert vanilla["budget"] == mor["budget"] == {"flops": 1e13}
+    assert vanilla["data"] == mor["data"] == {"path": "data/small"}
+    assert (vanilla["run_dir"], mor["run_dir"]) == ("runs/small/vanilla", "runs/small/mor")
+    assert vanilla["seed"] == mor["seed"] == 3
+
+
+def test_smaller_budgets_branch_off_the_largest_run(write):
+    text = MINIMAL.replace("  budget: {flops: 1e13}\n", "") + "seeds: [3, 4]\nbudgets: [2.5e13, 1e13]\n"
+    experiment = load_experiment(write(text))
+    trials = experiment.trials(["mor"])
+    assert [str(trial.folder.relative_to(experiment.folder)) for trial in trials] == [
+        "mor/branches/1e13",
+        "mor-seed4/branches/1e13",
+        "mor",
+        "mor-seed4",
+    ]
+    assert [trial.trunk for trial in trials] == [trials[2].folder, trials[3].folder, None, None]
+    branch, trunk = experiment.recipe_values(trials[1]), experiment.recipe_values(trials[3])
+    assert trunk["budget"] == {"flops": 2.5e13, "branches": [1e13]} and branch["budget"] == {"flops": 1e13}
+    assert trunk["seed"] == branch["seed"] == 4
+
+
+def test_budgets_are_runs_of_their_own_without_a_decay_to_branch(write):
+    text = MINIMAL.replace("  budget: {flops: 1e13}\n", "  schedule.kind: cosine\n") + "budgets: [1e13, 2.5e13]\n"
+    experiment = load_experiment(write(text))
+    assert [trial.name for trial in experiment.trials()] == ["vanilla-1e13", "mor-1e13", "vanilla-2.5e13", "mor-2.5e13"]
+    assert all(trial.trunk is None for trial in experiment.trials())
+    assert experiment.recipe_values(experiment.trials()[0])["budget"] == {"flops": 1e13}
+
+
+def test_a_mixture_of_sources_is_left_as_it_is(write):
+    text = MINIMAL.replace("base:\n", "base:\n  data: {sources: [{path: a}, {path: b}]}\n")
+    experiment = load_experiment(write(text))
+    assert experiment.recipe_values(experiment.trials()[0])["data"] == {"sources": [{"path": "a"}, {"path": "b"}]}
+
+
+def test_a_run_keeps_its_folder_when_seeds_are_added(write):
+    before = load_experiment(write(MINIMAL)).trials()
+    after = load_experiment(write(MINIMAL + "seeds: [3, 4, 5]\n")).trials()
+    assert {trial.folder for trial in before} < {trial.folder for trial in after}
+
+
+def test_overrides_are_applied_before_checking(write):
+    experiment = load_experiment(write(MINIMAL), ["data.corpus=books/*.jsonl", "base.optim.lr=5e-4", "runs=elsewhere"])
+    assert experiment.data.corpus == "books/*.jsonl"
+    assert experiment.recipe_values(experiment.trials()[0])["optim"]["lr"] == 5e-4
+    assert experiment.trials()[0].folder == Path("elsewhere/vanilla")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("evalutaion: {suites: [own]}", ["evalutaion", "did you mean 'evaluation'?"]),
+        ("evaluation: {suits: [own]}", ["evaluation.suits", "did you mean 'evaluation.suites'?"]),
+        ("launch: {rank: 2}", ["launch.rank", "did you mean 'launch.ranks'?"]),
+        ("launch: {launcher: python, ranks: 2}", ["launch", "one process, not 2"]),
+        ("reference: vanila", ["vanila", "did you mean 'vanilla'?"]),
+        ("labels: {mr: MoR}", ["mr", "did you mean 'mor'?"]),
+        ("budgets: [1e13]", ["budgets", "base.budget is given too"]),
+        ("seeds: [1, 1]", ["each value once"]),
+        ("seeds: [one]", ["seeds.0"]),
+        ("name: other", ["stands twice"]),
+        ("data: {path: a}\nbase: {data.path: b}", ["stands twice"]),
+    ],
+)
+def test_a_wrong_experiment_is_refused_in_one_sentence(write, change, words):
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write(MINIMAL + change + "\n"))
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.args[0].startswith(str(write(MINIMAL))) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["report", "a/b", "-x"])
+def test_an_arm_must_be_a_folder_name_of_its_own(write, name):
+    with pytest.raises(RecipeError, match="arms"):
+        load_experiment(write(MINIMAL.replace("  vanilla:", f"  {name}:")))
+
+
+def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml: no such experiment"):
+        load_experiment(tmp_path / "nothing.yaml")
+    with pytest.raises(RecipeError, match="did you mean 'mor'"):
+        load_experiment(write(MINIMAL)).trials(["mro"])
+
+
+def test_overrides_without_a_value_are_refused(write):
+    with pytest.raises(RecipeError, match=r"section\.key=value"):
+        load_experiment(write(MINIMAL), ["data.corpus"])
+
+
+# What an arm that differs in one key of a recipe says.
+IN_AN_ARM: dict[str, Any] = {
+    "name": "other",
+    "seed": 9,
+    "model": {"intermediate_size": 96},
+    "initial_weights": "weights",
+    "initial_weights_tokenizer": "any",
+    "data": {"anneal": 3, "verify": "checksums", "skip_samples": [[1, 2]]},
+    "optim": {"name": "muon", "lr": 0.5, "betas": [0.5, 0.6]},
+    "schedule": {"kind": "cosine", "warmup": {"tokens": 1000}},
+    "budget": {"steps": 20},
+    "batch": {"sequences": 16, "warmup_from": 4, "warmup": 3},
+    "precision": "bf16",
+    "checkpointing": "layer",
+    "compile": True,
+    "capacity_warmup": {"length": 4},
+    "depth_warmup": {"length": 4},
+    "deepspeed": {"config": "zero1"},
+    "checkpoint": {"keep": 7, "log_spaced": True},
+    "evaluation": {"every": 3},
+    "logging": {"every": 2, "wandb": "offline"},
+    "faults": {"spike": 1.5},
+    "limits": {"wall_clock_hours": 2},
+    "run_dir": "elsewhere",
+}
+BELONGS_ELSEWHERE = {"name": "rename the arm", "seed": "seeds", "run_dir": "runs"}
+
+
+@pytest.mark.parametrize("key", Recipe.model_fields)
+def test_every_key_that_an_arm_names_is_in_its_recipe_or_refused(key, write):
+    base = recipe_values(Path("data"), Path("run"))
+    for name in ("name", "run_dir"):
+        del base[name]
+    values = {"name": "small", "base": base, "arms": {"plain": {}, "extra": {key: IN_AN_ARM[key]}}}
+    file = write(write_yaml(values))
+    if key in BELONGS_ELSEWHERE:
+        with pytest.raises(RecipeError, match=rf"arms\.extra\.{key}: .*{BELONGS_ELSEWHERE[key]}"):
+            load_experiment(file)
+        return
+    plain, extra = (run.recipe for run in plan_experiment(load_experiment(file)))
+    one = IN_AN_ARM[key]
+    changed = {**base[key], **one} if isinstance(base.get(key), dict) else one
+    wanted = getattr(build_recipe({**base, "name": "extra", key: changed}), key)
+    assert getattr(extra, key) == wanted != getattr(plain, key)
+    others = set(Recipe.model_fields) - {key, "name", "run_dir"}
+    assert {name: getattr(plain, name) for name in others} == {name: getattr(extra, name) for name in others}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": {"name": "a"}}, r"base\.name: a run is called after its arm"),
+        ({"base": {"run_dir": "a"}}, r"base\.run_dir: .*set the experiment's runs"),
+        ({"base": {"budget": {"flops": 2, "branches": [1]}}}, r"base\.budget\.branches: .*budgets"),
+        ({"arms": {"extra": {"data.path": "b"}}}, r"arms\.extra\.data\.path: all arms read the same text"),
+        ({"arms": {"extra": {"evaluation.sequences": 5}}}, r"arms\.extra\.evaluation\.sequences: .*same text"),
+        ({"arms": {"extra": {"budget.steps": 5}}, "budgets": [1, 2]}, r"arms\.extra\.budget is given too"),
+        ({"base": {"seed": 3}, "seeds": [4, 5]}, r"seeds: base\.seed \(3\) is not one of them"),
+        ({"base": {"data.sources": [{"path": "a"}]}, "data": {"path": "b"}}, r"base\.data\.sources names the text too"),
+        ({"base": {"optim.lr": 1, "optim": {"lr": 2}}}, r"'optim\.lr' is given twice"),
+        ({"base": {"optim": 1, "optim.lr": 2}}, r"'optim' is given twice"),
+        (
+            {"base": {"seed": 4}, "arms": {"a": {}, "a-seed5": {}}, "seeds": [4, 5]},
+            r"'a-seed5' and of arm 'a' would both be .*a-seed5;",
+        ),
+        ({"budgets": [1.0000001e13, 1.0000002e13, 2e13]}, "first six digits"),
+        ({"arms": {"logs": {}}}, "'logs' is a folder of the experiment's own"),
+        ({"seeds": list(range(5000)), "budgets": [1, 2, 3]}, "15,000 runs, more than 10,000"),
+    ],
+)
+def test_what_the_experiment_decides_is_refused_elsewhere(change, message, write):
+    values = {"name": "small", "base": {}, "arms": {"extra": {}}, **change}
+    with pytest.raises(RecipeError, match=message):
+        load_experiment(write(write_yaml(values)))
+
+
+def test_arms_that_mix_other_data_sets_are_refused(write):
+    base = recipe_values(Path("data"), Path("run"), data={"sources": [{"path": "a"}, {"path": "b"}]})
+    for name in ("name", "run_dir"):
+        del base[name]
+
+    def planned(sources):
+        arms = {"even": {}, "uneven": {"data": {"sources": sources}}}
+        return plan_experiment(load_experiment(write(write_yaml({"name": "small", "base": base, "arms": arms}))))
+
+    _, uneven = planned([{"path": "a", "weight": 3}, {"path": "b"}])
+    assert [source.weight for source in uneven.recipe.data.sources] == [3, 1]
+    with pytest.raises(RecipeError, match="'even' and 'uneven' read different data sets"):
+        planned([{"path": "a"}, {"path": "c"}])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("base.optim.lr=[", "cannot be read as YAML"),
+        ("base.data=text", "arm 'vanilla': data: must be a section"),
+        ("base.model=text", "arm 'vanilla': model: must be a section"),
+        ("base.schedule=text", "arm 'vanilla': schedule: must be a section"),
+        ("base.deepspeed=zero3", "arm 'vanilla': deepspeed: must be a section"),
+        ("base=text", "base: must be a section"),
+        ("arms=[a, b]", "arms: must be a section"),
+        ("arms.mor=text", r"arms\.mor: must be a section"),
+        ("evaluation=own", "evaluation: must be a section"),
+        ("evaluation.suites=own", r"evaluation\.suites: must be a list"),
+        ("evaluation.limit=ten", r"evaluation\.limit: must be a whole number \(given: 'ten'\)"),
+        ("evaluation.limit=true", r"evaluation\.limit: must be a whole number"),
+        ("evaluation.limit=1.5", r"evaluation\.limit: must be a whole number"),
+        ("evaluation.text_bytes='500'", r"evaluation\.text_bytes: must be a whole number"),
+        ("evaluation.hub='yes'", r"evaluation\.hub: must be true or false"),
+        ("data.validation='0.1'", r"data\.validation: must be a number"),
+        ("evaluation.suites=[perplexty]", "'perplexty' is unknown; did you mean 'perplexity'"),
+        ("reference=''", "reference: there is no arm ''"),
+        ("runs=''", "runs: must not be empty"),
+        ("base.data.path=''", r"arm 'vanilla': data\.path: must not be empty"),
+        ("base.budget.flops=1e30", r"arm 'vanilla': budget\.flops: would be .* steps"),
+        ("seeds=3", "seeds: must be a list"),
+        ("seeds=[1.5]", r"seeds\.0: must be a whole number"),
+        ("budgets=[.inf]", r"budgets\.0: must be a finite number"),
+        ("launch.ranks=1000000000000000000000000000000", r"launch\.ranks: must be less than or equal to"),
+        ('labels.mor="\\ud800"', "text holds a null character or a lone surrogate"),
+        ("labels.mor=\udc80", "cannot be read as YAML"),
+        ("name=a #b", "reads what follows '#' as a comment"),
+        ("seeds=[1" + "0" * 5000 + "]", "more than 40 digits"),
+    ],
+)
+def test_an_override_of_the_wrong_kind_is_refused_with_its_place(override, message, write):
+    file = write(
+        MINIMAL.replace(
+            "base:\n", "base:\n  model: {preset: tiny}\n  batch: {sequences: 2, micro_batch: 2, sequence_length: 32}\n"
+        )
+    )
+    with pytest.raises(RecipeError, match=message) as caught:
+        plan_experiment(load_experiment(file, [override]))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_an_override_changes_a_key_that_the_file_writes_dotted(write):
+    file = write(MINIMAL.replace("  optim.lr: 1e-3", "  optim: {eps: 1e-6}\n  optim.lr: 1e-3"))
+    values = load_experiment(file, ["base.optim.lr=5e-4", "base.budget.steps=7"]).base
+    assert values["optim"] == {"eps": 1e-6, "lr": 5e-4} and values["budget"] == {"steps": 7}
+
+
+@pytest.mark.parametrize("file", ["quickstart.yaml", "compare-360m.yaml"])
+def test_the_projects_own_experiments_can_be_read(file):
+    experiment = load_experiment(ROOT / "recipes" / file)
+    assert isinstance(experiment, Experiment) and experiment.reference_arm == "vanilla"

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from data_prep.errors import DataError
+from pretrain.comparison import experiment_data as data_room
+from pretrain.comparison import run_experiment as runner
+from pretrain.comparison.arms_progress import Progress
+from pretrain.comparison.experiment import Experiment
+from pretrain.comparison.launch import Interrupted
+from pretrain.comparison.planned_runs import plan_experiment
+from pretrain.errors import RecipeError, RunError
+from pretrain.records.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = {
+    "num_layers": 5,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 64,
+    "context_length": 32,
+}
+ARMS = {
+    "vanilla": {},
+    "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
+}
+# Trains nothing: writes what a trainer would leave, and a line into a list of calls.
+TRAINER = """
+import sys, pathlib, json
+sys.path.insert(0, {root!r})
+from pretrain.recipe.recipe import load_recipe
+from pretrain.records.finished import parts
+from tests.pretrain.comparison.synthetic import write_run
+recipe = load_recipe(sys.argv[1])
+with open({calls!r}, "a") as calls:
+    calls.write(recipe.name + "\\n")
+if recipe.name in {broken!r}:
+    sys.exit("no more memory")
+for part in parts(recipe):
+    folder, amount = part.folder.path, part.recipe.budget.amount
+    write_run(folder, "any", config=recipe.network(), budget=amount, sequences=recipe.batch.sequences, evaluate=False)
+    (folder / "recipe.yaml").write_text(part.recipe.to_yaml())
+    file = folder / "plan.json"
+    file.write_text(json.dumps({{**json.loads(file.read_text()), "data_manifest": {digest!r}}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with a corpus of lines and the data set made from it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = np.random.default_rng(0)
+    words = ["depth", "token", "layer", "router", "step", "loss", "word", "page", "tree", "rain", "road", "stone"]
+    lines = [json.dumps({"text": " ".join(draw.choice(words, 60))}) for _ in range(400)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        data_room.prepare_data(experiment(), Console(file=io.StringIO()))
+    return folder
+
+
+@pytest.fixture
+def prepared(corpus, tmp_path, monkeypatch):
+    """The current folder, holding that corpus and its data set."""
+    shutil.copytree(corpus, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def experiment(**changes) -> Experiment:
+    values = {
+        "name": "small",
+        "runs": "runs",
+        "data": {"corpus": "corpus.jsonl", "path": "data", "vocab_size": 300, "test": 0.05},
+        "launch": {"launcher": "python"},
+        "base": {
+            "seed": 1,
+            "model": MODEL,
+            "budget": {"flops": 2e10},
+            "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32},
+            "precision": "fp32",
+        },
+        "arms": ARMS,
+        "evaluation": {"suites": []},
+    }
+    return Experiment.model_validate({**values, **changes})
+
+
+@pytest.fixture
+def trainer(prepared, monkeypatch):
+    """Replaces the training command; returns a function that lists the recipes it was called with."""
+    from data_prep.reading.manifest import read_manifest
+
+    calls = prepared / "calls"
+    script = prepared / "trainer.py"
+
+    def write(broken: tuple[str, ...] = ()) -> None:
+        digest = read_manifest(prepared / "data").digest()
+        script.write_text(TRAINER.format(root=str(ROOT), calls=str(calls), broken=broken, digest=digest))
+
+    write()
+    monkeypatch.setattr(runner, "training_command", lambda launch, recipe: [sys.executable, str(script), str(recipe)])
+    return type("Trainer", (), {"calls": lambda self: calls.read_text().split(), "write": staticmethod(write)})()
+
+
+def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch):
+    manifest = json.loads((prepared / "data" / "manifest.json").read_text())
+    assert manifest["tokenizer"]["vocab_size"] == 300 and set(manifest["splits"]) == {"train", "validation", "test"}
+    monkeypatch.setattr(data_room, "run_child", lambda *_, **__: pytest.fail("prepared again"))
+    quiet = Console(file=io.StringIO())
+    data_room.prepare_data(experiment(), quiet)
+    other = experiment(data={"corpus": "elsewhere.jsonl", "path": "data", "vocab_size": 300})
+    with pytest.raises(RecipeError, match=r"data\.corpus = .*corpus\.jsonl.*'elsewhere\.jsonl'.*name=NAME"):
+        data_room.prepare_data(other, quiet)
+    # So it is where another process prepares the data while this one waits for it.
+    record, manifest = prepared / "data" / "prepared_from.json", prepared / "data" / "manifest.json"
+    text = manifest.read_text()
+    manifest.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(data_room, "lock", lambda *_, **__: manifest.write_text(text))
+        with pytest.raises(RecipeError, match="name=NAME"):
+            data_room.prepare_data(other, quiet)
+    for damaged in ("{", "[]"):
+        record.write_text(damaged)
+        with pytest.raises(DataError, match="prepared_from"):
+            data_room.prepare_data(experiment(), quiet)
+
+
+def test_a_tokenizer_of_other_settings_is_not_taken_for_data_that_are_prepared_anew(prepared):
+    shutil.rmtree(prepared / "data")
+    for vocab_size in (310, 310, 300):
+        wanted = experiment(data={"corpus": "corpus.jsonl", "path": "data", "vocab_size": vocab_size})
+        data_room.prepare_data(wanted, Console(file=io.StringIO()))
+        manifest = json.loads((prepared / "data" / "manifest.json").read_text())
+        assert manifest["tokenizer"]["vocab_size"] == vocab_size
+        shutil.rmtree(prepared / "data")
+
+
+def test_data_without_a_corpus_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = experiment(data={"path": "nothing"})
+    with pytest.raises(RecipeError, match=r"nothing: no data set there.*set data\.corpus"):
+        data_room.prepare_data(made, Console(file=io.StringIO()))
+
+
+def test_a_plan_takes_the_tokenizers_vocabulary_and_spends_the_budget(prepared):
+    planned = plan_experiment(experiment())
+    assert [run.network.vocab_size for run in planned] == [300, 300]
+    assert all(run.plan.training_flops == pytest.approx(2e10, rel=0.01) for run in planned)
+    assert planned[0].plan.tokens < planned[1].plan.tokens
+
+
+def test_arms_that_cannot_be_compared_are_refused(prepared):
+    with pytest.raises(RecipeError, match="vocabularies of 300 and 400"):
+        plan_experiment(experiment(arms={"vanilla": {}, "other": {"model.vocab_size": 400}}))
+    base = {"seed": 1, "model": MODEL, "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32}}
+    arms = {"vanilla": {"budget.flops": 2e10}, "other": {"budget.steps": 10}}
+    with pytest.raises(RecipeError, match="budgets in flops and in steps"):
+        plan_experiment(experiment(base=base, arms=arms))
+    with pytest.raises(RecipeError, match=r"arm 'vanilla': .*'optimm'.*'optim'"):
+        plan_experiment(experiment(base={"model": MODEL, "optimm": {}}))
+
+
+def test_what_is_done_is_not_done_again(trainer, prepared):
+    assert runner.run_experiment(experiment()) == []
+    assert trainer.calls() == ["vanilla", "mor"]
+    assert runner.run_experiment(experiment()) == []
+    assert trainer.calls() == ["vanilla", "mor"]
+    assert runner.run_experiment(experiment(seeds=[1, 2]), ["mor"]) == []
+    assert trainer.calls() == ["vanilla", "mor", "mor-seed2"]
+
+
+def test_a_failed_arm_does_not_keep_the_others_from_running(trainer, prepared):
+    trainer.write(broken=("vanilla",))
+    failures = runner.run_experiment(experiment())
+    assert [failure.run for failure in failures] == ["vanilla"] and "no more memory" in failures[0].why
+    assert trainer.calls() == ["vanilla", "mor"]
+    trainer.write()
+    assert runner.run_experiment(experiment()) == []
+    assert trainer.calls() == ["vanilla", "mor", "vanilla"]
+
+
+def test_smaller_budgets_are_trained_by_the_process_of_the_largest(trainer, prepared):
+    values = experiment().base
+    base = {key: value for key, value in values.items() if key != "budget"}
+    made = experiment(base=base, budgets=[2e10, 4e10])
+    planned = plan_experiment(made)
+    assert [run.trial.name for run in planned] == ["vanilla/2e10", "mor/2e10", "vanilla", "mor"]
+    trunk, branch = planned[2], planned[0]
+    assert branch.plan.learning_rate.warmup == trunk.plan.learning_rate.warmup
+    assert trunk.plan.branches[0].steps == branch.plan.steps
+    assert branch.new_steps == branch.plan.learning_rate.decay < branch.plan.steps
+    assert runner.run_experiment(made) == []
+    assert trainer.calls() == ["vanilla", "mor"]
+    assert all(RunFolder(run.trial.folder).status()["state"] == "finished" for run in planned)
+
+
+def test_a_run_of_another_recipe_or_of_other_data_is_not_taken_for_this_one(trainer, prepared):
+    made = experiment()
+    runner.run_experiment(made)
+    base = {**made.base, "optim": {"lr": 1e-4}}
+    with pytest.raises(RunError, match=r"vanilla: was begun with another recipe \(optim\.lr was 0\.003.*0\.0001"):
+        runner.run_experiment(experiment(base=base))
+    runner.run_experiment(experiment(base={**made.base, "logging": {"every": 1}}))
+    assert trainer.calls() == ["vanilla", "mor"]
+    plan = made.folder / "vanilla" / "plan.json"
+    plan.write_text(plan.read_text().replace('"data_manifest": "', '"data_manifest": "0'))
+    with pytest.raises(RunError, match="trained on other data"):
+        runner.run_experiment(made)
+
+
+def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared, monkeypatch):
+    made = experiment()
+    runner.run_experiment(made)
+    status = made.folder / "vanilla" / "status.json"
+    status.write_text('{"state": "stopped", "step": 3, "steps": 9}')
+    monkeypatch.setattr(runner, "training_command", lambda *_: [sys.executable, "-c", "raise SystemExit(75)"])
+    with pytest.raises(Interrupted):
+        runner.run_experiment(made)
+
+
+def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared, monkeypatch):
+    """Results of other settings are not taken for these; one that fails does not stop the others."""
+    commands, status = [], 0
+    original = runner.run_child
+
+    def run_child(command, log, tick=lambda: None):
+        if "eval" not in command:
+            return original(command, log, tick)
+        commands.append(command[command.index("eval") + 1 :])
+        return status
+
+    monkeypatch.setattr(runner, "run_child", run_child)
+    made = experiment(evaluation={"suites": ["perplexity", "own", "lambada"], "limit": 7, "text_bytes": 900})
+    runner.run_experiment(made, ["vanilla"])
+    run = made.folder / "vanilla"
+    wanted = [
+        [str(run), "--suite=perplexity", "--text-bytes=900"],
+        [str(run), "--suite=own", "--suite=lambada", "--limit=7", "--text-bytes=900"],
+    ]
+    assert commands == wanted
+    (run / "weights").mkdir()
+    (run / "weights" / "model.safetensors").touch()
+    (run / "evaluation").mkdir()
+    for suite, limit in (("perplexity", None), ("own", 7), ("lambada", 7)):
+        settings = {"limit": limit, "text_bytes": 300}
+        content = {"suite": suite, "tasks": {}, "skipped": [], "settings": settings}
+        (run / "evaluation" / f"{suite}.json").write_text(json.dumps(content))
+    commands.clear()
+    status = 2
+    (failure,) = runner.run_experiment(made, ["vanilla"])
+    assert commands == wanted and "status 2" in failure.why
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prepared, monkeypatch):
+    (prepared / "taken").write_text("a file")
+    monkeypatch.setattr(runner, "run_child", lambda *_: pytest.fail("something was started"))
+    with pytest.raises(RunError, match="taken: cannot be written"):
+        runner.run_experiment(experiment(runs="taken"))
+
+
+def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsys):
+    """Records have null there."""
+    made = experiment()
+    script = prepared / "trainer.py"
+    script.write_text(
+        script.read_text()
+        + """
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in lines:
+        record.update({name: None for name in ("loss", "lm_loss", "loss_causal", "loss_topk") if name in record})
+    file.write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+    )
+    assert runner.run_experiment(made, ["vanilla"]) == []
+    shown = capsys.readouterr().err
+    assert "validation loss not finite" in shown and "ended with a training loss that is not finite" in shown
+    output = io.StringIO()
+    with Progress([1.0], Console(file=output, width=200)) as progress:
+        progress.begin(0, "first", 10)
+        progress.follow(RunFolder(made.folder / "vanilla"))
+    assert "loss not finite" in output.getvalue()
+
+
+def test_the_estimate_counts_only_what_this_process_did(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pretrain.comparison.arms_progress.time.monotonic", lambda: now[0])
+    output = io.StringIO()
+    run = RunFolder(tmp_path)
+
+    def log(step: int) -> None:
+        with run.metrics_file.open("a") as stream:
+            stream.write(json.dumps({"kind": "train", "step": step, "loss": 2.0, "tokens_per_second": 1.0}) + "\n")
+
+    with Progress([100.0, 300.0], Console(file=output, width=200)) as progress:
+        progress.begin(0, "first", 10)
+        log(6)  # of which nothing is this process's work
+        progress.follow(run)
+        now[0] = 120.0
+        log(8)
+        now[0] = 130.0
+        progress.follow(run)
+    # 20 FLOPs took 30 s, so 320 more take 480 s.
+    assert "step 8 of 10" in output.getvalue() and "about 8 min 00 s left" in output.getvalue()

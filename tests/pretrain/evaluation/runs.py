@@ -1,0 +1,81 @@
+"""A small finished run folder with a data set's held-out text, a trained-once tokenizer and a real network."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+import yaml
+import zstandard
+
+from mor_model.config import ExpertChoiceConfig, ModelConfig
+from mor_model.model import RecursiveTransformer
+from mor_model.weights import save_weights
+from pretrain.records.run_folder import RunFolder
+from tests.pretrain.evaluation.test_own_suite import prose
+
+END = "<|endoftext|>"
+
+
+def write_held_out(folder: Path, texts: list[str]) -> Path:
+    lines = "".join(json.dumps({"text": text, "source": "prose"}) + "\n" for text in texts)
+    file = folder / "held_out" / "test.jsonl.zst"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+    return folder
+
+
+def train_tokenizer(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for seed in range(20) for line in prose(seed).splitlines() if line),
+        model_writer=stream,
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",  # nothing of the text is lost
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        control_symbols=[END],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(stream.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    return folder
+
+
+def model_config(vocab_size: int, **changes) -> ModelConfig:
+    values = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "num_layers": 5,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "intermediate_size": 64,
+        "context_length": 64,
+        "sharing": "middle_cycle",
+        "recursions": 3,
+        "router": ExpertChoiceConfig(),
+        "init_std": 0.2,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def make_run(folder: Path, texts: list[str], seed: int = 0, **changes) -> RunFolder:
+    """A run folder as training leaves it, as far as evaluation reads it."""
+    from data_prep.tokenizers.loading import load_tokenizer
+
+    run = RunFolder(folder)
+    data = write_held_out(folder.parent / "data", texts)
+    train_tokenizer(run.tokenizer)
+    config = model_config(load_tokenizer(run.tokenizer).vocab_size, **changes)
+    model = RecursiveTransformer(config)
+    model.initialize(seed)
+    save_weights(run.weights, model.state_dict(), config)
+    run.recipe_file.write_text(yaml.safe_dump({"name": "tiny", "data": {"path": str(data)}}))
+    return run

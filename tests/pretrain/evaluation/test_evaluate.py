@@ -1,0 +1,284 @@
+"""Run folders in, result files out: reuse, labels, refusals, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import zstandard
+
+from data_prep.errors import DataError
+from data_prep.tokenizers.loading import load_tokenizer
+from mor_model.weights import load_model
+from pretrain.errors import RunError, UserError
+from pretrain.evaluation import held_out
+from pretrain.evaluation.evaluate import evaluate_model, evaluate_run
+from pretrain.evaluation.held_out import Document, choose, read_documents
+from pretrain.evaluation.settings import Settings, result_file
+from pretrain.evaluation.suites import harness_tasks
+from pretrain.evaluation.summary import markdown_summary, skipped_lines, summary_rows
+from pretrain.records.run_folder import RunFolder
+from tests.pretrain.evaluation.runs import make_run, write_held_out
+from tests.pretrain.evaluation.test_own_suite import prose
+
+SUITES = ["perplexity", "own", "routing"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunFolder:
+    return make_run(tmp_path_factory.mktemp("evaluate") / "run", [prose(seed, 36) for seed in range(5)])
+
+
+@pytest.fixture(autouse=True)
+def no_shared_data(monkeypatch):
+    monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
+
+
+def test_results_are_written_labelled_and_read_again(run, monkeypatch):
+    results = evaluate_run(run, SUITES, limit=8)
+    for suite in SUITES:
+        stored = json.loads(
+            (run.evaluation / f"{suite}.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+        )
+        assert stored == json.loads(json.dumps(results[suite]))
+        assert len(stored["identity"]["weights"]) == 64 and stored["seconds"] > 0
+        for task in stored["tasks"].values():
+            assert task["n"] > 0 and math.isfinite(task["metrics"]["bits_per_byte"])
+            assert task["routing"] == ("causal and topk" if suite == "routing" else "causal")
+    assert (run.evaluation / "own" / "own_word_order.yaml").is_file()
+    monkeypatch.setattr("mor_model.weights.load_model", lambda *_, **__: pytest.fail("evaluated twice"))
+    assert evaluate_run(run, SUITES, limit=8) == json.loads(json.dumps(results))
+
+
+def test_what_changes_the_numbers_evaluates_again(run, tmp_path):
+    def digest_of(**changes):
+        return evaluate_run(run, ["perplexity"], **changes)["perplexity"]["identity"]
+
+    first = digest_of(limit=2)
+    assert digest_of(limit=3) != first
+    moved = write_held_out(tmp_path / "moved", [prose(77)])
+    assert digest_of(limit=2, data=moved)["held_out"] != first["held_out"]
+
+
+def test_other_routings_and_depths_have_files_of_their_own(run):
+    evaluate_run(run, ["perplexity"], limit=2)
+    plain = (run.evaluation / "perplexity.json").read_bytes()
+    for settings, name in (
+        (Settings(limit=2, routing="topk"), "perplexity.topk.json"),
+        (Settings(limit=2, depth=1), "perplexity.depth-1.json"),
+    ):
+        result = evaluate_run(run, ["perplexity"], settings=settings)["perplexity"]
+        assert result_file(run, "perplexity", settings).name == name
+        task = result["tasks"]["perplexity"]
+        assert (task["routing"], task["depth"]) == (settings.routing, settings.depth)
+        assert (run.evaluation / name).is_file()
+    assert (run.evaluation / "perplexity.json").read_bytes() == plain
+
+
+def test_causal_figures_do_not_depend_on_batching_or_padding(run):
+    """The same documents one by one and all together: a look ahead, or attention to padding, would show."""
+    model, tokenizer = load_model(run.weights), load_tokenizer(run.tokenizer)
+    documents = read_documents(held_out.held_out_files(run), 10**7)[0]
+    together = evaluate_model(model, tokenizer, ["perplexity"], documents=documents)["perplexity"]["tasks"][
+        "perplexity"
+    ]
+    alone = [
+        evaluate_model(model, tokenizer, ["perplexity"], documents=[d])["perplexity"]["tasks"]["perplexity"]
+        for d in documents
+    ]
+    nats = sum(task["metrics"]["bits_per_byte"] * task["bytes"] for task in alone) / sum(
+        task["bytes"] for task in alone
+    )
+    assert together["metrics"]["bits_per_byte"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_perplexity_is_what_the_network_says_token_by_token(run):
+    """Against the network's own loss, a window at a time, without the windows of the module under test."""
+    model, tokenizer = load_model(run.weights), load_tokenizer(run.tokenizer)
+    text = prose(5, 4)
+    ids = tokenizer.encode(text)
+    nats = 0.0
+    # Window k predicts tokens 64k .. 64k+63; the last one also sees what comes before, up to 64 tokens.
+    for start in range(0, len(ids), 64):
+        piece = ids[start : start + 64]
+        before = ([tokenizer.eod_id, *ids[:start]])[-(65 - len(piece)) :]
+        row = torch.tensor([[*before, *piece]])
+        with torch.no_grad():
+            losses = model(row[:, :-1], row[:, 1:], routing="causal", return_losses=True).losses_BT[0]
+        nats += float(losses[-len(piece) :].double().sum())
+    found = evaluate_model(model, tokenizer, ["perplexity"], documents=[Document(text, "")])["perplexity"]
+    size = len(text.encode())
+    assert found["tasks"]["perplexity"]["metrics"]["bits_per_byte"] == pytest.approx(
+        nats / size / math.log(2), rel=1e-5
+    )
+
+
+def test_document_masking_gets_its_document_numbers(tmp_path):
+    run = make_run(tmp_path / "run", [prose(1, 12)], document_masking=True, reset_positions=True)
+    results = evaluate_run(run, SUITES, limit=2)
+    assert all(result["primary"] is not None for result in results.values())
+
+
+def test_a_model_without_numbers_is_reported_rather_than_hidden(tmp_path):
+    run = make_run(tmp_path / "run", [prose(1, 12)])
+    model = load_model(run.weights)
+    model.final_norm.weight.data.fill_(float("nan"))
+    result = evaluate_model(model, load_tokenizer(run.tokenizer), ["perplexity"], documents=[Document(prose(1), "")])
+    assert result["perplexity"]["primary"]["value"] is None
+    assert "not finite" in markdown_summary({"a": result})
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("weights/model.safetensors", "final weights yet"),
+        ("tokenizer", "tokenizer yet"),
+        ("recipe.yaml", "recipe.yaml"),
+    ],
+)
+def test_an_unfinished_run_is_refused_in_one_sentence(tmp_path, missing, message):
+    run = make_run(tmp_path / "run", [prose(1, 12)])
+    path = run.path / missing
+    path.rename(path.with_name("elsewhere"))
+    with pytest.raises(RunError, match=message):
+        evaluate_run(run, ["perplexity"])
+
+
+def test_another_tokenizer_than_the_plan_names_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", [prose(1, 12)])
+    fingerprint = load_tokenizer(run.tokenizer).fingerprint
+    run.write_json(run.plan_file, {"tokenizer_fingerprint": fingerprint})
+    assert evaluate_run(run, ["perplexity"], limit=1)
+    run.write_json(run.plan_file, {"tokenizer_fingerprint": "0" * 64})
+    with pytest.raises(RunError, match="another tokenizer"):
+        evaluate_run(run, ["perplexity"], limit=2)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_numbers_of_the_cpu(run):
+    model, tokenizer = load_model(run.weights), load_tokenizer(run.tokenizer)
+    documents, _ = read_documents(held_out.held_out_files(run), 10**7)
+    found = [
+        evaluate_model(model.to(place), tokenizer, SUITES, limit=5, documents=documents) for place in ("cpu", "cuda")
+    ]
+    for suite in SUITES:
+        on_cpu, on_gpu = (result[suite]["tasks"][suite]["metrics"]["bits_per_byte"] for result in found)
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+
+
+def test_held_out_text_is_checked_where_it_enters(tmp_path):
+    data = write_held_out(tmp_path, ["one"])
+    file = data / held_out.TEST_FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"damaged|no held-out documents"):
+        read_documents([file], 100)
+    # Cut where every line is whole: a reader that takes the end of the file for the end of the text sees one document.
+    file.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(b'{"text": "one"}\n')[:-4])
+    with pytest.raises(DataError, match="ends inside a frame"):
+        read_documents([file], 100)
+    file.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "one", "source": ["a"]}\n'))
+    with pytest.raises(DataError, match="text and source must be strings"):
+        read_documents([file], 100)
+    write_held_out(tmp_path, ["", "  "])
+    with pytest.raises(DataError, match="no held-out documents"):
+        read_documents([file], 100)
+    with pytest.raises(RunError, match="at least 1, not 0"):
+        Settings(limit=0)
+    with pytest.raises(UserError, match="did you mean 'perplexity'"):
+        evaluate_run(RunFolder(tmp_path), ["perplexty"])
+
+
+def test_sources_that_are_parts_of_one_data_set_read_its_text_once(tmp_path):
+    data = write_held_out(tmp_path / "data", ["one"])
+    sources = [
+        {"path": str(data), "subset": "web"},
+        {"path": f"{data}/", "subset": "books"},
+        {"path": f"{data}/../data"},
+    ]
+    run = RunFolder(tmp_path)
+    run.recipe_file.write_text(json.dumps({"data": {"sources": sources}}))
+    assert len(read_documents(held_out.held_out_files(run), 100)[0]) == 1
+
+
+def test_a_machine_without_the_harness_says_so(run, monkeypatch):
+    harness_tasks.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(RunError, match="own not evaluated: lm-eval is not installed"):
+        evaluate_run(run, ["own"], limit=1)
+
+
+def test_the_part_of_the_text_that_is_read_is_bounded_in_bytes_and_independent_of_order():
+    documents = [Document(f"wörter {number} " * 50, "") for number in range(20)]
+    chosen = choose(documents, 3000)
+    size = sum(len(document.text.encode()) for document in chosen)
+    assert 2900 < size <= 3000
+    assert choose(documents[::-1], 3000) == chosen
+    assert all(any(whole.text.startswith(part.text) for whole in documents) for part in chosen)
+    everything = choose(documents, 10**9)
+    assert sorted(everything) == sorted(documents) and everything[: len(chosen) - 1] == chosen[:-1]
+
+
+def test_reading_keeps_what_choosing_needs_and_knows_the_whole_by_its_digest(tmp_path):
+    texts = [prose(seed, 5) for seed in range(30)]
+    file = write_held_out(tmp_path, texts) / held_out.TEST_FILE
+    everything, digest = read_documents([file], 10**9)
+    few, same = read_documents([file], 2000)
+    assert len(everything) == 30 and len(few) < 10 and digest == same
+    assert choose(few, 2000) == choose(everything, 2000)
+    write_held_out(tmp_path, texts[::-1])
+    assert read_documents([file], 2000) == (few, digest)
+    write_held_out(tmp_path, [*texts[:-1], texts[-1] + " More."])
+    assert read_documents([file], 2000)[1] != digest
+
+
+def test_the_table_shows_values_with_their_errors_and_what_was_skipped(run):
+    results = {"one": evaluate_run(run, ["perplexity", "hellaswag"], limit=4), "two": {}}
+    header, rows = summary_rows(results)
+    assert header == ["suite", "metric", "n", "chance", "one", "two"]
+    assert rows[0][:2] == ["perplexity", "bits_per_byte ↓"] and "±" in rows[0][4] and rows[0][5] == ""
+    assert len(rows) == 1
+    [line] = skipped_lines(results)
+    assert line.startswith("Skipped: hellaswag, because MOR_SHARED_DATA is not set")
+    assert line in markdown_summary(results)
+
+
+def test_runs_with_and_without_a_router_share_rows_only_for_the_same_metric(run, tmp_path):
+    plain = make_run(tmp_path / "plain", [prose(1, 36)], router=None)
+    results = {"routed": evaluate_run(run, ["routing"]), "plain": evaluate_run(plain, ["routing"])}
+    _, rows = summary_rows(results)
+    assert [row[1] for row in rows] == ["loss_causal ↓", "leak ↓"]
+    assert all("±" in cell for cell in rows[0][4:])
+    assert "±" in rows[1][4] and rows[1][5] == ""
+
+
+def test_the_command_prints_the_table_and_refuses_in_one_line(run, tmp_path):
+    def mor(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "pretrain.cli.main", "eval", *map(str, arguments)], capture_output=True, text=True
+        )
+
+    done = mor(run.path, "--limit", 4, "--suite", "perplexity", "--markdown", tmp_path / "table.md", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout and "±" in (tmp_path / "table.md").read_text()
+    assert done.stderr == ""
+    wrong = mor(run.path, "--suite", "perplexty")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "mor eval: evaluation suite 'perplexty' is unknown; did you mean 'perplexity'?\n"
+
+
+def test_the_questions_left_in_the_run_folder_are_any_harness_to_ask(run):
+    evaluate_run(run, ["own"], limit=8)
+    code = (
+        "from lm_eval.tasks import TaskManager\n"
+        f"tasks = TaskManager(include_path={str(run.evaluation / 'own')!r}, include_defaults=False)\n"
+        "loaded = tasks.load(['own_last_word', 'own_continuation', 'own_word_order'])['tasks']\n"
+        "print(*(len(task.eval_docs) > 8 for task in loaded.values()))"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(run.path / "cache"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
