@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.recording import machine, record, restart_with_steady_heap
 from benchmarks.routing_overhead import Step
-from mor_model.activation_checkpointing import Checkpointing
+from mor_model.activation_checkpointing import ActivationCheckpointing
 from mor_model.presets import preset
 from tests.mor_model.live_memory import LiveBytes
 
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "MoR": preset(options.preset, "mor", **size),
     }
     for name, config in configs.items():
-        for policy in get_args(Checkpointing):
+        for policy in get_args(ActivationCheckpointing):
             step = Step(config, options, policy)
             step.seconds()
             seconds = statistics.median(step.seconds() for _ in range(options.rounds))

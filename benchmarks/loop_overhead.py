@@ -56,7 +56,7 @@ def timed(steps: int | None, warmup: int, step: Callable[[], None]) -> list[floa
 def bare_seconds(values: dict[str, Any], warmup: int) -> list[float]:
     """Seconds of the bare steps of the recipe's network."""
     recipe = build_recipe(values)
-    model = RecursiveTransformer(recipe.network(), recipe.checkpointing)
+    model = RecursiveTransformer(recipe.network(), recipe.activation_checkpointing)
     model.initialize(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optim.lr, fused=True)
     batch = batch_of(recipe)

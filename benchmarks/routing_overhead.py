@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.recording import machine, record, restart_with_steady_heap
-from mor_model.activation_checkpointing import Checkpointing
+from mor_model.activation_checkpointing import ActivationCheckpointing
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
 from mor_model.model import RecursiveTransformer
@@ -28,10 +28,15 @@ from mor_model.presets import preset
 class Step:
     """A training step of one model on one batch."""
 
-    def __init__(self, config: ModelConfig, options: argparse.Namespace, checkpointing: Checkpointing = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: argparse.Namespace,
+        policy: ActivationCheckpointing = "none",
+    ) -> None:
         self.autocast = options.precision == "autocast"
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        self.model = RecursiveTransformer(config, checkpointing)
+        self.model = RecursiveTransformer(config, policy)
         self.model.initialize(0)
         self.model.to(device=options.device, dtype=dtype)
         self.call = torch.compile(self.model, fullgraph=True) if options.compile else self.model

@@ -91,7 +91,7 @@ def recipe_of(
         "budget": {"steps": steps},
         "batch": {"sequences": sequences, "micro_batch": micro_batch, "sequence_length": length},
         "precision": "fp32",
-        "checkpointing": "none",
+        "activation_checkpointing": "none",
         "checkpoint": {"every": 0, "keep": 1},
         "evaluation": {"every": 0},
         "logging": {"every": 1},

@@ -28,7 +28,7 @@ import yaml
 from benchmarks.recording import machine, record
 from benchmarks.routing_overhead import Step, synchronize
 from benchmarks.training_runs import median, recipe_of, records, train
-from mor_model.activation_checkpointing import Checkpointing
+from mor_model.activation_checkpointing import ActivationCheckpointing
 from mor_model.flops import flops_per_sequence
 from mor_model.presets import Variant, preset
 from pretrain.training.engine import peak_flops
@@ -72,7 +72,7 @@ def sizes(largest: int) -> Iterator[int]:
 
 
 def step_row(
-    options: argparse.Namespace, name: str, variant: Variant, policy: Checkpointing, size: int, compiled: bool
+    options: argparse.Namespace, name: str, variant: Variant, policy: ActivationCheckpointing, size: int, compiled: bool
 ) -> dict[str, Any] | None:
     """One setting measured; None where it does not fit into the device's memory."""
     config = preset(name, variant, vocab_size=options.vocabulary, context_length=options.length)
@@ -142,14 +142,17 @@ def in_the_loop(options: argparse.Namespace, best: dict[str, Any], folder: Path)
         sequences=2 * best["micro_batch"],
         micro_batch=best["micro_batch"],
         precision="bf16",
-        checkpointing=best["policy"],
+        activation_checkpointing=best["policy"],
         compile=best["compiled"],
         deepspeed={"config": "zero1"},
     )
     visible = {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"} if options.device == "cuda" else {}
     train(folder, values, 1, **visible)
     found = records(values)
-    shown = {name: values[name] for name in ("model", "batch", "precision", "checkpointing", "compile", "deepspeed")}
+    shown = {
+        name: values[name]
+        for name in ("model", "batch", "precision", "activation_checkpointing", "compile", "deepspeed")
+    }
     return {
         **best,
         "loop_tokens_per_second": median(found, "tokens_per_second", options.warmup),
@@ -207,7 +210,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--presets", nargs="+", default=["135m", "360m"])
     parser.add_argument("--variants", nargs="+", default=["vanilla", "mor"])
-    parser.add_argument("--policies", nargs="+", choices=get_args(Checkpointing), default=list(get_args(Checkpointing)))
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=get_args(ActivationCheckpointing),
+        default=list(get_args(ActivationCheckpointing)),
+    )
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=49_152)
     parser.add_argument("--largest", type=int, default=256, help="micro-batch at which the search ends")

@@ -136,7 +136,7 @@ def main() -> None:
         table += "- |\n" if mfu is None else f"{mfu:.1%} |\n"
     described = {**machine(options.device), "transformers": version("transformers")}
     suffix = "-compiled" if options.compile else ""
-    result = {"checkpointing": rows, "options": vars(options), "machine": described}
+    result = {"activation_checkpointing": rows, "options": vars(options), "machine": described}
     record(f"vanilla_vs_llama-{options.device}{suffix}", result, table)
 
 

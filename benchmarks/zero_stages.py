@@ -40,7 +40,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 sequences=options.micro_batch * options.ranks * 2,
                 micro_batch=options.micro_batch,
                 precision=precision,
-                checkpointing=options.checkpointing,
+                activation_checkpointing=options.activation_checkpointing,
             )
             for stage in options.stages:
                 if stage == "zero0" and precision == "bf16":
@@ -74,13 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     known.add_argument("--stages", nargs="+", default=["zero0", "zero1", "zero2", "zero3"])
     known.add_argument("--variants", nargs="+", default=["vanilla"])
     known.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    known.add_argument("--checkpointing", default="none")
+    known.add_argument("--activation-checkpointing", default="none")
     known.add_argument("--micro-batch", type=int, default=2)
     run(
         measure,
         known.parse_args(arguments),
         "{size}, {ranks} ranks, {micro_batch} x {length} tokens a micro-batch, "
-        "checkpointing {checkpointing}; seconds and MiB of a rank.",
+        "activation checkpointing {activation_checkpointing}; seconds and MiB of a rank.",
         "model | precision | ZeRO | tokens/s | step | forward | backward | optimiser | communication | peak | estimate "
         "| estimate / peak",
         "{model} | {precision} | {stage} | {tokens_per_second:.0f} | {step_seconds:.2f} | {forward:.2f} | "

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mor_model.errors import ConfigError
 
-Checkpointing = Literal["none", "recursion", "layer", "selective"]
+ActivationCheckpointing = Literal["none", "recursion", "layer", "selective"]
 Result = TypeVar("Result")
 Run = Callable[..., Any]
 
@@ -31,8 +31,9 @@ _ATTENTION_OPERATORS = {
 
 
 def check_policy(policy: str) -> None:
-    if policy not in get_args(Checkpointing):
-        raise ConfigError(f"checkpointing: {policy!r} is not one of {', '.join(get_args(Checkpointing))}.")
+    if policy not in get_args(ActivationCheckpointing):
+        known = ", ".join(get_args(ActivationCheckpointing))
+        raise ConfigError(f"activation_checkpointing: {policy!r} is not one of {known}.")
 
 
 def _keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -48,12 +49,12 @@ _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 _selective = partial(_checkpoint, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
 
 
-def step_runner(policy: Checkpointing) -> Run:
+def step_runner(policy: ActivationCheckpointing) -> Run:
     """How a recursion step is called: `run(function, *args)`. `recursion` keeps only the step's input."""
     return _checkpoint if policy == "recursion" and torch.is_grad_enabled() else _call
 
 
-def layer_runner(policy: Checkpointing) -> Run:
+def layer_runner(policy: ActivationCheckpointing) -> Run:
     """How a layer is called. `layer` keeps its input; `selective` also keeps the attention output, which costs most to
     compute again and little to keep."""
     if not torch.is_grad_enabled():

@@ -83,11 +83,13 @@ class FlopsCount:
         """`components` for a forward and a backward pass."""
         return {name: 3.0 * value - self.detached.get(name, 0.0) for name, value in self.components.items()}
 
-    def hardware(self, checkpointing: str) -> float:
+    def hardware(self, activation_checkpointing: str) -> float:
         """FLOPs that a training step executes: `training` and what the checkpointing policy recomputes."""
-        if checkpointing not in self.recomputation:
-            raise ConfigError(f"checkpointing: {checkpointing!r} is not one of {', '.join(self.recomputation)}.")
-        return self.training + self.recomputation[checkpointing]
+        if activation_checkpointing not in self.recomputation:
+            raise ConfigError(
+                f"activation_checkpointing: {activation_checkpointing!r} is not one of {', '.join(self.recomputation)}."
+            )
+        return self.training + self.recomputation[activation_checkpointing]
 
     def __truediv__(self, divisor: float) -> FlopsCount:
         return FlopsCount(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mor_model.activation_checkpointing import Checkpointing, check_policy
+from mor_model.activation_checkpointing import ActivationCheckpointing, check_policy
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
 from mor_model.expert_choice import ExpertChoice
@@ -29,18 +29,18 @@ class RecursiveTransformer(nn.Module):
     one module however often it is applied, so tied layers cannot drift apart.
     """
 
-    def __init__(self, config: ModelConfig, checkpointing: Checkpointing = "none") -> None:
+    def __init__(self, config: ModelConfig, activation_checkpointing: ActivationCheckpointing = "none") -> None:
         """Args:
         config: what to build.
-        checkpointing: what the backward pass computes again, see `mor_model.activation_checkpointing`.
+        activation_checkpointing: what the backward pass computes again, see `mor_model.activation_checkpointing`.
 
         Raises:
             ConfigError: for an unknown checkpointing policy.
         """
         super().__init__()
-        check_policy(checkpointing)
+        check_policy(activation_checkpointing)
         self.config = config
-        self.checkpointing = checkpointing
+        self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.schedule.num_stored))
         self.router = _router(config)
@@ -98,7 +98,7 @@ class RecursiveTransformer(nn.Module):
             capacities=config.capacities if capacities is None else tuple(capacities),
         )
         record = RoutingRecord(keep_scores=return_routing)
-        runner = LayerRunner(config, self.checkpointing)
+        runner = LayerRunner(config, self.activation_checkpointing)
         hidden_BTD = self._run(runner, schedule.prelude, hidden_BTD, sequences)
         steps = [[self.layers[index] for index in step] for step in schedule.steps]
         hidden_BTD, decisions = recurse(runner, steps, self.router, hidden_BTD, sequences, inputs, record)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mor_model.activation_checkpointing import Checkpointing, layer_runner, step_runner
+from mor_model.activation_checkpointing import ActivationCheckpointing, layer_runner, step_runner
 from mor_model.attention import Visibility, visibility_among, visibility_between
 from mor_model.config import ModelConfig
 from mor_model.expert_choice import ExpertChoice
@@ -70,7 +70,7 @@ def _document_starts(documents_BT: Tensor, place_T: Tensor) -> Tensor:
 class LayerRunner:
     """Calls layers under a checkpointing policy."""
 
-    def __init__(self, config: ModelConfig, policy: Checkpointing) -> None:
+    def __init__(self, config: ModelConfig, policy: ActivationCheckpointing) -> None:
         self.head_width, self.theta = config.head_width, config.rope_theta
         self.shares_memory = config.kv_sharing != "recursion_wise"
         self.refreshes_memory = config.kv_sharing == "hybrid"

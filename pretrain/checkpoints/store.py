@@ -38,7 +38,7 @@ from pretrain.checkpoints.convert import to_universal, to_weights
 from pretrain.checkpoints.restricted_loading import load_restricted, refuse_code, restricted_loading
 from pretrain.errors import RunError
 from pretrain.ranks.agreement import on_first_rank
-from pretrain.recipe.sections import Checkpointing
+from pretrain.recipe.sections import Checkpoint
 from pretrain.records.run_folder import RunFolder
 
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
@@ -64,7 +64,7 @@ class Selected:
     warnings: tuple[str, ...]
 
 
-def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpointing) -> Selected | None:
+def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoint) -> Selected | None:
     """The newest sound checkpoint in RUN/checkpoints; None when there is none. Collective; rank 0 does the reading.
 
     Args:
@@ -113,7 +113,7 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
     return on_first_rank(select)
 
 
-def refuse_shape(checkpoint: Path, manifest: Manifest, describe: dict[str, Any], settings: Checkpointing) -> str | None:
+def refuse_shape(checkpoint: Path, manifest: Manifest, describe: dict[str, Any], settings: Checkpoint) -> str | None:
     """Why a start with `describe` cannot go on from a checkpoint, as a sentence; None where it can, see
     `select_checkpoint`.
     """
@@ -147,7 +147,7 @@ class CheckpointStore:
         self,
         folder: Path,
         engine: Any,
-        settings: Checkpointing,
+        settings: Checkpoint,
         *,
         keep_every: int,
         pinned: frozenset[int],

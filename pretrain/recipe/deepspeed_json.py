@@ -175,11 +175,11 @@ def _check_stage(recipe: Recipe, where: str, given: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"{where}: bf16.check_grad_overflow must stay on; without it one non-finite step ruins the weights."
         )
-    if "activation_checkpointing" in given and recipe.checkpointing != "none":
+    if "activation_checkpointing" in given and recipe.activation_checkpointing != "none":
         raise RecipeError(
             f"{where}: activation_checkpointing configures DeepSpeed's own checkpointing, which is wrong for shared "
             "layers; "
-            "remove the section, the recipe's checkpointing does it."
+            "remove the section, the recipe's activation_checkpointing does it."
         )
     nvme = [s for s in ("offload_param", "offload_optimizer") if offload_device(given, s) == "nvme"]
     for section in nvme:

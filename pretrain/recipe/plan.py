@@ -47,7 +47,7 @@ class Plan:
         flops_per_sequence: training FLOPs of one sequence at the configured capacities.
         training_flops, tokens: of the whole run, warm-ups included.
         checkpoint_every, keep_every, evaluate_every, suites_every: in steps; 0 is never.
-        anneal: steps at the end over which the mixture's weights move; stages: steps at which they change.
+        anneal: steps at the end over which the mixture's weights move; phases: steps at which they change.
     """
 
     steps: int
@@ -63,7 +63,7 @@ class Plan:
     evaluate_every: int
     suites_every: int
     anneal: int
-    stages: tuple[int, ...]
+    phases: tuple[int, ...]
     branches: tuple[Branch, ...]
     parameters: dict[str, int]
 
@@ -142,10 +142,10 @@ def make_plan(recipe: Recipe) -> Plan:
         length = _solve(recipe, config, per_sequence, amount)[0]
         decay = _learning_rate(recipe, convert, length, smallest_steps).decay
         branches.append(Branch(amount, length - decay, length))
-        if convert(recipe.data.anneal, length) > decay or any(isinstance(s.start, float) for s in recipe.data.stages):
+        if convert(recipe.data.anneal, length) > decay or any(isinstance(s.start, float) for s in recipe.data.phases):
             raise RecipeError(
                 f"budget.branches: {amount:g} would have other data before it leaves the trunk; make data.anneal as "
-                "short as the decay, and give the start of data.stages in steps, tokens or FLOPs."
+                "short as the decay, and give the start of data.phases in steps, tokens or FLOPs."
             )
     names = [branch.name for branch in branches]
     for name in {name for name in names if names.count(name) > 1}:
@@ -173,7 +173,7 @@ def make_plan(recipe: Recipe) -> Plan:
         evaluate_every=convert(recipe.evaluation.every, steps),
         suites_every=0 if suites is None else convert(suites.every, steps),
         anneal=min(steps, convert(recipe.data.anneal, steps)),
-        stages=_stages(recipe, convert, steps),
+        phases=_phases(recipe, convert, steps),
         branches=tuple(branches),
         parameters=dataclasses.asdict(count_parameters(config)),
     )
@@ -270,11 +270,11 @@ def _run_flops(
     return total + (batch.before(steps) - batch.before(warm)) * per_sequence
 
 
-def _stages(recipe: Recipe, convert: _Converter, steps: int) -> tuple[int, ...]:
-    starts = [convert(stage.start, steps) for stage in recipe.data.stages]
+def _phases(recipe: Recipe, convert: _Converter, steps: int) -> tuple[int, ...]:
+    starts = [convert(phase.start, steps) for phase in recipe.data.phases]
     if starts != sorted(set(starts)) or (starts and starts[0] < 1):
         raise RecipeError(
-            f"data.stages: begin at steps {', '.join(map(str, starts))}; they must ascend, the first after step 0, for "
+            f"data.phases: begin at steps {', '.join(map(str, starts))}; they must ascend, the first after step 0, for "
             "which the sources' own weights stand."
         )
     return tuple(starts)
@@ -300,7 +300,7 @@ def data_sources(recipe: Recipe) -> tuple[Source, ...]:
 
 
 def weight_phases(recipe: Recipe, plan: Plan) -> list[Phase]:
-    """The weights at the start, those of each stage, and where they anneal, a new set at every sixteenth of the way."""
+    """The weights at the start, those of each phase, and where they anneal, a new set at every sixteenth of the way."""
     sources = data_sources(recipe)
 
     def weights(x: float) -> dict[str, float]:
@@ -308,7 +308,7 @@ def weight_phases(recipe: Recipe, plan: Plan) -> list[Phase]:
         return {s.label: (1.0 - x) * s.weight + x * ends[s.label] for s in sources}
 
     phases = [Phase(0, weights(0.0))]
-    phases += [Phase(plan.batch.before(step), stage.weights) for step, stage in zip(plan.stages, recipe.data.stages)]
+    phases += [Phase(plan.batch.before(step), phase.weights) for step, phase in zip(plan.phases, recipe.data.phases)]
     if plan.anneal and any(source.final_weight is not None for source in sources):
         total = plan.batch.before(plan.steps)
         begin = plan.batch.before(plan.steps - plan.anneal)

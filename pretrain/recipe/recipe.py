@@ -23,7 +23,7 @@ from pretrain.recipe.sections import (
     Batch,
     Budget,
     CapacityWarmup,
-    Checkpointing,
+    Checkpoint,
     Data,
     Deepspeed,
     DepthWarmup,
@@ -65,12 +65,12 @@ class Recipe(Section):
     budget: Budget
     batch: Batch
     precision: Precision = "auto"
-    checkpointing: Literal["none", "recursion", "layer", "selective"] = "recursion"
+    activation_checkpointing: Literal["none", "recursion", "layer", "selective"] = "recursion"
     compile: bool = False
     capacity_warmup: CapacityWarmup | None = None
     depth_warmup: DepthWarmup | None = None
     deepspeed: Deepspeed = Deepspeed()
-    checkpoint: Checkpointing = Checkpointing()
+    checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     faults: Faults = Faults()

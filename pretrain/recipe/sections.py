@@ -105,7 +105,7 @@ class Source(Section):
         return self.name or self.subset or Path(self.path).name
 
 
-class Stage(Section):
+class WeightPhase(Section):
     """Weights of a mixture that hold from the step `start` on.
 
     Attributes:
@@ -123,7 +123,7 @@ class Data(Section):
         path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the
             two.
         anneal: the last part of the run over which weights move to `final_weight`; 0 switches it off.
-        stages: weights that change at given steps, instead; before the first one `weight` holds. Both are kept by
+        phases: weights that change at given steps, instead; before the first one `weight` holds. Both are kept by
             sample number, so samples that are left out bring a change forward by as many.
         packing: `concat` cuts the stream of documents into sequences; `best-fit` reads those that
             `mor prep tokenize --packing best-fit` arranged, whose padding is neither predicted nor routed. Validation
@@ -135,7 +135,7 @@ class Data(Section):
     path: Name | None = None
     sources: Annotated[tuple[Source, ...], Listed] = ()
     anneal: Length = 0
-    stages: Annotated[tuple[Stage, ...], Listed] = ()
+    phases: Annotated[tuple[WeightPhase, ...], Listed] = ()
     packing: Literal["concat", "best-fit"] = "concat"
     verify: Literal["structure", "checksums"] = "structure"
     skip_samples: Annotated[
@@ -149,11 +149,11 @@ class Data(Section):
     def _check(self) -> Data:
         if (self.path is None) == (not self.sources):
             raise ValueError("give exactly one of path (one data set folder) and sources (a mixture)")
-        if self.stages and (self.anneal or not self.sources):
-            raise ValueError("stages: need sources to weigh, and no anneal, which moves the same weights")
+        if self.phases and (self.anneal or not self.sources):
+            raise ValueError("phases: need sources to weigh, and no anneal, which moves the same weights")
         names = [source.label for source in self.sources]
-        for name in (name for stage in self.stages for name in stage.weights if name not in names):
-            raise ValueError(f"stages: no source is called {name!r}; {nearest(name, names)}")
+        for name in (name for phase in self.phases for name in phase.weights if name not in names):
+            raise ValueError(f"phases: no source is called {name!r}; {nearest(name, names)}")
         previous = -1
         for first, last in self.skip_samples:
             if first <= previous or last < first:
@@ -283,7 +283,7 @@ class Deepspeed(Section):
     config: Name = "zero3"
 
 
-class Checkpointing(Section):
+class Checkpoint(Section):
     """When checkpoints are written and which stay.
 
     Attributes:

@@ -32,7 +32,7 @@ _FREE = (
     "faults",
     "limits",
     "compile",
-    "checkpointing",
+    "activation_checkpointing",
     "deepspeed",
     "data.path",
     "data.verify",

@@ -58,7 +58,7 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         f"{prepared.folder.checkpoints}",
         *_going_on(prepared, ranks),
         f"  ranks            {ranks.world_size}, {_batch(prepared, ranks)}",
-        f"  precision        {recipe.precision}, checkpointing {recipe.checkpointing}",
+        f"  precision        {recipe.precision}, activation checkpointing {recipe.activation_checkpointing}",
         f"  ZeRO stage       {stage}: {STAGES[stage]} ({prepared.stage.reason})",
         *(f"                   {line}" for line in prepared.stage.considered),
         *([f"                   {prepared.stage.warning}"] if prepared.stage.warning else []),

@@ -114,10 +114,10 @@ def build_engine(
     if zero_stage(ds_config) == 3:
         # Partitioned as it is built and filled one parameter at a time: no rank ever holds the whole network.
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
-            model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+            model = RecursiveTransformer(config, activation_checkpointing=recipe.activation_checkpointing)
         gathered = lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)  # noqa: E731
     else:
-        model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+        model = RecursiveTransformer(config, activation_checkpointing=recipe.activation_checkpointing)
         gathered = whole
     if weights is None:
         model.initialize(recipe.seed, gathered)
@@ -125,7 +125,7 @@ def build_engine(
         start_from(model, weights, gathered)
     # A shared layer's weights are cast once and remembered under autocast, but cast each time when a selective
     # checkpoint computes again, and torch demands the same operators both times.
-    torch.set_autocast_cache_enabled(recipe.checkpointing != "selective")
+    torch.set_autocast_cache_enabled(recipe.activation_checkpointing != "selective")
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     optimizer = build_optimizer(model, recipe.optim, offloaded=offloaded)
     peak_rates = [group["lr"] for group in optimizer.param_groups]

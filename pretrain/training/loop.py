@@ -313,7 +313,7 @@ class Trainer:
         length = self.plan.sequence_length
         active = [share * length for share in report.vectors["active_R"]]
         count = flops_per_sequence(self.config, length, active=active)
-        return sequences * count.training, sequences * count.hardware(self.recipe.checkpointing)
+        return sequences * count.training, sequences * count.hardware(self.recipe.activation_checkpointing)
 
     def _log(self, state: TrainState, report: StepReport, interval: Interval) -> None:
         seconds, steps = time.perf_counter() - interval.since, interval.steps

@@ -151,7 +151,7 @@ def peak_of_passes(recipe: Recipe, config: ModelConfig) -> Passes:
     torch.set_default_dtype(_DTYPES[recipe.precision])
     try:
         with FakeTensorMode():
-            model = RecursiveTransformer(config, checkpointing=recipe.checkpointing)
+            model = RecursiveTransformer(config, activation_checkpointing=recipe.activation_checkpointing)
             live = _LiveBytes({p.untyped_storage()._cdata for p in model.parameters()})
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(live.drop_gradient)

@@ -102,8 +102,8 @@ def choose_stage(
             # What is wrong with every stage is not the stage.
             refused
             or f"deepspeed.config: auto: no ZeRO stage fits into {format_bytes(limit)}, {usable:.0%} of a rank's "
-            f"memory ({'; '.join(lines)}). Lower batch.micro_batch, set checkpointing to recursion, use more ranks, or "
-            "name zero3_offload_optimizer; naming zero3 tries it all the same."
+            f"memory ({'; '.join(lines)}). Lower batch.micro_batch, set activation_checkpointing to recursion, use "
+            "more ranks, or name zero3_offload_optimizer; naming zero3 tries it all the same."
         )
     reason = f"auto: the lowest stage that fits into {format_bytes(limit)}, {usable:.0%} of a rank's memory"
     return StageChoice(chosen, True, reason, tuple(lines))

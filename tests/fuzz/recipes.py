@@ -35,7 +35,7 @@ STAGED: dict[str, Any] = {
     "model": {"preset": "tiny", "variant": "mor", "recursions": 3, "context_length": 64, "norm_eps": 1e-6},
     "data": {
         "sources": [{"path": "a"}, {"path": "b"}],
-        "stages": [{"start": 3, "weights": {"a": 1}}, {"start": {"tokens": 2000}, "weights": {"b": 1}}],
+        "phases": [{"start": 3, "weights": {"a": 1}}, {"start": {"tokens": 2000}, "weights": {"b": 1}}],
     },
     "depth_warmup": {"length": 4},
 }

@@ -28,8 +28,10 @@ def small_config(**fields: Any) -> ModelConfig:
     return ModelConfig(**values)
 
 
-def small_model(config: ModelConfig, checkpointing: str = "none", seed: int = 0, **to: Any) -> RecursiveTransformer:
-    model = RecursiveTransformer(config, checkpointing)
+def small_model(
+    config: ModelConfig, activation_checkpointing: str = "none", seed: int = 0, **to: Any
+) -> RecursiveTransformer:
+    model = RecursiveTransformer(config, activation_checkpointing)
     model.initialize(seed)
     return model.to(**to) if to else model
 

@@ -115,7 +115,9 @@ def test_what_each_policy_keeps(router):
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(ConfigError, match="checkpointing: 'full' is not one of none, recursion, layer, selective"):
+    with pytest.raises(
+        ConfigError, match="activation_checkpointing: 'full' is not one of none, recursion, layer, selective"
+    ):
         RecursiveTransformer(small_config(), "full")
 
 

@@ -22,9 +22,9 @@ CASES = {
 }
 
 
-def graphs_of_training(config, checkpointing, backend, steps=3):
+def graphs_of_training(config, activation_checkpointing, backend, steps=3):
     torch._dynamo.reset()
-    model, plain = small_model(config, checkpointing), small_model(config, checkpointing)
+    model, plain = small_model(config, activation_checkpointing), small_model(config, activation_checkpointing)
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for step in range(steps):
@@ -49,10 +49,10 @@ def test_one_graph_with_checkpointing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "recursion", "layer", "selective"])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "recursion", "layer", "selective"])
 @pytest.mark.parametrize("name", CASES)
-def test_one_graph_through_autograd(name, checkpointing):
-    assert graphs_of_training(small_config(**CASES[name]), checkpointing, "aot_eager") == 1
+def test_one_graph_through_autograd(name, activation_checkpointing):
+    assert graphs_of_training(small_config(**CASES[name]), activation_checkpointing, "aot_eager") == 1
 
 
 @pytest.mark.slow

@@ -204,9 +204,9 @@ EXECUTED = {
 }
 
 
-def executed(config, checkpointing="none", training=True, documents=None, length=96, **forward):
+def executed(config, activation_checkpointing="none", training=True, documents=None, length=96, **forward):
     """(FLOPs that the network executes on two sequences, how many tokens each step ran on in each sequence)."""
-    network = RecursiveTransformer(config, checkpointing=checkpointing)
+    network = RecursiveTransformer(config, activation_checkpointing=activation_checkpointing)
     network.initialize(1)
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
@@ -236,16 +236,16 @@ def test_training_counts_what_every_network_executes(name):
         assert 2 * flops_per_sequence(config, 96).training == pytest.approx(counted, rel=0.005)
 
 
-@pytest.mark.parametrize("checkpointing", ["recursion", "layer", "selective"])
+@pytest.mark.parametrize("activation_checkpointing", ["recursion", "layer", "selective"])
 @pytest.mark.parametrize(
     "name", ["vanilla", "middle_cycle", "expert, linear", "expert, linear, shared", "token, hybrid"]
 )
-def test_hardware_counts_what_checkpointing_computes_again(name, checkpointing):
+def test_hardware_counts_what_checkpointing_computes_again(name, activation_checkpointing):
     config = model(**EXECUTED[name])
-    counted, routing = executed(config, checkpointing)
+    counted, routing = executed(config, activation_checkpointing)
     flops = flops_per_sequence(config, 96, active=places(routing))
-    assert 2 * flops.hardware(checkpointing) == pytest.approx(counted, rel=0.005)
-    assert flops.hardware("none") == flops.training < 0.9 * flops.hardware(checkpointing)
+    assert 2 * flops.hardware(activation_checkpointing) == pytest.approx(counted, rel=0.005)
+    assert flops.hardware("none") == flops.training < 0.9 * flops.hardware(activation_checkpointing)
 
 
 @pytest.mark.parametrize("name", ["vanilla", "expert, auxiliary mlp", "token, shared"])
@@ -263,7 +263,7 @@ def test_a_fixed_depth_is_counted_by_its_active_tokens():
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"),
+    ("name", "activation_checkpointing"),
     [
         ("vanilla", "none"),
         ("vanilla", "recursion"),
@@ -274,18 +274,18 @@ def test_a_fixed_depth_is_counted_by_its_active_tokens():
         ("expert, linear, hybrid", "none"),
     ],
 )
-def test_documents_count_the_pairs_their_mask_leaves(name, checkpointing):
+def test_documents_count_the_pairs_their_mask_leaves(name, activation_checkpointing):
     """With documents the counter sees a mask, whose open entries it counts; here each document is a sequence."""
     config = model(**EXECUTED[name], document_masking=True)
     lengths = ([80, 31, 81], [10, 150, 32])
     documents = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in lengths])
-    counted, routing = executed(config, checkpointing, documents=documents, length=192)
+    counted, routing = executed(config, activation_checkpointing, documents=documents, length=192)
     expected = 0.0
     for row, row_lengths in enumerate(lengths):
         start = 0
         for length in row_lengths:
             chosen = [step.selected_BN[row] for step in routing.steps]
             active = [int(((places >= start) & (places < start + length)).sum()) for places in chosen]
-            expected += flops_per_sequence(config, length, active=active).hardware(checkpointing)
+            expected += flops_per_sequence(config, length, active=active).hardware(activation_checkpointing)
             start += length
     assert expected == pytest.approx(counted, rel=0.005)

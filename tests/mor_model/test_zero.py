@@ -26,11 +26,11 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 STEPS, SEQUENCES, LEARNING_RATE, SEED = 3, 8, 3e-3, 5
 
 
-def case(config: ModelConfig, checkpointing: str = "none", stage: int = 3, **changes: Any) -> dict[str, Any]:
+def case(config: ModelConfig, activation_checkpointing: str = "none", stage: int = 3, **changes: Any) -> dict[str, Any]:
     batch = random_batch(config, sequences=SEQUENCES, length=16)
     return {
         "model": config.to_dict(),
-        "checkpointing": checkpointing,
+        "activation_checkpointing": activation_checkpointing,
         "stage": stage,
         "ids": batch.ids.tolist(),
         "labels": batch.labels.tolist(),
@@ -144,7 +144,7 @@ CASES = {
     "partitioned": case(model_config(EXPERT), "recursion", partitioned_construction=True),
 }
 LOPSIDED = {
-    f"lopsided-{policy}": {**shallow_and_deep(), "checkpointing": policy}
+    f"lopsided-{policy}": {**shallow_and_deep(), "activation_checkpointing": policy}
     for policy in ("none", "recursion", "layer", "selective")
 }
 

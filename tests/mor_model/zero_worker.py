@@ -36,10 +36,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     settings = engine_config(case, world_size)
     if case["partitioned_construction"]:
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = RecursiveTransformer(config, case["checkpointing"])
+            model = RecursiveTransformer(config, case["activation_checkpointing"])
         model.initialize(case["seed"], lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
     else:
-        model = RecursiveTransformer(config, case["checkpointing"])
+        model = RecursiveTransformer(config, case["activation_checkpointing"])
         model.initialize(case["seed"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=case["lr"], betas=(0.9, 0.95))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -133,20 +133,20 @@ def test_weights_change_at_the_step_that_the_recipe_names(tmp_path: Path, tiny_d
         recipe = build_recipe(values)
         return open_data(recipe, recipe.network(), make_plan(recipe))
 
-    stages = [{"start": 3, "weights": {"web": 1.0, "code": 1.0}}, {"start": 0.5, "weights": {"code": 1.0}}]
-    source = opened(data={"stages": stages}).source
+    phases = [{"start": 3, "weights": {"web": 1.0, "code": 1.0}}, {"start": 0.5, "weights": {"code": 1.0}}]
+    source = opened(data={"phases": phases}).source
     assert source.drawn(3 * 8) == {"web": 24, "code": 0}
     assert source.drawn(6 * 8) == {"web": 36, "code": 12}
     assert source.drawn(12 * 8) == {"web": 36, "code": 60}
     growing = {"sequences": 8, "micro_batch": 2, "sequence_length": 32, "warmup_from": 2, "warmup": 4}
-    source = opened(data={"stages": stages[:1]}, batch=growing).source
+    source = opened(data={"phases": phases[:1]}, batch=growing).source
     assert source.drawn(2 + 2 + 4) == {"web": 8, "code": 0} and source.drawn(2 + 2 + 4 + 2)["code"] == 1
     with pytest.raises(RecipeError, match="no source is called 'cod'; did you mean 'code'"):
-        opened(data={"stages": [{"start": 3, "weights": {"cod": 1.0}}]})
+        opened(data={"phases": [{"start": 3, "weights": {"cod": 1.0}}]})
     with pytest.raises(RecipeError, match="must ascend"):
-        opened(data={"stages": stages[::-1]})
-    with pytest.raises(RecipeError, match=r"start of data\.stages in steps"):
-        opened(data={"stages": stages}, budget={"steps": 12, "branches": [10]})
+        opened(data={"phases": phases[::-1]})
+    with pytest.raises(RecipeError, match=r"start of data\.phases in steps"):
+        opened(data={"phases": phases}, budget={"steps": 12, "branches": [10]})
 
 
 def test_what_two_budgets_have_in_common(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_what_two_budgets_have_in_common(tmp_path: Path) -> None:
     assert common({**short, **constant}, long) == 12, "neither decays before the shorter one's end"
     mixed = {**constant, "data": {"sources": sources, "anneal": 5}}
     assert common({**short, **mixed}, {**long, **mixed}) == 7
-    late = {**constant, "data": {"sources": sources, "stages": [{"start": 0.5, "weights": {"a": 1.0}}]}}
+    late = {**constant, "data": {"sources": sources, "phases": [{"start": 0.5, "weights": {"a": 1.0}}]}}
     assert common({**short, **late}, {**long, **late}) == 6
 
 

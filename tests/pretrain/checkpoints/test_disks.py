@@ -18,7 +18,7 @@ from pretrain.checkpoints.checkpoint_engine import CheckpointFiles
 from pretrain.checkpoints.checkpoint_manifest import TrainState
 from pretrain.checkpoints.store import CheckpointStore, find_damage
 from pretrain.recipe.recipe import build_recipe
-from pretrain.recipe.sections import Checkpointing
+from pretrain.recipe.sections import Checkpoint
 from pretrain.records.run_folder import RunFolder
 from pretrain.records.telemetry import Telemetry
 from tests.pretrain.collectives import Threads
@@ -173,7 +173,7 @@ def test_a_run_folder_that_cannot_be_made_again_costs_a_checkpoint(
     def rank(_: int) -> str | None:
         engine = SimpleNamespace(save_checkpoint=lambda *_, **__: None)
         store = CheckpointStore(
-            tmp_path, engine, Checkpointing(), keep_every=0, pinned=frozenset(), describe=SHAPE, restore=restore
+            tmp_path, engine, Checkpoint(), keep_every=0, pinned=frozenset(), describe=SHAPE, restore=restore
         )
         store.begin(TrainState(step=4))
         return store.finish()

@@ -145,7 +145,7 @@ IN_AN_ARM: dict[str, Any] = {
     "budget": {"steps": 20},
     "batch": {"sequences": 16, "warmup_from": 4, "warmup": 3},
     "precision": "bf16",
-    "checkpointing": "layer",
+    "activation_checkpointing": "layer",
     "compile": True,
     "capacity_warmup": {"length": 4},
     "depth_warmup": {"length": 4},

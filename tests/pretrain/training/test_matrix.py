@@ -39,14 +39,14 @@ def plain(tiny_data: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "checkpointing", "micro_batch", "precision"), COMBINATIONS)
+@pytest.mark.parametrize(("stage", "activation_checkpointing", "micro_batch", "precision"), COMBINATIONS)
 def test_twenty_steps_equal_plain_training(
     tmp_path: Path,
     tiny_data: Path,
     two_ranks: Workers,
     plain: list[float],
     stage: str,
-    checkpointing: str,
+    activation_checkpointing: str,
     micro_batch: int,
     precision: str,
 ) -> None:
@@ -54,7 +54,7 @@ def test_twenty_steps_equal_plain_training(
         tiny_data,
         tmp_path / "run",
         batch={"sequences": 8, "micro_batch": micro_batch, "sequence_length": 32},
-        checkpointing=checkpointing,
+        activation_checkpointing=activation_checkpointing,
         precision=precision,
         deepspeed={"config": stage},
     )

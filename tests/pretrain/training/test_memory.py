@@ -24,11 +24,13 @@ def network_size(recipe: Recipe) -> int:
 
 @pytest.mark.parametrize("gradients_stay", [False, True])
 @pytest.mark.parametrize("variant", ["vanilla", "mor"])
-@pytest.mark.parametrize("checkpointing", ["none", "recursion", "layer"])
-def test_the_passes_are_followed_to_the_byte(variant: str, checkpointing: str, gradients_stay: bool) -> None:
-    values = recipe_values(Path("data"), Path("run"), model=tiny_model(variant), checkpointing=checkpointing)
+@pytest.mark.parametrize("activation_checkpointing", ["none", "recursion", "layer"])
+def test_the_passes_are_followed_to_the_byte(variant: str, activation_checkpointing: str, gradients_stay: bool) -> None:
+    values = recipe_values(
+        Path("data"), Path("run"), model=tiny_model(variant), activation_checkpointing=activation_checkpointing
+    )
     recipe = build_recipe(values)
-    model = RecursiveTransformer(recipe.network(), recipe.checkpointing)
+    model = RecursiveTransformer(recipe.network(), recipe.activation_checkpointing)
     model.initialize(0)
     for parameter in model.parameters():
         if not gradients_stay:
@@ -44,7 +46,7 @@ def test_the_passes_are_followed_to_the_byte(variant: str, checkpointing: str, g
 def test_every_router_and_precision_is_followed(precision: str) -> None:
     def peak(**model: Any) -> int:
         values = recipe_values(Path("data"), Path("run"), model=tiny_model(**model), precision=precision)
-        recipe = build_recipe({**values, "checkpointing": "none"})
+        recipe = build_recipe({**values, "activation_checkpointing": "none"})
         return peak_of_passes(recipe, recipe.network()).peak
 
     chosen, planned = peak(router={"kind": "token_choice"}), peak()
@@ -94,7 +96,7 @@ def test_muons_states_and_working_memory_are_those_of_the_optimiser(variant: str
     recipe = build_recipe(
         recipe_values(Path("data"), Path("run"), model=tiny_model(variant), optim=optim, deepspeed=stage)
     )
-    model = RecursiveTransformer(recipe.network(), recipe.checkpointing)
+    model = RecursiveTransformer(recipe.network(), recipe.activation_checkpointing)
     model.initialize(0)
     optimizer = build_optimizer(model, recipe.optim, offloaded=False)
     for parameter in model.parameters():

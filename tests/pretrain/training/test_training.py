@@ -57,7 +57,7 @@ def compare(run: Path, values: dict[str, Any], tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "checkpointing", "micro_batch"),
+    ("variant", "activation_checkpointing", "micro_batch"),
     [
         pytest.param("vanilla", "none", 4, marks=pytest.mark.slow),
         ("recursive", "recursion", 2),
@@ -66,13 +66,13 @@ def compare(run: Path, values: dict[str, Any], tolerance: float = 1e-5) -> None:
     ],
 )
 def test_two_ranks_of_zero3_train_like_one_plain_process(
-    tmp_path: Path, tiny_data: Path, two_ranks: Workers, variant: str, checkpointing: str, micro_batch: int
+    tmp_path: Path, tiny_data: Path, two_ranks: Workers, variant: str, activation_checkpointing: str, micro_batch: int
 ) -> None:
     values = recipe_values(
         tiny_data,
         tmp_path / "run",
         model=tiny_model(variant),
-        checkpointing=checkpointing,
+        activation_checkpointing=activation_checkpointing,
         batch={"sequences": 8, "micro_batch": micro_batch, "sequence_length": LENGTH},
         deepspeed=with_stage(tmp_path, 3, **{k: v for k, v in TINY_BUCKETS.items() if k != "stage"}),
     )
