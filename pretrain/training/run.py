@@ -46,7 +46,8 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
         device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _SLOW_SECONDS)
         try:
             prepared = _agree_on_stage(prepared, ranks)
-            require_agreement(identity(recipe, prepared.ds_config, prepared.data.manifest, prepared.data.fingerprint))
+            data = prepared.data
+            require_agreement(identity(prepared.recipe, prepared.ds_config, data.manifest, data.fingerprint))
             with (
                 sole_job(folder.path, ranks),
                 Watchdog(folder.path / "stacks", ranks, recipe.limits.stall_seconds) as watchdog,

@@ -43,7 +43,7 @@ def read_sequences(folder: Path) -> None:
 
 
 def read_documents(folder: Path) -> None:
-    for shard in open_dataset(folder)._shards:
+    for shard in open_dataset(folder).shards:
         for number in range(min(shard.num_documents, 100)):
             shard.document(number)
         copy_documents(shard, Sink())  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def test_a_finished_data_set_and_an_error_end_all_ranks(corpus, byte_bpe, tmp_pa
 WRONG = """
 import os, signal, sys, time
 from pathlib import Path
-from data_prep import mpi
+from data_prep.tokenizing import mpi
 from data_prep.cli import app
 from data_prep.errors import DataError
 from data_prep.tokenizing.piece import PieceWorker, Progress

@@ -365,7 +365,7 @@ def test_a_user_without_a_home_builds_too_but_not_where_others_write(tmp_path, m
 def test_threads_are_shared_among_the_ranks_of_a_node():
     show = (
         "import os\n"
-        "from pretrain import environment\n"
+        "from pretrain.ranks import environment\n"
         "environment._usable_cores = lambda: 64\n"
         "environment.prepare_environment()\n"
         "print(os.environ['OMP_NUM_THREADS'])\n"

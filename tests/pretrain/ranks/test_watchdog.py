@@ -25,7 +25,7 @@ RANK_PROGRAM = """
 import ctypes, os, signal, sys, threading, time
 import torch
 import torch.distributed as dist
-from pretrain import watchdog as module
+from pretrain.ranks import watchdog as module
 from pretrain.ranks.environment import prepare_environment
 from pretrain.ranks.watchdog import Watchdog
 

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until a test moves it."""
     now = SimpleNamespace(time=0.0)
-    monkeypatch.setattr("pretrain.records.telemetry.time", SimpleNamespace(perf_counter=lambda: now.time))
+    monkeypatch.setattr("pretrain.records.stopwatch.time", SimpleNamespace(perf_counter=lambda: now.time))
     return now
 
 
