@@ -31,6 +31,7 @@ from data_prep.reading.dataset import open_dataset
 from mor_model.model import RecursiveTransformer
 from pretrain.ranks.environment import prepare_environment
 from pretrain.recipe.deepspeed_json import resolve_ds_config
+from pretrain.recipe.plan import make_plan
 from pretrain.recipe.recipe import Recipe, build_recipe
 from pretrain.training.engine import build_engine, start_process_group
 
@@ -56,7 +57,7 @@ def timed(steps: int | None, warmup: int, step: Callable[[], None]) -> list[floa
 def bare_seconds(values: dict[str, Any], warmup: int) -> list[float]:
     """Seconds of the bare steps of the recipe's network."""
     recipe = build_recipe(values)
-    model = RecursiveTransformer(recipe.network(), recipe.activation_checkpointing)
+    model = RecursiveTransformer(recipe.network, recipe.activation_checkpointing)
     model.initialize(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optim.lr, fused=True)
     batch = batch_of(recipe)
@@ -76,7 +77,7 @@ def engine_seconds(values: dict[str, Any], warmup: int) -> list[float]:
     ranks = prepare_environment()
     recipe = build_recipe(values)
     start_process_group(ranks, 600.0)
-    engine, _ = build_engine(recipe, recipe.network(), resolve_ds_config(recipe, 1), None)
+    engine, _ = build_engine(recipe, resolve_ds_config(recipe, 1), make_plan(recipe).learning_rate, None)
     batch = batch_of(recipe)
 
     def step() -> None:

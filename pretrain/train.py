@@ -80,10 +80,8 @@ def train(
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="", flush=True)
         return EXIT_FINISHED
-    from pretrain.records.finished import unfinished
     from pretrain.records.profiling import parse_steps
     from pretrain.training.prepare import prepare
-    from pretrain.training.run import execute
 
     profiled = parse_steps(profile) if profile is not None else None
     prepared = prepare(recipe, ranks)
@@ -93,10 +91,12 @@ def train(
         if ranks.rank == 0:
             say(describe(prepared, ranks))
         return EXIT_FINISHED
-    if not unfinished(prepared.recipe):
+    if all(part.finished for part in prepared.parts):
         if ranks.rank == 0:
             say(f"{recipe.name}: already finished; its weights are in {prepared.folder.weights}. Nothing to do.")
         return EXIT_FINISHED
+    from pretrain.training.run import execute
+
     return execute(prepared, ranks, profiled)
 
 

@@ -31,7 +31,7 @@ def flops(
         from pretrain.recipe.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
-        _print_counts({loaded.name: (loaded.network(), loaded.batch.sequence_length)})
+        _print_counts({loaded.name: (loaded.network, loaded.batch.sequence_length)})
         return
     assert preset_name is not None
     configs = {

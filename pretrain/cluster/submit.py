@@ -208,21 +208,19 @@ class Shape:
 
 def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     """Everything about a recipe that can be known without its nodes."""
-    from pretrain.recipe.deepspeed_json import resolve_ds_config
     from pretrain.recipe.plan import make_plan
     from pretrain.records.finished import begun_with
     from pretrain.training.open_data import open_data
-    from pretrain.training.zero_stage import choose_stage, with_stage
+    from pretrain.training.zero_stage import choose_stage
 
     begun_with(recipe)
     known = recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": "bf16"})
     plan = make_plan(known)
     # How much memory the nodes' devices have is not known here: enough for the first stage that is possible at all.
     place = Ranks(0, ranks, 0, 1, 0, LOOPBACK, 1, "mor submit")
-    stage = choose_stage(known, known.network(), place, memory=_ENOUGH_MEMORY, on_cpu=False)
-    resolve_ds_config(with_stage(known, stage.config), ranks)
+    choose_stage(known, place, memory=_ENOUGH_MEMORY, on_cpu=False)
     if data:
-        open_data(known, known.network(), plan)
+        open_data(known, plan)
 
 
 def _check_held_out(recipe: Recipe, suites: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
             plan = make_plan(recipe)
         except RecipeError as error:
             raise RecipeError(f"arm '{trial.arm}': {error}") from None
-        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), plan))
+        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network, plan))
     by_folder = {run.trial.folder: run for run in planned}
     planned = [_as_branch(run, by_folder[run.trial.trunk]) if run.trial.trunk is not None else run for run in planned]
     _refuse_unlike(planned)

@@ -120,7 +120,7 @@ def resolve_ds_config(recipe: Recipe, world_size: int, values: Mapping[str, Any]
     _check_stage(recipe, where, given)
     if recipe.optim.name == "muon":
         _admit_muon(recipe, where, given)
-    given["zero_optimization"] = complete(given.get("zero_optimization", {}), recipe.network())
+    given["zero_optimization"] = complete(given.get("zero_optimization", {}), recipe.network)
     given.setdefault("steps_per_print", None)
     return given
 

@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         RecipeError: when the budget is too small for one step, or warm-up, decay and branches do not fit into it.
     """
-    config = recipe.network()
+    config = recipe.network
     routed = isinstance(config.router, ExpertChoiceConfig)
     per_sequence = training_flops_of_sequence(
         config, recipe.batch.sequence_length, config.capacities if routed else None

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
@@ -76,11 +76,13 @@ class Recipe(Section):
     faults: Faults = Faults()
     limits: Limits = Limits()
     run_dir: Name | None = None
+    _network: ModelConfig = PrivateAttr()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: {self.name!r} names a folder; use letters, digits, '.', '_' and '-'")
+        self._network = self._build_network()
         return self
 
     @property
@@ -88,12 +90,12 @@ class Recipe(Section):
         """Where the run lives: run_dir (`~` is the home folder), or runs/<name>."""
         return os.path.expanduser(self.run_dir) if self.run_dir is not None else f"runs/{self.name}"
 
+    @property
     def network(self) -> ModelConfig:
-        """The network's configuration.
+        """The network's configuration, built when the recipe was checked."""
+        return self._network
 
-        Raises:
-            RecipeError: when the model section cannot be built.
-        """
+    def _build_network(self) -> ModelConfig:
         values = dict(self.model)
         try:
             if "preset" in values:
@@ -155,11 +157,8 @@ def build_recipe(values: dict[str, Any], overrides: list[str] | tuple[str, ...] 
     for override in overrides:
         values = apply_override(values, override, EXCLUSIVE)
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {first_problem(error, Recipe)}") from None
-    try:
-        recipe.network()
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
-    return recipe

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.plain_text import plain
 from pretrain.errors import RunError, UserError
-from pretrain.recipe.plan import Branch, make_plan
+from pretrain.recipe.plan import Branch, Plan, make_plan
 from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.recipe.sections import Budget
 from pretrain.records.run_folder import RunFolder
@@ -66,13 +66,13 @@ class Part:
         return has_finished(self.recipe)
 
 
-def parts(recipe: Recipe) -> list[Part]:
-    """The trunk of a run and then its branches, in the order they are trained.
+def parts(recipe: Recipe, plan: Plan | None = None) -> list[Part]:
+    """The trunk of a run and then its branches, in the order they are trained; `plan` is the recipe's, None makes it.
 
     Raises:
         RecipeError: when the budget has no plan.
     """
-    plan = make_plan(recipe)
+    plan = plan or make_plan(recipe)
     trunk = RunFolder(recipe.run_folder)
     found = [Part(recipe, plan.steps)]
     for branch in plan.branches:

@@ -12,30 +12,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from data_prep.reading.mixture import Mixture
 from mor_model.loss import IGNORED_LABEL
 
 SkipRanges = tuple[tuple[int, int], ...]
-
-
-class SampleSource(Protocol):
-    """Sequences by sample number (`data_prep.reading.mixture.Mixture`); seed and data alone decide which is which."""
-
-    def sequence(self, sample: int) -> np.ndarray:
-        """Token ids of one sample, length T+1: inputs and the token after the last."""
-        ...
-
-    def drawn(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` samples each data set gives."""
-        ...
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each data set has been seen after so many samples."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,7 @@ class BatchReader:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: Mixture,
         *,
         micro_batch: int,
         rank: int,

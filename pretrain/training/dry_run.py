@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-import time
-from dataclasses import dataclass
 
 import torch
 
@@ -23,9 +20,7 @@ from pretrain.training.memory import format_bytes as size
 from pretrain.training.prepare import Prepared
 from pretrain.training.zero_stage import trains_on_cpu
 
-# What training reaches of a GPU's promised FLOPs, and of a matrix product's on a CPU.
-_USUAL_ON_GPU, _USUAL_ON_CPU = 0.4, 0.75
-_MEASURING_SECONDS = 0.3
+_USUAL_ON_GPU = 0.4  # what training reaches of a GPU's promised FLOPs
 # Records that tell how fast a run is.
 _RECENT = 20
 
@@ -34,10 +29,7 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
     """Everything a person would want to know before starting, as lines of text."""
     plan, recipe, data = prepared.plan, prepared.recipe, prepared.data
     per_token = plan.flops_per_sequence / plan.sequence_length
-    memory = estimate_memory(recipe, prepared.config, prepared.ds_config, ranks.world_size, on_cpu=trains_on_cpu())
-    speed = estimate_speed(prepared)
-    done = prepared.folder.status().get("step", 0)
-    seconds = plan.training_flops * (1 - done / plan.steps) / (speed.flops_per_second * ranks.world_size)
+    memory = estimate_memory(recipe, prepared.ds_config, ranks.world_size, on_cpu=trains_on_cpu())
     stage = zero_stage(prepared.ds_config)
     seen = data.source.epochs(plan.batch.before(plan.steps))
     epochs = ", ".join(f"{name} {often:.2f} epochs" for name, often in seen.items())
@@ -62,59 +54,38 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         f"  ZeRO stage       {stage}: {STAGES[stage]} ({prepared.stage.reason})",
         *(f"                   {line}" for line in prepared.stage.considered),
         *([f"                   {prepared.stage.warning}"] if prepared.stage.warning else []),
-        *(f"                   {line}" for line in explain(prepared.ds_config["zero_optimization"], prepared.config)),
+        *(f"                   {line}" for line in explain(prepared.ds_config["zero_optimization"], prepared.network)),
         f"  memory           about {size(memory.total)} a rank: weights {size(memory.weights)}, gradients "
         f"{size(memory.gradients)}, optimiser {size(memory.optimizer)}, and at most {size(memory.passes)} in the "
         f"passes of a micro-batch or {size(memory.update)} in an update",
-        f"  time             about {format_seconds(seconds)}{' more' if done else ''} at "
-        f"{speed.flops_per_second:.3g} FLOP/s a rank, {speed.basis}; evaluation and checkpoints not counted",
+        f"  time             {_time(prepared, ranks)}",
     ]
     lines += [f"  branch           {b.name}: leaves at step {b.start}, ends at {b.steps}" for b in plan.branches]
     return "\n".join([*lines, "", "DeepSpeed configuration:", json.dumps(prepared.ds_config, indent=2)])
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What one rank is thought to compute, and what that rests upon."""
-
-    flops_per_second: float
-    basis: str
-
-
-def estimate_speed(prepared: Prepared) -> Speed:
-    """What the run itself has reached, where it has begun; else a usual share of what the device's vendor promises; on
-    a CPU, of what this process reaches in a matrix product as large as the network's, alone on the machine.
+def _time(prepared: Prepared, ranks: Ranks) -> str:
+    """How long the rest of the run takes: at the speed that it has reached so far, else at a usual share of what the
+    device's vendor promises.
     """
-    folder = prepared.folder
+    folder, plan = prepared.folder, prepared.plan
     reached = (
         [record["flops_per_second"] for record in folder.metrics("train")] if folder.metrics_file.is_file() else []
     )
+    peak = peak_flops(torch.device("cpu" if trains_on_cpu() else "cuda"))
     if reached:
         world_size = folder.environment()["world_size"]
-        return Speed(statistics.median(reached[-_RECENT:]) / world_size, f"as it reached so far on {world_size}")
-    device = torch.device("cpu" if trains_on_cpu() else "cuda")
-    peak = peak_flops(device)
-    if peak is not None:
-        return Speed(_USUAL_ON_GPU * peak, f"{_USUAL_ON_GPU:.0%} of what its vendor promises")
-    rate = _USUAL_ON_CPU * _matrix_product_flops_per_second(prepared, device)
-    return Speed(rate, f"{_USUAL_ON_CPU:.0%} of what a matrix product reaches here")
-
-
-def _matrix_product_flops_per_second(prepared: Prepared, device: torch.device) -> float:
-    """Of the first product of a feed-forward layer, on the tokens of a micro-batch, at most 2048."""
-    batch, config = prepared.recipe.batch, prepared.config
-    tokens = min(2048, batch.micro_batch * batch.sequence_length)
-    kind = torch.float32 if prepared.recipe.precision == "fp32" else torch.bfloat16
-    left = torch.ones(tokens, config.hidden_size, dtype=kind, device=device)
-    right = torch.ones(config.hidden_size, 2 * config.intermediate_size, dtype=kind, device=device)
-    flops = 2 * tokens * right.numel()
-    left @ right
-    fastest, began = math.inf, time.perf_counter()
-    while time.perf_counter() - began < _MEASURING_SECONDS or fastest == math.inf:
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()
-        fastest = min(fastest, time.perf_counter() - start)
-    return flops / fastest
+        speed, basis = statistics.median(reached[-_RECENT:]) / world_size, f"the speed reached so far on {world_size}"
+    elif peak is not None:
+        speed, basis = _USUAL_ON_GPU * peak, f"{_USUAL_ON_GPU:.0%} of the vendor's peak"
+    else:
+        return "not known before the first steps on this device"
+    done = folder.status().get("step", 0)
+    seconds = plan.training_flops * (1 - done / plan.steps) / (speed * ranks.world_size)
+    return (
+        f"about {format_seconds(seconds)}{' more' if done else ''} at {speed:.3g} FLOP/s a rank, {basis}; evaluation "
+        "and checkpoints not counted"
+    )
 
 
 def _suites(prepared: Prepared) -> list[str]:

@@ -1,6 +1,7 @@
 """The DeepSpeed engine of a run: process group, network, optimiser, in the order that ZeRO wants.
 
-What is known about DeepSpeed's corners is kept here and in `checkpoint.py`, so that the loop reads like training.
+What is known about DeepSpeed's corners is kept here and in `pretrain.checkpoints.store`, so that the loop reads like
+training.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mor_model.config import ModelConfig
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.schedules import LearningRate
 from pretrain.training.muon import Muon
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.optimizer import Scheduler, build_optimizer
 
 _SHM_COMM = "deepspeed_shm_comm"
 # Without sparsity, from NVIDIA's data sheets; the first whose words are all in the device's name counts.
@@ -86,19 +87,18 @@ def resolve_precision(precision: str) -> str:
 
 
 def build_engine(
-    recipe: Recipe, config: ModelConfig, ds_config: dict[str, Any], weights: str | None
-) -> tuple[Any, list[float]]:
-    """Network, optimiser and DeepSpeed around them, on every rank alike.
+    recipe: Recipe, ds_config: dict[str, Any], rate: LearningRate, weights: str | None
+) -> tuple[Any, Scheduler]:
+    """Network, optimiser with its learning-rate scheduler, and DeepSpeed around them; the same on every rank.
 
     Args:
         recipe: with its precision resolved.
-        config: the network.
         ds_config: what `resolve_ds_config` returned.
+        rate: the plan's.
         weights: folder of weights to start from; None initialises new ones.
 
     Returns:
-        deepspeed.DeepSpeedEngine, and the peak learning rate of each of its parameter groups. The groups themselves do
-        not tell it any more once a checkpoint is loaded.
+        deepspeed.DeepSpeedEngine, and the scheduler of its optimiser.
     """
     import deepspeed
     from deepspeed.utils import groups
@@ -114,10 +114,10 @@ def build_engine(
     if zero_stage(ds_config) == 3:
         # Partitioned as it is built and filled one parameter at a time: no rank ever holds the whole network.
         with deepspeed.zero.Init(config_dict_or_path=ds_config):
-            model = RecursiveTransformer(config, activation_checkpointing=recipe.activation_checkpointing)
+            model = RecursiveTransformer(recipe.network, activation_checkpointing=recipe.activation_checkpointing)
         gathered = lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)  # noqa: E731
     else:
-        model = RecursiveTransformer(config, activation_checkpointing=recipe.activation_checkpointing)
+        model = RecursiveTransformer(recipe.network, activation_checkpointing=recipe.activation_checkpointing)
         gathered = whole
     if weights is None:
         model.initialize(recipe.seed, gathered)
@@ -128,13 +128,14 @@ def build_engine(
     torch.set_autocast_cache_enabled(recipe.activation_checkpointing != "selective")
     offloaded = offload_device(ds_config, "offload_optimizer") != "none"
     optimizer = build_optimizer(model, recipe.optim, offloaded=offloaded)
-    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = Scheduler(optimizer, rate)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     if isinstance(optimizer, Muon):
         optimizer.attach(engine)
     if recipe.compile:
         engine.compile()
-    return engine, peak_rates
+    scheduler.follow(engine.optimizer)
+    return engine, scheduler
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -15,21 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
 from pretrain.checkpoints.store import CheckpointStore, TrainState
-from pretrain.ranks.environment import Ranks
-from pretrain.ranks.signals import Asked, Request, StopRequest
-from pretrain.ranks.watchdog import Watchdog
-from pretrain.recipe.plan import Plan, is_due
-from pretrain.recipe.recipe import Recipe
+from pretrain.ranks.signals import Asked, Request
+from pretrain.recipe.plan import is_due
 from pretrain.records.profiling import StepProfiler
 from pretrain.records.stopwatch import Stopwatch, memory_bytes, peak_memory_bytes
 from pretrain.records.telemetry import Telemetry
-from pretrain.training.batches import BatchReader, SampleSource, StepBatch
-from pretrain.training.engine import seed_step
+from pretrain.training.batches import BatchReader, StepBatch
+from pretrain.training.engine import peak_flops, seed_step
 from pretrain.training.evaluate_in_training import EvaluationHooks
 from pretrain.training.faults import FaultRules
+from pretrain.training.optimizer import Scheduler
+from pretrain.training.prepare import Prepared
+from pretrain.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -93,35 +92,28 @@ class Trainer:
     """Everything a step touches, and the loop over the steps.
 
     Attributes:
-        peak_rates: learning rate of each parameter group at its peak.
-        peak_flops: what one rank's device promises per second; None where that is unknown.
+        engine: DeepSpeed's; scheduler: of its optimiser's learning rates.
         grad_norm: of the last step, before clipping.
-        patience: seconds that a checkpoint may take before the watchdog takes it for a stall.
         failed: step of the first checkpoint that could not be written since the last one that was.
     """
 
-    recipe: Recipe
-    config: ModelConfig
-    plan: Plan
-    ranks: Ranks
-    device: torch.device
+    run: Prepared
+    session: Session
     engine: Any
-    peak_rates: list[float]
+    scheduler: Scheduler
     reader: BatchReader
-    source: SampleSource
     evaluation: EvaluationHooks
     store: CheckpointStore
     telemetry: Telemetry
-    stop: StopRequest
-    watchdog: Watchdog
-    peak_flops: float | None
     stopwatch: Stopwatch
     profiler: StepProfiler | None
-    patience: float
     grad_norm: float = 0.0
     failed: int | None = None
 
     def __post_init__(self) -> None:
+        self.recipe, self.plan, self.network = self.run.recipe, self.run.plan, self.run.network
+        self.ranks, self.device = self.session.ranks, self.session.device
+        self.stop, self.watchdog = self.session.stop, self.session.watchdog
         self.rules = FaultRules(
             recipe=self.recipe,
             plan=self.plan,
@@ -188,6 +180,13 @@ class Trainer:
                 return self._stop(state, asked)
         return Outcome("finished")
 
+    def close(self) -> None:
+        """End the threads, the records and the engine."""
+        self.reader.close()
+        self.store.close()
+        self.telemetry.close()
+        self.engine.destroy()
+
     def _stop(self, state: TrainState, asked: Asked) -> Outcome:
         """End early, with a checkpoint of this step on the disk."""
         if self.stop.reason is None:
@@ -210,7 +209,7 @@ class Trainer:
                     micro.inputs_BT,
                     micro.labels_BT,
                     documents_BT=micro.documents_BT,
-                    valid_BT=micro.valid_BT if self.config.router is not None else None,
+                    valid_BT=micro.valid_BT if self.network.router is not None else None,
                     capacities=capacities,
                     depth=depth,
                     loss_normalizer=mean_labels,
@@ -246,9 +245,7 @@ class Trainer:
 
     def _update(self, step: int) -> bool:
         """Update the weights; False when a non-finite gradient made every rank leave the update out."""
-        factor = self.plan.learning_rate.factor(step)
-        for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates):
-            group["lr"] = peak * factor
+        self.scheduler.set(step)
         if not self.engine.zero_optimization():
             for parameter in self.engine.module.parameters():
                 # What took no part (while depth warms up) has a gradient of zero under the other stages.
@@ -312,16 +309,17 @@ class Trainer:
         """
         length = self.plan.sequence_length
         active = [share * length for share in report.vectors["active_R"]]
-        count = flops_per_sequence(self.config, length, active=active)
+        count = flops_per_sequence(self.network, length, active=active)
         return sequences * count.training, sequences * count.hardware(self.recipe.activation_checkpointing)
 
     def _log(self, state: TrainState, report: StepReport, interval: Interval) -> None:
         seconds, steps = time.perf_counter() - interval.since, interval.steps
         values: dict[str, Any] = dict(report.scalars)
         aux = {name.removeprefix("aux/"): values.pop(name) for name in list(values) if name.startswith("aux/")}
-        possible = self.peak_flops * self.ranks.world_size * seconds if self.peak_flops else None
+        peak = peak_flops(self.device)
+        possible = peak * self.ranks.world_size * seconds if peak else None
         active = report.vectors["active_R"]
-        drawn = self.source.drawn(state.position)
+        drawn = self.run.data.source.drawn(state.position)
         planned = self.plan.training_flops * state.step / self.plan.steps
         self.telemetry.record(
             "train",
@@ -334,8 +332,8 @@ class Trainer:
                 "lm_loss": values.pop("lm_loss"),
                 "aux": aux,
                 "grad_norm": self.grad_norm,
-                "lr": self.engine.optimizer.param_groups[0]["lr"],
-                "lr_groups": [group["lr"] for group in self.engine.optimizer.param_groups],
+                "lr": self.scheduler.rates[0],
+                "lr_groups": self.scheduler.rates,
                 "tokens_per_second": interval.tokens / seconds,
                 "mfu": interval.flops / possible if possible else None,
                 "hfu": interval.hardware_flops / possible if possible else None,
@@ -349,7 +347,7 @@ class Trainer:
                 "memory_peak_bytes_per_rank": report.peaks,
                 "active": active,
                 "depth_share": [taken - further for taken, further in zip(active, [*active[1:], 0.0])],
-                "epochs": self.source.epochs(state.position),
+                "epochs": self.run.data.source.epochs(state.position),
                 "samples": drawn,
                 "source_share": {name: count / sum(drawn.values()) for name, count in drawn.items()},
                 **{name: vector for name, vector in report.vectors.items() if name != "active_R"},
@@ -376,13 +374,13 @@ class Trainer:
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
         if self.store.writing:
             self._finish_checkpoint(state)
-        self.watchdog.beat(f"checkpoint after step {state.step}", allow=self.patience)
+        self.watchdog.beat(f"checkpoint after step {state.step}", allow=self.session.patience)
         self.store.begin(state)
         if wait or not self.recipe.checkpoint.asynchronous:
             self._finish_checkpoint(state)
 
     def _finish_checkpoint(self, state: TrainState) -> None:
-        self.watchdog.beat(f"checkpoint by step {state.step}", allow=self.patience)
+        self.watchdog.beat(f"checkpoint by step {state.step}", allow=self.session.patience)
         problem = self.store.finish()
         # A time limit must leave room for the slowest one so far, on a file system that may be slower then.
         self.stop.reserve = max(self.stop.reserve, 2 * self.store.seconds)

@@ -70,7 +70,6 @@ class Passes(NamedTuple):
 
 def estimate_memory(
     recipe: Recipe,
-    config: ModelConfig,
     ds_config: Mapping[str, Any],
     world_size: int,
     *,
@@ -85,6 +84,7 @@ def estimate_memory(
         on_cpu: the device is a CPU.
         passes: what `peak_of_passes` found, None follows them now (seconds).
     """
+    config = recipe.network
     count = count_parameters(config).total_stored
     zero = ds_config.get("zero_optimization", {})
     stage = zero_stage(ds_config)
@@ -98,7 +98,7 @@ def estimate_memory(
     gradients = gradient_width * (share if stage >= 2 else count)
     weights = width * (share if stage == 3 else count)
     optimizer = (_MASTER + _MOMENTS) * share
-    followed = peak_of_passes(recipe, config) if passes is None else passes
+    followed = peak_of_passes(recipe) if passes is None else passes
     in_passes = followed.peak
     if stage < 2 and recipe.batch.sequences == recipe.batch.micro_batch * world_size:
         # With one micro-batch a step gradients come as activations go.
@@ -138,12 +138,13 @@ def _followed_muon(config: ModelConfig, on_cpu: bool) -> tuple[int, int]:
     return sum(shape.numel() for shape, _ in hidden), peak
 
 
-def peak_of_passes(recipe: Recipe, config: ModelConfig) -> Passes:
+def peak_of_passes(recipe: Recipe) -> Passes:
     """Follow forward and backward pass of one micro-batch.
 
     How many tokens token-choice takes on is decided by data, of which there is none: it is followed as if a step took
     the share of the sequence that a plan assumes.
     """
+    config = recipe.network
     if isinstance(config.router, TokenChoiceConfig):
         config = replace(config, router=ExpertChoiceConfig(capacities=config.capacities))
     batch, length = recipe.batch.micro_batch, recipe.batch.sequence_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.errors import DataError
@@ -19,7 +19,6 @@ from pretrain.recipe.plan import Plan, data_sources, weight_phases
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.sections import Source
 from pretrain.records.run_folder import RunFolder
-from pretrain.training.batches import SampleSource
 from pretrain.training.validation import ValidationSet, spread
 
 
@@ -35,7 +34,7 @@ class OpenedData:
         end_of_document: id of that token.
     """
 
-    source: SampleSource
+    source: Mixture
     validation: tuple[ValidationSet, ...]
     fingerprint: str
     manifest: str
@@ -44,7 +43,7 @@ class OpenedData:
     end_of_document: int
 
 
-def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
+def open_data(recipe: Recipe, plan: Plan) -> OpenedData:
     """Open the recipe's data sets.
 
     Raises:
@@ -59,7 +58,7 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
     for source in sources:
         dataset = open_dataset(source.path, "train", recipe.data.verify)
         dataset = dataset if source.subset is None else dataset.only(source.subset)
-        _check_fit(dataset, config, source.path, length)
+        _check_fit(dataset, recipe.network, source.path, length)
         stream = PackedDataset(dataset, length) if recipe.data.packing == "best-fit" else dataset
         datasets.append(MixtureSource(source.label, stream))
     mixture = Mixture(datasets, length, weight_phases(recipe, plan), recipe.seed)
@@ -80,6 +79,13 @@ def open_data(recipe: Recipe, config: ModelConfig, plan: Plan) -> OpenedData:
         tokenizer_info=first.manifest.tokenizer,
         end_of_document=mixture.eod_id,
     )
+
+
+def with_plan(data: OpenedData, recipe: Recipe, plan: Plan) -> OpenedData:
+    """The same data for a run of another length: the weights of a mixture move at other samples."""
+    mixture = data.source
+    phases = weight_phases(recipe, plan)
+    return replace(data, source=Mixture(mixture.sources, mixture.length, phases, mixture.seed))
 
 
 def _check_initial_weights(weights: Path, fingerprint: str) -> None:

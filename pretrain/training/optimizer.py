@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mor_model import RecursiveTransformer
+from pretrain.recipe.schedules import LearningRate
 from pretrain.recipe.sections import Optim
 from pretrain.training.muon import Muon, is_hidden_matrix, stacked_rows
 
@@ -15,8 +16,8 @@ def parameter_groups(model: RecursiveTransformer, optim: Optim) -> list[dict[str
     """Split parameters into matrices, which decay, and vectors (norm scales, biases), which do not; Muon's matrices
     come first, with their momentum.
 
-    Every group's `lr` is its peak; the loop multiplies it by the schedule's factor each step. A parameter that several
-    modules share counts once.
+    Every group's `lr` is its peak, which `Scheduler` multiplies by the schedule's factor each step. A parameter that
+    several modules share counts once.
     """
     hidden: list[torch.nn.Parameter] = []
     matrices: list[torch.nn.Parameter] = []
@@ -70,3 +71,35 @@ def _forget_powers(adam: Any, *_: Any) -> None:
     settings = (adam.defaults["lr"], beta1, beta2, adam.defaults["eps"], adam.defaults["weight_decay"])
     adam.ds_opt_adam.destroy_adam(adam.opt_id)
     adam.ds_opt_adam.create_adam(adam.opt_id, *settings, adam.adam_w_mode, False)
+
+
+class Scheduler:
+    """Sets the learning rate of every parameter group before an update: its peak times the plan's factor.
+
+    torch's schedulers count their own steps and are stored with a checkpoint. This one is a function of the step
+    number, so a resumed run needs no state of it.
+
+    Args:
+        optimizer: whose groups hold their peak learning rates.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: LearningRate) -> None:
+        # Kept apart, because loading a checkpoint overwrites the groups.
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._rate = rate
+        self._optimizer: Any = optimizer
+
+    def follow(self, optimizer: Any) -> None:
+        """Set the rates of DeepSpeed's wrapper of the optimiser, which has the same groups."""
+        self._optimizer = optimizer
+
+    def set(self, step: int) -> None:
+        """Set the rates for update number `step`, counted from 0."""
+        factor = self._rate.factor(step)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks):
+            group["lr"] = peak * factor
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group."""
+        return [group["lr"] for group in self._optimizer.param_groups]

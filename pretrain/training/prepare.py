@@ -1,23 +1,30 @@
-"""A run before its ranks meet: everything is resolved, and whatever a person can mend has been checked."""
+"""A recipe becomes a run: everything is resolved here, once, and whatever a person can mend is checked.
+
+Nothing after this builds network, plan, ZeRO stage, DeepSpeed JSON or data again; the dry run, the loop and the
+branches read the values of `Prepared`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
+from mor_model.weights import check_start
 from pretrain.checkpoints.branches import Extension, find_extension
 from pretrain.errors import RecipeError, RunError
 from pretrain.ranks.environment import Ranks
 from pretrain.ranks.signals import CHECKPOINT_FILE, STOP_FILE
 from pretrain.ranks.toolchain import accelerator_present
-from pretrain.recipe.deepspeed_json import resolve_ds_config, zero_stage
-from pretrain.recipe.plan import Branch, Plan, make_plan
+from pretrain.recipe.deepspeed_json import zero_stage
+from pretrain.recipe.plan import Plan, make_plan
 from pretrain.recipe.recipe import Recipe
-from pretrain.records.finished import begun_with, branch_path, branch_recipe, changed_keys
+from pretrain.records.finished import Part, begun_with, changed_keys, parts
 from pretrain.records.run_folder import RunFolder
-from pretrain.training.open_data import OpenedData, open_data
+from pretrain.training.engine import resolve_precision
+from pretrain.training.evaluate_in_training import check_suites_of
+from pretrain.training.open_data import OpenedData, open_data, with_plan
 from pretrain.training.zero_stage import StageChoice, choose_stage, with_stage
 
 # What may lie in a run folder whose recipe is not written yet.
@@ -30,17 +37,29 @@ class Prepared:
 
     Attributes:
         recipe: with precision and DeepSpeed configuration resolved (not `auto`).
-        extension: where it goes on when its folder was begun with another budget or schedule.
+        parts: the run itself and its branches, in the order they are trained.
+        extension: where the run goes on when its folder was begun with another budget or schedule.
     """
 
     recipe: Recipe
-    config: ModelConfig
     plan: Plan
     stage: StageChoice
-    ds_config: dict[str, Any]
     data: OpenedData
-    folder: RunFolder
+    parts: tuple[Part, ...]
     extension: Extension | None
+
+    @property
+    def network(self) -> ModelConfig:
+        return self.recipe.network
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        """The complete configuration that DeepSpeed is started with."""
+        return self.stage.ds_config
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.recipe.run_folder)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -58,9 +77,6 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
     Raises:
         RecipeError, DataError, RunError: one sentence on what to change.
     """
-    from pretrain.training.engine import resolve_precision
-    from pretrain.training.evaluate_in_training import check_suites_of
-
     folder = RunFolder(recipe.run_folder)
     try:
         folder.recipe_file.is_file()
@@ -70,36 +86,37 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
         ) from None
     recipe = recipe.model_copy(update={"precision": resolve_precision(recipe.precision)})
     if recipe.precision == "fp16" and not accelerator_present():
-        raise RecipeError("precision: fp16 wants a GPU, and this machine has none; use bf16, fp32 or auto.")
-    config = recipe.network()
+        raise RecipeError("precision: fp16 requires a GPU; none was found. Use bf16, fp32 or auto.")
     if recipe.initial_weights is not None:
-        _check_initial_weights(recipe.initial_weights, config)
+        _check_initial_weights(recipe.initial_weights, recipe.network)
     plan = make_plan(recipe)
-    stage = choose_stage(recipe, config, ranks)
+    stage = choose_stage(recipe, ranks)
     recipe = with_stage(recipe, stage.config)
-    ds_config = resolve_ds_config(recipe, ranks.world_size)
-    quantized = [key for key, value in ds_config.get("zero_optimization", {}).items() if "quantized" in key and value]
+    zero = stage.ds_config["zero_optimization"]
+    quantized = [key for key, value in zero.items() if "quantized" in key and value]
     if quantized and not accelerator_present():
         raise RecipeError(
-            f"deepspeed.config: zero_optimization.{quantized[0]} wants a GPU, and this machine has none; use zero3."
+            f"deepspeed.config: zero_optimization.{quantized[0]} requires a GPU; none was found. Use zero3."
         )
-    data = open_data(recipe, config, plan)
-    extension = check_folder(folder, recipe, plan, data)
+    data = open_data(recipe, plan)
+    extension = check_folder(recipe, plan, data)
     check_suites_of(recipe)
-    return Prepared(recipe, config, plan, stage, ds_config, data, folder, extension)
+    return Prepared(recipe, plan, stage, data, tuple(parts(recipe, plan)), extension)
 
 
-def prepare_branch(trunk: Prepared, branch: Branch, ranks: Ranks) -> Prepared:
-    """The run of one smaller budget: the trunk's recipe with that budget, in a folder inside the trunk's."""
-    warmup = trunk.plan.learning_rate.warmup
-    path = branch_path(trunk.folder, branch)
-    return prepare(branch_recipe(trunk.recipe, branch.amount, branch.name, warmup, path), ranks)
+def prepare_branch(trunk: Prepared, branch: Part) -> Prepared:
+    """A smaller budget of a prepared run: the trunk's values with the branch's recipe and plan."""
+    plan = make_plan(branch.recipe)
+    data = with_plan(trunk.data, branch.recipe, plan)
+    extension = check_folder(branch.recipe, plan, data)
+    return replace(trunk, recipe=branch.recipe, plan=plan, data=data, parts=(branch,), extension=extension)
 
 
-def check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedData) -> Extension | None:
-    """Refuse to continue another run than the one that the folder holds; where its budget has changed, see whether and
-    from where it can go on.
+def check_folder(recipe: Recipe, plan: Plan, data: OpenedData) -> Extension | None:
+    """Refuse to continue another run than the one that the recipe's folder holds. Where its budget has changed, say
+    whether and from where it can go on.
     """
+    folder = RunFolder(recipe.run_folder)
     begun = begun_with(recipe)
     if begun is None:
         # A start that was killed at once leaves temporary files, whose names begin with a dot.
@@ -116,16 +133,13 @@ def check_folder(folder: RunFolder, recipe: Recipe, plan: Plan, data: OpenedData
             if planned.get(key) != value:
                 raise RunError(
                     f"{folder}: {name} has changed since the run began (was {str(planned.get(key))[:12]}, is "
-                    f"{value[:12]}); "
-                    "bring the data set back, or start a new run in another run_dir."
+                    f"{value[:12]}); bring the data set back, or start a new run in another run_dir."
                 )
     return find_extension(folder, begun, recipe, plan) if changed_keys(begun, recipe) else None
 
 
-def _check_initial_weights(folder: str, config: ModelConfig) -> None:
-    from mor_model.weights import check_start
-
+def _check_initial_weights(folder: str, network: ModelConfig) -> None:
     try:
-        check_start(folder, config)
+        check_start(folder, network)
     except ConfigError as error:
         raise RecipeError(f"initial_weights: {error}") from None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mor_model.config import ModelConfig
 from pretrain.errors import RecipeError
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import AUTO, resolve_ds_config, zero_stage
@@ -33,6 +32,7 @@ class StageChoice:
 
     Attributes:
         config: its name or path; automatic: whether the recipe left it open (`auto`).
+        ds_config: the complete DeepSpeed JSON.
         reason: half a sentence.
         considered: a line for each stage that was looked at; empty where nothing was to be chosen.
         warning: what to tell when the choice was made elsewhere and does not seem to fit here.
@@ -41,13 +41,12 @@ class StageChoice:
     config: str
     automatic: bool
     reason: str
+    ds_config: dict[str, Any]
     considered: tuple[str, ...] = ()
     warning: str | None = None
 
 
-def choose_stage(
-    recipe: Recipe, config: ModelConfig, ranks: Ranks, *, memory: int | None = None, on_cpu: bool | None = None
-) -> StageChoice:
+def choose_stage(recipe: Recipe, ranks: Ranks, *, memory: int | None = None, on_cpu: bool | None = None) -> StageChoice:
     """What the recipe names; else what its run began with; else the lowest ZeRO stage that fits.
 
     Args:
@@ -62,20 +61,21 @@ def choose_stage(
 
     name = recipe.deepspeed.config
     if name != AUTO:
-        return StageChoice(name, False, "as the recipe says")
+        return StageChoice(name, False, "as the recipe says", resolve_ds_config(recipe, ranks.world_size))
     on_cpu = trains_on_cpu() if on_cpu is None else on_cpu
     memory = device_memory(ranks, on_cpu) if memory is None else memory
     usable = _USABLE_ON_CPU if on_cpu else _USABLE_ON_GPU
     limit = int(usable * memory)
-    passes = peak_of_passes(recipe, config)
+    passes = peak_of_passes(recipe)
 
     def needed(ds_config: Mapping[str, Any]) -> int:
-        return estimate_memory(recipe, config, ds_config, ranks.world_size, on_cpu=on_cpu, passes=passes).total
+        return estimate_memory(recipe, ds_config, ranks.world_size, on_cpu=on_cpu, passes=passes).total
 
     begun = RunFolder(recipe.run_folder).recipe_file
     if begun.is_file():
         before = load_recipe(begun).deepspeed.config
-        size = needed(resolve_ds_config(with_stage(recipe, before), ranks.world_size))
+        ds_config = resolve_ds_config(with_stage(recipe, before), ranks.world_size)
+        size = needed(ds_config)
         warning = None
         if size > limit:
             warning = (
@@ -83,8 +83,8 @@ def choose_stage(
                 f"{format_bytes(memory)}. Should memory run out: more ranks, a smaller batch.micro_batch, or another "
                 "deepspeed.config with checkpoint.weights_only."
             )
-        return StageChoice(before, True, "auto: the run began with it", warning=warning)
-    lines, chosen, refused = [], None, ""
+        return StageChoice(before, True, "auto: the run began with it", ds_config, warning=warning)
+    lines, refused = [], ""
     for candidate in _CANDIDATES:
         try:
             ds_config = resolve_ds_config(with_stage(recipe, candidate), ranks.world_size)
@@ -94,19 +94,18 @@ def choose_stage(
             lines.append(f"{candidate}: refused: {refused}")
             continue
         refused, size = "", needed(ds_config)
-        if size <= limit and chosen is None:
-            chosen = candidate
-        lines.append(f"{candidate}: about {format_bytes(size)} a rank{'' if size <= limit else ', too much'}")
-    if chosen is None:
-        raise RecipeError(
-            # What is wrong with every stage is not the stage.
-            refused
-            or f"deepspeed.config: auto: no ZeRO stage fits into {format_bytes(limit)}, {usable:.0%} of a rank's "
-            f"memory ({'; '.join(lines)}). Lower batch.micro_batch, set activation_checkpointing to recursion, use "
-            "more ranks, or name zero3_offload_optimizer; naming zero3 tries it all the same."
-        )
-    reason = f"auto: the lowest stage that fits into {format_bytes(limit)}, {usable:.0%} of a rank's memory"
-    return StageChoice(chosen, True, reason, tuple(lines))
+        if size <= limit:
+            reason = f"auto: the lowest stage that fits into {format_bytes(limit)}, {usable:.0%} of a rank's memory"
+            lines.append(f"{candidate}: about {format_bytes(size)} a rank")
+            return StageChoice(candidate, True, reason, ds_config, tuple(lines))
+        lines.append(f"{candidate}: about {format_bytes(size)} a rank, too much")
+    raise RecipeError(
+        # What is wrong with every stage is not the stage.
+        refused
+        or f"deepspeed.config: auto: no ZeRO stage fits into {format_bytes(limit)}, {usable:.0%} of a rank's memory "
+        f"({'; '.join(lines)}). Lower batch.micro_batch, set activation_checkpointing to recursion, use more ranks, or "
+        "name zero3_offload_optimizer; naming zero3 tries it all the same."
+    )
 
 
 def _refuse_rounded_sums(recipe: Recipe, ds_config: Mapping[str, Any]) -> None:
@@ -124,16 +123,18 @@ def with_stage(recipe: Recipe, config: str) -> Recipe:
     return recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"config": config})})
 
 
-def agree_on_stage(mine: StageChoice) -> StageChoice:
-    """The highest stage that any rank has chosen: that of the least memory. Collective over all ranks, also those that
-    had nothing to choose.
+def agree_on_stage(mine: StageChoice, recipe: Recipe) -> StageChoice:
+    """The highest stage that any rank has chosen, which is that of the rank with the least memory. Collective over all
+    ranks, also those that had nothing to choose.
     """
     everyone: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(everyone, mine.config if mine.automatic else "")
     highest = max(everyone)
     if not mine.automatic or highest == mine.config:
         return mine
-    return replace(mine, config=highest, reason=f"auto: rank {everyone.index(highest)} has the least memory")
+    reason = f"auto: rank {everyone.index(highest)} has the least memory"
+    ds_config = resolve_ds_config(with_stage(recipe, highest), dist.get_world_size())
+    return replace(mine, config=highest, reason=reason, ds_config=ds_config)
 
 
 def trains_on_cpu() -> bool:

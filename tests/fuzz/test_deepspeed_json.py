@@ -60,7 +60,7 @@ def use(given: Given) -> dict[str, Any]:
     Path("mine.json").write_bytes(content)
     recipe = build_recipe({**PLAIN, "precision": precision, "deepspeed": {"config": "mine.json"}})
     resolved = resolve_ds_config(recipe, 2)
-    explain(resolved["zero_optimization"], recipe.network())
+    explain(resolved["zero_optimization"], recipe.network)
     return resolved
 
 

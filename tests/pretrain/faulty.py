@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from mor_model import weights
-from mor_model.config import ModelConfig
 from pretrain import train
 from pretrain.checkpoints import checkpoint_engine as checkpoint_files
 from pretrain.checkpoints.store import TrainState
@@ -30,7 +29,7 @@ from pretrain.ranks.environment import Ranks
 from pretrain.recipe.recipe import Recipe
 from pretrain.training import loop, prepare
 from pretrain.training.batches import StepBatch
-from pretrain.training.zero_stage import StageChoice
+from pretrain.training.zero_stage import StageChoice, with_stage
 from tests.pretrain.support import last_step
 
 FAULT = json.loads(os.environ["FAULT"])
@@ -92,9 +91,11 @@ def save_weights(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "no space left")
 
 
-def choose_stage(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> StageChoice:
-    choice = sound_choose_stage(recipe, config, ranks)
-    return replace(choice, config=FAULT["stage"]) if "stage" in FAULT and ranks.rank == FAULT["rank"] else choice
+def choose_stage(recipe: Recipe, ranks: Ranks) -> StageChoice:
+    if "stage" not in FAULT or ranks.rank != FAULT["rank"]:
+        return sound_choose_stage(recipe, ranks)
+    chosen = sound_choose_stage(with_stage(recipe, FAULT["stage"]), ranks)
+    return replace(chosen, automatic=True)
 
 
 if __name__ == "__main__":

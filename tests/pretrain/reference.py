@@ -20,7 +20,7 @@ def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict
     The whole batch is one forward pass; learning rate, clipping and decay groups are written out.
     """
     recipe = build_recipe(values)
-    config = recipe.network()
+    config = recipe.network
     model = RecursiveTransformer(config)
     model.initialize(recipe.seed)
     hidden = {

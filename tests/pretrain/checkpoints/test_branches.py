@@ -131,7 +131,7 @@ def test_weights_change_at_the_step_that_the_recipe_names(tmp_path: Path, tiny_d
         sources = [{"path": str(tiny_data), "name": "web"}, {"path": str(tiny_data), "name": "code", "weight": 0.0}]
         values = recipe_values(tiny_data, tmp_path / "run", data={"sources": sources, **changes.pop("data")}, **changes)
         recipe = build_recipe(values)
-        return open_data(recipe, recipe.network(), make_plan(recipe))
+        return open_data(recipe, make_plan(recipe))
 
     phases = [{"start": 3, "weights": {"web": 1.0, "code": 1.0}}, {"start": 0.5, "weights": {"code": 1.0}}]
     source = opened(data={"phases": phases}).source

@@ -17,7 +17,6 @@ import torch
 
 from pretrain.checkpoints import store as checkpoint
 from pretrain.checkpoints.branches import seed_branch
-from pretrain.checkpoints.store import TrainState
 from pretrain.cli.runs import describe, find_runs
 from pretrain.errors import RecipeError, RunError
 from pretrain.recipe.recipe import build_recipe
@@ -26,7 +25,6 @@ from pretrain.records.provenance import changes_since_last_start, describe_envir
 from pretrain.records.run_folder import RunFolder
 from pretrain.records.telemetry import Telemetry, rewind_metrics
 from pretrain.training.evaluate_in_training import check_suites_of
-from pretrain.training.loop import Trainer
 from pretrain.training.prepare import prepare
 from tests.pretrain.checkpoints.test_resume import finished_checkpoints
 from tests.pretrain.cli.test_runs import make_run
@@ -106,20 +104,6 @@ def test_a_home_folder_is_one_and_a_name_fits_into_a_file_system(
     assert recipe.run_folder == "/home/somebody/runs/a"
     with pytest.raises(RunError, match=r"cannot be a run folder .*too long.*; choose another name or run_dir"):
         prepare(build_recipe(recipe_values(tiny_data, tmp_path / ("x" * 300))), ALONE)
-
-
-def test_a_checkpoint_may_take_longer_than_a_step_may_stand_still() -> None:
-    beats: list[tuple[str, float]] = []
-    trainer = SimpleNamespace(
-        store=SimpleNamespace(writing=False, begin=lambda state: None, finish=lambda: None, seconds=1.0),
-        watchdog=SimpleNamespace(beat=lambda doing, allow: beats.append((doing, allow))),
-        patience=1800.0,
-        stop=SimpleNamespace(reserve=0.0),
-        telemetry=SimpleNamespace(sync=lambda: None),
-    )
-    trainer._finish_checkpoint = lambda state: Trainer._finish_checkpoint(trainer, state)  # type: ignore[arg-type]
-    Trainer._checkpoint(trainer, TrainState(step=4), wait=True)  # type: ignore[arg-type]
-    assert beats == [("checkpoint after step 4", 1800.0), ("checkpoint by step 4", 1800.0)]
 
 
 def test_a_branch_whose_records_are_half_copied_gets_them_all(

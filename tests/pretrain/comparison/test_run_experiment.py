@@ -47,7 +47,7 @@ if recipe.name in {broken!r}:
     sys.exit("no more memory")
 for part in parts(recipe):
     folder, amount = part.folder.path, part.recipe.budget.amount
-    write_run(folder, "any", config=recipe.network(), budget=amount, sequences=recipe.batch.sequences, evaluate=False)
+    write_run(folder, "any", config=recipe.network, budget=amount, sequences=recipe.batch.sequences, evaluate=False)
     (folder / "recipe.yaml").write_text(part.recipe.to_yaml())
     file = folder / "plan.json"
     file.write_text(json.dumps({{**json.loads(file.read_text()), "data_manifest": {digest!r}}}))

@@ -176,7 +176,7 @@ def test_what_transformers_writes_is_refused_at_the_key_that_nothing_decides(tmp
     resolved = resolve_ds_config(theirs, 2)
     assert (resolved["train_batch_size"], resolved["gradient_clipping"]) == (8, 1.0)
     assert "auto" not in json.dumps(resolved) and resolved["zero_optimization"]["sub_group_size"] == 1e9
-    assert explain(resolved["zero_optimization"], theirs.network())[0].startswith("reduce_bucket_size 5,000,000: grad")
+    assert explain(resolved["zero_optimization"], theirs.network)[0].startswith("reduce_bucket_size 5,000,000: grad")
 
 
 def test_auto_is_refused_at_every_other_key() -> None:

@@ -26,7 +26,7 @@ def test_equal_budgets_cost_equal_flops(variant: str) -> None:
     recipe = build_recipe(recipe_values(Path("data"), Path("run"), model=tiny_model(variant)))
     # Capacities 1, 2/3, 1/3 of 32 tokens, rounded down as the router does.
     active = {"vanilla": [32.0], "recursive": [32.0] * 3, "mor": [32.0, 21.0, 10.0]}[variant]
-    per_step = 8 * flops_per_sequence(recipe.network(), LENGTH, active=active).training
+    per_step = 8 * flops_per_sequence(recipe.network, LENGTH, active=active).training
     assert plan.training_flops == pytest.approx(plan.steps * per_step)
 
 
@@ -62,7 +62,7 @@ def test_warmups_are_paid_from_the_budget() -> None:
         "schedule.warmup=0.1",
         "schedule.decay=0.2",
     )
-    config = build_recipe(recipe_values(Path("data"), Path("run"))).network()
+    config = build_recipe(recipe_values(Path("data"), Path("run"))).network
     total, sequences = 0.0, 0
     for step in range(plan.steps):
         capacities = plan.recursion.capacities_at(step) or config.capacities
@@ -80,7 +80,7 @@ def test_a_depth_that_grows_costs_what_its_steps_cost(router: dict[str, str] | N
     """One step, then two, then what the router leaves: 3 recursions, so the warm-up has two stages."""
     changed = ("budget.flops=1e10", "depth_warmup.length=0.5", f"model.router={router if router else 'null'}")
     plan = plan_of(*changed)
-    config = build_recipe(recipe_values(Path("data"), Path("run")), changed).network()
+    config = build_recipe(recipe_values(Path("data"), Path("run")), changed).network
     length = plan.recursion.depth_warmup
     assert length == pytest.approx(plan.steps / 2, abs=2)
     depths = [plan.recursion.depth_at(step) for step in range(plan.steps)]

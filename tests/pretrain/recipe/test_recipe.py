@@ -178,7 +178,7 @@ def test_numbers_are_those_of_yaml_1_2_in_files_and_overrides(values: dict[str, 
     )
     file.write_text(text, encoding="utf-8")
     recipe = load_recipe(file, ["model.rope_theta=5e5", "optim.eps=1e-9", "budget.steps=1e2", "evaluation.every=1e1"])
-    assert (recipe.network().norm_eps, recipe.network().rope_theta, recipe.optim.eps) == (1e-6, 5e5, 1e-9)
+    assert (recipe.network.norm_eps, recipe.network.rope_theta, recipe.optim.eps) == (1e-6, 5e5, 1e-9)
     assert (recipe.seed, recipe.budget.steps, recipe.evaluation.every) == (1000, 100, 10)
 
 
@@ -258,7 +258,7 @@ def test_a_recipe_is_frozen(values: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*m-*.yaml")), ids=lambda file: file.stem)
 def test_the_papers_recipes_hold_the_papers_settings(file: Path) -> None:
     recipe = load_recipe(file)
-    config = recipe.network()
+    config = recipe.network
     size, variant, *rest = recipe.name.split("-")
     assert file.stem == recipe.name
     assert config.hidden_size == {"135m": 576, "360m": 960}[size]

@@ -183,7 +183,7 @@ def test_records_say_what_each_rank_and_each_source_did(profiled: tuple[Path, st
     records = metrics(run, "train")
     assert [record["step"] for record in records] == [1, 4, 8, 12]
     recipe = load_recipe(run / "recipe.yaml")
-    count = flops_per_sequence(recipe.network(), LENGTH, active=[32.0, 21.0, 10.0])
+    count = flops_per_sequence(recipe.network, LENGTH, active=[32.0, 21.0, 10.0])
     for record in records:
         assert len(record["memory_bytes_per_rank"]) == 2
         assert all(0 < n <= p for n, p in zip(record["memory_bytes_per_rank"], record["memory_peak_bytes_per_rank"]))

@@ -20,6 +20,7 @@ from pathlib import Path
 import deepspeed
 
 from pretrain.recipe.deepspeed_json import resolve_ds_config
+from pretrain.recipe.plan import make_plan
 from pretrain.training.engine import build_engine, start_process_group
 from pretrain.ranks.environment import prepare_environment
 from pretrain.recipe.recipe import load_recipe
@@ -38,11 +39,10 @@ ranks = prepare_environment()
 start_process_group(ranks, 120)
 recipe = load_recipe(sys.argv[2])
 deepspeed.initialize = measured
-config = recipe.network()
 settings = resolve_ds_config(recipe, ranks.world_size)
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS")
-build_engine(recipe, config, settings, None)
+build_engine(recipe, settings, make_plan(recipe).learning_rate, None)
 """
 
 
@@ -62,7 +62,7 @@ def test_no_rank_holds_the_whole_network(tmp_path: Path, stage: str, partitioned
     job = Job(write_recipe(tmp_path / "r.yaml", values), ranks=RANKS, extra=extra, script=script)
     codes, output, errors = job.wait()
     assert codes == [0] * RANKS, output + errors
-    whole = 4 * count_parameters(build_recipe(values).network()).total_stored
+    whole = 4 * count_parameters(build_recipe(values).network).total_stored
     grown = [json.loads((tmp_path / f"grown-{rank}").read_text(encoding="utf-8")) for rank in range(RANKS)]
     if partitioned:
         assert all(whole / RANKS < size < 0.6 * whole for size in grown), (whole, grown)

@@ -19,7 +19,7 @@ from tests.pretrain.support import LENGTH, Job, make_dataset, metrics, recipe_va
 
 
 def network_size(recipe: Recipe) -> int:
-    return sum(parameter.numel() for parameter in RecursiveTransformer(recipe.network()).parameters())
+    return sum(parameter.numel() for parameter in RecursiveTransformer(recipe.network).parameters())
 
 
 @pytest.mark.parametrize("gradients_stay", [False, True])
@@ -30,7 +30,7 @@ def test_the_passes_are_followed_to_the_byte(variant: str, activation_checkpoint
         Path("data"), Path("run"), model=tiny_model(variant), activation_checkpointing=activation_checkpointing
     )
     recipe = build_recipe(values)
-    model = RecursiveTransformer(recipe.network(), recipe.activation_checkpointing)
+    model = RecursiveTransformer(recipe.network, recipe.activation_checkpointing)
     model.initialize(0)
     for parameter in model.parameters():
         if not gradients_stay:
@@ -38,7 +38,7 @@ def test_the_passes_are_followed_to_the_byte(variant: str, activation_checkpoint
     tokens = torch.zeros(recipe.batch.micro_batch, LENGTH, dtype=torch.long)
     with LiveBytes() as live:
         model(tokens, tokens).loss.backward()
-    followed = peak_of_passes(recipe, recipe.network())
+    followed = peak_of_passes(recipe)
     assert followed[gradients_stay] == pytest.approx(live.peak, rel=0.01)
 
 
@@ -47,7 +47,7 @@ def test_every_router_and_precision_is_followed(precision: str) -> None:
     def peak(**model: Any) -> int:
         values = recipe_values(Path("data"), Path("run"), model=tiny_model(**model), precision=precision)
         recipe = build_recipe({**values, "activation_checkpointing": "none"})
-        return peak_of_passes(recipe, recipe.network()).peak
+        return peak_of_passes(recipe).peak
 
     chosen, planned = peak(router={"kind": "token_choice"}), peak()
     # Both let a third of the tokens go at every step.
@@ -62,10 +62,10 @@ def test_one_micro_batch_a_step_holds_less_than_several() -> None:
     def total(sequences: int, stage: str) -> int:
         batch = {"sequences": sequences, "micro_batch": 4, "sequence_length": LENGTH}
         recipe = build_recipe(recipe_values(Path("data"), Path("run"), deepspeed={"config": stage}, batch=batch))
-        return estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, 1), 1, on_cpu=False).total
+        return estimate_memory(recipe, resolve_ds_config(recipe, 1), 1, on_cpu=False).total
 
     recipe = build_recipe(recipe_values(Path("data"), Path("run")))
-    followed = peak_of_passes(recipe, recipe.network())
+    followed = peak_of_passes(recipe)
     assert followed.peak < followed.peak_with_gradients < followed.peak + 4 * network_size(recipe)
     assert total(4, "zero0") < total(8, "zero0") and total(4, "zero3") == total(8, "zero3")
 
@@ -73,7 +73,7 @@ def test_one_micro_batch_a_step_holds_less_than_several() -> None:
 def test_partitioning_divides_what_stays() -> None:
     def memory(stage: str, ranks: int, **changes: Any) -> Any:
         recipe = build_recipe(recipe_values(Path("data"), Path("run"), deepspeed={"config": stage}, **changes))
-        return estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, ranks), ranks, on_cpu=False)
+        return estimate_memory(recipe, resolve_ds_config(recipe, ranks), ranks, on_cpu=False)
 
     whole, quarter = memory("zero3", 1, precision="bf16"), memory("zero3", 4, precision="bf16")
     count = whole.weights // 2
@@ -96,14 +96,14 @@ def test_muons_states_and_working_memory_are_those_of_the_optimiser(variant: str
     recipe = build_recipe(
         recipe_values(Path("data"), Path("run"), model=tiny_model(variant), optim=optim, deepspeed=stage)
     )
-    model = RecursiveTransformer(recipe.network(), recipe.activation_checkpointing)
+    model = RecursiveTransformer(recipe.network, recipe.activation_checkpointing)
     model.initialize(0)
     optimizer = build_optimizer(model, recipe.optim, offloaded=False)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     states = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
-    estimate = estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, 2), 2, on_cpu=True)
+    estimate = estimate_memory(recipe, resolve_ds_config(recipe, 2), 2, on_cpu=True)
     assert estimate.optimizer == sum(value.nbytes for value in states)
     with LiveBytes() as live:
         optimizer.step()
@@ -116,12 +116,9 @@ def test_partitioned_muon_keeps_one_moment_of_its_matrices() -> None:
     """
     values = recipe_values(Path("data"), Path("run"), precision="bf16", deepspeed={"config": "zero3"})
     adamw, muon = (build_recipe({**values, "optim": {"name": name}}) for name in ("adamw", "muon"))
-    network = adamw.network()
-    named = RecursiveTransformer(network).named_parameters()
+    named = RecursiveTransformer(adamw.network).named_parameters()
     hidden = sum(p.numel() for n, p in named if ".attention." in n or ".feed_forward." in n)
-    plain, other = (
-        estimate_memory(recipe, network, resolve_ds_config(recipe, 4), 4, on_cpu=False) for recipe in (adamw, muon)
-    )
+    plain, other = (estimate_memory(recipe, resolve_ds_config(recipe, 4), 4, on_cpu=False) for recipe in (adamw, muon))
     assert 0 < hidden < network_size(adamw)
     assert plain.optimizer - other.optimizer == 4 * hidden // 4
     assert other.update > plain.update - 4 * (network_size(adamw) - hidden) // 4
@@ -176,5 +173,5 @@ def test_the_estimate_is_within_15_percent_of_a_run(
     before = metrics(tmp_path / "run", "event")[0]["memory_bytes"]
     measured = metrics(tmp_path / "run", "train")[-1]["memory_peak_bytes_per_rank"][0] - before
     recipe = build_recipe(values)
-    estimate = estimate_memory(recipe, recipe.network(), resolve_ds_config(recipe, ranks), ranks, on_cpu=True)
+    estimate = estimate_memory(recipe, resolve_ds_config(recipe, ranks), ranks, on_cpu=True)
     assert estimate.total == pytest.approx(measured, rel=0.15), f"{estimate.total / measured:.3f}"

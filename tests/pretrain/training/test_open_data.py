@@ -34,7 +34,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
     """Weights that any vocabulary of 400 entries fits."""
-    network = build_recipe(values_for(tmp_path, tmp_path)).network()
+    network = build_recipe(values_for(tmp_path, tmp_path)).network
     model = RecursiveTransformer(network)
     model.initialize(0)
     save_weights(tmp_path / "start" / "weights", model.state_dict(), network)

@@ -52,7 +52,7 @@ def test_wrong_recipes_and_configurations_are_refused(tmp_path: Path, tiny_data:
     wrong = {**values, "deepspeed": {"config": str(file)}}
     refused(one_rank, tmp_path, wrong, "zero_optimization.overlap_com", "did you mean 'zero_optimization.overlap_comm'")
     refused(one_rank, tmp_path, {**values, "precision": "bf16", "deepspeed": {"config": "zero0"}}, "stage 0")
-    refused(one_rank, tmp_path, {**values, "precision": "fp16"}, "fp16 wants a GPU")
+    refused(one_rank, tmp_path, {**values, "precision": "fp16"}, "fp16 requires a GPU")
 
 
 def test_wrong_data_is_refused(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
@@ -178,8 +178,8 @@ def test_ranks_compare_everything_that_decides_a_run(
     assert differing(prepare(build_recipe({**values, "seed": 8}), ALONE)) == {"recipe", "seed"}
     data = dataclasses.replace(prepared.data, manifest="0" * 64, fingerprint="1" * 64)
     assert differing(dataclasses.replace(prepared, data=data)) == {"data", "tokenizer"}
-    stage = {**prepared.ds_config, "zero_optimization": {"stage": 2}}
-    assert differing(dataclasses.replace(prepared, ds_config=stage)) == {"DeepSpeed configuration"}
+    other = dataclasses.replace(prepared.stage, ds_config={**prepared.ds_config, "zero_optimization": {"stage": 2}})
+    assert differing(dataclasses.replace(prepared, stage=other)) == {"DeepSpeed configuration"}
     copy = tmp_path / "copy"
     for package in ("pretrain", "mor_model", "data_prep"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))

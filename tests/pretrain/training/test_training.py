@@ -130,9 +130,9 @@ def test_training_starts_from_given_weights(tmp_path: Path, tiny_data: Path, two
     values = recipe_values(tiny_data, tmp_path / "drawn", deepspeed=with_stage(tmp_path, stage), budget={"steps": 7})
     recipe = build_recipe(values)
     for folder, seed in (("same", recipe.seed), ("other", recipe.seed + 1)):
-        model = RecursiveTransformer(recipe.network())
+        model = RecursiveTransformer(recipe.network)
         model.initialize(seed)
-        save_weights(tmp_path / folder, model.state_dict(), recipe.network())
+        save_weights(tmp_path / folder, model.state_dict(), recipe.network)
     drawn = losses(two_ranks.train(tmp_path, values))
     given = {**values, "run_dir": str(tmp_path / "given"), "initial_weights": str(tmp_path / "same")}
     assert losses(two_ranks.train(tmp_path, given)) == drawn
@@ -142,7 +142,7 @@ def test_training_starts_from_given_weights(tmp_path: Path, tiny_data: Path, two
 
 def test_weights_of_another_network_are_refused_before_training(tmp_path: Path, tiny_data: Path) -> None:
     values = recipe_values(tiny_data, tmp_path / "run", initial_weights=str(tmp_path / "weights"))
-    other = build_recipe(recipe_values(tiny_data, tmp_path / "run", model=tiny_model(rope_theta=5e5))).network()
+    other = build_recipe(recipe_values(tiny_data, tmp_path / "run", model=tiny_model(rope_theta=5e5))).network
     model = RecursiveTransformer(other)
     model.initialize(0)
     save_weights(tmp_path / "weights", model.state_dict(), other)
@@ -176,7 +176,7 @@ def test_the_run_folder_holds_what_others_read(finished: Path, tiny_data: Path) 
     assert plan["steps"] == 12 and plan["tokens_per_step"] == 8 * LENGTH and plan["sequence_length"] == LENGTH
     assert plan["tokenizer_fingerprint"] == "f" * 64
     recipe = load_recipe(finished / "recipe.yaml")
-    config = recipe.network()
+    config = recipe.network
     assert json.loads((finished / "model.json").read_text(encoding="utf-8")) == config.to_dict()
     assert json.loads((finished / "status.json").read_text(encoding="utf-8")) == {
         "state": "finished",
@@ -195,7 +195,7 @@ def test_the_run_folder_holds_what_others_read(finished: Path, tiny_data: Path) 
 
 def test_training_records_are_complete_and_add_up(finished: Path) -> None:
     records = metrics(finished, "train")
-    config = load_recipe(finished / "recipe.yaml").network()
+    config = load_recipe(finished / "recipe.yaml").network
     active = [32.0, 21.0, 10.0]  # 1, 2/3 and 1/3 of 32 tokens, rounded down
     per_step = 8 * flops_per_sequence(config, LENGTH, active=active).training
     for number, record in enumerate(records, 1):
@@ -261,7 +261,7 @@ def test_document_masks_reach_the_network(tmp_path: Path, tiny_data: Path, two_r
     from data_prep.reading.mixture import Mixture, MixtureSource, Phase
     from mor_model import RecursiveTransformer
 
-    network = RecursiveTransformer(build_recipe({**values, "model": tiny_model("vanilla")}).network())
+    network = RecursiveTransformer(build_recipe({**values, "model": tiny_model("vanilla")}).network)
     network.initialize(3)
     data = Mixture([MixtureSource("data", open_dataset(tiny_data))], LENGTH, [Phase(0, {"data": 1.0})], 3)
     total, count = 0.0, 0
