@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from pretrain.checkpoints.convert import to_universal, to_weights
 from pretrain.checkpoints.restricted_loading import load_restricted, refuse_code, restricted_loading
 from pretrain.errors import RunError
 from pretrain.ranks.agreement import on_first_rank
+from pretrain.recipe.plan import Plan, is_due
 from pretrain.recipe.sections import Checkpoint
 from pretrain.records.run_folder import RunFolder
 
@@ -50,17 +51,17 @@ class Selected:
     """A sound checkpoint to go on from.
 
     Attributes:
-        folder: where its files are; origin: the checkpoint itself, where `folder` is made of it.
-        state: where the run stood; universal: whether DeepSpeed must read it as a universal checkpoint.
-        weights_only: whether `folder` holds plain weights, for the network to be built with.
+        origin: the checkpoint; folder: the files to read, which are its own or were converted from them.
+        kind: how to read them: `own`, `universal` (converted for another world size), or `weights`, with which the
+            network is built.
+        state: where the run stood.
         warnings: what was passed over on the way to it, and what of it is not carried.
     """
 
-    folder: Path
     origin: Path
+    folder: Path
+    kind: Literal["own", "universal", "weights"]
     state: TrainState
-    universal: bool
-    weights_only: bool
     warnings: tuple[str, ...]
 
 
@@ -92,17 +93,15 @@ def select_checkpoint(folder: Path, describe: dict[str, Any], settings: Checkpoi
             for file in manifest.files:
                 refuse_code(folder / name / file)
             wrong = _differences(manifest, describe)
-            origin, state = folder / name, manifest.state
-            if wrong == ["world_size"] and not describe["zero_stage"]:
-                # One file holds everything, and every rank reads it.
-                return Selected(origin, origin, state, False, False, tuple(warnings))
-            if wrong == ["world_size"]:
-                return Selected(to_universal(origin), origin, state, True, False, tuple(warnings))
-            if wrong:
-                weights = to_weights(origin, manifest.zero_stage)
+            origin = files = folder / name
+            kind: Literal["own", "universal", "weights"] = "own"
+            # At stage 0 one file holds everything, and every rank reads it.
+            if wrong == ["world_size"] and describe["zero_stage"]:
+                files, kind = to_universal(origin), "universal"
+            elif wrong and wrong != ["world_size"]:
+                files, kind = to_weights(origin, manifest.zero_stage), "weights"
                 warnings.append(_not_carried(origin, manifest, describe))
-                return Selected(weights, origin, state, False, True, tuple(warnings))
-            return Selected(origin, origin, state, False, False, tuple(warnings))
+            return Selected(origin, files, kind, manifest.state, tuple(warnings))
         if found:
             raise RunError(
                 f"{folder}: all {len(found)} checkpoints are damaged; restore one from a copy, "
@@ -134,13 +133,14 @@ class CheckpointStore:
     """Checkpoints of one run. All methods that take an engine are collective: every rank calls them in the same step.
 
     Args:
-        folder: RUN/checkpoints; engine: DeepSpeed's; settings: the recipe's; keep_every: in steps, 0 for never.
-        pinned: steps whose checkpoints always stay (where branches leave the trunk).
+        folder: RUN/checkpoints; engine: DeepSpeed's; settings: the recipe's.
+        plan: says at which steps a checkpoint is written and which of them stay.
         describe: what a checkpoint must match to be resumed: world_size, zero_stage, precision, optimizer.
         restore: writes the run folder's own files, for when they are gone: a checkpoint without them is no run.
 
     Attributes:
         seconds: what the last checkpoint took, from its begin to its end.
+        failed: step of the first checkpoint that could not be written since the last one that was.
     """
 
     def __init__(
@@ -148,9 +148,8 @@ class CheckpointStore:
         folder: Path,
         engine: Any,
         settings: Checkpoint,
+        plan: Plan,
         *,
-        keep_every: int,
-        pinned: frozenset[int],
         describe: dict[str, Any],
         restore: Callable[[], None],
     ) -> None:
@@ -159,8 +158,7 @@ class CheckpointStore:
         self.folder = folder
         self._engine = engine
         self._settings = settings
-        self._keep_every = keep_every
-        self._pinned = pinned
+        self._plan = plan
         self._describe, self._restore = describe, restore
         self._rank = dist.get_rank()
         self._files = CheckpointFiles(asynchronous=settings.asynchronous)
@@ -168,6 +166,7 @@ class CheckpointStore:
         self._began = 0.0
         self._last = time.monotonic()
         self.seconds = 0.0
+        self.failed: int | None = None
         engine.checkpoint_engine = self._files
         # DeepSpeed copies scripts beside the checkpoints; on a full disk that would raise on rank 0 alone.
         engine._copy_recovery_script = lambda save_path: None
@@ -176,6 +175,24 @@ class CheckpointStore:
     def writing(self) -> bool:
         """True between `begin` and `finish` of an asynchronous checkpoint."""
         return self._open is not None
+
+    def due(self, state: TrainState) -> bool:
+        """Whether the plan or the recipe wants a checkpoint of this state."""
+        step = state.step
+        return (
+            is_due(step, self._plan.checkpoint_every, self._plan.steps)
+            or self._stays(step, state.best_validation)
+            # The next one may be days away: one that failed is tried again after 1, 2, 4, ... steps.
+            or (self.failed is not None and _is_power_of_two(step - self.failed))
+        )
+
+    def _stays(self, step: int, best: tuple[float, int] | None) -> bool:
+        """Whether a step's checkpoint is kept however many newer ones there are."""
+        return (
+            step in self._plan.trunk_checkpoints
+            or (self._settings.log_spaced and _is_power_of_two(step))
+            or (self._settings.keep_best and best is not None and best[1] == step)
+        )
 
     @property
     def overdue(self) -> bool:
@@ -204,8 +221,9 @@ class CheckpointStore:
         self._engine.save_checkpoint(str(self.folder), tag=temporary, save_latest=False)
         self._open = {"name": name, "temporary": temporary, "state": state.to_dict()}
 
-    def finish(self) -> str | None:
+    def finish(self, step: int) -> str | None:
         """Wait for every rank's files and give the checkpoint its name; returns what went wrong, if anything did.
+        Training stands at `step`.
 
         A failure leaves the older checkpoints as they were, and training can go on.
         """
@@ -227,6 +245,10 @@ class CheckpointStore:
         self.seconds = time.perf_counter() - self._began
         # From its end, or one that takes longer than it may be apart would leave no time to train.
         self._last = time.monotonic()
+        if problem[0] is None:
+            self.failed = None
+        elif self.failed is None:
+            self.failed = step
         return problem[0]
 
     def newest(self) -> Selected | None:
@@ -245,14 +267,14 @@ class CheckpointStore:
             # It named another one where that was found damaged, or where a kill came between the two.
             with contextlib.suppress(OSError):
                 write_text(self.folder / "latest", selected.origin.name + "\n")
-        if selected.weights_only:
+        if selected.kind == "weights":
             return selected.state
         folder = selected.folder
         groups = self._engine.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         with restricted_loading(folder):
             self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if selected.universal:
+        if selected.kind == "universal":
             # DeepSpeed gives every group the first one's settings, and all of Adam's states one step counter, which
             # every one of them then advances.
             for group, own in zip(self._engine.optimizer.param_groups, settings):
@@ -296,13 +318,9 @@ class CheckpointStore:
         steps = sorted(step for step, _ in list_checkpoints(self.folder))
         # What lies beyond was found damaged when this start went back past it; it must not count as one of the newest.
         sound = [step for step in steps if step <= state["step"]]
-        keep = set(sound[-self._settings.keep :]) | self._pinned
-        if self._keep_every:
-            keep |= {step for step in sound if step % self._keep_every == 0}
-        if self._settings.log_spaced:
-            keep |= {step for step in sound if step & (step - 1) == 0}
-        if self._settings.keep_best and state["best_validation"] is not None:
-            keep.add(state["best_validation"][1])
+        every, best = self._plan.keep_every, state["best_validation"]
+        keep = set(sound[-self._settings.keep :])
+        keep |= {step for step in sound if self._stays(step, best) or (every and step % every == 0)}
         for step in steps:
             if step not in keep or step > state["step"]:
                 # Renamed first, so that a kill in between leaves no half checkpoint under a sound name.
@@ -313,6 +331,10 @@ class CheckpointStore:
         for pattern in (".step-*.removing", ".step-*.universal", ".step-*.converting", ".step-*.weights"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, str]]:

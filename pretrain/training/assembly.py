@@ -30,16 +30,15 @@ def build_trainer(
     """
     recipe, plan, device = run.recipe, run.plan, session.device
     ds_config = run.ds_config
-    if selected is not None and selected.universal:
+    if selected is not None and selected.kind == "universal":
         ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
-    weights = str(selected.folder) if selected is not None and selected.weights_only else recipe.initial_weights
+    weights = str(selected.folder) if selected is not None and selected.kind == "weights" else recipe.initial_weights
     engine, scheduler = build_engine(recipe, ds_config, plan.learning_rate, weights)
     store = CheckpointStore(
         run.folder.checkpoints,
         engine,
         recipe.checkpoint,
-        keep_every=plan.keep_every,
-        pinned=plan.trunk_checkpoints,
+        plan,
         describe={"world_size": session.ranks.world_size, **run.shape},
         restore=restore,
     )

@@ -138,6 +138,30 @@ def build_engine(
     return engine, scheduler
 
 
+def update(engine: Any) -> tuple[bool, float]:
+    """One optimiser step. Every rank leaves it out when a gradient is not finite.
+
+    Returns:
+        Whether the weights were updated, and the global norm of the gradients before clipping.
+    """
+    if engine.zero_optimization():
+        engine.step()
+        return not engine.optimizer.overflow, float(engine.get_global_grad_norm() or 0.0)
+    # Stage 0 has no check of its own. Gradients are already summed, so every rank sees the same ones.
+    parameters = list(engine.module.parameters())
+    for parameter in parameters:
+        # What took no part (while depth warms up) has a gradient of zero under the other stages.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if not torch.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+        return False, float(norm)
+    engine.step()
+    return True, float(norm)
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every generator for one step on one rank.
 

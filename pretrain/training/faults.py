@@ -52,8 +52,7 @@ class FaultRules:
         if action != "rollback":
             self.telemetry.say(f"Step {state.step}: loss {loss:.3f} is a spike; its update is left out.")
             return False
-        if self.store.writing:
-            self.finish_checkpoint(state)
+        self.finish_checkpoint(state)
         selected = self.store.newest()
         if selected is None:
             self.telemetry.say(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,11 @@ import torch.distributed as dist
 from mor_model.flops import flops_per_sequence
 from pretrain.checkpoints.store import CheckpointStore, TrainState
 from pretrain.ranks.signals import Asked, Request
-from pretrain.recipe.plan import is_due
 from pretrain.records.profiling import StepProfiler
 from pretrain.records.stopwatch import Stopwatch, memory_bytes, peak_memory_bytes
 from pretrain.records.telemetry import Telemetry
 from pretrain.training.batches import BatchReader, StepBatch
-from pretrain.training.engine import peak_flops, seed_step
+from pretrain.training.engine import peak_flops, seed_step, update
 from pretrain.training.evaluate_in_training import EvaluationHooks
 from pretrain.training.faults import FaultRules
 from pretrain.training.optimizer import Scheduler
@@ -64,7 +65,7 @@ class Interval:
 
     Attributes:
         flops: what the model needs; hardware_flops: also what activation checkpointing computes again.
-        paused: seconds of evaluation and checkpoints that were left out.
+        left_out: seconds of evaluation and checkpoints.
     """
 
     since: float
@@ -72,12 +73,17 @@ class Interval:
     tokens: int = 0
     flops: float = 0.0
     hardware_flops: float = 0.0
-    paused: float = 0.0
+    left_out: float = 0.0
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that no step took."""
+    @contextmanager
+    def paused(self, stopwatch: Stopwatch) -> Iterator[None]:
+        """Leave out the time in which no step is taken."""
+        began = time.perf_counter()
+        with stopwatch.paused():
+            yield
+        seconds = time.perf_counter() - began
         self.since += seconds
-        self.paused += seconds
+        self.left_out += seconds
 
     def add(self, tokens: int, flops: float, hardware_flops: float) -> None:
         """Count one step."""
@@ -94,7 +100,6 @@ class Trainer:
     Attributes:
         engine: DeepSpeed's; scheduler: of its optimiser's learning rates.
         grad_norm: of the last step, before clipping.
-        failed: step of the first checkpoint that could not be written since the last one that was.
     """
 
     run: Prepared
@@ -108,7 +113,6 @@ class Trainer:
     stopwatch: Stopwatch
     profiler: StepProfiler | None
     grad_norm: float = 0.0
-    failed: int | None = None
 
     def __post_init__(self) -> None:
         self.recipe, self.plan, self.network = self.run.recipe, self.run.plan, self.run.network
@@ -145,7 +149,8 @@ class Trainer:
                 batch = self.reader.read(state.position, plan.batch.at(step), state.skipped, following)
             sums, spike = self._forward_backward(state, batch)
             with self.stopwatch.part("optimizer"):
-                applied = self._update(step)
+                self.scheduler.set(step)
+                applied, self.grad_norm = update(self.engine)
             report = self._add_up(sums, recorded=self._is_recorded(step + 1))
             self._update_balance(report, batch)
 
@@ -164,17 +169,13 @@ class Trainer:
             if self._is_recorded(state.step):
                 self._log(state, report, interval)
                 interval = Interval(time.perf_counter())
-            began = time.perf_counter()
-            with self.stopwatch.paused():
+            with interval.paused(self.stopwatch):
                 asked = self.evaluation.run(state, report.asked)
-            interval.pause(time.perf_counter() - began)
-            if self.store.writing and report.written:
+            if report.written:
                 self._finish_checkpoint(state)
-            if self._checkpoint_due(state) or report.overdue or asked.request:
-                began = time.perf_counter()
-                with self.stopwatch.paused():
+            if self.store.due(state) or report.overdue or asked.request:
+                with interval.paused(self.stopwatch):
                     self._checkpoint(state, wait=asked.request.stops or state.step == plan.steps)
-                interval.pause(time.perf_counter() - began)
                 self.stop.acknowledge()
             if asked.request.stops and (state.step < plan.steps or state.unfinished):
                 return self._stop(state, asked)
@@ -242,28 +243,6 @@ class Trainer:
         with self.stopwatch.part("communication"):
             dist.all_reduce(labels)
         return labels / (len(batch.micro_batches) * self.ranks.world_size)
-
-    def _update(self, step: int) -> bool:
-        """Update the weights; False when a non-finite gradient made every rank leave the update out."""
-        self.scheduler.set(step)
-        if not self.engine.zero_optimization():
-            for parameter in self.engine.module.parameters():
-                # What took no part (while depth warms up) has a gradient of zero under the other stages.
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            # Stage 0 has no check of its own. Gradients are already summed, so every rank sees the same ones.
-            gradients = [p.grad for p in self.engine.module.parameters()]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.grad_norm = float(norm)
-            if not torch.isfinite(norm):
-                for parameter in self.engine.module.parameters():
-                    parameter.grad = None
-                return False
-            self.engine.step()
-            return True
-        self.engine.step()
-        self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return not self.engine.optimizer.overflow
 
     def _update_balance(self, report: StepReport, batch: StepBatch) -> None:
         """Move the biases of loss-free balancing, where the router has them, by how many tokens went where."""
@@ -340,7 +319,7 @@ class Trainer:
                 "flops_per_second": interval.flops / seconds,
                 "hardware_flops_per_second": interval.hardware_flops / seconds,
                 "step_seconds": seconds / steps,
-                "pause_seconds": interval.paused,
+                "pause_seconds": interval.left_out,
                 "parts": {name: part / steps for name, part in self.stopwatch.take().items()},
                 "memory_bytes_per_rank": report.memory,
                 "memory_peak_bytes": max(report.peaks),
@@ -359,41 +338,25 @@ class Trainer:
     def _is_recorded(self, step: int) -> bool:
         return step % self.recipe.logging.every == 0 or step in (1, self.plan.steps)
 
-    def _checkpoint_due(self, state: TrainState) -> bool:
-        step, settings = state.step, self.recipe.checkpoint
-        best = state.best_validation is not None and state.best_validation[1] == step
-        return (
-            is_due(step, self.plan.checkpoint_every, self.plan.steps)
-            or (settings.log_spaced and _is_power_of_two(step))
-            or (settings.keep_best and best)
-            or step in self.plan.trunk_checkpoints
-            # The next one may be days away: one that failed is tried again after 1, 2, 4, ... steps.
-            or (self.failed is not None and _is_power_of_two(step - self.failed))
-        )
-
     def _checkpoint(self, state: TrainState, wait: bool) -> None:
-        if self.store.writing:
-            self._finish_checkpoint(state)
+        self._finish_checkpoint(state)
         self.watchdog.beat(f"checkpoint after step {state.step}", allow=self.session.patience)
         self.store.begin(state)
         if wait or not self.recipe.checkpoint.asynchronous:
             self._finish_checkpoint(state)
 
     def _finish_checkpoint(self, state: TrainState) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        if not self.store.writing:
+            return
         self.watchdog.beat(f"checkpoint by step {state.step}", allow=self.session.patience)
-        problem = self.store.finish()
+        problem = self.store.finish(state.step)
         # A time limit must leave room for the slowest one so far, on a file system that may be slower then.
         self.stop.reserve = max(self.stop.reserve, 2 * self.store.seconds)
         self.telemetry.sync()
-        if problem is None:
-            self.failed = None
-            return
-        self.failed = state.step if self.failed is None else self.failed
-        self.telemetry.event("checkpoint_failed", state.step, problem=problem)
-        self.telemetry.say(
-            f"No checkpoint at step {state.step}: {problem}. Training goes on and tries again; older ones stay valid."
-        )
-
-
-def _is_power_of_two(number: int) -> bool:
-    return number > 0 and number & (number - 1) == 0
+        if problem is not None:
+            self.telemetry.event("checkpoint_failed", state.step, problem=problem)
+            self.telemetry.say(
+                f"No checkpoint at step {state.step}: {problem}. Training goes on and tries again; older ones stay "
+                "valid."
+            )

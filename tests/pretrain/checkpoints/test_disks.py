@@ -17,8 +17,8 @@ from data_prep.errors import DataError
 from pretrain.checkpoints.checkpoint_engine import CheckpointFiles
 from pretrain.checkpoints.checkpoint_manifest import TrainState
 from pretrain.checkpoints.store import CheckpointStore, find_damage
+from pretrain.recipe.plan import make_plan
 from pretrain.recipe.recipe import build_recipe
-from pretrain.recipe.sections import Checkpoint
 from pretrain.records.run_folder import RunFolder
 from pretrain.records.telemetry import Telemetry
 from tests.pretrain.collectives import Threads
@@ -167,16 +167,16 @@ def test_a_run_folder_that_cannot_be_made_again_costs_a_checkpoint(
 ) -> None:
     """It was removed while training, and its data set too."""
 
+    recipe = build_recipe(recipe_values(tmp_path, tmp_path))
+
     def restore() -> None:
         raise DataError("the tokenizer is missing")
 
     def rank(_: int) -> str | None:
         engine = SimpleNamespace(save_checkpoint=lambda *_, **__: None)
-        store = CheckpointStore(
-            tmp_path, engine, Checkpoint(), keep_every=0, pinned=frozenset(), describe=SHAPE, restore=restore
-        )
+        store = CheckpointStore(tmp_path, engine, recipe.checkpoint, make_plan(recipe), describe=SHAPE, restore=restore)
         store.begin(TrainState(step=4))
-        return store.finish()
+        return store.finish(4)
 
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     assert Threads(1, monkeypatch).each(rank) == [f"{tmp_path / 'step-00000004'}: the tokenizer is missing"]
