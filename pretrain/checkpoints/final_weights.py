@@ -17,7 +17,7 @@ from pretrain.ranks.agreement import on_first_rank
 def export_weights(engine: Any, config: ModelConfig, folder: Path, checkpoints: Path) -> None:
     """Write model.safetensors and model.json in fp32 (master weights where there are any). Collective.
 
-    One parameter is whole at a time, so memory beyond the largest one is needed on rank 0 alone. `checkpoints` is
+    Parameters are gathered one at a time; only rank 0 needs memory for all of them. `checkpoints` is
     looked into for what is left when the weights cannot be written.
 
     Raises:

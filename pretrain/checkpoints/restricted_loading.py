@@ -26,7 +26,7 @@ _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ON
 
 @contextmanager
 def restricted_loading(where: Path) -> Iterator[None]:
-    """Within it, torch reads every file as `load_restricted` does, whatever the caller asks for: DeepSpeed asks for the
+    """Within it, torch reads every file as `load_restricted` does, even where the caller (DeepSpeed) asks for the
     opposite. Processes that are forked within it are restricted too.
 
     Args:
@@ -63,7 +63,7 @@ def load_restricted(file: Path, map_location: Any = None, mmap: bool = False) ->
         return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     except (OSError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a file can make torch's reader stumble over
+    except Exception as error:  # a damaged file can raise any exception in torch's reader
         raise _refusal(file, error) from None
 
 
@@ -90,7 +90,7 @@ def _refusal(where: Path, error: Exception) -> RunError:
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named is not None:
         return RunError(
-            f"{where}: wants to run {plain(named[1])[:200]}, which no checkpoint needs: it was changed, or not written "
+            f"{where}: names {plain(named[1])[:200]}, which no checkpoint needs: it was changed, or not written "
             "by this project. Nothing of it was run. Remove that checkpoint, or restore it from a copy that you trust."
         )
     reason = plain((str(error).splitlines() or [""])[0])[:200]

@@ -177,7 +177,7 @@ class CheckpointStore:
         return self._open is not None
 
     def due(self, state: TrainState) -> bool:
-        """Whether the plan or the recipe wants a checkpoint of this state."""
+        """Whether a checkpoint of this state is to be written."""
         step = state.step
         return (
             is_due(step, self._plan.checkpoint_every, self._plan.steps)
@@ -223,7 +223,7 @@ class CheckpointStore:
 
     def finish(self, step: int) -> str | None:
         """Wait for every rank's files and give the checkpoint its name; returns what went wrong, if anything did.
-        Training stands at `step`.
+        `step`: the last finished one, for trying again later.
 
         A failure leaves the older checkpoints as they were, and training can go on.
         """
@@ -346,12 +346,14 @@ def list_checkpoints(folder: Path) -> list[tuple[int, str]]:
 
 
 def next_start(folder: Path) -> str:
-    """What another start of a run does, as the end of a sentence about it, by what lies in RUN/checkpoints."""
+    """What another start of the run in RUN/checkpoints does, as the end of a sentence."""
     try:
         steps = [step for step, _ in list_checkpoints(folder)]
     except OSError as error:
         return f"goes on from its last checkpoint, if {folder} can be read again ({error.strerror})"
-    return f"goes on from its checkpoint of step {max(steps)}" if steps else "begins anew, for it has no checkpoint"
+    return (
+        f"goes on from its checkpoint of step {max(steps)}" if steps else "starts over, because there is no checkpoint"
+    )
 
 
 def find_damage(checkpoint: Path) -> str | None:

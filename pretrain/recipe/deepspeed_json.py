@@ -38,7 +38,7 @@ STAGES = (
     "optimiser states and gradients are partitioned",
     "weights, gradients and optimiser states are partitioned",
 )
-"""What each ZeRO stage means, by its number."""
+"""What each ZeRO stage partitions, by its number."""
 
 
 def load_ds_config(name: str) -> dict[str, Any]:
@@ -236,11 +236,11 @@ def choose_settings(stage: int, config: ModelConfig) -> list[Setting]:
         return []
     layer = count_parameters(config).layers // config.schedule.num_stored
     bucket = min(_LARGEST, max(_SMALLEST, 2 * layer))
-    settings = [Setting("reduce_bucket_size", bucket, "gradients of two layers: sent while others are computed")]
+    settings = [Setting("reduce_bucket_size", bucket, "gradients of two layers, sent while others are computed")]
     if stage < 3:
-        return [*settings, Setting("allgather_bucket_size", bucket, "as many updated weights at a time")]
+        return [*settings, Setting("allgather_bucket_size", bucket, "updated weights gathered at a time")]
     ahead = min(_LARGEST, max(_SMALLEST, layer))
-    return [*settings, Setting("stage3_prefetch_bucket_size", ahead, "gathered ahead: a layer beyond the present one")]
+    return [*settings, Setting("stage3_prefetch_bucket_size", ahead, "one layer gathered ahead of its use")]
 
 
 def complete(zero: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def apply_override(
         exclusive: by section, keys of which it has one: choosing one takes the others away.
 
     Raises:
-        RecipeError: `text` is no `section.key=value`, its value is no YAML, or what it names lies in a single value.
+        RecipeError: `text` is not `section.key=value`, its value is not YAML, or its section is a single value.
     """
     where = f"override {shorten(text)}"
     name, equals, written = text.partition("=")

@@ -34,7 +34,7 @@ class Branch:
 
     @property
     def name(self) -> str:
-        """Names a folder and a recipe, which a plus sign may not stand in: 6e18."""
+        """Name of its folder and recipe: `6e18`, without a plus sign, which names may not contain."""
         return f"{self.amount:g}".replace("e+", "e")
 
 
@@ -104,7 +104,7 @@ class Plan:
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Whether what happens every so many steps (0: never), and at the end of a run of `steps`, happens after `step`."""
+    """Whether `step` is a multiple of `every` (0: never) or the last of `steps`."""
     return step == steps or (every > 0 and step % every == 0)
 
 
@@ -196,7 +196,7 @@ class _Converter:
 
 
 def _solve(recipe: Recipe, config: ModelConfig, per_sequence: float, amount: float) -> tuple[int, BatchSize, Recursion]:
-    """Steps nearest to `amount` of the budget's unit, with the warm-ups that go with so many steps."""
+    """Number of steps that comes nearest to `amount` of the budget's unit, and the warm-ups of a run of that length."""
     unit = recipe.budget.unit
     length = recipe.batch.sequence_length
     per_full_step = {
@@ -262,7 +262,7 @@ def _run_flops(
 
     total, first = 0.0, 0
     while first < warm:
-        # What a step costs moves in one direction, so that steps alike lie beside each other.
+        # The cost of a step only rises or only falls, so steps of equal cost are neighbours.
         sequences, active = here = work(first)
         end = bisect.bisect_left(range(warm), True, lo=first, key=lambda step: work(step) != here)
         total += (end - first) * sequences * flops_per_sequence(config, length, active=active).training

@@ -98,7 +98,7 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Recursion:
-    """What every update tells the network about its recursion steps, see `mor_model.curriculum`.
+    """Capacities and depth that the network uses at each update, see `mor_model.curriculum`.
 
     Attributes:
         capacities: planned share of the tokens at each recursion step, once nothing warms up any more.

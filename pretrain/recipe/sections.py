@@ -123,8 +123,8 @@ class Data(Section):
         path: data set folder written by `mor prep tokenize`; or `sources`: several, with weights. Exactly one of the
             two.
         anneal: the last part of the run over which weights move to `final_weight`; 0 switches it off.
-        phases: weights that change at given steps, instead; before the first one `weight` holds. Both are kept by
-            sample number, so samples that are left out bring a change forward by as many.
+        phases: weights that change at given steps, instead of `anneal`; before the first phase `weight` holds. Changes
+            are tied to sample numbers: every sample that is left out brings them forward by one sample.
         packing: `concat` cuts the stream of documents into sequences; `best-fit` reads those that
             `mor prep tokenize --packing best-fit` arranged, whose padding is neither predicted nor routed. Validation
             reads concatenated text either way, so that the two are compared on the same tokens.
@@ -288,10 +288,10 @@ class Checkpoint(Section):
 
     Attributes:
         every: distance between checkpoints; 0 writes the last one only.
-        every_minutes: one is also written when so many minutes have passed since the last one of any kind, by rank 0's
-            clock; None: by steps alone.
-        keep: the newest K stay. keep_every: those at multiples of it stay too, for ever. keep_best: also write and keep
-            the one with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8, ...
+        every_minutes: also write one after this many minutes, measured from the end of the last checkpoint of any kind
+            by rank 0's clock; None: only by steps.
+        keep: number of newest checkpoints that stay. keep_every: those at its multiples stay too. keep_best: also write
+            and keep the one with the lowest causal validation loss. log_spaced: also write and keep steps 1, 2, 4, 8...
         asynchronous: files are written by a thread while training goes on (costs one copy of the state in memory).
         universal: convert automatically when the world size has changed.
         weights_only: when the ZeRO stage has changed, go on with the weights and the position in the data, and with
@@ -315,7 +315,7 @@ class Suites(Section):
     Attributes:
         names: suites, as `mor eval --suite` takes them.
         every: distance between evaluations; 0 evaluates at the end only.
-        limit: at most so many documents or questions of each task; None takes all.
+        limit: largest number of documents or questions of each task; None takes all.
         text_bytes: UTF-8 bytes of held-out text that `perplexity` reads.
     """
 
@@ -331,8 +331,8 @@ class Evaluation(Section):
     Attributes:
         every: distance between evaluations; 0 evaluates at the end only.
         sequences: how many sequences of each source; the same ones every time.
-        max_share: an evaluation is left out when evaluating would take more than this share of the time since the
-            start, were it to cost what it did the last time; that at the end is never left out. None: no cap.
+        max_share: cap on the share of the time since the start that evaluation may take. An evaluation is skipped if,
+            at its last measured cost, it would exceed the cap; the last one never is. None: no cap.
     """
 
     every: Length = 0.1
@@ -361,8 +361,8 @@ class CapacityWarmup(Section):
 
 
 class DepthWarmup(Section):
-    """All tokens take 1 recursion step at the start and one more at even distances until `length`; then routers decide
-    (all R steps without a router).
+    """All tokens take 1 recursion step at the start, and one more after each R-th part of `length`. After `length` the
+    router decides; without a router all tokens take R steps.
     """
 
     length: Length
@@ -372,12 +372,11 @@ class Faults(Section):
     """What to do when training goes wrong.
 
     Attributes:
-        max_non_finite: so many steps in a row whose update was left out, for a non-finite loss or gradient or for a
-            spike, stop the run; so do as many ways back to one checkpoint.
-        spike: a step whose language-model loss exceeds the mean of the last `spike_window` steps by so many nats is a
-            spike; None: off.
-        on_spike: `skip` leaves the step's update out; `rollback` returns to the last checkpoint and leaves the samples
-            since then out.
+        max_non_finite: the run stops after this many steps in a row whose update was skipped (non-finite loss or
+            gradient, or a spike), or after this many rollbacks to one checkpoint.
+        spike: a step is a spike if its language-model loss exceeds the mean of the last `spike_window` steps by more
+            than this (nats); None: off.
+        on_spike: `skip` skips the update; `rollback` returns to the last checkpoint and skips the samples since then.
     """
 
     max_non_finite: Whole = Field(default=5, ge=1)
@@ -387,8 +386,11 @@ class Faults(Section):
 
 
 class Limits(Section):
-    """Attributes: wall_clock_hours: stop with a checkpoint after so long; stall_seconds: a rank silent for so long
-    ends the job.
+    """When a run ends early.
+
+    Attributes:
+        wall_clock_hours: stop with a checkpoint after this time.
+        stall_seconds: end the job when a rank has made no progress for this long.
     """
 
     wall_clock_hours: Number | None = Field(default=None, gt=0, le=_HOURS_OF_TEN_YEARS)

@@ -51,7 +51,7 @@ class StepBatch:
     """One optimiser step's data on one rank.
 
     Attributes:
-        samples: numbers of the whole global batch, alike on all ranks; next_position: where the following step starts.
+        samples: numbers of the global batch, the same on all ranks; next_position: where the following step starts.
         micro_batches: this rank's share.
         copied: happens once they are on the device; None on a CPU.
     """

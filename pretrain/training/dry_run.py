@@ -20,7 +20,7 @@ from pretrain.training.memory import format_bytes as size
 from pretrain.training.prepare import Prepared
 from pretrain.training.zero_stage import trains_on_cpu
 
-_USUAL_ON_GPU = 0.4  # what training reaches of a GPU's promised FLOPs
+_USUAL_ON_GPU = 0.4  # share of a GPU's peak FLOP/s that training reaches
 # Records that tell how fast a run is.
 _RECENT = 20
 
@@ -65,8 +65,8 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
 
 
 def _time(prepared: Prepared, ranks: Ranks) -> str:
-    """How long the rest of the run takes: at the speed that it has reached so far, else at a usual share of what the
-    device's vendor promises.
+    """How long the rest of the run takes: at the speed that it has reached so far, else at a usual share of the
+    device's peak.
     """
     folder, plan = prepared.folder, prepared.plan
     reached = (
@@ -96,7 +96,7 @@ def _suites(prepared: Prepared) -> list[str]:
 
 
 def _going_on(prepared: Prepared, ranks: Ranks) -> list[str]:
-    """What a start with so many ranks would go on from, or why it could not."""
+    """The checkpoint that a start with this number of ranks resumes from, or why it cannot resume."""
     lines = []
     for _, name in sorted(list_checkpoints(prepared.folder.checkpoints), reverse=True):
         checkpoint = prepared.folder.checkpoints / name

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: process group, network, optimiser, in the order that ZeRO wants.
+"""The DeepSpeed engine of a run: process group, network, optimiser, in the order that ZeRO requires.
 
 What is known about DeepSpeed's corners is kept here and in `pretrain.checkpoints.store`, so that the loop reads like
 training.
@@ -175,7 +175,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOPs per second that the device's vendor promises; None where that is not known (any CPU)."""
+    """The device's peak dense bf16 FLOP/s from its data sheet; None where it is not known (any CPU)."""
     if device.type != "cuda":
         return None
     words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))

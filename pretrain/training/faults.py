@@ -41,7 +41,7 @@ class FaultRules:
         usual = state.recent_losses
         if faults.spike is None or len(usual) < faults.spike_window:
             return None
-        # A loss that is not a number is no spike: it exceeds nothing, and has rules of its own.
+        # A non-finite loss is not a spike; `judge` handles it.
         return mean if mean - sum(usual) / len(usual) > faults.spike else None
 
     def handle_spike(self, state: TrainState, batch: StepBatch, loss: float) -> bool:

@@ -1,8 +1,8 @@
 """THE training loop.
 
-One step: read the batch that the position names, run its micro-batches, update, add up over the ranks what happened,
-write it down, and look whether it is time to validate, to write a checkpoint or to stop. Everything that a resumed run
-needs is in `TrainState` and DeepSpeed's own state; everything else is a function of the step number.
+One step: read the batch at the current position, run its micro-batches, update, reduce statistics over the ranks,
+record them, then evaluate, write a checkpoint or stop if it is time to. A resumed run needs `TrainState` and
+DeepSpeed's own state; everything else is a function of the step number.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class StepReport:
     Attributes:
         scalars, vectors: means over all micro-batches by name (`active_R`: share of tokens per recursion step).
         memory, peaks: bytes in use on every rank, and the most so far; 0 on steps that are not recorded.
-        written: every rank's checkpoint files are; overdue: the last checkpoint lies too many minutes back.
+        written: whether every rank has written its checkpoint files; overdue: whether `checkpoint.every_minutes` have
+            passed since the last checkpoint.
     """
 
     scalars: dict[str, float]
@@ -226,7 +227,7 @@ class Trainer:
             if index == count - 1 and self.recipe.faults.spike is not None:
                 spike = self.rules.find_spike(state, sums["lm_loss"])
                 if spike is not None:
-                    # The way every ZeRO stage leaves an update out on all ranks alike is a gradient that is not finite.
+                    # At every ZeRO stage all ranks skip an update together when a gradient is not finite.
                     loss = loss * math.nan
             with self.stopwatch.part("backward"):
                 # Scaled here, because the number of micro-batches changes during a batch-size warm-up.

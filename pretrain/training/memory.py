@@ -27,7 +27,7 @@ from pretrain.training.muon import is_hidden_matrix, iterated_in, orthogonal_upd
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16_autocast": 4}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
 _MASTER, _MOMENTS = 4, 8
-# Muon does without the one and needs the other.
+# Muon keeps no second moment, and copies the momentum that it orthogonalises.
 _SECOND_MOMENT, _WANTED = 4, 4
 # What Python modules that are loaded while the engine is built take; they count on a CPU, whose memory they share.
 _LIBRARIES = 120 << 20
@@ -113,7 +113,7 @@ def estimate_memory(
         optimizer -= _SECOND_MOMENT * part
         update = orthogonal
         if stage:
-            # Its group is updated by itself, with another copy of what it wants to go.
+            # Muon's parameter group is updated separately, with a copy of its momentum.
             update = max((upcast + _WANTED) * part + orthogonal, upcast * (share - part))
     if stage == 3 and world_size > 1:
         in_passes += width * min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))

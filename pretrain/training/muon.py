@@ -1,10 +1,10 @@
-"""Muon for the matrices inside the layers, AdamW for the rest, alike at every ZeRO stage.
+"""Muon for the matrices inside the layers, AdamW for the rest, with the same result at every ZeRO stage.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the update of a weight matrix by the
-nearest orthogonal one. That wants whole matrices, and ZeRO hands an optimiser flat pieces of them. Gradients arrive
-here summed over the ranks, unscaled and clipped, and momentum is elementwise; so only the last moment differs from one
-plain process: a matrix is put together out of every rank's piece, orthogonalised, and each rank keeps its piece of
-the result. DeepSpeed's own Muon orthogonalises before it clips, which no plain process does.
+nearest orthogonal one. That requires whole matrices, but ZeRO gives an optimiser flat pieces of them. Gradients arrive
+summed over the ranks, unscaled and clipped, and momentum is elementwise, so only the last step differs from a single
+process: the pieces of a matrix are gathered from all ranks, the matrix is orthogonalised, and each rank keeps its piece
+of the result. DeepSpeed's own Muon orthogonalises before clipping, which a single process does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe becomes a run: everything is resolved here, once, and whatever a person can mend is checked.
+"""A recipe becomes a run: everything is resolved and checked here, once.
 
 Nothing after this builds network, plan, ZeRO stage, DeepSpeed JSON or data again; the dry run, the loop and the
 branches read the values of `Prepared`.
@@ -72,7 +72,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, ranks: Ranks) -> Prepared:
-    """Resolve and check a recipe for so many ranks.
+    """Resolve and check a recipe for these ranks.
 
     Raises:
         RecipeError, DataError, RunError: one sentence on what to change.

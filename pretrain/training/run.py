@@ -74,8 +74,7 @@ def _agree_on_stage(prepared: Prepared) -> Prepared:
 
 def _train_parts(trunk: Prepared, session: Session) -> int:
     """Train the trunk and then its branches, unless they are finished; returns the exit code."""
-    # Checked again, now that nobody else changes the folder: the job before may have gone where this one wants to, and
-    # must not be taken back.
+    # Checked again under the lock: an earlier job may have extended the run meanwhile, and that must not be undone.
     extension = on_first_rank(lambda: check_folder(trunk.recipe, trunk.plan, trunk.data))
     trunk = replace(trunk, extension=extension)
     code = _train_part(trunk, session)

@@ -1,8 +1,8 @@
 """`deepspeed.config: auto`: the lowest ZeRO stage at which a rank fits into its device.
 
-A lower stage moves less between ranks. The choice is made once: it stands in the run's recipe.yaml, and whoever goes on
-with the run takes it from there, as a checkpoint belongs to its stage; other hardware is only compared with the
-estimate.
+A lower stage moves less between ranks. The choice is made once and written to the run's recipe.yaml, from which later
+starts take it, because a checkpoint belongs to its stage. On other hardware a later start only compares the memory with
+the estimate and warns.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
 @pytest.mark.parametrize(
     ("full", "follows"),
     [
-        ("step-", "begins anew, for it has no checkpoint"),
+        ("step-", "starts over, because there is no checkpoint"),
         pytest.param("step-0000001", "goes on from its checkpoint of step 9", marks=pytest.mark.slow),
     ],
 )
@@ -66,7 +66,7 @@ def test_what_is_left_on_a_disk_that_stays_full_is_said(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many bytes; wants root."""
+    """Mounts a file system of a given size in bytes; requires root."""
     place = tmp_path / "disk"
     place.mkdir()
 

@@ -38,7 +38,7 @@ def test_what_the_file_says_stays(key: str) -> None:
     chosen = complete({"stage": 3}, config)
     assert (
         explain(chosen, config)[0]
-        == "reduce_bucket_size 19,660,800: gradients of two layers: sent while others are computed"
+        == "reduce_bucket_size 19,660,800: gradients of two layers, sent while others are computed"
     )
 
 
