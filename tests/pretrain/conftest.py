@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.support import Nursery, Workers, make_dataset
+from tests.pretrain.support import EVERY_FOUR, Nursery, Workers, make_dataset, recipe_values
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +53,10 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     forks = Nursery(tmp_path_factory.mktemp("nursery"))
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, two_ranks: Workers) -> Path:
+    """The tiny recipe trained by two ranks without trouble, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return two_ranks.train(folder, recipe_values(tiny_data, folder / "whole", checkpoint=EVERY_FOUR))

@@ -23,6 +23,7 @@ from tests.ports import free_port
 ALONE = Ranks(0, 1, 0, 1, 0, "127.0.0.1", 29500, "python")
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 64
+EVERY_FOUR = {"every": 4, "keep": 9}
 LENGTH = 32
 
 

@@ -24,6 +24,7 @@ from pretrain.records.telemetry import Telemetry
 from tests.pretrain.collectives import Threads
 from tests.pretrain.payloads import SHAPE
 from tests.pretrain.support import (
+    EVERY_FOUR,
     Nursery,
     Workers,
     losses,
@@ -35,16 +36,15 @@ from tests.pretrain.support import (
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
-    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
+    tmp_path: Path, tiny_data: Path, undisturbed: Path, nursery: Nursery
 ) -> None:
-    values = recipe_values(tiny_data, tmp_path / "run", checkpoint={"every": 4, "keep": 9})
+    values = recipe_values(tiny_data, tmp_path / "run", checkpoint=EVERY_FOUR)
     fault = {"rank": 0, "full_step": "step-00000008"}
     codes, printed = run_faulty(nursery, fault, write_recipe(tmp_path / "r.yaml", values))
     assert codes == [0, 0] and "the disk is full" in printed, printed
     names = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["latest", "step-00000004", "step-00000009", "step-00000012"], "tried again a step later"
-    whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
-    assert losses(tmp_path / "run") == losses(whole)
+    assert losses(tmp_path / "run") == losses(undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_asynchronous_writing_keeps_the_values_of_its_moment(tmp_path: Path) -> 
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
-    tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery
+    tmp_path: Path, tiny_data: Path, undisturbed: Path, nursery: Nursery
 ) -> None:
     """A disk that takes the checkpoint of step 4 only after step 6 is recorded: whoever waited for it would wait for
     ever.
@@ -208,5 +208,4 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(entry.name for entry in checkpoints.glob("step-*")) == [f"step-{n:08d}" for n in (4, 8, 12)]
     assert all(find_damage(folder) is None for folder in checkpoints.glob("step-*"))
-    whole = two_ranks.train(tmp_path, {**values, "run_dir": str(tmp_path / "whole")})
-    assert losses(tmp_path / "run") == losses(whole)
+    assert losses(tmp_path / "run") == losses(undisturbed)

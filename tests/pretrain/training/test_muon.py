@@ -13,7 +13,7 @@ from pretrain.errors import RecipeError
 from pretrain.recipe.deepspeed_json import resolve_ds_config
 from pretrain.recipe.recipe import build_recipe
 from pretrain.training.muon import Muon, orthogonalize
-from tests.pretrain.checkpoints.test_resume import assert_same_run, stop_after
+from tests.pretrain.checkpoints.test_resume import assert_same_run, cut_back
 from tests.pretrain.reference import plain_losses, plain_muon
 from tests.pretrain.support import Workers, losses, recipe_values, tiny_model
 from tests.pretrain.training.test_training import compare
@@ -87,7 +87,7 @@ def test_resuming_gives_the_undisturbed_run(tmp_path: Path, tiny_data: Path, two
         stage, tiny_data, tmp_path / "whole", checkpoint={"every": 5, "keep": 9}, model=tiny_model("recursive")
     )
     whole = two_ranks.train(tmp_path, values)
-    file = stop_after(two_ranks, {**values, "run_dir": str(tmp_path / "again")}, tmp_path, 5)
+    file = cut_back(whole, {**values, "run_dir": str(tmp_path / "again")}, tmp_path, 5)
     code, printed = two_ranks.run("--config", str(file))
     assert code == 0 and "resuming at step 5" in printed, printed
     assert_same_run(tmp_path / "again", whole)

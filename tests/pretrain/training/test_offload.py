@@ -17,7 +17,7 @@ from pretrain.errors import RecipeError
 from pretrain.recipe.recipe import build_recipe
 from pretrain.training.prepare import prepare
 from tests.conftest import skip_or_fail
-from tests.pretrain.checkpoints.test_resume import assert_same_run, stop_after
+from tests.pretrain.checkpoints.test_resume import assert_same_run, cut_back
 from tests.pretrain.reference import plain_losses
 from tests.pretrain.support import ALONE, Nursery, Workers, losses, recipe_values, train, write_recipe
 from tests.pretrain.training.test_training import compare
@@ -42,7 +42,7 @@ def test_offloaded_training_is_that_of_one_plain_process(
     values = recipe_values(tiny_data, tmp_path / "run", deepspeed={"config": name}, checkpoint={"every": 5, "keep": 9})
     whole = two_ranks.train(tmp_path, values)
     compare(whole, values)
-    file = stop_after(two_ranks, {**values, "run_dir": str(tmp_path / "again")}, tmp_path, 5)
+    file = cut_back(whole, {**values, "run_dir": str(tmp_path / "again")}, tmp_path, 5)
     code, printed = two_ranks.run("--config", str(file))
     assert code == 0 and "resuming at step 5" in printed, printed
     assert_same_run(tmp_path / "again", whole)

@@ -13,7 +13,7 @@ from data_prep.reading.packed import PackedDataset
 from data_prep.tokenizing.packing import write_packing
 from pretrain.training.batches import make_micro_batch
 from tests.data_prep.support import EOD
-from tests.pretrain.checkpoints.test_resume import assert_same_run, stop_after
+from tests.pretrain.checkpoints.test_resume import assert_same_run, cut_back
 from tests.pretrain.support import LENGTH, Workers, losses, make_dataset, metrics, recipe_values, tiny_model
 from tests.pretrain.training.test_training import compare
 
@@ -59,7 +59,7 @@ def test_two_ranks_train_like_one_plain_process(tmp_path: Path, packed_data: Pat
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, packed_data: Path, two_ranks: Workers) -> None:
     values = packed_values(packed_data, tmp_path / "whole", checkpoint={"every": 4, "keep": 9}, budget={"steps": 12})
     whole = two_ranks.train(tmp_path, values)
-    file = stop_after(two_ranks, {**values, "run_dir": str(tmp_path / "again")}, tmp_path, 8)
+    file = cut_back(whole, {**values, "run_dir": str(tmp_path / "again")}, tmp_path, 8)
     code, printed = two_ranks.run("--config", str(file))
     assert code == 0 and "resuming at step 8" in printed
     assert_same_run(tmp_path / "again", whole)
