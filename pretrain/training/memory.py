@@ -174,8 +174,9 @@ def format_bytes(size: int) -> str:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators make inside the context: how many are alive now, and were at most, also if
-    gradients that were dropped had stayed.
+    """Bytes of the storages that operators make inside the context: alive now, and at the peak, also if gradients that
+    were dropped had stayed. torch's MemTracker finds the same peak, which the tests compare, but takes eight times as
+    long: 27 s for a model of 135M parameters instead of 3 s, before every start with `deepspeed.config: auto`.
     """
 
     def __init__(self, apart: set[int]) -> None:
