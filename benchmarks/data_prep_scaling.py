@@ -1,6 +1,6 @@
 """How `tokenize` scales on one machine: worker processes, MPI ranks and array tasks with their merge, same bytes each.
 
-    python benchmarks/data_prep_scaling.py --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json
+    python -m benchmarks.data_prep_scaling --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json
 
 Every way is pinned to as many processors as it has workers and measured from the first process's start to the last
 one's end; the best of `--rounds` counts, ways taking turns. The serial share is what Amdahl's law makes of the times
@@ -23,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep_tokenize import shown_command, take_documents
-
+from benchmarks.data_prep_tokenize import shown_command, take_documents
+from benchmarks.recording import commit
 from data_prep.files import write_json, write_text
 from data_prep.reading.manifest import read_manifest
 
@@ -87,7 +87,7 @@ def main() -> None:
     checksums = set()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        size, _ = take_documents(arguments.source, int(arguments.megabytes * 1e6), folder)
+        size, _ = take_documents([arguments.source], int(arguments.megabytes * 1e6), folder)
         for _ in range(arguments.rounds):
             for count in arguments.counts:
                 out = folder / "out"
@@ -110,9 +110,6 @@ def main() -> None:
         if count > 1:
             row["serial_share"] = round((count * seconds / once - 1) / (count - 1), 2)
         rows.append(row)
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
     result = {
         "text_mb": round(size / 1e6, 1),
         "tokenizer": arguments.tokenizer.parent.name,
@@ -122,7 +119,7 @@ def main() -> None:
         "processors": len(processors),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("tokenizers", "fastokens", "mpi4py", "numpy")},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": shown_command(),
     }
     write_json(arguments.out / "data_prep_scaling.json", result)
@@ -149,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['processors']} processors, load {result['load_at_start']} at the start; Python {result['python']}; "
-        f"{versions}; commit {result['commit'][:12]}.",
+        f"{versions}; commit {result['commit']}.",
         f"Command: `{result['command']}`",
     ]
     return "\n".join(lines) + "\n"

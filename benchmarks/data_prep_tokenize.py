@@ -1,6 +1,6 @@
 """Text to shards from end to end, against other tools in the same run: same documents, same tokenizer, same processors.
 
-    python benchmarks/data_prep_tokenize.py --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json \
+    python -m benchmarks.data_prep_tokenize --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json \
         --megatron ../Megatron-LM --python-path ../site-with-datatrove
 
 Every contender is a process of its own, pinned to as many processors as it has workers, start-up included; the best of
@@ -42,6 +42,7 @@ import orjson
 import psutil
 import zstandard
 
+from benchmarks.recording import commit, processor
 from data_prep.files import write_json, write_text
 from data_prep.reading.manifest import read_manifest
 
@@ -72,7 +73,7 @@ if __name__ == "__main__":
 ENGINE = """
 import sys, time, orjson
 from data_prep.tokenizing.encoder import Engine, choose_engine
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 texts = [orjson.loads(line)["text"] for line in open(sys.argv[1], "rb")]
 tokenizer = load_tokenizer(sys.argv[2])
 engine = Engine(tokenizer) if sys.argv[3] == "reference" else choose_engine(tokenizer, [])[0]
@@ -191,7 +192,7 @@ def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dic
 
 def shown_command() -> str:
     """The command line, with no more of absolute paths than their last two names."""
-    shown = ("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in sys.argv)
+    shown = ("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in sys.orig_argv[1:])
     return shlex.join(["python", *shown])
 
 
@@ -304,11 +305,8 @@ def _peers(arguments: argparse.Namespace) -> dict[str, bool]:
 
 
 def _machine(load: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")), "")
-    commits = {"here": Path(__file__).parents[1], "megatron": arguments.megatron}
     return {
-        "processor": model or platform.machine(),
+        "processor": processor(),
         "processors": len(os.sched_getaffinity(0)),
         "load_at_start": round(load, 1),
         "python": platform.python_version(),
@@ -317,13 +315,7 @@ def _machine(load: float, arguments: argparse.Namespace) -> dict[str, Any]:
             for package in ("tokenizers", "fastokens", "datasets", "datatrove", "orjson", "zstandard", "numpy")
             if importlib.util.find_spec(package)
         },
-        "commits": {
-            name: subprocess.run(
-                ["git", "-C", str(path), "rev-parse", "HEAD"], capture_output=True, text=True
-            ).stdout.strip()
-            for name, path in commits.items()
-            if path
-        },
+        "commits": {"here": commit()} | ({"megatron": commit(arguments.megatron)} if arguments.megatron else {}),
     }
 
 
@@ -352,7 +344,7 @@ def _markdown(name: str, result: dict[str, Any]) -> str:
             f"| {row['peak_mb']} |"
         )
     versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
-    commits = ", ".join(f"{which} {commit[:12]}" for which, commit in machine["commits"].items())
+    commits = ", ".join(f"{which} {found}" for which, found in machine["commits"].items())
     lines += [
         "",
         f"{machine['processor']}, {machine['processors']} processors, load {machine['load_at_start']} at the start "

@@ -1,6 +1,6 @@
 """How fast one reader delivers training sequences, held against what a 360m model can consume on an H200.
 
-    python benchmarks/reader_throughput.py --out benchmarks/results
+    python -m benchmarks.reader_throughput --out benchmarks/results
 
 Assumption: the model trains at 100 % of the H200's dense bf16 peak (989e12 FLOP/s), which no run reaches, so that real
 consumption is lower; its FLOPs per token are `mor_model.flops`'s for the vanilla 360m preset at 2048 tokens. The target
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.recording import commit, processor
 from data_prep.files import write_json, write_text
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
@@ -176,19 +178,14 @@ def measure_trillion(folder: Path) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": version("numpy"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "load_average": os.getloadavg()[0],
     }
 
@@ -216,7 +213,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         f"{result['machine']['cpu']}, {result['machine']['cores']} cores, {result['machine']['memory_gb']} GB, "
         f"Python {result['machine']['python']}, numpy {result['machine']['numpy']}, commit "
-        f"{result['machine']['commit'][:12]}, load average {result['machine']['load_average']:.1f} at the start.",
+        f"{result['machine']['commit']}, load average {result['machine']['load_average']:.1f} at the start.",
         "",
         f"    {result['command']}",
         "",
@@ -230,7 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {
         "machine": machine(),
-        "command": "python benchmarks/reader_throughput.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
     per_token = 3 * flops_per_token(preset("360m"), LENGTH).forward
     consumed = PEAK / per_token

@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 # Freed memory stays in the heap: otherwise the larger of two models timed in turns pays for its pages every time.
 STEADY_HEAP = {
@@ -33,24 +31,36 @@ def restart_with_steady_heap(**variables: str) -> None:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 
 
+def processor() -> str:
+    """The model of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def commit(checkout: Path = RESULTS.parents[1]) -> str:
+    """The commit that is checked out, and whether its files were changed since; recorded results do not count."""
+    git = ["git", "-C", str(checkout)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    changed = subprocess.run(status, capture_output=True, text=True)
+    return head.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")
+
+
 def machine(device: str) -> dict[str, Any]:
     """Where and with what a figure was measured."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = named[0].split(":", 1)[1].strip() if named else model
-    described: dict[str, Any] = {"cpu": model, "threads": torch.get_num_threads()}
+    import torch
+
+    described: dict[str, Any] = {"cpu": processor(), "threads": torch.get_num_threads()}
     if device == "cuda":
         described["gpu"] = torch.cuda.get_device_name()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "mor_model"], cwd=RESULTS.parents[1], capture_output=True)
     return {
         **described,
         "python": platform.python_version(),
         "torch": version("torch"),
         "load": round(os.getloadavg()[0], 1),
-        "commit": git.stdout.strip() + (" with local changes" if changed.stdout.strip() else ""),
+        "commit": commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
