@@ -1,21 +1,21 @@
-"""Text to shards from end to end, against other tools in the same run: same documents, same tokenizer, same processors.
+"""Text to shards from end to end, compared with other tools in the same run: same documents, tokenizer and processors.
 
     python -m benchmarks.data_prep_tokenize --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json \
         --megatron ../Megatron-LM --python-path ../site-with-datatrove
 
-Every contender is a process of its own, pinned to as many processors as it has workers, start-up included; the best of
-`--rounds` counts (`--peer-rounds` for the peers, who take minutes), contenders taking turns. Processor seconds are
-those of the process and its children: they bear other work on the machine better than the clock does. Memory is the
-largest resident set among its processes. Peers:
+Every contender is a process of its own, pinned to as many processors as it has workers; start-up is included.
+Contenders take turns, and the best of `--rounds` counts (`--peer-rounds` for the peers, which take minutes).
+Processor seconds are those of the process and its children; other work on the machine affects them less than wall
+time. Memory is the largest resident set among the processes. Peers:
 
-- Megatron-LM's `tools/preprocess_data.py` (a checkout given by `--megatron`; reads plain JSON lines, so it is spared
-  the decompression); its `.bin` must be byte for byte the one written here;
-- `datasets.map` over the tokenizers library in batches, with the arrow file it writes;
-- datatrove's `DocumentTokenizer`, reading one file per worker;
-- the engines alone, on texts already in memory: the reference library's `encode_batch_fast`, and the encoder used here;
-  the work here without start-up is to be held against the latter.
+- Megatron-LM's `tools/preprocess_data.py` (in the checkout `--megatron`). It reads plain JSON lines and so needs no
+  decompression. Its `.bin` must equal the one written here byte for byte.
+- `datasets.map` over the tokenizers library in batches, including the arrow file it writes.
+- datatrove's `DocumentTokenizer`, one file per worker.
+- The engines alone, on texts in memory: the reference library's `encode_batch_fast`, and the encoder used here. Compare
+  the latter with `here, without start-up`.
 
-Peers that are not there are left out and named.
+Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
@@ -102,7 +102,11 @@ print(time.perf_counter() - began, time.process_time() - spent)
 
 
 def take_documents(sources: list[Path], limit: int, folder: Path) -> tuple[int, int]:
-    """The first documents of `sources`, `limit` bytes of text: plain, compressed, and as two compressed files."""
+    """Write the first `limit` bytes of text of `sources`: plain, compressed, and as two compressed files.
+
+    Returns:
+        bytes of text, number of documents.
+    """
     size = documents = 0
     plain, parts = folder / "corpus.jsonl", [[], []]
     (folder / "parts").mkdir()
@@ -127,10 +131,10 @@ def take_documents(sources: list[Path], limit: int, folder: Path) -> tuple[int, 
 
 
 def measure(command: list[str], processors: set[int], environment: dict[str, str]) -> dict[str, Any]:
-    """Wall seconds, processor seconds and the largest resident set of `command`, pinned to `processors`.
+    """Wall seconds, processor seconds and largest resident set of `command`, pinned to `processors`.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: the command failed; contains the end of its output.
     """
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
@@ -161,7 +165,7 @@ def measure(command: list[str], processors: set[int], environment: dict[str, str
 
 
 def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dict[str, list[str]]:
-    """Command lines by name; {out} stands for an empty folder."""
+    """The command of each contender; `{out}` is replaced by an empty folder."""
     python, tokenizer = sys.executable, str(arguments.tokenizer)
     found = {
         "here": [
@@ -191,7 +195,7 @@ def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dic
 
 
 def shown_command() -> str:
-    """The command line, with no more of absolute paths than their last two names."""
+    """The command line; absolute paths are cut to their last two names."""
     shown = ("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in sys.orig_argv[1:])
     return shlex.join(["python", *shown])
 
@@ -212,9 +216,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-rounds", type=int, default=2)
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM")
-    parser.add_argument("--python-path", default="", help="where datatrove and what Megatron needs are installed")
+    parser.add_argument("--python-path", default="", help="folder with datatrove and Megatron's dependencies")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--name", default="", help="of the result; data_prep_tokenize-TOKENIZER unless given")
+    parser.add_argument("--name", default="", help="name of the result (default: data_prep_tokenize-TOKENIZER)")
     arguments = parser.parse_args()
     for path in arguments.python_path.split(os.pathsep):
         sys.path.append(path)
