@@ -13,12 +13,15 @@ TEST_WORKERS ?= 2
 .PHONY: help quickstart test test-slow test-gpu lint types check install install-dev clean
 
 help:
-	@echo "make quickstart            text -> shards -> three models at one FLOPs budget -> report (a laptop, about 10 minutes)"
-	@echo "     CORPUS=... TOKENIZER=...   your text (path, glob or hub:NAME) and tokenizer (.model or tokenizer.json)"
-	@echo "make test                  install and run the tests       make test-slow   the long ones"
-	@echo "make test-gpu              tests that need a CUDA device"
-	@echo "make lint types            ruff and mypy                   make check       lint, types and tests"
-	@echo "make install               the environment in $(VENV)          make clean       remove it (runs/ stays)"
+	@echo "make quickstart     text -> shards -> three models at one FLOPs budget -> report (about 10 minutes on a laptop)"
+	@echo "                    CORPUS=... your text (path, glob or hub:NAME); TOKENIZER=... yours (.model or tokenizer.json)"
+	@echo "make test           the quick tests; PYTEST_ARGS='tests/mor_model -k causal' selects, TEST_WORKERS=8 uses more processes"
+	@echo "make test-slow      the slow tests and random examples (hours)"
+	@echo "make test-gpu       the tests that require a CUDA device"
+	@echo "make lint types     ruff and mypy"
+	@echo "make check          lint, types and the quick tests: run it before a commit"
+	@echo "make install        create the environment $(VENV); make install-dev adds the test tools"
+	@echo "make clean          remove the environment (runs/ stays)"
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

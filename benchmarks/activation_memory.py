@@ -1,8 +1,8 @@
-"""What each checkpointing policy keeps in memory, and what it costs in time.
+"""Memory and time of each activation checkpointing policy.
 
-`kept` is what the forward pass leaves alive for the backward pass, `peak` the most that is alive at any moment of the
-step, both without parameters and with the gradients. On a GPU the allocator's counters say it; on a CPU every storage
-is followed from its making to its end, which is exact but slow, so the time comes from separate steps.
+`kept` is what is alive between the forward and the backward pass, `peak` the maximum during the step. Both exclude
+parameters and include gradients. On a GPU they come from the allocator's counters. On a CPU every storage is tracked,
+which is exact but slow, so the time is measured on separate steps.
 
     python -m benchmarks.activation_memory                         # a CPU
     python -m benchmarks.activation_memory --device cuda --preset 360m --batch 16 --length 2048

@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint: written at once, and by a thread while training goes on.
+"""How long training waits for a checkpoint, written synchronously or by a thread.
 
-`stall` is the time between two steps that a checkpoint took; `slower steps` is what the steps of the half interval
-after it took longer than those of the other half of the same run, while a thread wrote; `cost` is both together, per
-checkpoint. Medians over the checkpoints.
+`stall` is the time a checkpoint adds between two steps. `slower steps` is how much longer the steps in the first half
+of the interval after it take than those in the second half, while the thread writes. `cost` is their sum per
+checkpoint. All are medians over the checkpoints.
 
     python -m benchmarks.checkpoint_stall --ranks 2
 """

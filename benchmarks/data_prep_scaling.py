@@ -1,11 +1,12 @@
-"""How `tokenize` scales on one machine: worker processes, MPI ranks and array tasks with their merge, same bytes each.
+"""How `tokenize` scales on one machine: worker processes, MPI ranks, and array tasks with their merge.
 
-    python benchmarks/data_prep_scaling.py --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json
+    python -m benchmarks.data_prep_scaling --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json
 
-Every way is pinned to as many processors as it has workers and measured from the first process's start to the last
-one's end; the best of `--rounds` counts, ways taking turns. The serial share is what Amdahl's law makes of the times
-with one and two workers: s in T2 = T1 (s + (1 - s) / 2). It holds imports, loading the tokenizer and checking its
-encoder, which take the same time for any corpus, and the merge; so it falls with the size of the corpus.
+Every way must write the same bytes. It is pinned to as many processors as it has workers and is measured from the
+start of the first process to the end of the last one. The ways take turns, and the best of `--rounds` counts. The
+serial share s follows Amdahl's law, T2 = T1 (s + (1 - s) / 2), from the times with one and two workers. It covers
+imports, loading the tokenizer and checking its encoder, which take the same time for any corpus, and the merge. It
+therefore falls as the corpus grows.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep_tokenize import shown_command, take_documents
-
+from benchmarks.data_prep_tokenize import shown_command, take_documents
+from benchmarks.recording import commit
 from data_prep.files import write_json, write_text
 from data_prep.reading.manifest import read_manifest
 
@@ -40,10 +41,10 @@ def start(command: list[str], processors: list[int]) -> subprocess.Popen:
 
 
 def run(stages: list[list[list[str]]], processors: list[int]) -> float:
-    """Seconds for stages of commands that run side by side.
+    """Seconds that the stages take; the commands of one stage run at the same time.
 
     Raises:
-        RuntimeError: one failed; with what it said.
+        RuntimeError: a command failed; contains the end of its output.
     """
     began = time.perf_counter()
     for stage in stages:
@@ -56,7 +57,7 @@ def run(stages: list[list[list[str]]], processors: list[int]) -> float:
 
 
 def ways(source: Path, tokenizer: Path, out: Path, count: int) -> dict[str, list[list[list[str]]]]:
-    """Stages of command lines by the name of the way, for `count` workers, ranks or tasks."""
+    """For each way of running `count` workers, ranks or tasks: its stages, each a list of commands."""
     python = [sys.executable, "-m", "data_prep"]
     tokenize = [*python, "tokenize", str(source), "--out", str(out), "--tokenizer", str(tokenizer)]
     tasks = [[*tokenize, "--workers=1", f"--task-index={index}", f"--task-count={count}"] for index in range(count)]
@@ -87,7 +88,7 @@ def main() -> None:
     checksums = set()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        size, _ = take_documents(arguments.source, int(arguments.megabytes * 1e6), folder)
+        size, _ = take_documents([arguments.source], int(arguments.megabytes * 1e6), folder)
         for _ in range(arguments.rounds):
             for count in arguments.counts:
                 out = folder / "out"
@@ -110,9 +111,6 @@ def main() -> None:
         if count > 1:
             row["serial_share"] = round((count * seconds / once - 1) / (count - 1), 2)
         rows.append(row)
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
     result = {
         "text_mb": round(size / 1e6, 1),
         "tokenizer": arguments.tokenizer.parent.name,
@@ -122,7 +120,7 @@ def main() -> None:
         "processors": len(processors),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("tokenizers", "fastokens", "mpi4py", "numpy")},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": shown_command(),
     }
     write_json(arguments.out / "data_prep_scaling.json", result)
@@ -149,7 +147,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['processors']} processors, load {result['load_at_start']} at the start; Python {result['python']}; "
-        f"{versions}; commit {result['commit'][:12]}.",
+        f"{versions}; commit {result['commit']}.",
         f"Command: `{result['command']}`",
     ]
     return "\n".join(lines) + "\n"

@@ -1,21 +1,21 @@
-"""Text to shards from end to end, against other tools in the same run: same documents, same tokenizer, same processors.
+"""Text to shards from end to end, compared with other tools in the same run: same documents, tokenizer and processors.
 
-    python benchmarks/data_prep_tokenize.py --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json \
+    python -m benchmarks.data_prep_tokenize --source wikipedia.jsonl.zst --tokenizer smollm/tokenizer.json \
         --megatron ../Megatron-LM --python-path ../site-with-datatrove
 
-Every contender is a process of its own, pinned to as many processors as it has workers, start-up included; the best of
-`--rounds` counts (`--peer-rounds` for the peers, who take minutes), contenders taking turns. Processor seconds are
-those of the process and its children: they bear other work on the machine better than the clock does. Memory is the
-largest resident set among its processes. Peers:
+Every contender is a process of its own, pinned to as many processors as it has workers; start-up is included.
+Contenders take turns, and the best of `--rounds` counts (`--peer-rounds` for the peers, which take minutes).
+Processor seconds are those of the process and its children; other work on the machine affects them less than wall
+time. Memory is the largest resident set among the processes. Peers:
 
-- Megatron-LM's `tools/preprocess_data.py` (a checkout given by `--megatron`; reads plain JSON lines, so it is spared
-  the decompression); its `.bin` must be byte for byte the one written here;
-- `datasets.map` over the tokenizers library in batches, with the arrow file it writes;
-- datatrove's `DocumentTokenizer`, reading one file per worker;
-- the engines alone, on texts already in memory: the reference library's `encode_batch_fast`, and the encoder used here;
-  the work here without start-up is to be held against the latter.
+- Megatron-LM's `tools/preprocess_data.py` (in the checkout `--megatron`). It reads plain JSON lines and so needs no
+  decompression. Its `.bin` must equal the one written here byte for byte.
+- `datasets.map` over the tokenizers library in batches, including the arrow file it writes.
+- datatrove's `DocumentTokenizer`, one file per worker.
+- The engines alone, on texts in memory: the reference library's `encode_batch_fast`, and the encoder used here. Compare
+  the latter with `here, without start-up`.
 
-Peers that are not there are left out and named.
+Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ import orjson
 import psutil
 import zstandard
 
+from benchmarks.recording import commit, processor
 from data_prep.files import write_json, write_text
 from data_prep.reading.manifest import read_manifest
 
@@ -72,7 +73,7 @@ if __name__ == "__main__":
 ENGINE = """
 import sys, time, orjson
 from data_prep.tokenizing.encoder import Engine, choose_engine
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers.loading import load_tokenizer
 texts = [orjson.loads(line)["text"] for line in open(sys.argv[1], "rb")]
 tokenizer = load_tokenizer(sys.argv[2])
 engine = Engine(tokenizer) if sys.argv[3] == "reference" else choose_engine(tokenizer, [])[0]
@@ -101,7 +102,11 @@ print(time.perf_counter() - began, time.process_time() - spent)
 
 
 def take_documents(sources: list[Path], limit: int, folder: Path) -> tuple[int, int]:
-    """The first documents of `sources`, `limit` bytes of text: plain, compressed, and as two compressed files."""
+    """Write the first `limit` bytes of text of `sources`: plain, compressed, and as two compressed files.
+
+    Returns:
+        bytes of text, number of documents.
+    """
     size = documents = 0
     plain, parts = folder / "corpus.jsonl", [[], []]
     (folder / "parts").mkdir()
@@ -126,10 +131,10 @@ def take_documents(sources: list[Path], limit: int, folder: Path) -> tuple[int, 
 
 
 def measure(command: list[str], processors: set[int], environment: dict[str, str]) -> dict[str, Any]:
-    """Wall seconds, processor seconds and the largest resident set of `command`, pinned to `processors`.
+    """Wall seconds, processor seconds and largest resident set of `command`, pinned to `processors`.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: the command failed; contains the end of its output.
     """
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
@@ -160,7 +165,7 @@ def measure(command: list[str], processors: set[int], environment: dict[str, str
 
 
 def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dict[str, list[str]]:
-    """Command lines by name; {out} stands for an empty folder."""
+    """The command of each contender; `{out}` is replaced by an empty folder."""
     python, tokenizer = sys.executable, str(arguments.tokenizer)
     found = {
         "here": [
@@ -190,8 +195,8 @@ def contenders(arguments: argparse.Namespace, folder: Path, workers: int) -> dic
 
 
 def shown_command() -> str:
-    """The command line, with no more of absolute paths than their last two names."""
-    shown = ("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in sys.argv)
+    """The command line; absolute paths are cut to their last two names."""
+    shown = ("/".join(Path(word).parts[-2:]) if Path(word).is_absolute() else word for word in sys.orig_argv[1:])
     return shlex.join(["python", *shown])
 
 
@@ -211,9 +216,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-rounds", type=int, default=2)
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM")
-    parser.add_argument("--python-path", default="", help="where datatrove and what Megatron needs are installed")
+    parser.add_argument("--python-path", default="", help="folder with datatrove and Megatron's dependencies")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--name", default="", help="of the result; data_prep_tokenize-TOKENIZER unless given")
+    parser.add_argument("--name", default="", help="name of the result (default: data_prep_tokenize-TOKENIZER)")
     arguments = parser.parse_args()
     for path in arguments.python_path.split(os.pathsep):
         sys.path.append(path)
@@ -304,11 +309,8 @@ def _peers(arguments: argparse.Namespace) -> dict[str, bool]:
 
 
 def _machine(load: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")), "")
-    commits = {"here": Path(__file__).parents[1], "megatron": arguments.megatron}
     return {
-        "processor": model or platform.machine(),
+        "processor": processor(),
         "processors": len(os.sched_getaffinity(0)),
         "load_at_start": round(load, 1),
         "python": platform.python_version(),
@@ -317,13 +319,7 @@ def _machine(load: float, arguments: argparse.Namespace) -> dict[str, Any]:
             for package in ("tokenizers", "fastokens", "datasets", "datatrove", "orjson", "zstandard", "numpy")
             if importlib.util.find_spec(package)
         },
-        "commits": {
-            name: subprocess.run(
-                ["git", "-C", str(path), "rev-parse", "HEAD"], capture_output=True, text=True
-            ).stdout.strip()
-            for name, path in commits.items()
-            if path
-        },
+        "commits": {"here": commit()} | ({"megatron": commit(arguments.megatron)} if arguments.megatron else {}),
     }
 
 
@@ -352,7 +348,7 @@ def _markdown(name: str, result: dict[str, Any]) -> str:
             f"| {row['peak_mb']} |"
         )
     versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
-    commits = ", ".join(f"{which} {commit[:12]}" for which, commit in machine["commits"].items())
+    commits = ", ".join(f"{which} {found}" for which, found in machine["commits"].items())
     lines += [
         "",
         f"{machine['processor']}, {machine['processors']} processors, load {machine['load_at_start']} at the start "

@@ -1,13 +1,14 @@
-"""What the training loop costs beside the model's step: its time a step over that of the same step in plain PyTorch,
-and over that of a bare DeepSpeed engine at the same ZeRO stage.
+"""Overhead of the training loop: time per step relative to plain PyTorch and to a bare DeepSpeed engine.
 
-The bare step is forward and backward passes of the micro-batches, gradient clipping and fused AdamW, on batches that
-lie ready, in this process. The bare engine is `engine(...)`, `engine.backward`, `engine.step` on the same batches and
-nothing else, in a process of its own: what it takes beyond the bare step is DeepSpeed's (at ZeRO-3 hooks around every
-module and copies of all gradients, which weigh less the more tokens a micro-batch has). The loop reads data, adds up
-statistics over ranks, times its parts and every collective, counts FLOPs and writes a record every step, in a process
-of its own. They run in turns. Whatever else a machine does only ever adds to a step, so the fastest steps of all turns
-are compared; the medians stand beside them. 1.00 is a loop that costs nothing; the target is 1.05 on a CPU.
+The bare step runs in this process: forward and backward passes of the micro-batches, gradient clipping and fused
+AdamW, on batches in memory. The bare engine runs `engine(...)`, `engine.backward` and `engine.step` on the same
+batches at the same ZeRO stage, in a process of its own. Its time beyond the bare step is DeepSpeed's (at ZeRO-3:
+hooks around every module and copies of all gradients, whose share falls with the tokens of a micro-batch). The loop,
+also in its own process, reads data, reduces statistics over ranks, times its parts and every collective, counts FLOPs
+and writes a record every step.
+
+The three take turns. Other work on the machine can only add time, so the fastest steps of all turns are compared;
+medians are given beside them. A ratio of 1.00 means no overhead; the target is 1.05 on a CPU.
 
     python -m benchmarks.loop_overhead                             # a CPU, one thread
 """
@@ -44,7 +45,7 @@ def batch_of(recipe: Recipe) -> tuple[torch.Tensor, ...]:
 
 
 def timed(steps: int | None, warmup: int, step: Callable[[], None]) -> list[float]:
-    """Seconds of each of so many steps after the first `warmup`."""
+    """Seconds of each of `steps` steps, without the first `warmup`."""
     assert steps is not None
     seconds = []
     for _ in range(steps):
@@ -55,7 +56,7 @@ def timed(steps: int | None, warmup: int, step: Callable[[], None]) -> list[floa
 
 
 def bare_seconds(values: dict[str, Any], warmup: int) -> list[float]:
-    """Seconds of the bare steps of the recipe's network."""
+    """Seconds per step of the recipe's network in plain PyTorch."""
     recipe = build_recipe(values)
     model = RecursiveTransformer(recipe.network, recipe.activation_checkpointing)
     model.initialize(recipe.seed)
@@ -73,7 +74,7 @@ def bare_seconds(values: dict[str, Any], warmup: int) -> list[float]:
 
 
 def engine_seconds(values: dict[str, Any], warmup: int) -> list[float]:
-    """Seconds of the steps of a bare DeepSpeed engine; for a process of its own."""
+    """Seconds per step of a bare DeepSpeed engine. Run it in a process of its own."""
     ranks = prepare_environment()
     recipe = build_recipe(values)
     start_process_group(ranks, 600.0)
@@ -154,6 +155,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # As the ranks that the loop runs in.
+    # The same thread count as the ranks of the loop.
     restart_with_steady_heap(OMP_NUM_THREADS="1")
     main()

@@ -1,11 +1,11 @@
-"""How fast one reader delivers training sequences, held against what a 360m model can consume on an H200.
+"""Training sequences per second from one reader, compared with what a 360m model can consume on an H200.
 
-    python benchmarks/reader_throughput.py --out benchmarks/results
+    python -m benchmarks.reader_throughput --out benchmarks/results
 
-Assumption: the model trains at 100 % of the H200's dense bf16 peak (989e12 FLOP/s), which no run reaches, so that real
-consumption is lower; its FLOPs per token are `mor_model.flops`'s for the vanilla 360m preset at 2048 tokens. The target
-is 50 times that. One process, one thread; each figure is the best of three rounds, as the machine may be doing other
-things.
+Assumption: the model trains at 100 % of the H200's dense bf16 peak (989e12 FLOP/s). Real runs reach less and consume
+less. Its FLOPs per token are those of `mor_model.flops` for the vanilla 360m preset at 2048 tokens. The target is 50
+times that consumption. One process, one thread; each figure is the best of three rounds, because other work on the
+machine can only slow it down.
 
 Peer: nanoGPT's way of reading, a `numpy.memmap` sliced at random places, without order, epochs or checks.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.recording import commit, processor
 from data_prep.files import write_json, write_text
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
@@ -68,7 +70,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_sparse_trillion(folder: Path) -> None:
-    """A trillion tokens of zeros in sparse files that take no room on the disk."""
+    """A trillion tokens of zeros in sparse files, which occupy no disk space."""
     tokens, documents = 10**12 // TRILLION_SHARDS, 50_000_000
     entries = []
     for number in range(TRILLION_SHARDS):
@@ -96,7 +98,7 @@ def save_manifest(folder: Path, entries: list[Shard]) -> None:
 
 
 def rate(read: Callable[[int], int], rounds: int = 3, seconds: float = 1.5) -> float:
-    """Tokens a second of `read`, which takes the number of the call and returns tokens; best of the rounds."""
+    """Tokens per second of `read`, best of the rounds. `read` maps the call's number to a number of tokens."""
     best = 0.0
     call = 0
     for _ in range(rounds):
@@ -109,8 +111,8 @@ def rate(read: Callable[[int], int], rounds: int = 3, seconds: float = 1.5) -> f
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Tokens a second in every way of reading, files in the page cache."""
-    data = open_dataset(folder, verify="checksums")  # which also brings the files into the page cache
+    """Tokens per second for each way of reading, with the files in the page cache."""
+    data = open_dataset(folder, verify="checksums")  # also brings the files into the page cache
     order = SampleOrder(data.num_sequences(LENGTH), seed=1)
     packed = PackedDataset(data, LENGTH)
     packed_order = SampleOrder(packed.num_sequences(LENGTH), seed=1)
@@ -165,7 +167,7 @@ print(imported - start, done - imported, peak)
 
 
 def measure_trillion(folder: Path) -> dict[str, float]:
-    """Opening a trillion tokens and reading the first 512 sequences, in a process of its own; best of three."""
+    """Open a trillion tokens and read the first 512 sequences in a separate process; best of three."""
     runs = [
         subprocess.run([sys.executable, "-c", _TRILLION, str(folder)], capture_output=True, text=True, check=True)
         for _ in range(3)
@@ -175,20 +177,15 @@ def measure_trillion(folder: Path) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    """Hardware, versions, load and commit of the measurement."""
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": version("numpy"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "load_average": os.getloadavg()[0],
     }
 
@@ -216,7 +213,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         f"{result['machine']['cpu']}, {result['machine']['cores']} cores, {result['machine']['memory_gb']} GB, "
         f"Python {result['machine']['python']}, numpy {result['machine']['numpy']}, commit "
-        f"{result['machine']['commit'][:12]}, load average {result['machine']['load_average']:.1f} at the start.",
+        f"{result['machine']['commit']}, load average {result['machine']['load_average']:.1f} at the start.",
         "",
         f"    {result['command']}",
         "",
@@ -230,7 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {
         "machine": machine(),
-        "command": "python benchmarks/reader_throughput.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
     per_token = 3 * flops_per_token(preset("360m"), LENGTH).forward
     consumed = PEAK / per_token

@@ -1,4 +1,4 @@
-"""What a benchmark needs: machine and versions beside the figures, a steady heap, results as JSON and markdown."""
+"""Shared by all benchmarks: facts about the machine, a steady heap, results as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
-# Freed memory stays in the heap: otherwise the larger of two models timed in turns pays for its pages every time.
+# Keep freed memory in the heap. Otherwise the larger of two models that take turns pays for its pages every time.
 STEADY_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": str(16 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
@@ -25,44 +23,57 @@ STEADY_HEAP = {
 
 
 def restart_with_steady_heap(**variables: str) -> None:
-    """Run the program anew with the allocator set as above, and with more variables, unless it is; glibc reads these at
-    the start only.
+    """Restart the program with `STEADY_HEAP` and `variables` in its environment, unless they are set already.
+
+    glibc reads its settings only when a process starts.
     """
     wanted = {**STEADY_HEAP, **variables}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Where and with what a figure was measured."""
-    model = platform.processor() or platform.machine()
+def processor() -> str:
+    """The model of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = named[0].split(":", 1)[1].strip() if named else model
-    described: dict[str, Any] = {"cpu": model, "threads": torch.get_num_threads()}
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def commit(checkout: Path = RESULTS.parents[1]) -> str:
+    """The checked-out commit, and whether tracked files other than recorded results differ from it."""
+    git = ["git", "-C", str(checkout)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    changed = subprocess.run(status, capture_output=True, text=True)
+    return head.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Hardware, versions, load, commit and command of a measurement."""
+    import torch
+
+    described: dict[str, Any] = {"cpu": processor(), "threads": torch.get_num_threads()}
     if device == "cuda":
         described["gpu"] = torch.cuda.get_device_name()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "mor_model"], cwd=RESULTS.parents[1], capture_output=True)
     return {
         **described,
         "python": platform.python_version(),
         "torch": version("torch"),
         "load": round(os.getloadavg()[0], 1),
-        "commit": git.stdout.strip() + (" with local changes" if changed.stdout.strip() else ""),
+        "commit": commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 
 def table(titles: str, cells: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """A markdown table: titles, and a format of one row's values, both parted by ` | `."""
+    """A Markdown table. `titles` and `cells`, the format of one row, are separated by ` | `."""
     parting = " | ".join("---" for _ in titles.split(" | "))
     return "\n".join(f"| {line} |" for line in (titles, parting, *(cells.format(**row) for row in rows)))
 
 
 def record(name: str, result: dict[str, Any], table: str) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the latter."""
+    """Write `results/NAME.json` and `results/NAME.md`, and print the Markdown."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     where = result["machine"]

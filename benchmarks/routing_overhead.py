@@ -1,8 +1,8 @@
-"""What routing costs beyond its arithmetic: time of a MoR step over the unrouted one's, over their FLOPs ratio.
+"""Overhead of routing beyond its arithmetic: time ratio of MoR to the unrouted model, divided by their FLOPs ratio.
 
-1.00 means that leaving tokens out saves exactly what it should. Both models have the same layers; they run in turns in
-one process, so that whatever slows the machine slows both, and the median of the rounds' ratios is reported. A step is
-a forward and a backward pass: the optimiser has the same parameters to update either way.
+1.00 means that skipping tokens saves exactly what the FLOPs say. Both models have the same layers. They take turns in
+one process, so other work on the machine slows both alike; the median of the rounds' ratios is reported. A step is a
+forward and a backward pass: the optimiser updates the same parameters in both.
 
     python -m benchmarks.routing_overhead                          # a CPU
     python -m benchmarks.routing_overhead --device cuda --preset 360m --batch 16 --length 2048 --compile

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: random data, a recipe, ranks on this machine, and the records they leave."""
+"""Shared by the benchmarks of training: random data, a recipe, ranks on this machine, and their records."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.pretrain.support import Job, metrics
 WIDTHS = {"tiny": (64, 4, 2), "6m": (256, 8, 4), "30m": (512, 8, 8), "85m": (768, 12, 12)}
 
 
-# Memory that is freed goes back to the system at once.
+# The allocator returns freed memory to the system at once.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def parser(description: str | None, name: str, *, size: str, length: int, steps: int) -> argparse.ArgumentParser:
-    """Options that all benchmarks of training have; the first line of the description is shown."""
+    """A parser with the options of every training benchmark; `--help` shows the first line of `description`."""
     options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     options.add_argument("--size", choices=sorted(WIDTHS), default=size)
     options.add_argument("--length", type=int, default=length)
@@ -42,8 +42,10 @@ def run(
     titles: str,
     cells: str,
 ) -> None:
-    """Record the rows that `measure` finds with an empty folder to work in: a table under a caption, a format of the
-    options.
+    """Record the rows that `measure` returns; it gets an empty folder to work in.
+
+    Args:
+        caption: text above the table, a format of the options. titles, cells: see `recording.table`.
     """
     with tempfile.TemporaryDirectory(prefix=f"{options.name}-") as folder:
         rows = measure(options, Path(folder))
@@ -81,7 +83,7 @@ def network(size: str, variant: str, vocabulary: int, length: int) -> dict[str, 
 def recipe_of(
     folder: Path, model: dict[str, Any], *, steps: int, sequences: int, micro_batch: int, **changes: Any
 ) -> dict[str, Any]:
-    """A recipe that does nothing but train: no evaluation and no checkpoint before the end, every step recorded."""
+    """A recipe without evaluation, and without checkpoints before the end; it records every step."""
     length = model["context_length"]
     values: dict[str, Any] = {
         "name": "benchmark",
@@ -101,7 +103,7 @@ def recipe_of(
 
 
 def train(folder: Path, values: dict[str, Any], ranks: int, *arguments: str, **variables: str) -> str:
-    """Train a recipe on so many ranks of this machine, with environment variables of their own; what was printed."""
+    """Train a recipe on `ranks` ranks of this machine, with more environment variables; returns their output."""
     shutil.rmtree(values["run_dir"], ignore_errors=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -112,7 +114,7 @@ def train(folder: Path, values: dict[str, Any], ranks: int, *arguments: str, **v
 
 
 def records(values: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
-    """Records of the run."""
+    """The run's records of one kind."""
     return metrics(Path(values["run_dir"]), kind)
 
 

@@ -1,11 +1,10 @@
-"""How much of a device training reaches: a search over checkpointing, micro-batch and compilation, and the best in the
-loop.
+"""Device utilisation in training: a search over activation checkpointing, micro-batch and compilation.
 
 A step is a forward and a backward pass, gradient clipping and AdamW on fp32 master weights of a bf16 model. For each
-checkpointing policy the micro-batch grows until memory is full or more of it brings nothing; the best size is tried
-compiled, too. The best setting of each model is then trained by the loop itself on one rank, and its recipe is printed.
-Utilisation is model FLOPs (`mor_model.flops`, nothing computed twice) over what the vendor promises; where that is not
-known, FLOPs per second stand alone.
+checkpointing policy the micro-batch grows until memory is full or speed no longer improves; the best size is also
+tried compiled. The training loop then trains the best setting of each model on one rank, and its recipe is printed.
+Utilisation is model FLOPs (`mor_model.flops`, no recomputation) over the vendor's peak. If the peak is unknown, only
+FLOPs per second are given.
 
     python -m benchmarks.utilisation --presets 135m 360m                        # one CUDA device
     python -m benchmarks.utilisation --device cpu --presets tiny --length 256 --largest 4 --not-compiled
@@ -33,11 +32,11 @@ from mor_model.flops import flops_per_sequence
 from mor_model.presets import Variant, preset
 from pretrain.training.engine import peak_flops
 
-_GAIN = 1.01  # a larger micro-batch that brings less than this is not worth its memory
+_GAIN = 1.01  # the search ends when a larger micro-batch gains less than this
 
 
 class Training(Step):
-    """A whole training step: with clipping and AdamW on fp32 copies of the bf16 weights."""
+    """A whole training step, with clipping and AdamW on fp32 copies of the bf16 weights."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -62,7 +61,7 @@ class Training(Step):
 
 
 def sizes(largest: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 and so on: powers of two and what lies half-way."""
+    """Powers of two and the numbers half-way between them: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
     size = 1
     while size <= largest:
         yield size
@@ -74,7 +73,7 @@ def sizes(largest: int) -> Iterator[int]:
 def step_row(
     options: argparse.Namespace, name: str, variant: Variant, policy: ActivationCheckpointing, size: int, compiled: bool
 ) -> dict[str, Any] | None:
-    """One setting measured; None where it does not fit into the device's memory."""
+    """Measure one setting; None if it does not fit into the device's memory."""
     config = preset(name, variant, vocab_size=options.vocabulary, context_length=options.length)
     setting = argparse.Namespace(**vars(options), precision="bf16", batch=size, compile=compiled)
     device = torch.device(options.device)
@@ -109,7 +108,7 @@ def step_row(
 
 
 def search(options: argparse.Namespace, name: str, variant: Variant) -> list[dict[str, Any]]:
-    """All settings of one model that were tried."""
+    """Results of all settings tried for one model."""
     rows = []
     for policy in options.policies:
         best: dict[str, Any] | None = None
@@ -128,7 +127,7 @@ def search(options: argparse.Namespace, name: str, variant: Variant) -> list[dic
 
 
 def in_the_loop(options: argparse.Namespace, best: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The best setting trained by the loop; adds its figures and the recipe."""
+    """Train the best setting in the training loop; returns `best` with the loop's figures and the recipe."""
     model = {
         "preset": best["preset"],
         "variant": best["variant"],
@@ -174,7 +173,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def markdown(options: argparse.Namespace, result: dict[str, Any]) -> str:
-    """The table of all settings, and the best of each model with its recipe."""
+    """A table of all settings, and the best setting of each model with its recipe."""
 
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
@@ -218,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=49_152)
-    parser.add_argument("--largest", type=int, default=256, help="micro-batch at which the search ends")
+    parser.add_argument("--largest", type=int, default=256, help="largest micro-batch to try")
     parser.add_argument("--not-compiled", dest="compiled", action="store_false")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)

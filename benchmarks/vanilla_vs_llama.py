@@ -1,9 +1,9 @@
-"""Training speed of the vanilla network against transformers' Llama: the same weights, the same batch, in turns.
+"""Training speed of the vanilla network compared with transformers' Llama: the same weights and the same batch.
 
-A step is a forward pass with loss and a backward pass; the optimiser has the same numbers to update either way. Both
-use scaled-dot-product attention. Without checkpointing, and with it per layer (transformers' own, ours of that name).
-The two run in turns in one process, so that whatever slows the machine slows both, and the median of the rounds' ratios
-is reported. Before timing, loss and gradients are compared.
+A step is a forward pass with loss and a backward pass; the optimiser updates the same number of parameters in both.
+Both use scaled-dot-product attention, without checkpointing and with checkpointing of every layer (each library's
+own). The two take turns in one process, so other work on the machine slows both alike; the median of the rounds'
+ratios is reported. Loss and gradients are compared before timing.
 
     python -m benchmarks.vanilla_vs_llama                          # a CPU
     python -m benchmarks.vanilla_vs_llama --device cuda --preset 360m --batch 16 --length 2048 --compile
@@ -96,7 +96,7 @@ def compare(config: ModelConfig, checkpointed: bool, options: argparse.Namespace
 
 
 def utilisation(config: ModelConfig, tokens_per_second: float, options: argparse.Namespace) -> float | None:
-    """Model FLOPs over the peak of the GPU, where that is known."""
+    """Model FLOPs over the GPU's peak; None if that is unknown."""
     if options.device != "cuda":
         return None
     from pretrain.training.engine import peak_flops

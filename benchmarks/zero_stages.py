@@ -1,8 +1,9 @@
-"""ZeRO stages side by side: time and memory of a step on the ranks of this machine.
+"""Time and memory of a step at each ZeRO stage, on the ranks of this machine.
 
-On a CPU all ranks share its cores, so seconds say what partitioning costs, not what several devices gain. The memory is
-the peak of a rank over what the process held before the network was built, in a run of its own whose allocator gives
-freed memory back at once, so that the resident size is what is alive; beside it what `--dry-run` estimates.
+On a CPU all ranks share the cores, so the times show the cost of partitioning, not what several devices gain. Memory
+is the peak of a rank minus what the process held before the network was built. It is measured in a separate run whose
+allocator returns freed memory at once, so that the resident size is what is alive. The estimate of `--dry-run` is
+given beside it.
 
     python -m benchmarks.zero_stages --ranks 2
 """
@@ -21,7 +22,7 @@ PARTS = ("forward", "backward", "optimizer", "communication", "data")
 
 
 def estimated_mib(folder: Path, values: dict[str, Any], ranks: int) -> float:
-    """What a dry run says a rank needs."""
+    """MiB per rank that a dry run estimates."""
     printed = train(folder, values, ranks, "--dry-run")
     found = re.search(r"memory +about ([0-9.]+) (MiB|GiB)", printed)
     assert found is not None, printed
