@@ -1,8 +1,8 @@
-"""Other budgets of one run: smaller ones that branch off its trunk, and another one that the trunk itself goes on to.
+"""Several budgets of one run: smaller ones branch off its trunk, and the trunk can be extended to another budget.
 
-Up to where its learning rate begins to fall, a run does not depend on how long it is. So what was trained up to there
-serves every budget: a branch begins with the trunk's checkpoint, and a run whose budget or schedule has changed goes on
-from the last checkpoint that both have in common. What the old budget had come to beyond it becomes a branch.
+Until its learning rate decays, a run does not depend on its length, so the steps up to there serve every budget. A
+branch starts from the trunk's checkpoint. A run whose budget or schedule has changed resumes from the last checkpoint
+that both have in common, and its old end becomes a branch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pretrain.records.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Extension:
-    """A run folder that was begun with another budget or schedule.
+    """A run folder that was started with another budget or schedule.
 
     Attributes:
-        before: the recipe it was begun with; start: the checkpoint that both have in common, 0 for none.
+        before: the recipe it was started with; start: step of the last common checkpoint, 0 for none.
     """
 
     before: Recipe
@@ -50,14 +50,14 @@ def seed_branch(trunk: RunFolder, branch: RunFolder, start: int) -> None:
     name = checkpoint_name(sound)
     branch.checkpoints.mkdir(parents=True, exist_ok=True)
     if not branch.metrics_file.exists():
-        # Whole or absent, also where a kill comes in between: the next start would not copy the rest.
+        # Written atomically: after a kill half-way, the next start would not copy the rest.
         with atomic_write(branch.metrics_file) as stream:
             stream.write(trunk.metrics_file.read_bytes())
     _copy(trunk.checkpoints / name, branch.checkpoints / name)
 
 
 def find_extension(folder: RunFolder, before: Recipe, now: Recipe, plan: Plan) -> Extension:
-    """Where a run that was begun with the recipe `before` can go on with `now`, whose plan is `plan`.
+    """Where a run that was started with the recipe `before` can resume with `now`, whose plan is `plan`.
 
     Raises:
         RunError: when the two differ from before the first checkpoint on, or a new branch leaves before it.
@@ -79,7 +79,7 @@ def find_extension(folder: RunFolder, before: Recipe, now: Recipe, plan: Plan) -
 
 
 def common_steps(before: Recipe, now: Recipe, plan: Plan) -> int:
-    """How many steps from the start two recipes do alike that differ in budget and schedule alone."""
+    """Number of steps that are the same in two recipes which differ only in budget and schedule."""
     old = make_plan(before)
 
     def told(plan: Plan, step: int) -> tuple[object, ...]:
@@ -101,10 +101,10 @@ def common_steps(before: Recipe, now: Recipe, plan: Plan) -> int:
 
 
 def extend(folder: RunFolder, extension: Extension) -> str:
-    """Take a run back to where its old and its new budget part; rank 0 only.
+    """Take a run back to where its old and its new budget differ; rank 0 only.
 
-    What lies beyond is moved to RUN/branches/<old budget>, a run folder of its own that ends, or goes on, as the old
-    recipe says. Can be killed at any moment and called again.
+    The rest is moved to RUN/branches/<old budget>, a run folder that keeps the old recipe. Can be killed at any moment
+    and called again.
 
     Returns:
         what was done, as a sentence.

@@ -316,7 +316,7 @@ class CheckpointStore:
 
     def _rotate(self, state: dict[str, Any]) -> None:
         steps = sorted(step for step, _ in list_checkpoints(self.folder))
-        # What lies beyond was found damaged when this start went back past it; it must not count as one of the newest.
+        # Later ones were found damaged when this start resumed from an older one; they must not count as the newest.
         sound = [step for step in steps if step <= state["step"]]
         every, best = self._plan.keep_every, state["best_validation"]
         keep = set(sound[-self._settings.keep :])
