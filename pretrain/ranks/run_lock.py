@@ -16,14 +16,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-import torch.distributed as dist
+from typing import IO
 
 from data_prep.locks import lock
 from data_prep.plain_text import say
 from pretrain.errors import RunError
-from pretrain.ranks.agreement import on_first_rank
+from pretrain.ranks.agreement import gather, on_first_rank
 from pretrain.ranks.environment import Ranks
 
 LOCK_FILE = ".lock"
@@ -50,9 +48,7 @@ def sole_job(folder: Path, ranks: Ranks) -> Iterator[None]:
 
         token = on_first_rank(begin)
         blind = None if ranks.rank == 0 or sees(folder, token, _PATIENCE) else socket.gethostname()
-        everyone: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(everyone, blind)
-        for rank, host in enumerate(everyone):
+        for rank, host in enumerate(gather(blind)):
             if host is not None:
                 raise RunError(
                     f"{folder}: rank {rank} on {host} does not find there what rank 0 writes, so checkpoints would be "

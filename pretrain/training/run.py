@@ -41,7 +41,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
 
     recipe, folder, first = prepared.recipe, prepared.folder, ranks.rank == 0
     hours = recipe.limits.wall_clock_hours
-    with StopRequest(folder.path, watch_files=first, wall_clock=None if hours is None else hours * 3600) as stop:
+    with StopRequest(folder.path if first else None, wall_clock=None if hours is None else hours * 3600) as stop:
         # Later than the watchdog, which names the rank that the collective waits for.
         device = start_process_group(ranks, 2 * recipe.limits.stall_seconds + _SLOW_SECONDS)
         try:

@@ -25,6 +25,7 @@ class Threads:
         monkeypatch.setattr(dist, "all_gather_object", self._all_gather)
         monkeypatch.setattr(dist, "broadcast_object_list", self._broadcast)
         monkeypatch.setattr(dist, "get_rank", lambda: self.rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
 
     @property
     def rank(self) -> int:
