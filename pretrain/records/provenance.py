@@ -50,7 +50,7 @@ def changes_since_last_start(folder: RunFolder, now: dict[str, Any]) -> list[str
         before = folder.environment()
     except RunError:
         return []
-    versions = before.get("versions", {})
+    versions = before.get("versions") or {}
     changes = [
         f"{name} was {versions[name]} and is {version}"
         for name, version in now["versions"].items()

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from data_prep.terminal import duration
 from pretrain.checkpoints.checkpoint_manifest import read_manifest
 from pretrain.checkpoints.store import list_checkpoints, refuse_shape
 from pretrain.errors import RunError
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import STAGES, explain, zero_stage
 from pretrain.recipe.recipe import Recipe
-from pretrain.records.telemetry import format_seconds
 from pretrain.training.engine import peak_flops
 from pretrain.training.memory import estimate_memory
 from pretrain.training.memory import format_bytes as size
@@ -66,7 +66,7 @@ def describe(prepared: Prepared, ranks: Ranks) -> str:
         f"  memory           about {size(memory.total)} a rank: weights {size(memory.weights)}, gradients "
         f"{size(memory.gradients)}, optimiser {size(memory.optimizer)}, and at most {size(memory.passes)} in the "
         f"passes of a micro-batch or {size(memory.update)} in an update",
-        f"  time             about {format_seconds(seconds)}{' more' if done else ''} at "
+        f"  time             about {duration(seconds)}{' more' if done else ''} at "
         f"{speed.flops_per_second:.3g} FLOP/s a rank, {speed.basis}; evaluation and checkpoints not counted",
     ]
     lines += [f"  branch           {b.name}: leaves at step {b.start}, ends at {b.steps}" for b in plan.branches]
