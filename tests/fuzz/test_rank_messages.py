@@ -25,7 +25,7 @@ def test_changed_states(count: int) -> None:
             return mutate_bytes(write_state(state(source)), source)
         return mutate_json(list(state(source)), source)
 
-    assert drive(count, make, read_state, changed=unlike_a_state).used == count
+    drive(count, make, read_state, changed=unlike_a_state, used=1)
 
 
 @counts
