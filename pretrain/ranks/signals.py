@@ -1,4 +1,4 @@
-"""Stop politely: signals, files in the run folder and the clock, asked once a step.
+"""Requests to stop with a checkpoint, from signals, files in the run folder and the clock; polled once a step.
 
 The loop polls on every rank and reduces the answers with MAX, so that all ranks act in the same step:
 
@@ -45,7 +45,7 @@ _REPEATED_SECONDS = 1.0
 
 
 class Request(enum.IntEnum):
-    """What is asked of the loop; the larger wins when ranks differ."""
+    """What the loop is asked to do; the larger wins when ranks differ."""
 
     NONE = 0
     CHECKPOINT = 1  # write a checkpoint and go on
@@ -163,8 +163,8 @@ class StopRequest:
         return request
 
     def acknowledge(self) -> None:
-        """Remove the request files that `poll` has seen; call once the checkpoint they asked for is complete. One that
-        was made since then has not been heeded yet, and stays.
+        """Remove the request files that `poll` has seen; call it once their checkpoint is complete. A file that was made
+        since then has not been acted on, and stays.
         """
         for file in self._seen:
             try:
@@ -172,7 +172,7 @@ class StopRequest:
             except FileNotFoundError:
                 pass
             except OSError:
-                self._unremovable.add(file)  # a folder of that name, somebody else's file: heeded once
+                self._unremovable.add(file)  # a folder of that name, another user's file: acted on once
         self._seen.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
