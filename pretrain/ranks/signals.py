@@ -163,8 +163,8 @@ class StopRequest:
         return request
 
     def acknowledge(self) -> None:
-        """Remove the request files that `poll` has seen; call it once their checkpoint is complete. A file that was made
-        since then has not been acted on, and stays.
+        """Remove the request files that `poll` has seen; call it once their checkpoint is complete. Files made since
+        then stay, because nothing has acted on them.
         """
         for file in self._seen:
             try:

@@ -57,6 +57,16 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.model_file = self.path / "model.json"
+        self.environment_file = self.path / "environment.json"
+        self.plan_file = self.path / "plan.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.status_file = self.path / "status.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.weights = self.path / "weights"
+        self.tokenizer = self.path / "tokenizer"
+        self.evaluation = self.path / "evaluation"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -64,46 +74,6 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.resolve().name
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def model_file(self) -> Path:
-        return self.path / "model.json"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def plan_file(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
