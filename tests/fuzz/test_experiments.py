@@ -11,8 +11,8 @@ import pytest
 from pretrain.comparison.experiment import Experiment, load_experiment
 from pretrain.comparison.planned_runs import PlannedRun, plan_experiment
 from pretrain.recipe.yaml_input import parse_yaml, write_yaml
-from tests.fuzz.recipes import FULL, PLAIN
-from tests.fuzz.support import ODD_VALUES, counts, drive, leaves, lost, mutate_text, mutate_values
+from tests.fuzz.recipes import FULL, PLAIN, override
+from tests.fuzz.support import counts, drive, leaves, lost, mutate_text, mutate_values
 
 Given = tuple[str, list[str]]
 Used = tuple[Experiment, list[PlannedRun]]
@@ -115,12 +115,7 @@ def test_experiments_as_text(count: int) -> None:
 def test_overrides_of_experiments(count: int) -> None:
     def make(source: random.Random) -> Given:
         number = source.randrange(len(EXPERIMENTS))
-        path, value = source.choice(list(leaves(EXPERIMENTS[number]).items()))
-        key = ".".join(path[: source.randint(1, len(path))])
-        if source.random() < 0.5:
-            value = source.choice(ODD_VALUES)
-        override = f"{key}={write_yaml(value).removesuffix(chr(10)).removesuffix('...').removesuffix(chr(10))}"
-        return TEXTS[number], [mutate_text(override, source) if source.random() < 0.5 else override]
+        return TEXTS[number], [override(EXPERIMENTS[number], source)]
 
     def kept(given: Given, used: Used) -> str | None:
         name, _, written = given[1][0].partition("=")
