@@ -1,10 +1,10 @@
-"""What a person must change: a message that says what, where and what to do; printed without a traceback."""
+"""Errors that a person can fix: the message says what is wrong, where, and what to do; printed without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Base of every error whose message alone is meant for the person at the terminal."""
+    """Base of all errors of which a person sees the message alone."""
 
 
 class RecipeError(UserError):
@@ -20,4 +20,4 @@ class LaunchError(UserError):
 
 
 class MeetingError(LaunchError):
-    """Ranks that do not reach one another: another start, elsewhere or later, may go well without a change."""
+    """Ranks that do not reach one another: another start, elsewhere or later, may succeed without a change."""

@@ -1,4 +1,4 @@
-"""Before anything is trained, ranks make sure that they are about to do the same thing."""
+"""Ranks compare what they are about to do before anything is trained, and share what one of them does for all."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from pretrain.errors import LaunchError, RunError, UserError
 _Answer = TypeVar("_Answer")
 
 
+def gather(mine: Any) -> list[Any]:
+    """What every rank has, in the order of ranks. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def require_agreement(mine: dict[str, str]) -> None:
-    """Compare named facts over all ranks.
+    """Compare named facts over all ranks. Collective.
 
     Raises:
         LaunchError: on every rank alike, naming the ranks that differ from the majority, and in what.
     """
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    problem = find_disagreement(everyone)
+    problem = find_disagreement(gather(mine))
     if problem is not None:
         raise LaunchError(problem)
 
 
 def on_first_rank(action: Callable[[], _Answer]) -> _Answer:
-    """Do something on rank 0 alone and tell every rank what came of it. Collective.
+    """Run an action on rank 0 alone; every rank gets its result. Collective.
 
     Raises:
-        RunError: on every rank alike, when the action meets an error that a person must mend or the file system fails.
+        RunError: on every rank alike, when the action raises an error with a message for a person or an OSError.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:

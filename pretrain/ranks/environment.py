@@ -1,9 +1,9 @@
-"""Who am I among how many, and whom do I meet where: read from whatever started this process, in this one place.
+"""This process's rank, how many ranks there are and where they meet, from the variables of whatever started it.
 
 `prepare_environment()` is the first line of every training entry point. It finds rank, world size and meeting place
 from deepspeed, torchrun, srun, mpirun (Open MPI, MPICH/Hydra, MVAPICH) or nothing at all, and sets the variables that
-torch and DeepSpeed read, so that nothing has to be exported by hand. What cannot be known is an error that names the
-missing variable; guessing would leave ranks waiting for one another for ever.
+torch and DeepSpeed read, so that nothing has to be exported by hand. A missing variable is an error that names it: with
+a guess, ranks would wait for one another for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import subprocess
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.plain_text import plain
@@ -28,7 +28,8 @@ from pretrain.ranks.toolchain import prepare_toolchain
 _LOG = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What prepare_environment() set and in which process, so that a child does not take its parent's place for its own.
+_LAUNCHED_VARIABLES = (*_TORCH_VARIABLES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+# Says what prepare_environment() set and in which process, so that a child does not use its parent's rank.
 _MARKER = "MOR_RANKS"
 # Ports below the range that Linux hands out by itself (32768-60999), above the usual services.
 _FIRST_PORT, _PORTS, _TRIES = 15000, 14000, 100
@@ -97,28 +98,20 @@ def prepare_environment() -> Ranks:
         MASTER_PORT=str(ranks.master_port),
     )
     if ranks.launcher != "torchrun":
-        # Left over from a parent under torchrun, this makes torch wait for a store that nobody serves.
+        # Inherited from a parent under torchrun, this makes torch wait for a store that nobody serves.
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ[_MARKER] = f"{os.getpid()} {ranks.launcher} {ranks.local_rank} {_fingerprint(os.environ)}"
     if ranks.world_size > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // ranks.local_world_size)))
     if ranks.master_address == LOOPBACK and Path("/sys/class/net/lo").exists():
-        # Everybody is on this host; a host name that does not resolve must not stop gloo.
+        # All ranks are on this host; a host name that does not resolve must not stop gloo.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return ranks
 
 
 def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """A copy for a program of its own: without this process's ranks, so that it neither joins nor awaits them."""
-    dropped = {
-        *_TORCH_VARIABLES,
-        _MARKER,
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-        "CROSS_RANK",
-        "CROSS_SIZE",
-        "GROUP_RANK",
-    }
+    """A copy without this process's ranks, for a program that is to be no rank of this run."""
+    dropped = {*_LAUNCHED_VARIABLES, _MARKER, "GROUP_RANK"}
     if environ.get("GLOO_SOCKET_IFNAME") == "lo":
         dropped.add("GLOO_SOCKET_IFNAME")  # right for ranks of one host only
     kept = ("SLURM_CONF",)
@@ -132,8 +125,8 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
 def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     """This process's ranks from the launcher's variables; changes nothing.
 
-    The order matters where launchers are nested: torchrun or deepspeed inside mpirun or srun decide over those, and
-    mpirun inside a Slurm job (whose daemons srun starts) decides over srun.
+    The order matters where launchers are nested: torchrun and deepspeed come before mpirun and srun, and mpirun (whose
+    daemons srun starts inside a Slurm job) before srun.
 
     Raises:
         LaunchError: when the variables contradict one another, or the launcher's are incomplete.
@@ -149,7 +142,7 @@ def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
                     f"this process as rank {found.rank} of {found.world_size}; unset RANK and WORLD_SIZE "
                     "(they come from your shell or job script)."
                 )
-            return _with_launcher(explicit, found.launcher)
+            return replace(explicit, launcher=found.launcher)
         return explicit
     if found:
         return found
@@ -162,7 +155,7 @@ def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def rendezvous_port(environ: Mapping[str, str]) -> int | None:
-    """The port that every process of this job and of no other derives alike; None outside a job.
+    """A port that all processes of this job derive alike, and other jobs hardly ever; None outside a job.
 
     The step and the restart are part of it: steps of one job run beside one another, and a requeued job's old
     processes may live on for some seconds.
@@ -180,15 +173,15 @@ def _derived_port(key: str) -> int:
 
 
 def _without_parents_place(environ: Mapping[str, str]) -> tuple[Mapping[str, str], tuple[str, int] | None]:
-    """`environ` without ranks that a parent process prepared for itself; and this process's own launcher and local
-    rank, if prepared.
+    """`environ` without the ranks that a parent process has set for itself; and launcher and local rank, if this
+    process has set them.
     """
     marker = environ.get(_MARKER, "").split(" ", 3)
     if len(marker) != 4 or not _INTEGER.fullmatch(marker[2]) or marker[3] != _fingerprint(environ):
         return environ, None
     if marker[0] == str(os.getpid()):
         return environ, (marker[1], int(marker[2]))
-    ours = {*_TORCH_VARIABLES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_RUN_ID"}
+    ours = {*_LAUNCHED_VARIABLES, "TORCHELASTIC_RUN_ID"}
     return {name: value for name, value in environ.items() if name not in ours}, None
 
 
@@ -209,7 +202,7 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
     else:
         launcher = "environment"
     local_size_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
-    local_world_size = _integer(environ, local_size_name, default=1 if alone else None, minimum=1, fallback=world_size)
+    local_world_size = _integer(environ, local_size_name, default=world_size, minimum=1)
     if own:
         local_rank = own[1]
     else:
@@ -225,7 +218,7 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
-    # One of the two is enough to say who started this process; the other one's absence is an error further down.
+    # One of the two is enough to know the launcher; if the other is missing, reading it raises below.
     names = next((row for row in _MPI_LAUNCHERS if row[1] in environ or row[2] in environ), None)
     if names is None:
         return None
@@ -238,14 +231,9 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
     local_world_size = _integer(environ, local_size_name, default=1 if alone else None, minimum=1)
     local_rank = _integer(environ, local_rank_name, default=0 if alone else None, below=local_world_size)
     port = rendezvous_port(environ)
-    address = _address(environ)
-    if not address:
-        if local_world_size == world_size:
-            address = LOOPBACK
-        elif _slurm_hosts(environ):
-            address = reachable_address(_slurm_hosts(environ)[0])
-        else:
-            address, port = _agree_through_mpi(rank, world_size, port)
+    address = _address(environ) or _first_host(environ, all_here=local_world_size == world_size)
+    if address is None:
+        address, port = _agree_through_mpi(rank, world_size, port)
     if port is None:
         # mpirun's own name for this run, the same in all its processes.
         name = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or ""
@@ -264,17 +252,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
     node = _integer(environ, "SLURM_NODEID", default=0)
     local_world_size = _tasks_of_node(environ, node) or world_size
     local_rank = _integer(environ, "SLURM_LOCALID", below=local_world_size)
-    address = _address(environ)
-    if not address:
-        hosts = _slurm_hosts(environ)
-        if local_world_size == world_size:
-            address = LOOPBACK
-        elif hosts:
-            address = reachable_address(hosts[0])
-        else:
-            raise LaunchError(
-                "srun started this process on several nodes, but SLURM_STEP_NODELIST is not set; set MASTER_ADDR."
-            )
+    address = _address(environ) or _first_host(environ, all_here=local_world_size == world_size)
+    if address is None:
+        raise LaunchError(
+            "srun started this process on several nodes, but SLURM_STEP_NODELIST is not set; set MASTER_ADDR."
+        )
     port = _port(environ, rendezvous_port(environ))
     return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, "srun")
 
@@ -306,10 +288,13 @@ def _tasks_of_node(environ: Mapping[str, str], node: int) -> int | None:
     return None
 
 
-def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
+def _first_host(environ: Mapping[str, str], *, all_here: bool) -> str | None:
+    """Where rank 0 is: on this host, or on the first of Slurm's; None where nothing says."""
+    if all_here:
+        return LOOPBACK
     names = environ.get("SLURM_STEP_NODELIST") if _in_srun_step(environ) else None
     names = names or environ.get("SLURM_JOB_NODELIST")
-    return expand_hostlist(names) if names else []
+    return reachable_address(expand_hostlist(names)[0]) if names else None
 
 
 def _address(environ: Mapping[str, str]) -> str:
@@ -346,9 +331,7 @@ def reachable_address(host: str) -> str:
 
 
 def _agree_through_mpi(rank: int, world_size: int, port: int | None) -> tuple[str, int]:
-    """Rank 0's host name and a free port of it, told to all ranks by MPI; for mpirun over several hosts outside
-    Slurm.
-    """
+    """Rank 0's host name and a free port of it, from MPI; for mpirun over several hosts outside Slurm."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -374,29 +357,25 @@ def _device(environ: Mapping[str, str], local_rank: int) -> int:
     return local_rank
 
 
-def _with_launcher(ranks: Ranks, launcher: str) -> Ranks:
-    return Ranks(**{**ranks.__dict__, "launcher": launcher})
-
-
 def _integer(
     environ: Mapping[str, str],
     name: str,
     *,
     default: int | None = None,
-    fallback: int | None = None,
     minimum: int = 0,
     below: int | None = None,
 ) -> int:
-    """An integer variable, or `default`, or `fallback`; LaunchError says what is wrong with it."""
-    text = environ.get(name)
+    """An integer variable from `minimum` to `below` - 1; `default` where it is not set.
+
+    Raises:
+        LaunchError: it is not set and has no default, is no integer, or lies outside.
+    """
+    text = environ.get(name, None if default is None else str(default))
     if text is None:
-        value = default if default is not None else fallback
-        if value is None:
-            raise LaunchError(
-                f"{name} is not set although the launcher's other variables are; set it, or start with mor, "
-                "torchrun or srun."
-            )
-        return value
+        raise LaunchError(
+            f"{name} is not set although the launcher's other variables are; set it, or start with mor, "
+            "torchrun or srun."
+        )
     value = read_integer(name, text)
     if value < minimum or (below is not None and value >= below):
         limit = f"between {minimum} and {below - 1}" if below is not None else f"at least {minimum}"

@@ -50,7 +50,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _parts(word: str, text: str) -> list[list[str]]:
-    """What a word is put together of, from left to right: at each place, what may stand there."""
+    """The pieces of a word from left to right, each with the texts that it stands for."""
     if not word:
         raise _refusal(text, "a name in it is empty")
     parts: list[list[str]] = []
@@ -63,7 +63,7 @@ def _parts(word: str, text: str) -> list[list[str]]:
         else:
             raise _refusal(text, f"'{_short(piece)}' is not part of a host's name")
         hosts, length = hosts * len(parts[-1]), length + len(parts[-1][0])
-        # Before the next bracket is written out, or a list of many brackets would take for ever.
+        # Checked before the next bracket is expanded, or a list of many brackets would take for ever.
         _bound(hosts, text)
         if hosts * length > _MOST_CHARACTERS:
             raise _refusal(text, "its names are longer than those of hosts")

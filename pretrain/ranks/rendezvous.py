@@ -1,7 +1,7 @@
-"""Where ranks meet: the store that the process group begins with, served by rank 0.
+"""Where ranks meet: the store that the process group starts with, served by rank 0.
 
-`init_process_group(init_method=METHOD)` and DeepSpeed's `init_distributed(init_method=METHOD)` use it, once
-`prepare_environment` has run and this module is imported.
+`init_process_group(init_method=METHOD)` and DeepSpeed's `init_distributed(init_method=METHOD)` use it once this module
+is imported and `prepare_environment` has run.
 """
 
 from __future__ import annotations
@@ -48,24 +48,23 @@ def open_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
         ) from None
 
 
-def listen(address: str | None, port: int, backlog: int = 128) -> socket.socket:
-    """A socket that listens at one address of this host, or at all of them (None).
+def listen(address: str, port: int, backlog: int) -> socket.socket:
+    """A socket where the other ranks reach this host by `address`: at the loopback address, if it is that one, else at
+    all interfaces, because other hosts may know this one by another address.
 
     Raises:
-        OSError: the address is not this host's, or the port is taken.
+        OSError: the port (0: any that is free) is taken.
     """
-    if address is not None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        return socket.create_server((address, port), family=family, backlog=backlog)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", port), backlog=backlog)
+    if address in (LOOPBACK, "localhost"):
+        return socket.create_server((LOOPBACK, port), backlog=backlog)
+    dualstack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dualstack else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=dualstack, backlog=backlog)
 
 
 def _serve(ranks: Ranks, address: str, port: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    """This rank's store, at a port (0: one that is free). Other hosts reach it unless the address is the loopback's."""
     try:
-        listener = listen(LOOPBACK if address in (LOOPBACK, "localhost") else None, port, ranks.world_size)
+        listener = listen(address, port, ranks.world_size)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise MeetingError(f"rank 0 cannot listen at port {port}: {error.strerror}.") from None
@@ -84,8 +83,8 @@ def _join(address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
 
 
 def _through_agent(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
-    """A store of this start's own, found through that of torchrun's agent, which outlives a start and keeps what its
-    ranks wrote: addresses where nobody listens any more.
+    """A store of this start alone, found through the store of torchrun's agent. The agent's store outlives a start and
+    keeps what earlier ranks wrote: addresses where nobody listens any more.
     """
     agent = _join(ranks.master_address, ranks.master_port, timeout)
     address = LOOPBACK if ranks.local_world_size == ranks.world_size else ranks.master_address
@@ -103,7 +102,7 @@ def _through_agent(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
             return _join(address, port, timeout)
         except (OSError, OverflowError):
             time.sleep(_POLL_SECONDS)
-    raise dist.DistNetworkError("it has not come there in time")
+    raise dist.DistNetworkError("rank 0 did not come there in time")
 
 
 def _meet(url: str, timeout: datetime.timedelta, **_: Any) -> Iterator[Any]:

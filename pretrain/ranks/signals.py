@@ -1,8 +1,8 @@
-"""Stop politely: signals, files in the run folder and the clock, asked once a step.
+"""Requests to stop with a checkpoint, from signals, files in the run folder and the clock; polled once a step.
 
 The loop polls on every rank and reduces the answers with MAX, so that all ranks act in the same step:
 
-    with StopRequest(run.path, watch_files=ranks.rank == 0, wall_clock=recipe_limit) as stop:
+    with StopRequest(run.path if ranks.rank == 0 else None, wall_clock=recipe_limit) as stop:
         for step in steps:
             ...
             request = Request(all_reduce_max(int(stop.poll())))
@@ -23,8 +23,6 @@ import contextlib
 import enum
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
@@ -43,10 +41,11 @@ EXIT_HELD = 76  # stopped by hand (RUN/stop) with a checkpoint: nothing should s
 
 STOP_FILE = "stop"
 CHECKPOINT_FILE = "checkpoint"
+_REPEATED_SECONDS = 1.0
 
 
 class Request(enum.IntEnum):
-    """What is asked of the loop; the larger wins when ranks differ."""
+    """What the loop is asked to do; the larger wins when ranks differ."""
 
     NONE = 0
     CHECKPOINT = 1  # write a checkpoint and go on
@@ -82,18 +81,19 @@ class StopRequest:
     """Collects what asks this rank to stop or to write a checkpoint.
 
     SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and, unless it is ignored (nohup), SIGHUP ask to stop. A second SIGTERM or SIGINT
-    ends the process at once with 128 + its number, even while a collective blocks the interpreter. The others announce
-    an end and never count as the first of two; launchers repeat a terminal's Ctrl-C within moments, so repetitions
-    within `debounce` seconds count as one.
+    ends the process with 128 + its number, as soon as the interpreter runs. The other signals announce an end and never
+    count as the first of two; launchers repeat a terminal's Ctrl-C, so repetitions within a second count as one.
 
     Args:
-        run_folder: folder watched for the files `stop` and `checkpoint`.
-        watch_files: whether this rank looks at those files; on a shared file system only rank 0 should.
+        run_folder: folder watched for the files `stop` and `checkpoint`; None on ranks that do not look (on a shared
+            file system only rank 0 should).
         wall_clock: seconds from now until the run should have stopped; None for no limit.
-        reserve: seconds before a time limit at which to stop; may be raised as checkpoints turn out slower. As much
-            again as has lain between two polls at most (a step, what an evaluation prepares) is added.
-        debounce: see above, in seconds.
         environ: where SLURM_JOB_END_TIME (seconds since 1970) is read.
+
+    Attributes:
+        reserve: seconds before a time limit at which to stop; raise it when checkpoints take longer. The longest time
+            between two polls (a step, or the preparation of an evaluation) is added.
+        reason: why `poll` asked to stop or for a checkpoint.
 
     Raises:
         LaunchError: for a limit that is not positive or an unreadable SLURM_JOB_END_TIME.
@@ -103,56 +103,41 @@ class StopRequest:
         self,
         run_folder: str | os.PathLike[str] | None = None,
         *,
-        watch_files: bool = True,
         wall_clock: float | None = None,
-        reserve: float = 120.0,
-        debounce: float = 1.0,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         if wall_clock is not None and wall_clock <= 0:
             raise LaunchError(f"The wall-clock limit is {wall_clock} seconds; it must be positive.")
-        self.reserve = reserve
+        self.reserve = 120.0
         self.reason: str | None = None
-        watched = _FILES if run_folder is not None and watch_files else {}
+        watched = _FILES if run_folder is not None else {}
         self._files = {os.path.join(str(run_folder), name): request for name, request in watched.items()}
         self._deadline = None if wall_clock is None else time.monotonic() + wall_clock
         self._job_end = _job_end(environ)
-        self._debounce = debounce
         self._polled: float | None = None
         self._longest = 0.0
         self._seen: set[str] = set()
         self._unremovable: set[str] = set()
+        self._process = os.getpid()
         self._signalled: str | None = None
+        self._first_of_two: float | None = None
         self._previous: dict[int, Any] = {}
-        self._previous_wakeup = -1
-        self._pipe: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> StopRequest:
         """Install the handlers; only the main thread may."""
-        receiver, sender = socket.socketpair()
-        sender.setblocking(False)
-        self._pipe = (receiver, sender)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # started with nohup, to outlive its terminal
             self._previous[number] = signal.signal(number, self._handle)
-        self._previous_wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._count, args=(receiver,), name="signals", daemon=True).start()
-        _entered.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put the former handlers back."""
-        _entered.discard(self)
-        signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        if self._pipe:
-            self._pipe[1].close()  # ends the counting thread, which closes its own end
-            self._pipe = None
 
     def poll(self) -> Request:
         """The strongest request so far, on this rank alone; `reason` then says why. Costs two stat calls at most."""
@@ -178,8 +163,8 @@ class StopRequest:
         return request
 
     def acknowledge(self) -> None:
-        """Remove the request files that `poll` has seen; call once the checkpoint they asked for is complete. One that
-        was made since then has not been heeded yet, and stays.
+        """Remove the request files that `poll` has seen; call it once their checkpoint is complete. Files made since
+        then stay, because nothing has acted on them.
         """
         for file in self._seen:
             try:
@@ -187,53 +172,24 @@ class StopRequest:
             except FileNotFoundError:
                 pass
             except OSError:
-                self._unremovable.add(file)  # a folder of that name, somebody else's file: heeded once
+                self._unremovable.add(file)  # a folder of that name, another user's file: acted on once
         self._seen.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked process (a worker of a library's pool) ends by its own signals.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if self._signalled is None:
             self._signalled = f"{signal.Signals(number).name} was received"
-
-    def _count(self, receiver: socket.socket) -> None:
-        """Runs beside the main thread, which a blocked collective keeps from running any Python."""
-        first: float | None = None
-        with receiver:
-            while data := receiver.recv(1):
-                number = data[0]
-                if number not in (signal.SIGTERM, signal.SIGINT):
-                    continue
-                now = time.monotonic()
-                if first is None:
-                    first = now
-                elif now - first > self._debounce:
-                    with contextlib.suppress(OSError):
-                        os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
-                    os._exit(128 + number)
-
-
-_entered: set[StopRequest] = set()
-_forking = threading.local()
-
-
-def _hold_signals() -> None:
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [n for stop in _entered for n in stop._previous])
-
-
-def _go_on_after_fork() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
-
-
-def _forget_in_child() -> None:
-    """A forked process (a library's pool) dies of its own signals, and does not count them as those of this one."""
-    if _entered:
-        signal.set_wakeup_fd(-1)
-    for number in {number for stop in _entered for number in stop._previous}:
-        signal.signal(number, signal.SIG_DFL)
-    _entered.clear()
-    _go_on_after_fork()
-
-
-os.register_at_fork(before=_hold_signals, after_in_parent=_go_on_after_fork, after_in_child=_forget_in_child)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            now = time.monotonic()
+            if self._first_of_two is None:
+                self._first_of_two = now
+            elif now - self._first_of_two > _REPEATED_SECONDS:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
+                os._exit(128 + number)
 
 
 def _job_end(environ: Mapping[str, str]) -> float | None:

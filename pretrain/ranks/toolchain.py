@@ -27,7 +27,7 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
         shared_host: whether every process that may be building at this moment runs on this host.
 
     Raises:
-        LaunchError: a lock that would be waited for without end cannot be removed, or there is no safe build folder.
+        LaunchError: a lock that torch would wait for without end cannot be removed, or there is no safe build folder.
     """
     if shutil.which("ninja") is None:
         folders = [
@@ -43,7 +43,7 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
 
 
 def accelerator_present(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the machine shows a device other than its CPU; looks at device files only, so that it costs nothing."""
+    """Whether the machine has a device other than its CPU, from its device files alone, which costs nothing."""
     if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     patterns = ("nvidia[0-9]*", "kfd", "dxg", "davinci[0-9]*", "dri/renderD*", "accel/accel*", "nvhpu*")
@@ -59,7 +59,7 @@ def _ninja_folder() -> Path:
 
 
 def _extensions_folder() -> Path:
-    """One build folder per environment: two environments sharing one would rebuild each other's operators."""
+    """One build folder per environment: two environments that share one would rebuild each other's operators."""
     environment = Path(sys.prefix)
     if (sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ) and os.access(environment, os.W_OK):
         return environment / "torch_extensions"
@@ -73,7 +73,7 @@ def _extensions_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """A folder among everybody's temporary files that nobody else can write to: what is built there is loaded."""
+    """A temporary folder that no other user can write to, because what is built there is loaded."""
     folder = Path(tempfile.gettempdir(), f"mor-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -81,7 +81,7 @@ def _temporary_folder() -> Path:
     except OSError as error:
         raise LaunchError(f"{folder}: cannot be made ({error.strerror}); {_NAME_A_FOLDER}") from None
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise LaunchError(f"{folder}: others could have put operators there, which would be loaded; {_NAME_A_FOLDER}")
+        raise LaunchError(f"{folder}: other users can write to it, and what is built there is loaded; {_NAME_A_FOLDER}")
     return folder
 
 

@@ -1,15 +1,16 @@
-"""A run that stops moving ends with a name and every rank's stack, instead of burning the allocation.
+"""A run that stops moving ends with a name and every rank's stacks, instead of burning the allocation.
 
-Each rank's thread tells rank 0 how often it has moved and what it is doing, beside the collectives
-(`pretrain.ranks.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so; rank 0 then
-ends all of them, and every rank that can still run writes its stacks. The rank that has moved least is the one the
-others wait for. A rank whose process is gone ends the others within a minute.
+A thread of each rank tells rank 0 every few seconds how often the rank has moved and what it is doing, beside the
+collectives (`pretrain.ranks.lifelines`), and hears the same of rank 0. A rank that has not moved for too long says so;
+rank 0 then ends all of them, and every rank that can still run writes its stacks. The rank that has moved least is the
+one the others wait for. A rank whose process is gone ends the others within a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -18,13 +19,12 @@ import time
 import traceback as tracebacks
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
 
 from data_prep.files import write_text
 from pretrain.errors import LaunchError
+from pretrain.ranks.agreement import gather
 from pretrain.ranks.environment import Ranks
-from pretrain.ranks.lifelines import Lifelines
-from pretrain.ranks.rank_messages import Kind, Message
+from pretrain.ranks.lifelines import Lifelines, State
 from pretrain.ranks.signals import EXIT_STALLED
 
 # Where collectives notice a dead rank themselves, they say more about it.
@@ -43,8 +43,8 @@ class Watchdog:
         timeout: seconds without a beat after which a rank counts as stalled.
 
     Raises:
-        LaunchError: for a timeout that is not positive; on all ranks alike, for a folder that one of them cannot write
-            to, and for ranks that do not reach rank 0.
+        LaunchError: for a timeout that is not positive; on all ranks alike, for a folder that one of them cannot make,
+            and for ranks that do not reach rank 0.
     """
 
     def __init__(self, folder: str | os.PathLike[str], ranks: Ranks, timeout: float) -> None:
@@ -55,10 +55,8 @@ class Watchdog:
         self._timeout = timeout
         self._interval = min(5.0, timeout / 8)
         self._patience = max(1.0, min(20.0, timeout / 4))
-        self._asked: float | None = None
         self._alone = False
         self._lifelines: Lifelines | None = None
-        self._last_words: IO[str] | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._beat = (0, "start", time.monotonic(), timeout)
@@ -67,14 +65,17 @@ class Watchdog:
         problem = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._last_words = (self._folder / f"no-interpreter-{self._ranks.rank:05d}.txt").open("w", encoding="utf-8")
         except OSError as error:
-            problem = (
-                f"{self._folder}: cannot be written to ({error.strerror}); choose another run_dir, or mend this one."
-            )
-        self._incident = self._agree_on_incident(problem)
-        if self._ranks.world_size > 1:
-            self._lifelines = Lifelines(self._ranks)
+            problem = f"{self._folder}: cannot be made ({error.strerror}); choose another run_dir, or repair this one."
+        mine = (time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), problem)
+        several = self._ranks.world_size > 1
+        facts = gather(mine) if several else [mine]
+        for _, found in facts:
+            if found is not None:
+                raise LaunchError(found)
+        # The same on all ranks, and known before anything stalls.
+        self._incident = self._folder / facts[0][0]
+        self._lifelines = Lifelines(self._ranks) if several else None
         self.beat("start")
         self._thread.start()
         return self
@@ -85,13 +86,9 @@ class Watchdog:
         self._done.set()
         self._thread.join(timeout=self._interval + self._patience)
         if self._lifelines is not None:
-            self._lifelines.close(goodbye=kind is None)
+            count, doing, *_ = self._beat
+            self._lifelines.close(State(count, doing, leaving=True) if kind is None else None)
         faulthandler.cancel_dump_traceback_later()
-        if self._last_words:
-            self._last_words.close()
-            with contextlib.suppress(OSError):
-                if Path(self._last_words.name).stat().st_size == 0:
-                    Path(self._last_words.name).unlink()
 
     def beat(self, doing: str, *, allow: float | None = None, alone: bool = False) -> None:
         """This rank has moved on and now does `doing`, for which it may take `allow` seconds (default: the timeout);
@@ -107,19 +104,6 @@ class Watchdog:
         count, doing, _, allowed = self._beat
         self._beat = (count + 1, doing, time.monotonic(), allowed)
 
-    def _agree_on_incident(self, problem: str | None) -> Path:
-        """The folder that stacks would go to, the same on all ranks: nobody can be told another one later."""
-        facts: list[Any] = [(time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), problem)]
-        if self._ranks.world_size > 1:
-            import torch.distributed as dist
-
-            mine, facts = facts[0], [None] * self._ranks.world_size
-            dist.all_gather_object(facts, mine)
-        for _, found in facts:
-            if found is not None:
-                raise LaunchError(found)
-        return self._folder / facts[0][0]
-
     def _watch(self) -> None:
         try:
             while not self._done.wait(self._interval):
@@ -134,50 +118,45 @@ class Watchdog:
 
     def _look(self) -> None:
         count, doing, since, allowed = self._beat
-        # Written by a thread of faulthandler's own if Python itself stops, even this thread with it.
+        # If Python itself stops, this thread included, a thread of faulthandler writes the stacks and ends the process.
         latest = allowed + 5 * self._interval + 3 * self._patience
-        faulthandler.dump_traceback_later(latest, exit=True, file=self._last_words or sys.stderr)
-        now = time.monotonic()
-        quiet = now - since
-        stalled = [(self._ranks.rank, quiet)] if quiet > allowed else []
-        gone: list[int] = []
-        if self._lifelines is not None:
-            self._lifelines.tell(Message(Kind.BEAT, count, doing=doing))
-            for rank, message in self._lifelines.listen():
-                if message.kind is Kind.END and rank == 0:
-                    self._end(None)
-                elif message.kind is Kind.STALLED and self._ranks.rank == 0:
-                    stalled.append((rank, float(message.seconds)))
-            if not self._alone:
-                gone = [rank for rank, seconds in self._lifelines.lost().items() if seconds > _GONE_SECONDS]
-            if stalled and not gone and self._ranks.rank != 0 and not self._rank_0_is_silent(quiet, now):
-                return
-        if gone:
+        faulthandler.dump_traceback_later(latest, exit=True, file=sys.__stderr__ or 2)
+        quiet = time.monotonic() - since
+        stalled = math.ceil(quiet) if quiet > allowed else 0
+        if self._lifelines is None:
+            if stalled:
+                self._end(self._report_stalled(self._ranks.rank, stalled))
+            return
+        self._lifelines.tell(State(count, doing, stalled))
+        self._lifelines.listen()
+        heard = {rank: state for rank, (state, _) in self._lifelines.heard.items()}
+        gone = [rank for rank, seconds in self._lifelines.lost().items() if seconds > _GONE_SECONDS]
+        if any(state.ending for state in heard.values()):
+            self._end(None)
+        elif gone and not self._alone:
             self._end(self._report_gone(gone))
-        elif stalled:
-            self._end(self._report_stalled(*stalled[0]))
-
-    def _rank_0_is_silent(self, quiet: float, now: float) -> bool:
-        """Tell rank 0 that this rank has stalled, once; whether it has not answered for too long."""
-        assert self._lifelines is not None
-        if self._asked is None:
-            self._asked = now
-            self._lifelines.tell(Message(Kind.STALLED, seconds=int(quiet)))
-        return now - self._asked > self._patience
+        elif self._ranks.rank == 0:
+            told = {0: stalled, **{rank: state.stalled for rank, state in heard.items()}}
+            for rank, seconds in told.items():
+                if seconds:
+                    self._end(self._report_stalled(rank, seconds))
+        elif stalled and quiet > allowed + self._interval + self._patience:
+            # Rank 0 was told and has not answered.
+            self._end(self._report_stalled(self._ranks.rank, stalled))
 
     def _end(self, report: str | None) -> None:
         """Write this rank's stacks, and the report where this rank is the one that makes it; end the process."""
         try:
             faulthandler.cancel_dump_traceback_later()
             if self._lifelines is not None and self._ranks.rank == 0:
-                self._lifelines.tell(Message(Kind.END))
+                self._lifelines.tell(State(self._beat[0], self._beat[1], ending=True))
             with contextlib.suppress(OSError):
                 self._write_stacks()
             if report is not None:
                 _say(report)
                 with contextlib.suppress(OSError):
                     write_text(self._incident / "report.txt", report)
-            # Whoever started the ranks ends the others when the first one leaves; they still write their stacks.
+            # The launcher kills the other ranks when the first one leaves; they still write their stacks.
             time.sleep(3 * self._interval)
         finally:
             os._exit(EXIT_STALLED)
@@ -198,15 +177,14 @@ class Watchdog:
         lines += [self._describe(rank, "its process no longer answers") for rank in gone]
         return "".join([*lines, f"Stacks of the ranks that still run: {self._incident}\n"])
 
-    def _report_stalled(self, rank: int, quiet: float) -> str:
-        lines = [f"The run has stopped moving: rank {rank} noticed after {quiet:.0f} s.\n"]
+    def _report_stalled(self, rank: int, quiet: int) -> str:
+        lines = [f"The run has stopped moving: rank {rank} noticed after {quiet} s.\n"]
         heard = {} if self._lifelines is None else self._lifelines.heard
         latest = time.monotonic() - 4 * self._interval - 1
         # Rank 0 hears all others, and they hear rank 0.
         audible = [0] if self._ranks.rank != 0 else range(1, self._ranks.world_size)
         silent = [rank for rank in audible if rank not in heard or heard[rank][1] < latest]
-        beats = {rank: message.beats for rank, (message, _) in heard.items()}
-        beats[self._ranks.rank] = self._beat[0]
+        beats = {self._ranks.rank: self._beat[0], **{rank: state.beats for rank, (state, _) in heard.items()}}
         behind = [rank for rank, count in sorted(beats.items()) if count == min(beats.values())]
         if len(behind) < len(beats):
             lines += [self._describe(rank, "the others wait for it") for rank in behind]
@@ -219,12 +197,11 @@ class Watchdog:
         if self._lifelines is None:
             return ""
         place = f"  rank {rank} on {self._lifelines.hosts[rank]}: {why}"
-        if rank == self._ranks.rank:
-            return f"{place}; it was doing '{self._beat[1]}', beat {self._beat[0]}\n"
-        if rank not in self._lifelines.heard:
-            return f"{place}; it has never told what it was doing\n"
-        message = self._lifelines.heard[rank][0]
-        return f"{place}; it was doing '{message.doing}', beat {message.beats}\n"
+        if rank != self._ranks.rank and rank not in self._lifelines.heard:
+            return f"{place}; it has never said what it was doing\n"
+        mine = State(*self._beat[:2])
+        state = mine if rank == self._ranks.rank else self._lifelines.heard[rank][0]
+        return f"{place}; it was doing '{state.doing}', beat {state.beats}\n"
 
 
 def _say(text: str) -> None:

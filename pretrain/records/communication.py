@@ -1,6 +1,4 @@
-"""How long a step waits for other ranks: DeepSpeed's collectives, timed where they are called and where they are waited
-for.
-"""
+"""How long a step waits for other ranks: DeepSpeed's collectives, timed when they are called and waited for."""
 
 from __future__ import annotations
 
@@ -31,13 +29,13 @@ _COLLECTIVES = (
 
 @contextmanager
 def timed_collectives(stopwatch: Stopwatch, before_each: Callable[[], None]) -> Iterator[None]:
-    """Time every collective that DeepSpeed starts inside, as the part `communication` of `stopwatch`; call
-    `before_each` of them.
+    """Time every collective that DeepSpeed starts inside, as the part `communication` of `stopwatch`, and call
+    `before_each` before each of them.
 
     On a CPU (gloo) this is the time in blocking calls, in starting the others, and in waiting for them. On CUDA it is
-    what the stream that computes waits for: a collective that overlaps with computation on a stream of its own costs
-    nothing, as it should. The rest of a collective's own time is seen in a profile (`mor train --profile`).
-    The time is taken out of the part that it lies in: `forward` and `backward` are computation alone.
+    the time that the computing stream waits: a collective that overlaps with computation on another stream costs
+    nothing. A profile (`mor train --profile`) shows the rest of a collective's time. The time is not counted in the
+    surrounding part: `forward` and `backward` are computation alone.
     """
     from deepspeed.comm import comm
 
@@ -53,7 +51,7 @@ def timed_collectives(stopwatch: Stopwatch, before_each: Callable[[], None]) -> 
 
 
 class _TimedWork:
-    """A started collective; waiting for it is timed, everything else is the collective's own."""
+    """A started collective; waiting for it is timed, everything else is passed on."""
 
     def __init__(self, work: Any, stopwatch: Stopwatch) -> None:
         self._work, self._stopwatch = work, stopwatch

@@ -1,4 +1,4 @@
-"""Values out of a run's JSON files, each of the kind it should be, or a sentence that names the place."""
+"""Values from a run's JSON files, each checked for its type; an error names the file and the key."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NEEDED: Any = object()
 
 
 class Fields:
-    """A JSON object; `where` begins the message when one of its values is not what it should be.
+    """A JSON object whose values are read by type; `where` begins the message of every error.
 
     Raises (all methods that read):
-        RunError: the value is missing without a `default`, or of another kind.
+        RunError: the value is missing and there is no `default`, or it has another type.
     """
 
     def __init__(self, values: object, where: object) -> None:
@@ -39,7 +39,7 @@ class Fields:
         return float(value) if abs(value) <= sys.float_info.max else math.nan
 
     def amount(self, name: str, default: Default = _NEEDED) -> float | Default:
-        """A number that was counted or planned: finite and not negative. Null is as if it were missing."""
+        """A number that was counted or planned: finite and not negative. Null counts as missing."""
         value = self._value(name, default)
         if value is None and default is not _NEEDED:
             return default
@@ -47,6 +47,13 @@ class Fields:
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _MOST:
             raise self._other(name, "an amount")
+        return value
+
+    def count(self, name: str, default: Default = _NEEDED) -> int | Default:
+        """A whole number, not negative."""
+        value = self._value(name, default)
+        if name in self.values and not is_count(value):
+            raise self._other(name, "a whole number, not negative")
         return value
 
     def text(self, name: str, default: Default = _NEEDED) -> str | Default:
@@ -91,3 +98,8 @@ class Fields:
 
     def _other(self, name: str, wanted: str) -> RunError:
         return RunError(f"{self.where}: {name} is {self.values[name]!r:.100}, not {wanted}.")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a whole number from 0 to the largest that files and libraries hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

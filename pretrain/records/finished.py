@@ -1,8 +1,8 @@
-"""Is this run finished? One question, asked of a resolved recipe and of the files in its run folders.
+"""Whether a run is finished, from its recipe and the files in its run folders; and what may change between its starts.
 
-A run is its trunk and every branch that its recipe names. Each of them is finished when its folder says so and was
-trained to the budget and the schedule that the recipe says now. Training, batch jobs, tables and comparisons all ask
-here, and need neither ranks nor torch for it.
+A run is its trunk and every branch that its recipe names. Each is finished when its folder says so and was trained to
+the budget and schedule that the recipe has now. Training, batch jobs, tables and comparisons all ask here, without
+ranks or torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pretrain.recipe.recipe import Recipe, load_recipe
 from pretrain.recipe.sections import Budget
 from pretrain.records.run_folder import RunFolder
 
-# Sections of a recipe that may change in the middle of a run.
-EXTENDABLE = ("budget.", "schedule.")
+# Sections that may change in the middle of a run, which then goes back to the last step that both have in common.
+_EXTENDABLE = ("budget.", "schedule.")
 
-# What may differ between the starts of one run without making it another run.
-_FREE = (
+# Sections and keys that may differ between the starts of one run; the table in docs/training.md names the same ones.
+# The checkpoint decides about another ZeRO stage in `deepspeed`. Data is recognised by its contents, wherever it lies.
+FREE = (
     "run_dir",
     "logging",
     "checkpoint",
@@ -35,12 +36,12 @@ _FREE = (
     "activation_checkpointing",
     "deepspeed",
     "data.path",
+    "data.sources.N.path",
     "data.verify",
     "data.skip_samples",
     "batch.micro_batch",
 )
-# Data is told by its contents, wherever it lies.
-_MOVED_SOURCE = re.compile(r"data\.sources\.\d+\.path")
+_PLACE_IN_A_LIST = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Part:
     """One training of a run: its trunk, or a branch of it.
 
     Attributes:
-        recipe: as this part is trained, with its run folder; steps: at which it ends.
-        start: steps it has from the trunk (0 of the trunk itself); name: of the branch, None of the trunk.
+        recipe: of this part, with its run folder; steps: where it ends.
+        start: steps it takes over from the trunk (0 for the trunk); name: of the branch, None for the trunk.
     """
 
     recipe: Recipe
@@ -83,14 +84,14 @@ def parts(recipe: Recipe, plan: Plan | None = None) -> list[Part]:
 
 
 def unfinished(recipe: Recipe) -> list[Part]:
-    """What of a run is still to be trained; empty when the run is finished."""
+    """The parts of a run that still have to be trained; empty when the run is finished."""
     return [part for part in parts(recipe) if not part.finished]
 
 
 def has_finished(recipe: Recipe) -> bool:
-    """Whether the run folder of this recipe alone, without branches, holds the finished training of this recipe."""
+    """Whether the run folder of this recipe, apart from its branches, holds the finished training of this recipe."""
     folder = RunFolder(recipe.run_folder)
-    # Of a damaged folder the checkpoints tell where it stands, and training says what is wrong with it.
+    # A damaged folder is not finished: its checkpoints say where it stands, and training says what is wrong.
     with contextlib.suppress(UserError, OSError):
         if folder.status().get("state") == "finished":
             return not changed_keys(load_recipe(folder.recipe_file), recipe)
@@ -98,34 +99,37 @@ def has_finished(recipe: Recipe) -> bool:
 
 
 def changed_keys(begun: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two recipes differ so that they are not the same training: (what it was begun with, what it is
-    now). `auto`, which stands for what the start has chosen, is no difference.
+    """Keys in which two recipes differ so that they are not the same training, each with (value begun with, value now).
+
+    `auto` now is no difference: it stands for the value that the first start has chosen.
     """
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (begun, now))
     keys = sorted(before.keys() | after.keys())
     return {
         key: (before.get(key), after.get(key))
         for key in keys
-        if before.get(key) != after.get(key)
-        and after.get(key) != "auto"
-        and not key.startswith(_FREE)
-        and not _MOVED_SOURCE.fullmatch(key)
+        if before.get(key) != after.get(key) and after.get(key) != "auto" and not _is_free(key)
     }
 
 
+def _is_free(key: str) -> bool:
+    key = _PLACE_IN_A_LIST.sub(".N", key)
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
 def begun_with(recipe: Recipe) -> Recipe | None:
-    """The recipe that this recipe's run folder was begun with; None where nothing was begun.
+    """The recipe that this recipe's run folder was begun with; None if the folder holds no run.
 
     Raises:
         RecipeError: that recipe cannot be read.
-        RunError: it is another run's: more than budget and schedule has changed.
+        RunError: it belongs to another run: more than budget and schedule has changed.
     """
     folder = RunFolder(recipe.run_folder)
     if not folder.recipe_file.is_file():
         return None
     begun = load_recipe(folder.recipe_file)
     for key, (before, now) in changed_keys(begun, recipe).items():
-        if not key.startswith(EXTENDABLE):
+        if not key.startswith(_EXTENDABLE):
             raise RunError(
                 f"{folder}: holds a run with {key} = {plain(repr(before))}, but the recipe now says "
                 f"{plain(repr(now))}; set run_dir to a new folder, change the recipe back, or remove the old run."
@@ -151,7 +155,7 @@ def branch_path(folder: RunFolder, branch: Branch) -> Path:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections, and those in lists by their place, as one dictionary with dotted keys."""
+    """Nested sections as one dictionary with dotted keys; a section in a list has its place in its key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):

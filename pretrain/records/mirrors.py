@@ -1,4 +1,4 @@
-"""wandb and TensorBoard show what metrics.jsonl holds; one that fails is left behind, and training goes on."""
+"""wandb and TensorBoard mirror metrics.jsonl; one that fails is no longer used, and training goes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import atomic_write
+from data_prep.files import write_text
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.run_folder import RunFolder
 
@@ -34,22 +34,22 @@ class Mirrors:
                 self._leave(name, error)
 
     def show(self, kind: str, values: dict[str, Any]) -> None:
-        """One record, as metrics.jsonl has it; of a source or suite under its name."""
+        """Show one record of metrics.jsonl; records of a source or suite appear under its name."""
         if not self._open:
             return
         flat = _flat(kind, values)
         self._each(lambda mirror: mirror.show(flat, values["step"]))
 
     def rewind(self) -> None:
-        """The run went back to a checkpoint: metrics.jsonl has lost what came after it, and so do the mirrors."""
+        """Drop what metrics.jsonl has lost because the run went back to a checkpoint."""
         self._each(lambda mirror: mirror.rewind())
 
     def flush(self) -> None:
-        """What was shown is there even if the process is killed now."""
+        """Write out what was shown, so that it survives a kill."""
         self._each(lambda mirror: mirror.flush())
 
     def close(self) -> None:
-        """Finish what the mirrors still have to write."""
+        """Finish writing."""
         self._each(lambda mirror: mirror.close())
 
     def _each(self, do: Callable[[Any], None]) -> None:
@@ -60,14 +60,14 @@ class Mirrors:
                 self._leave(name, error)
 
     def _leave(self, name: str, error: Exception) -> None:
-        # A full disk, a server that is away, a missing key: each library has its own exceptions for them.
+        # For a full disk, an unreachable server or a missing key each library has its own exceptions.
         self._open.pop(name, None)
         self._say(f"{name} fails ({error}); the run goes on without it, and metrics.jsonl holds every record.")
 
 
 class _TensorBoard:
-    """After a restart or a rewind, the older files' records are hidden from the last step in metrics.jsonl on; those
-    that metrics.jsonl still has are written again.
+    """After a restart or a rewind, records of older files are hidden from the last step in metrics.jsonl on, and those
+    that metrics.jsonl still holds from there on are written again.
     """
 
     def __init__(self, run: Path, recipe: Recipe) -> None:
@@ -123,17 +123,16 @@ class _Wandb:
         self._reached = self._run.starting_step
 
     def show(self, flat: Flat, step: int) -> None:
-        # Steps behind a checkpoint are told again after a restart or rewind; wandb keeps the first and would warn of
-        # every one.
+        # Steps after a checkpoint come again after a restart or rewind; wandb keeps the first and would warn of each.
         if step >= self._reached:
             self._run.log(flat, step=step)
             self._reached = step
 
     def rewind(self) -> None:
-        """wandb cannot take back what it was told."""
+        """wandb cannot remove records."""
 
     def flush(self) -> None:
-        """Its own process writes without delay."""
+        """wandb's own process writes at once."""
 
     def close(self) -> None:
         self._run.finish()
@@ -162,6 +161,5 @@ def _wandb_id(file: Path) -> str:
     if file.is_file():
         return file.read_text(encoding="utf-8").strip()
     new = secrets.token_hex(4)
-    with atomic_write(file, "w") as stream:
-        stream.write(new)
+    write_text(file, new)
     return new

@@ -1,4 +1,4 @@
-"""`mor train RECIPE --profile 5-7`: where the time and the memory of chosen steps go.
+"""`mor train RECIPE --profile 5-7`: time and memory of chosen steps.
 
 RUN/profile/steps-5-7/ then holds, for every rank, `rank-00000.trace.json.gz` (for chrome://tracing or
 ui.perfetto.dev) and on CUDA `rank-00000.memory.pickle` (for pytorch.org/memory_viz), and from rank 0 `table.txt`.
@@ -61,10 +61,10 @@ class StepProfiler:
         self._parts: dict[str, float] = {}
 
     def check(self, begin: int, end: int) -> None:
-        """Refuse steps that this start does not take; it takes those after `begin`, up to `end`.
+        """Check that this start takes the profiled steps; it takes those after `begin`, up to `end`.
 
         Raises:
-            LaunchError
+            LaunchError: it does not take all of them.
         """
         if not begin < self.first <= self.last <= end:
             raise LaunchError(
@@ -73,7 +73,7 @@ class StepProfiler:
             )
 
     def before(self, step: int) -> None:
-        """Called at the beginning of every step; the profile begins with its first one."""
+        """Call at the beginning of every step; starts the profile at its first one."""
         if step != self.first:
             return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
@@ -87,7 +87,7 @@ class StepProfiler:
         self._began = time.perf_counter()
 
     def after(self, step: int) -> str | None:
-        """Called at the end of every step; after the last one files are written and the table is returned."""
+        """Call at the end of every step; after the last one, write the files and return the table."""
         if step != self.last or self._profile is None:
             return None
         if self._cuda:

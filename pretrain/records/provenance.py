@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, code, machine; kept beside its results, and compared between ranks at the start."""
+"""Versions, code and machine of a run: kept beside its results, and compared between ranks at the start."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def describe_environment(
 
 
 def changes_since_last_start(folder: RunFolder, now: dict[str, Any]) -> list[str]:
-    """A warning where the run was last started with other code, versions or another device than `now`
-    (`describe_environment`); call it before environment.json is written anew.
+    """A warning if the last start had other code, versions or another device than `now` (from `describe_environment`).
+
+    Call it before environment.json is written again.
     """
     try:
         before = folder.environment()
     except RunError:
         return []
-    versions = before.get("versions", {})
+    versions = before.get("versions") or {}
     changes = [
         f"{name} was {versions[name]} and is {version}"
         for name, version in now["versions"].items()
@@ -63,7 +64,7 @@ def changes_since_last_start(folder: RunFolder, now: dict[str, Any]) -> list[str
     if not changes:
         return []
     changes = [plain(change)[:200] for change in changes]
-    return [f"Since the last start {'; '.join(changes)}. Losses need not be those of an undisturbed run any more."]
+    return [f"Since the last start {'; '.join(changes)}. Losses may differ from those of an undisturbed run."]
 
 
 def _versions() -> dict[str, str]:
@@ -93,7 +94,7 @@ def git_commit() -> str | None:
 
 
 def identity(recipe: Recipe, ds_config: dict[str, Any], data: str, tokenizer: str) -> dict[str, str]:
-    """What all ranks must have alike, by the name a person knows it under; `data` and `tokenizer` are fingerprints."""
+    """What must be the same on all ranks, by the name that messages use; `data` and `tokenizer` are fingerprints."""
     dump = recipe.model_dump(mode="json")
     return {
         "recipe": hashlib.sha256(repr(sorted(flatten(dump).items())).encode()).hexdigest()[:16],

@@ -27,16 +27,14 @@ from data_prep.errors import DataError
 from data_prep.files import write_json, write_text
 from data_prep.json_input import read_json
 from pretrain.errors import RunError
-
-_KINDS = {int: "a whole number, not negative", str: "text", dict: "an object"}
+from pretrain.records.fields import Fields, is_count
 
 
 def require_writable(folder: Path) -> None:
-    """Make `folder` where it is missing, and see whether a file can be written there, before work whose result goes
-    there.
+    """Make `folder` if it is missing, and try to write a file there, before work whose result goes there.
 
     Raises:
-        RunError: it cannot.
+        RunError: the folder or the file cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,11 +52,21 @@ class RunFolder:
     """Paths of one run and checked, atomic access to its files.
 
     Raises (all methods that read):
-        RunError: when a file is missing or is not what it should be; the message names the file.
+        RunError: when a file is missing or damaged; the message names the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.model_file = self.path / "model.json"
+        self.environment_file = self.path / "environment.json"
+        self.plan_file = self.path / "plan.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.status_file = self.path / "status.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.weights = self.path / "weights"
+        self.tokenizer = self.path / "tokenizer"
+        self.evaluation = self.path / "evaluation"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -66,46 +74,6 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.resolve().name
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def model_file(self) -> Path:
-        return self.path / "model.json"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def plan_file(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -126,16 +94,20 @@ class RunFolder:
         except DataError as error:
             raise RunError(f"{error} Restore it or start the run in a new folder.") from None
 
-    def _read_object(self, file: Path, **kinds: type) -> dict[str, Any]:
-        """The object in a file; each of the named keys that it has must be of its kind."""
-        value = self.read_json(file)
-        if not isinstance(value, dict):
-            raise RunError(f"{file}: is not a JSON object. Restore it or start the run in a new folder.")
-        for key, kind in kinds.items():
-            if key in value and (type(value[key]) is not kind or (kind is int and value[key] < 0)):
-                wanted = _KINDS[kind]
-                raise RunError(f"{file}: {key} must be {wanted}. Restore it or start the run in a new folder.")
-        return value
+    def _object(self, file: Path, *, texts: str = "", counts: str = "", objects: str = "") -> dict[str, Any]:
+        """The JSON object in a file, of which the named keys, if they are there, have the right types."""
+        values = self.read_json(file)
+        try:
+            fields = Fields(values, file)
+            for name in texts.split():
+                fields.text(name, None)
+            for name in counts.split():
+                fields.count(name, None)
+            for name in objects.split():
+                fields.object(name)
+        except RunError as error:
+            raise RunError(f"{error} Restore it or start the run in a new folder.") from None
+        return fields.values
 
     def write_json(self, file: Path, value: Any) -> None:
         write_json(file, value)
@@ -144,29 +116,29 @@ class RunFolder:
         write_text(file, text)
 
     def plan(self) -> dict[str, Any]:
-        return self._read_object(self.plan_file, steps=int, tokenizer_fingerprint=str, data_manifest=str)
+        return self._object(self.plan_file, counts="steps", texts="tokenizer_fingerprint data_manifest")
 
     def model(self) -> dict[str, Any]:
-        return self._read_object(self.model_file)
+        return self._object(self.model_file)
 
     def environment(self) -> dict[str, Any]:
-        return self._read_object(
-            self.environment_file, versions=dict, device=str, world_size=int, launcher=str, code=str
+        return self._object(
+            self.environment_file, counts="world_size", texts="device launcher code", objects="versions"
         )
 
     def status(self) -> dict[str, Any]:
         """The run's state; `{"state": "absent"}` before it has begun."""
         if not self.status_file.is_file():
             return {"state": "absent"}
-        status = self._read_object(self.status_file, state=str, step=int, steps=int, reason=str)
+        status = self._object(self.status_file, counts="step steps", texts="state reason")
         if "state" not in status:
-            raise RunError(f"{self.status_file}: has no state. Remove it, and start the run again.")
+            raise RunError(f"{self.status_file}: state is missing. Remove the file, and start the run again.")
         return status
 
     def metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl in order, of one kind or all.
 
-        A last line without its newline is one that a killed process did not finish; it is left out.
+        A last line without a newline is left out: a killed process did not finish it.
         """
         if not self.metrics_file.is_file():
             raise RunError(f"{self.metrics_file}: missing; the run has not logged a step yet.")
@@ -191,7 +163,7 @@ class RunFolder:
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None for one that is damaged or not whole.
 
-    A record has at least a `kind` and a `step`. A number that is not finite, for which JSON has no word, is None.
+    A record has at least a `kind` and a `step`. A number that is not finite is None, because JSON cannot hold it.
     """
     if not line.endswith(b"\n"):
         return None
@@ -199,9 +171,5 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_count(record.get("step"))
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and is_count(record.get("step"))
     return record if whole else None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

@@ -1,4 +1,4 @@
-"""Where a run's seconds and bytes go: time per part of a step, and memory."""
+"""Time per part of a step, and memory of the device or process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 class Stopwatch:
     """Seconds spent in the parts of a step, each without the parts inside it.
 
-    On CUDA a part is timed by events on the stream that computes, read when the step has ended; parts on another stream
-    run beside it and are left out.
+    On CUDA a part is timed by events on the default stream, which are read when the step has ended; parts on other
+    streams run in parallel and are left out.
 
     Attributes:
         annotate: name the parts `step/NAME` in a profile that is being taken.
@@ -60,7 +60,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside belongs to no step."""
+        """Inside, nothing is timed: it belongs to no step."""
         self._paused = True
         try:
             yield
@@ -100,7 +100,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def memory_bytes(device: torch.device) -> int:
     """Memory in use: allocated on the device, or resident in this process where the device is the CPU (its peak where
-    the system does not tell).
+    the system does not report it).
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

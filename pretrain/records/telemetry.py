@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, wandb and TensorBoard as mirrors of it, one progress line for a person.
+"""A run's records: metrics.jsonl always, wandb and TensorBoard as mirrors of it, and its progress on the terminal.
 
 Only rank 0 writes. A record is one line, written in one call and flushed, so a killed run leaves at most one
 unfinished line.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import orjson
 
 from data_prep.files import atomic_write
 from data_prep.plain_text import plain
+from data_prep.terminal import ProgressBars, duration
 from pretrain.recipe.recipe import Recipe
 from pretrain.records.mirrors import Mirrors
 from pretrain.records.run_folder import RunFolder, parse_record
@@ -37,9 +37,10 @@ class Telemetry:
     def __init__(self, run: RunFolder, recipe: Recipe, steps: int, *, active: bool) -> None:
         self._active = active
         self._run = run
-        self._steps = steps
-        self._progress = _Progress(recipe.name, steps) if active else None
         if active:
+            self._name, self._steps = plain(recipe.name), steps
+            self._bars = ProgressBars(keep=True)
+            self._bar = self._bars.add(self._name, steps)
             run.path.mkdir(parents=True, exist_ok=True)
             self._stream = run.metrics_file.open("ab", buffering=0)
             self._unwritten = b""
@@ -68,14 +69,23 @@ class Telemetry:
         self.record("event", {"event": event, "step": step, "time": time.time(), **values})
 
     def progress(self, step: int, loss: float | None, tokens_per_second: float | None, seconds_per_step: float) -> None:
-        """Update the progress line."""
-        if self._progress is not None:
-            self._progress.update(step, loss, tokens_per_second, seconds_per_step)
+        """Show how far the run is: a bar on a terminal, elsewhere a line every half minute."""
+        if not self._active:
+            return
+        parts = [f"step {step}/{self._steps}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite")
+        if tokens_per_second is not None:
+            parts.append(f"{tokens_per_second:,.0f} tokens/s")
+        parts.append(f"{duration((self._steps - step) * seconds_per_step)} left")
+        detail = " · ".join(parts)
+        self._bars.update(self._bar, step, detail)
+        self._bars.tell(f"{self._name}: {detail}", now=step == self._steps)
 
     def say(self, text: str) -> None:
         """Print a line for a person, on rank 0 only."""
-        if self._progress is not None:
-            self._progress.say(text)
+        if self._active:
+            self._bars.say(text)
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, because the run went back there."""
@@ -93,7 +103,7 @@ class Telemetry:
     def sync(self) -> None:
         """Make everything recorded so far survive a power cut; called when a checkpoint is complete."""
         if self._active:
-            # A file system that fails here has its say when the next record is written.
+            # A file system that fails here is reported when the next record is written.
             with contextlib.suppress(OSError):
                 if not os.path.exists(self._run.metrics_file):
                     self._reopen()  # removed or moved: what follows must not go where nobody finds it
@@ -106,13 +116,12 @@ class Telemetry:
             before.close()
 
     def close(self) -> None:
-        """Finish the mirrors and the progress line."""
+        """Finish the mirrors and the progress display."""
         if not self._active:
             return
         self.sync()
         self._stream.close()
-        if self._progress is not None:
-            self._progress.close()
+        self._bars.close()
         self._mirrors.close()
 
 
@@ -141,71 +150,3 @@ def rewind_metrics(run: RunFolder, step: int, unfinished: Sequence[str] = ()) ->
 def _is_undone(record: dict[str, Any], step: int, again: set[str]) -> bool:
     kind, at = record["kind"], record["step"]
     return kind != "event" and (at > step or (at == step and kind in again))
-
-
-class _Progress:
-    """One rich line on a terminal; elsewhere a plain line now and then. A terminal that is gone, or a log whose disk is
-    full, loses lines and ends nothing.
-    """
-
-    _PLAIN_SECONDS = 30.0
-
-    def __init__(self, name: str, steps: int) -> None:
-        self._name = plain(name)
-        self._steps = steps
-        self._printed = 0.0
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
-                console=Console(stderr=True),
-                transient=False,
-            )
-            self._task = self._bar.add_task(self._name, total=steps, detail="")
-            self._bar.start()
-
-    def update(self, step: int, loss: float | None, tokens_per_second: float | None, seconds_per_step: float) -> None:
-        parts = []
-        if loss is not None:
-            parts.append(f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite")
-        if tokens_per_second is not None:
-            parts.append(f"{tokens_per_second:,.0f} tokens/s")
-        parts.append(f"{format_seconds((self._steps - step) * seconds_per_step)} left")
-        detail = " · ".join(parts)
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.update(self._task, completed=step, detail=detail)
-        elif time.monotonic() - self._printed >= self._PLAIN_SECONDS or step == self._steps:
-            self._printed = time.monotonic()
-            self.say(f"{self._name}: step {step}/{self._steps} · {detail}")
-
-    def say(self, text: str) -> None:
-        text = plain(text, lines=True)
-        with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False)
-            else:
-                print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.stop()
-
-
-def format_seconds(seconds: float) -> str:
-    """Whole units that a person reads at a glance: `3 d 4 h`, `2 h 05 min`, `12 min`, `40 s`."""
-    seconds = max(0.0, seconds)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    if minutes < 90:
-        return f"{minutes:.0f} min"
-    hours, rest = divmod(round(minutes), 60)
-    return f"{hours} h {rest:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -7,13 +7,13 @@ import statistics
 
 import torch
 
+from data_prep.terminal import duration
 from pretrain.checkpoints.checkpoint_manifest import read_manifest
 from pretrain.checkpoints.store import list_checkpoints, refuse_shape
 from pretrain.errors import RunError
 from pretrain.ranks.environment import Ranks
 from pretrain.recipe.deepspeed_json import STAGES, explain, zero_stage
 from pretrain.recipe.recipe import Recipe
-from pretrain.records.telemetry import format_seconds
 from pretrain.training.engine import peak_flops
 from pretrain.training.memory import estimate_memory
 from pretrain.training.memory import format_bytes as size
@@ -83,7 +83,7 @@ def _time(prepared: Prepared, ranks: Ranks) -> str:
     done = folder.status().get("step", 0)
     seconds = plan.training_flops * (1 - done / plan.steps) / (speed * ranks.world_size)
     return (
-        f"about {format_seconds(seconds)}{' more' if done else ''} at {speed:.3g} FLOP/s a rank, {basis}; evaluation "
+        f"about {duration(seconds)}{' more' if done else ''} at {speed:.3g} FLOP/s a rank, {basis}; evaluation "
         "and checkpoints not counted"
     )
 

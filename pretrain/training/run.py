@@ -49,7 +49,7 @@ def execute(prepared: Prepared, ranks: Ranks, profiled: tuple[int, int] | None =
     limits, folder = prepared.recipe.limits, prepared.folder
     hours = limits.wall_clock_hours
     wall_clock = None if hours is None else hours * 3600
-    with StopRequest(folder.path, watch_files=ranks.rank == 0, wall_clock=wall_clock) as stop:
+    with StopRequest(folder.path if ranks.rank == 0 else None, wall_clock=wall_clock) as stop:
         # Later than the watchdog, which names the rank that the collective waits for.
         device = start_process_group(ranks, 2 * limits.stall_seconds + _SLOW_SECONDS)
         try:

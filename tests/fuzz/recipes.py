@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+from pretrain.recipe.yaml_input import write_yaml
+from tests.fuzz.support import ODD_VALUES, leaves, mutate_text
 from tests.pretrain.support import recipe_values, tiny_model
 
 PLAIN = recipe_values(Path("data"), Path("run"))
@@ -48,3 +51,13 @@ ROUTED: dict[str, Any] = {
     ),
 }
 RECIPES = [PLAIN, FULL, STAGED, ROUTED]
+
+
+def override(values: dict[str, Any], source: random.Random) -> str:
+    """`key=value` for a key or section in `values`, with its own value or an odd one; sometimes damaged."""
+    path, value = source.choice(list(leaves(values).items()))
+    key = ".".join(path[: source.randint(1, len(path))])
+    if source.random() < 0.5:
+        value = source.choice(ODD_VALUES)
+    text = f"{key}={write_yaml(value).removesuffix(chr(10)).removesuffix('...').removesuffix(chr(10))}"
+    return mutate_text(text, source) if source.random() < 0.5 else text

@@ -105,15 +105,13 @@ def test_profiles(count):
                 return f"{key}: {found!r} for {value!r}"
         return None
 
-    outcome = drive(count, make, lambda given: profile_of(as_yaml(given)), changed=changed)
-    assert outcome.refused > 0.2 * count and outcome.used > 0.05 * count
+    drive(count, make, lambda given: profile_of(as_yaml(given)), changed=changed, used=0.05, refused=0.2)
 
 
 @counts
 def test_profiles_as_text(count):
     text = as_yaml({"default": "a", "clusters": {"a": CLUSTER}})
-    outcome = drive(count, lambda source: mutate_text(text, source), profile_of, seed="text")
-    assert outcome.refused > 0.2 * count and outcome.used > 0.1 * count
+    drive(count, lambda source: mutate_text(text, source), profile_of, seed="text", used=0.1, refused=0.2)
 
 
 @counts
@@ -140,7 +138,7 @@ def test_remembered_jobs(count):
                 return str(record)
         return None
 
-    assert drive(count, make, use, changed=changed).used == count
+    drive(count, make, use, changed=changed, used=1)
 
 
 def json_or_none(line: bytes) -> Any:
@@ -171,7 +169,7 @@ def test_histories_of_starts(count):
         alike = [start["reached"] for start in starts] == [START["reached"]] * len(starts)
         return "the wrong number of starts" if alike and (problem is not None) != (len(starts) > 3) else None
 
-    assert drive(count, make, use, changed=changed).used == count
+    drive(count, make, use, changed=changed, used=1)
 
 
 @counts
@@ -198,4 +196,4 @@ def test_status_files(count, tmp_path):
             return "finished without saying so"
         return None if (state == "COMPLETED") == finished else f"{state}, and finished: {finished}"
 
-    assert drive(count, make, use, changed=changed).used == count
+    drive(count, make, use, changed=changed, used=1)

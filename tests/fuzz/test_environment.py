@@ -69,7 +69,6 @@ def test_launch_variables(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(environment, "reachable_address", reachable)
     monkeypatch.setattr(environment, "_agree_through_mpi", lambda rank, size, port: ("localhost", port or 2900))
-    outcome = drive(count, make, discover_ranks, changed=do_not_fit)
-    assert min(outcome.used, outcome.refused) > count / 20
+    drive(count, make, discover_ranks, changed=do_not_fit, used=0.05, refused=0.05)
     drive(count, make, clean_environment)
     drive(count, make, lambda environ: StopRequest(environ=environ))

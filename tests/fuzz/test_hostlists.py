@@ -54,8 +54,7 @@ def compare(text: str, hosts: list[str]) -> str | None:
 
 @counts
 def test_host_lists_are_written_out(count):
-    outcome = drive(count, written, expand_hostlist, changed=compare)
-    assert outcome.used > 0.7 * count, "too many were larger than a cluster"
+    drive(count, written, expand_hostlist, changed=compare, used=0.7)
 
 
 @counts
@@ -63,8 +62,7 @@ def test_damaged_host_lists_are_refused_or_written_out(count):
     def damaged(source: random.Random) -> str:
         return mutate_text(written(source), source)
 
-    outcome = drive(count, damaged, expand_hostlist, changed=compare, seed="damaged")
-    assert outcome.refused > 0.1 * count and outcome.used > 0.1 * count
+    drive(count, damaged, expand_hostlist, changed=compare, seed="damaged", used=0.1, refused=0.1)
 
 
 @pytest.mark.parametrize("text", ["a" + "[2-3]" * 10 + "[1]" * 20_000, "a" * 100_000 + "[1-999]"], ids=["[", "a"])

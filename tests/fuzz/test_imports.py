@@ -88,5 +88,4 @@ def test_a_mutated_token_file_is_imported_as_it_is_or_refused(
         expected = ids[ids != EOD].tolist()
         return None if list(found) == expected else f"{len(expected)} ids became {len(found)}, or others"
 
-    outcome = drive(count, make, use, seed="imports", changed=changed)
-    assert outcome.used > count // 10 and outcome.refused > count // 10
+    drive(count, make, use, seed="imports", changed=changed, used=0.1, refused=0.1)

@@ -68,8 +68,7 @@ def test_manifests(folder: Path, count: int) -> None:
     def changed(given: bytes, manifest: Manifest) -> str | None:
         return lost(asdict(manifest), json.loads(given))  # keys that are not read may say anything
 
-    outcome = drive(count, lambda source: mutate_json(value, source), use, changed=changed)
-    assert outcome.used > count // 20 and outcome.refused > count // 3
+    drive(count, lambda source: mutate_json(value, source), use, changed=changed, used=0.05, refused=0.33)
 
 
 @counts
@@ -97,5 +96,4 @@ def test_what_an_unfinished_run_leaves(tmp_path: Path, count: int) -> None:
         schedule = merged_schedule(folder, plan)
         return build_manifest(plan, schedule.in_order()) if schedule.complete else None
 
-    outcome = drive(count // 2, mutated, use)
-    assert outcome.used and outcome.refused > count // 6
+    drive(count // 2, mutated, use, used=0.01, refused=0.33)

@@ -81,8 +81,7 @@ def test_a_models_configuration(count: int, model: Path, copied: Any) -> None:
     def changed(content: bytes, used: dict[str, Any]) -> str | None:
         return lost(json.loads(content), used)
 
-    outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
-    assert outcome.used > count / 50 and outcome.refused > count / 4
+    drive(count, lambda source: mutate_json(original, source), use, changed=changed, used=0.02, refused=0.25)
 
 
 def pack(header: Any, data: bytes) -> bytes:
@@ -119,8 +118,7 @@ def test_a_models_weights(count: int, model: Path, copied: Any) -> None:
                     return name
         return None
 
-    outcome = drive(count, make, use, changed=changed)
-    assert outcome.refused > count / 2
+    drive(count, make, use, changed=changed, refused=0.5)
 
 
 @counts
@@ -137,8 +135,7 @@ def test_a_llamas_configuration(count: int, llama: Path, copied: Any) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         return lost({name: given[name] for name in sizes}, found)
 
-    outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
-    assert outcome.used > count / 50 and outcome.refused > count / 4
+    drive(count, lambda source: mutate_json(original, source), use, changed=changed, used=0.02, refused=0.25)
 
 
 @counts
@@ -163,8 +160,7 @@ def test_an_index_of_weights(count: int, llama: Path, copied: Any) -> None:
         named = set(json.loads(content)["weight_map"].values())
         return None if named == {"part-0.safetensors", "part-1.safetensors"} else f"opened {named}"
 
-    outcome = drive(count, make, use, changed=changed)
-    assert outcome.refused > count / 4
+    drive(count, make, use, changed=changed, refused=0.25)
 
 
 @counts
@@ -182,8 +178,7 @@ def test_a_checkpoints_description(count: int, tmp_path: Path) -> None:
     def changed(content: bytes, used: None) -> str | None:
         return None if json.loads(content) == original else "accepted"
 
-    outcome = drive(count, lambda source: mutate_json(original, source), use, changed=changed)
-    assert outcome.refused > count / 2
+    drive(count, lambda source: mutate_json(original, source), use, changed=changed, refused=0.5)
 
 
 @counts
@@ -203,8 +198,7 @@ def test_a_checkpoints_description_by_somebody_who_knows_its_checksum(count: int
     def changed(content: dict[str, Any], used: Manifest) -> str | None:
         return lost(content, {**used.model_dump(), "state": used.state.to_dict()})
 
-    outcome = drive(count, make, use, changed=changed)
-    assert outcome.used > count / 50 and outcome.refused > count / 4
+    drive(count, make, use, changed=changed, used=0.02, refused=0.25)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -230,5 +224,4 @@ def test_a_file_of_a_checkpoint(count: int, tmp_path: Path, inner: bool) -> None
         file.write_bytes(content)
         return load_restricted(file, map_location="cpu")
 
-    outcome = drive(count, make, use)
-    assert outcome.refused > count / 4
+    drive(count, make, use, refused=0.25)

@@ -19,7 +19,7 @@ from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.results import Results, read_results
 from pretrain.comparison.run_records import read_run
 from pretrain.records.run_folder import RunFolder
-from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_values
 from tests.pretrain.comparison.synthetic import experiment, network, write_run
 
 FILES = ("metrics.jsonl", "status.json", "recipe.yaml", "plan.json", "environment.json")
@@ -48,14 +48,10 @@ def mutation(run: Path, source: random.Random) -> tuple[str, bytes]:
         return name, mutate_text(content.decode(), source).encode("utf-8", "surrogatepass")
     if name == "metrics.jsonl":
         records = [json.loads(line) for line in content.splitlines()]
-        for _ in range(source.choice([1, 3])):
-            place = source.randrange(len(records))
-            records[place] = mutate_value(records[place], source)
+        place = source.randrange(len(records))
+        records[place] = mutate_values(records[place], source)
         return name, "".join(json.dumps(record) + "\n" for record in records).encode()
-    value = json.loads(content)
-    for _ in range(source.choice([1, 3])):
-        value = mutate_value(value, source)
-    return name, json.dumps(value).encode()
+    return name, json.dumps(mutate_values(json.loads(content), source)).encode()
 
 
 @counts
@@ -86,8 +82,7 @@ def test_one_run_folder_never_hides_the_others(good: Path, tmp_path: Path, count
             return f"no sentence: {record.problem}"
         return None
 
-    outcome = drive(count, lambda source: mutation(run, source), use, changed=changed)
-    assert outcome.used == count
+    drive(count, lambda source: mutation(run, source), use, changed=changed, used=1)
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
@@ -123,7 +118,7 @@ def test_a_report_of_odd_runs_is_whole(good: Path, tmp_path: Path, count: int) -
         hostile = [sign for text in texts for sign in ("\x1b", "\x00", "\u202e") if sign in text]
         return f"{hostile} is shown" if hostile else None
 
-    assert drive(count, make, use, changed=changed).used == count
+    drive(count, make, use, changed=changed, used=1)
 
 
 def readable(good: Path, run: Path, source: random.Random) -> tuple[str, bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pretrain.errors import UserError
+from tests.fuzz import support
 from tests.fuzz.support import drive, mutate_bytes, mutate_text, mutate_value
 
 
@@ -15,17 +16,20 @@ def number(source: random.Random) -> int:
     return source.randrange(100)
 
 
-def test_inputs_that_are_used_and_refused_are_counted() -> None:
+def test_too_few_inputs_that_are_used_or_refused_are_a_fault() -> None:
     def use(given: int) -> int:
         if given < 50:
             raise UserError("must be at least 50")
         return given
 
-    outcome = drive(200, number, use, changed=lambda given, found: None if given == found else "another number")
-    assert outcome.used > 50 and outcome.refused > 50 and outcome.used + outcome.refused == 200
+    drive(200, number, use, changed=lambda given, found: None if given == found else "another number", used=0.3)
+    with pytest.raises(AssertionError, match=r"^[89]\d of 200 were refused"):
+        drive(200, number, use, refused=0.9)
 
 
-def test_foreign_exceptions_hangs_changes_and_empty_messages_are_faults() -> None:
+def test_foreign_exceptions_hangs_changes_and_empty_messages_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "LIMIT_SECONDS", 0.2)
+
     def crash(given: int) -> None:
         raise KeyError(given)
 

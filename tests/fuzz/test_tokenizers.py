@@ -67,8 +67,7 @@ def test_hugging_face_files(tmp_path: Path, count: int) -> None:
             target.write_bytes(given)
             return used(target.parent)
 
-        outcome = drive(count // 4, mutated, use, seed=number, changed=difference(original))
-        assert outcome.used and outcome.refused, kind
+        drive(count // 4, mutated, use, seed=number, changed=difference(original), used=0.01, refused=0.01)
 
 
 def mutate_model(data: bytes, source: random.Random) -> bytes:
@@ -112,8 +111,7 @@ def test_sentencepiece_models(tmp_path: Path, mutate: Callable[[bytes, random.Ra
         def made(source: random.Random, data: bytes = data) -> bytes:
             return mutate(data, source)
 
-        outcome = drive(count // 4, made, use, seed=f"{rule} {number}", changed=difference(original))
-        assert outcome.used and outcome.refused
+        drive(count // 4, made, use, seed=f"{rule} {number}", changed=difference(original), used=0.01, refused=0.01)
 
 
 @counts
@@ -144,5 +142,4 @@ def test_files_beside_a_tokenizer(tmp_path: Path, count: int) -> None:
         named = named["content"] if isinstance(named, dict) else named
         return None if (named if named not in (None, "") else "</s>") == found else f"{found!r} was used"
 
-    outcome = drive(count, mutated, use, changed=changed)
-    assert outcome.used and outcome.refused
+    drive(count, mutated, use, changed=changed, used=0.01, refused=0.01)

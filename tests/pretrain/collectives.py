@@ -24,7 +24,9 @@ class Threads:
         self._board: list[Any] = [None] * world_size
         monkeypatch.setattr(dist, "all_gather_object", self._all_gather)
         monkeypatch.setattr(dist, "broadcast_object_list", self._broadcast)
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
         monkeypatch.setattr(dist, "get_rank", lambda: self.rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
 
     @property
     def rank(self) -> int:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_prep.locks import lock
-from data_prep.tokenizing.pipeline import only_writer
 from pretrain.errors import RunError
 from pretrain.ranks import run_lock
+from pretrain.ranks.run_lock import sole_job
 from tests.pretrain.checkpoints.test_resume import finished_checkpoints
+from tests.pretrain.collectives import Threads
 from tests.pretrain.support import (
+    ALONE,
     ROOT,
     Job,
     Nursery,
@@ -35,50 +38,54 @@ from tests.pretrain.training.test_stopping import run_with
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.ranks.run_lock import take
-stream, _ = take(Path(sys.argv[1]), 0.0)
-print("taken", flush=True)
-sys.stdin.read()
+from data_prep.locks import locked
+with locked(Path(sys.argv[1], ".lock"), "taken", patience=0.0):
+    print("taken", flush=True)
+    sys.stdin.read()
 """
 
 
-def test_a_second_job_in_a_run_folder_is_refused_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
+@contextmanager
+def other_job(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of a run folder until it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
-        with pytest.raises(RunError, match=rf'another job is training there .*"process": {holder.pid}\b'):
-            run_lock.take(folder, 0.0)
-    finally:
-        holder.kill()
-        holder.communicate()
-    stream, text = run_lock.take(folder, 0.0)
-    assert run_lock.sees(folder, text, 0.0) and not run_lock.sees(folder, text + "?", 0.0)
-    stream.close()
+        try:
+            yield holder
+        finally:
+            holder.kill()
 
 
-@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
-def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Whatever is locked: a run folder, a data set that is written, what others are waited for."""
+def test_a_second_job_in_a_run_folder_is_refused_and_a_killed_one_leaves_it_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "_PATIENCE", 0.0)
+    folder = tmp_path / "run"
 
-    def without(number: int) -> None:
-        def refuse(*_: Any) -> None:
-            raise OSError(number, os.strerror(number))
+    def enter(rank: int) -> None:
+        with sole_job(folder, dataclasses.replace(ALONE, rank=rank, world_size=2)):
+            pass
 
-        for name in ("lockf", "flock"):
-            monkeypatch.setattr(fcntl, name, refuse)
+    with other_job(folder) as holder:
+        for error in Threads(2, monkeypatch).each(enter):
+            assert isinstance(error, RunError) and "another job is training there" in str(error)
+            assert f'"process": {holder.pid}' in str(error)
+    assert Threads(2, monkeypatch).each(enter) == [None, None]
 
-    without(getattr(errno, code))
-    stream, text = run_lock.take(tmp_path, 0.0)
-    assert json.loads(text)["process"] == os.getpid()
-    stream.close()
-    with only_writer(tmp_path, ""), (tmp_path / "lock").open("w") as other:
-        assert lock(other) and lock(other, wait=True)
-    without(errno.EIO)
-    with pytest.raises(RunError, match="cannot be begun there"):
-        run_lock.take(tmp_path, 0.0)
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+
+    def enter(rank: int) -> None:
+        with sole_job(tmp_path, ALONE):
+            pass
+
+    (error,) = Threads(1, monkeypatch).each(enter)
+    assert isinstance(error, RunError) and "cannot be begun there" in str(error)
 
 
 def test_ranks_that_do_not_share_the_run_folder_are_named(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
@@ -98,20 +105,15 @@ def test_a_second_job_that_has_waited_takes_nothing_back(
     larger = {**values, "budget": {"steps": 16}}
     shutil.copytree(run, tmp_path / "first")
     done = one_rank.train(tmp_path, {**larger, "run_dir": str(tmp_path / "first")})
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
-    job = Job(write_recipe(tmp_path / "larger.yaml", larger), nursery=nursery)
-    said = job.processes[0]._folder / "errors"
-    while job.running and "waiting for a job" not in said.read_text(encoding="utf-8"):
-        time.sleep(0.05)
-    for entry in run.iterdir():
-        if entry.name != run_lock.LOCK_FILE:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    shutil.copytree(done, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_lock.LOCK_FILE))
-    holder.kill()
-    holder.communicate()
+    with other_job(run):
+        job = Job(write_recipe(tmp_path / "larger.yaml", larger), nursery=nursery)
+        said = job.processes[0]._folder / "errors"
+        while job.running and "waiting for it" not in said.read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        for entry in run.iterdir():
+            if entry.name != run_lock.LOCK_FILE:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.copytree(done, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_lock.LOCK_FILE))
     codes, output, errors = job.wait()
     assert codes == [0], output + errors
     assert finished_checkpoints(run) == finished_checkpoints(done) == [4, 8, 12, 16]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from tests.pretrain.support import ROOT
 
 def test_the_larger_request_wins_a_reduction_over_ranks():
     assert max(Request.NONE, Request.CHECKPOINT, Request.STOP, Request.HOLD) is Request.HOLD
-    assert max(int(Request.CHECKPOINT), int(Request.STOP)) == Request.STOP
     assert [request.stops for request in Request] == [False, False, True, True]
     assert [request.exit_code for request in Request] == [EXIT_FINISHED, EXIT_FINISHED, EXIT_AGAIN, EXIT_HELD]
 
@@ -33,31 +31,67 @@ def test_a_signal_asks_to_stop_and_names_itself(number):
     with StopRequest(environ={}) as stop:
         assert stop.poll() is Request.NONE
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # launchers repeat a terminal's Ctrl-C
         assert stop.poll() is Request.STOP
         assert signal.Signals(number).name in stop.reason
         assert stop.poll() is Request.STOP, "a request does not go away by being asked for"
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize(("handler", "asked"), [(signal.SIG_DFL, Request.STOP), (signal.SIG_IGN, Request.NONE)])
+def test_a_terminal_that_is_closed_asks_to_stop_unless_it_is_ignored(handler: Any, asked: Request) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with StopRequest(environ={}) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() is asked
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Libraries' pools fork, and end their processes with SIGTERM.
+PROGRAM = """
+import os, signal, time
+from pretrain.ranks import signals
+signals._REPEATED_SECONDS = 0.0
+with signals.StopRequest(environ={}) as stop:
+    started, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(start, b"x")
+        while True:
+            time.sleep(0.01)
+    os.read(started, 1)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert stop.poll() is signals.Request.NONE
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    assert stop.poll() is signals.Request.STOP
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("went on", flush=True)
+"""
+
+
+def test_a_second_signal_ends_the_process_and_neither_announcements_nor_forks_count() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "asked\n", done.stderr
+    assert "SIGTERM a second time" in done.stderr
+
+
 def test_files_ask_once_and_by_hand(tmp_path):
-    with StopRequest(tmp_path, environ={}) as stop:
-        (tmp_path / "checkpoint").touch()
-        assert stop.poll() is Request.CHECKPOINT
-        stop.acknowledge()
-        assert stop.poll() is Request.NONE
-        (tmp_path / "stop").touch()
-        (tmp_path / "checkpoint").touch()
-        assert stop.poll() is Request.HOLD
-        stop.acknowledge()
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_that_does_not_watch_leaves_the_files_alone(tmp_path):
+    stop = StopRequest(tmp_path, environ={})
+    (tmp_path / "checkpoint").touch()
+    assert stop.poll() is Request.CHECKPOINT
+    stop.acknowledge()
+    assert stop.poll() is Request.NONE
     (tmp_path / "stop").touch()
-    with StopRequest(tmp_path, watch_files=False, environ={}) as stop:
-        assert stop.poll() is Request.NONE
-        stop.acknowledge()
-    assert (tmp_path / "stop").exists()
+    (tmp_path / "checkpoint").touch()
+    assert stop.poll() is Request.HOLD
+    stop.acknowledge()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stopping_by_hand_outranks_a_signal(tmp_path):
@@ -65,108 +99,6 @@ def test_stopping_by_hand_outranks_a_signal(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
         (tmp_path / "stop").touch()
         assert stop.poll() is Request.HOLD, "a person's stop must not be started again by a script"
-
-
-def test_limits_in_time(monkeypatch):
-    now = time.time()
-    assert StopRequest(wall_clock=1000, reserve=10, environ={}).poll() is Request.NONE
-    assert StopRequest(wall_clock=1000, reserve=1001, environ={}).poll() is Request.STOP
-    late = StopRequest(reserve=60, environ={"SLURM_JOB_END_TIME": str(int(now + 3600))})
-    assert late.poll() is Request.NONE
-    late.reserve = 4000
-    assert late.poll() is Request.STOP
-    assert "Slurm" in late.reason
-
-
-def test_a_limit_leaves_room_for_the_longest_step_and_for_a_checkpoint(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(
-        "pretrain.ranks.signals.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
-    )
-    stop = StopRequest(wall_clock=1000, reserve=100, environ={})
-
-    def poll(after: float) -> Request:
-        clock.now += after
-        return stop.poll()
-
-    # 100 s to the first poll are a start and no step; then an evaluation made one step of 300 s.
-    assert [poll(100), poll(10), poll(300), poll(10)] == [Request.NONE] * 4
-    assert poll(179) is Request.NONE and poll(1) is Request.STOP and clock.now == 1000 - 100 - 300
-    assert stop.reason == "the wall-clock limit is near, and stopping may take 400 s"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"wall_clock": 0},
-        {"wall_clock": -1},
-        *({"environ": {"SLURM_JOB_END_TIME": text}} for text in ("soon", "nan", "inf", "1" * 5000)),
-    ],
-)
-def test_limits_that_are_none(arguments):
-    with pytest.raises(LaunchError):
-        StopRequest(**{"environ": {}, **arguments})
-
-
-# Locking a mutex twice never returns, not even for a signal: no Python handler runs, as in a collective that waits for
-# a dead rank.
-BLOCKED = """
-import ctypes
-from pretrain.ranks.signals import StopRequest
-libc = ctypes.CDLL(None)
-lock = ctypes.create_string_buffer(64)  # pthread_mutex_t
-with StopRequest(debounce=0.0, environ={}):
-    print("ready", flush=True)
-    libc.pthread_mutex_lock(lock)
-    libc.pthread_mutex_lock(lock)
-"""
-
-
-def blocked_process():
-    process = subprocess.Popen(
-        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def deliver(process, number):
-    """Send a signal and return when it has arrived: one that is sent meanwhile would be the same one."""
-    process.send_signal(number)
-    while process.poll() is None:
-        (pending,) = re.findall(r"^ShdPnd:\s+(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-        if not int(pending, 16):
-            return
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_process_at_once(number):
-    process = blocked_process()
-    try:
-        deliver(process, number)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        deliver(process, number)
-        assert process.wait(120) == 128 + number
-        assert "second time" in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_announcements_do_not_count_as_the_first_of_two():
-    process = blocked_process()
-    try:
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM):
-            deliver(process, number)
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.3)
-        deliver(process, signal.SIGTERM)
-        assert process.wait(120) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_request_made_after_the_last_look_stays(tmp_path: Path) -> None:
@@ -197,36 +129,40 @@ def test_a_file_system_that_hiccups_asks_for_nothing(tmp_path: Path, monkeypatch
     assert stop.poll() is Request.NONE
 
 
-@pytest.mark.parametrize(("handler", "asked"), [(signal.SIG_DFL, Request.STOP), (signal.SIG_IGN, Request.NONE)])
-def test_a_terminal_that_is_closed_asks_to_stop_unless_nobody_minds(handler: Any, asked: Request) -> None:
-    before = signal.signal(signal.SIGHUP, handler)
-    try:
-        with StopRequest(environ={}) as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.poll() is asked
-        assert signal.getsignal(signal.SIGHUP) is handler
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_the_end_of_a_slurm_job_is_a_limit():
+    late = StopRequest(environ={"SLURM_JOB_END_TIME": str(int(time.time() + 3600))})
+    assert late.poll() is Request.NONE
+    late.reserve = 4000
+    assert late.poll() is Request.STOP
+    assert "Slurm" in late.reason
 
 
-# Pools of libraries fork, and end their processes with SIGTERM.
-FORKING = """
-import os, signal
-from pretrain.ranks.signals import Request, StopRequest
-with StopRequest(debounce=0.0, environ={}) as stop:
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            signal.pause()
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-    assert stop.poll() is Request.NONE
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.poll() is Request.STOP
-print("done")
-"""
+def test_a_limit_leaves_room_for_the_longest_step_and_for_a_checkpoint(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(
+        "pretrain.ranks.signals.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
+    )
+    stop = StopRequest(wall_clock=1000, environ={})
+    stop.reserve = 100
+
+    def poll(after: float) -> Request:
+        clock.now += after
+        return stop.poll()
+
+    # 100 s to the first poll are a start and no step; then an evaluation made one step of 300 s.
+    assert [poll(100), poll(10), poll(300), poll(10)] == [Request.NONE] * 4
+    assert poll(179) is Request.NONE and poll(1) is Request.STOP and clock.now == 1000 - 100 - 300
+    assert stop.reason == "the wall-clock limit is near, and stopping may take 400 s"
 
 
-def test_forked_processes_die_of_their_signals_and_do_not_pass_them_on() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"wall_clock": 0},
+        {"wall_clock": -1},
+        *({"environ": {"SLURM_JOB_END_TIME": text}} for text in ("soon", "nan", "inf", "1" * 5000)),
+    ],
+)
+def test_limits_that_are_none(arguments):
+    with pytest.raises(LaunchError):
+        StopRequest(**{"environ": {}, **arguments})

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import os
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -52,11 +49,11 @@ if ranks.rank == 2:
     clock = time.time
     time.time = lambda: clock() + 60  # this node's clock is a minute off
 with Watchdog(folder, ranks, timeout=timeout) as watchdog:
-    for step in range(6):
+    for step in range(3):
         watchdog.beat(f"step {step}: data")
-        if step == 4 and ranks.rank == culprit and how in globals():
+        if step == 1 and ranks.rank == culprit and how in globals():
             globals()[how]()
-        if step == 4 and how in ("killed", "leaving_with_an_error"):
+        if step == 1 and how in ("killed", "leaving_with_an_error"):
             module._GONE_SECONDS = 1.0
             watchdog.beat("a collective that notices nothing", allow=600)
             threading.Event().wait()
@@ -67,69 +64,53 @@ with Watchdog(folder, ranks, timeout=timeout) as watchdog:
     watchdog.beat("evaluation", allow=60)
     time.sleep(1.25 * timeout)
 print("FINISHED", flush=True)
+sys.exit(0)
 """
 
 
-def start(tmp_path, how, culprit, world_size, timeout=2.0):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_PROGRAM)
-    port = free_port()
-    processes = []
-    for rank in range(world_size):
-        environ = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(script), str(tmp_path / "stacks"), how, str(culprit), str(timeout)]
-        processes.append(
-            subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    return processes
+@pytest.fixture
+def start(tmp_path, nursery):
+    def start(how, culprit, world_size, timeout=1.0):
+        script = tmp_path / "rank.py"
+        script.write_text(RANK_PROGRAM)
+        place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        arguments = [str(tmp_path / "stacks"), how, str(culprit), str(timeout)]
+        return [
+            nursery.start(script, arguments, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world_size)
+        ]
+
+    return start
 
 
-def finish(processes, seconds=120):
+def finish(processes):
     """Exit codes and outputs; ends whatever does not end by itself."""
-    results = []
     try:
-        for process in processes:
-            try:
-                output, errors = process.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-                process.communicate()
-                output, errors = "", "did not end"
-            results.append((process.returncode, output, errors))
+        printed = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return results
+    return [(process.returncode, *texts) for process, texts in zip(processes, printed)]
 
 
 def incident(tmp_path):
-    folders = [entry for entry in (tmp_path / "stacks").iterdir() if entry.is_dir()]
-    assert len(folders) == 1, "one alarm makes one folder"
-    return folders[0]
+    (folder,) = (tmp_path / "stacks").iterdir()  # one alarm makes one folder
+    return folder
 
 
-def test_a_run_that_moves_is_left_alone(tmp_path):
+def test_a_run_that_moves_is_left_alone(tmp_path, start):
     # Longer than a busy machine lets a process wait for its turn.
-    results = finish(start(tmp_path, "nothing", 0, 2, timeout=5.0))
+    results = finish(start("nothing", 0, 2, timeout=3.0))
     assert [(code, output) for code, output, _ in results] == [(0, "FINISHED\n")] * 2, results
     assert list((tmp_path / "stacks").iterdir()) == []
 
 
-def test_the_rank_the_others_wait_for_is_named(tmp_path):
-    results = finish(start(tmp_path, "stuck_in_the_data_loader", 1, 3))
+def test_the_rank_the_others_wait_for_is_named(tmp_path, start):
+    results = finish(start("stuck_in_the_data_loader", 1, 3))
     assert [code for code, _, _ in results] == [EXIT_STALLED] * 3, results
     assert sum("has stopped moving" in errors for _, _, errors in results) == 1
     report = (incident(tmp_path) / "report.txt").read_text()
-    assert "rank 1 on" in report and "the others wait for it" in report and "step 4: data" in report
+    assert "rank 1 on" in report and "the others wait for it" in report and "step 1: data" in report
     assert "rank 0 on" not in report and "rank 2 on" not in report
     stacks = [(incident(tmp_path) / f"rank-{rank:05d}.txt").read_text() for rank in range(3)]
     assert "stuck_in_the_data_loader" in stacks[1]
@@ -137,16 +118,14 @@ def test_the_rank_the_others_wait_for_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_frozen_process_is_named_and_the_others_end(tmp_path, culprit):
-    processes = start(tmp_path, "frozen", culprit, 2)
-    other = processes[1 - culprit]
+def test_a_frozen_process_is_named_and_the_others_end(culprit, start):
+    processes = start("frozen", culprit, 2, timeout=3.0)
     try:
-        _, errors = other.communicate(timeout=120)
+        _, errors = processes[1 - culprit].communicate(timeout=120)
     finally:
         for process in processes:
             process.kill()
-    processes[culprit].communicate()
-    assert other.returncode == EXIT_STALLED, errors
+    assert processes[1 - culprit].returncode == EXIT_STALLED, errors
     assert f"rank {culprit}" in errors
     assert "no longer answers" in errors
 
@@ -159,15 +138,27 @@ def test_a_frozen_process_is_named_and_the_others_end(tmp_path, culprit):
         pytest.param("leaving_with_an_error", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_is_gone_ends_the_others_whatever_they_wait_for(tmp_path, how, culprit):
+def test_a_rank_that_is_gone_ends_the_others_whatever_they_wait_for(tmp_path, how, culprit, start):
     """Long before the 600 seconds that they may take, and within collectives that would wait for ever."""
-    results = finish(start(tmp_path, how, culprit, 3), seconds=300)
+    results = finish(start(how, culprit, 3))
     others = [result for rank, result in enumerate(results) if rank != culprit]
     assert [code for code, _, _ in others] == [EXIT_STALLED] * 2, results
     report = next(errors for _, _, errors in others if "are gone" in errors)
     assert f"rank {culprit} " in report and "rank 2" not in report
     stack = next((tmp_path / "stacks").glob("*/rank-00002.txt")).read_text()
     assert "a collective that notices nothing" in stack
+
+
+def test_one_process_alone(tmp_path, start):
+    ((code, _, errors),) = finish(start("stuck_in_the_data_loader", 0, 1))
+    assert code == EXIT_STALLED, errors
+    assert "stuck_in_the_data_loader" in (incident(tmp_path) / "rank-00000.txt").read_text()
+
+
+def test_a_rank_that_keeps_the_interpreter_to_itself_still_ends_with_its_stack(start):
+    ((code, _, errors),) = finish(start("holding_the_interpreter", 0, 1))
+    assert code == 1
+    assert "holding_the_interpreter" in errors
 
 
 def test_a_watchdog_that_fails_says_so_and_takes_back_what_would_end_the_run(tmp_path, monkeypatch, capsys):
@@ -191,7 +182,7 @@ def test_a_watchdog_that_fails_says_so_and_takes_back_what_would_end_the_run(tmp
     assert "rank 0: the watchdog has failed" in said and "closed file" in said
 
 
-def test_a_folder_that_one_rank_cannot_write_to_is_named_on_all(tmp_path, monkeypatch):
+def test_a_folder_that_one_rank_cannot_make_is_named_on_all(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     place = Ranks(0, 2, 0, 1, 0, "127.0.0.1", 1, "python")
 
@@ -240,15 +231,3 @@ def test_a_rank_that_waits_for_nobody_outlives_the_others(tmp_path, monkeypatch,
     outcomes = threads.each(rank)
     assert isinstance(outcomes[1], RunError) and outcomes[0] is not alone, outcomes
     assert ("rank 1 on" in capsys.readouterr().err) is not alone
-
-
-def test_one_process_alone(tmp_path):
-    ((code, _, errors),) = finish(start(tmp_path, "stuck_in_the_data_loader", 0, 1))
-    assert code == EXIT_STALLED, errors
-    assert "stuck_in_the_data_loader" in (incident(tmp_path) / "rank-00000.txt").read_text()
-
-
-def test_a_rank_that_keeps_the_interpreter_to_itself_still_ends_with_its_stack(tmp_path):
-    ((code, _, _),) = finish(start(tmp_path, "holding_the_interpreter", 0, 1))
-    assert code == 1
-    assert "holding_the_interpreter" in (tmp_path / "stacks" / "no-interpreter-00000.txt").read_text()

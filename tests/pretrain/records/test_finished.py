@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from pretrain.cluster.locate import main as locate
 from pretrain.errors import RunError
 from pretrain.recipe.recipe import Recipe, build_recipe
-from pretrain.records.finished import begun_with, parts, unfinished
-from tests.pretrain.support import recipe_values, tiny_model, write_recipe
+from pretrain.records.finished import FREE, begun_with, parts, unfinished
+from tests.pretrain.support import ROOT, recipe_values, tiny_model, write_recipe
 
 WSD = {"kind": "wsd", "warmup": 2, "decay": 0.25}
 
@@ -69,6 +70,17 @@ def test_what_a_start_has_chosen_and_what_may_differ_is_no_difference(tmp_path):
     leave(recipe(tmp_path, precision="bf16"), trunk="finished")
     now = {"precision": "auto", "logging": {"every": 7}, "deepspeed": {"config": "auto"}}
     assert names(recipe(tmp_path, **now)) == []
+    now["data"] = {"sources": [{"path": str(tmp_path / "data")}]}
+    assert names(recipe(tmp_path, **now)) == [None]
+    leave(recipe(tmp_path, precision="bf16", data=now["data"]), trunk="finished")
+    now["data"] = {"sources": [{"path": str(tmp_path / "elsewhere" / "data")}], "verify": "checksums"}
+    assert names(recipe(tmp_path, **now)) == []
+
+
+def test_the_documentation_names_what_may_change(tmp_path):
+    rows = [line.split("|") for line in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()]
+    allowed = [row[1] for row in rows if len(row) == 4 and row[2].strip().startswith("allowed")]
+    assert sorted(re.findall("`(.+?)`", "".join(allowed))) == sorted(FREE)
 
 
 def test_another_run_in_the_folder_is_not_this_one(tmp_path):

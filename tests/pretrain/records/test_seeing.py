@@ -149,13 +149,13 @@ def test_a_profile_says_where_the_time_went(profiled: tuple[Path, str]) -> None:
     assert "aten::mm" in operations and "MiB net" in operations
 
 
-def test_steps_that_are_not_ahead_are_not_profiled(profiled: tuple[Path, str], one_rank: Workers) -> None:
+def test_steps_that_are_not_ahead_are_not_profiled(profiled: tuple[Path, str], two_ranks: Workers) -> None:
     recipe = profiled[0] / "recipe.yaml"
-    code, printed = one_rank.run(
+    code, printed = two_ranks.run(
         "--config", str(recipe), f"--run-dir={profiled[0].parent / 'again'}", "--profile=12-13"
     )
     assert code == 2 and "this start takes the steps 1 to 12" in printed
-    code, printed = one_rank.run("--config", str(recipe), "--profile", "x")
+    code, printed = two_ranks.run("--config", str(recipe), "--profile", "x")
     assert code == 2 and "--profile x" in printed
 
 
