@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.evaluation.held_out import Document, text_identity
-from pretrain.evaluation.likelihood import Scorer, Window, split_windows
+from pretrain.evaluation.likelihood import Scorer
 
 Item = TypeVar("Item")
 METRICS = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -97,19 +97,12 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
         tokenizer: has `encode_batch(list of str)`, giving one list of ids a text, and `decode(ids)`.
     """
     encoded = [list(ids) for ids in tokenizer.encode_batch(list(texts))]
-    windows: list[Window] = []
-    owner: list[int] = []
-    for number, ids in enumerate(encoded):
-        pieces = split_windows([scorer.eod_id], ids, scorer.max_length)
-        windows.extend(pieces)
-        owner.extend([number] * len(pieces))
-    likelihood, _ = scorer.score(windows)
-    sums = np.bincount(np.asarray(owner, dtype=np.int64), weights=likelihood, minlength=len(texts))
+    likelihood, _ = scorer.score([([scorer.eod_id], ids) for ids in encoded])
     return [
         DocumentScore(
             float(nats), len(ids), len(text.split()), len(text.encode("utf-8")), lost_bytes(tokenizer, text, ids)
         )
-        for nats, ids, text in zip(sums, encoded, texts)
+        for nats, ids, text in zip(likelihood, encoded, texts)
     ]
 
 

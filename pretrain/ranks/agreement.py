@@ -28,11 +28,13 @@ def require_agreement(mine: dict[str, str]) -> None:
 
 
 def on_first_rank(action: Callable[[], _Answer]) -> _Answer:
-    """Do something on rank 0 alone and tell every rank what came of it. Collective.
+    """Do something on rank 0 alone and tell every rank what came of it. Collective; alone without a process group.
 
     Raises:
         RunError: on every rank alike, when the action meets an error that a person must mend or the file system fails.
     """
+    if not dist.is_initialized():
+        return action()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -14,6 +14,7 @@ from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.weights import load_model
 from pretrain.evaluation.evaluate import evaluate_model
 from pretrain.evaluation.held_out import held_out_files, read_documents
+from pretrain.evaluation.settings import Settings
 from pretrain.records.run_folder import RunFolder
 
 if __name__ == "__main__":
@@ -34,7 +35,11 @@ if __name__ == "__main__":
     engine.module.train()
     documents = read_documents(held_out_files(run), 10**7)[0]
     results = evaluate_model(
-        engine.module, load_tokenizer(run.tokenizer), ["perplexity", "own", "routing"], limit=5, documents=documents
+        engine.module,
+        load_tokenizer(run.tokenizer),
+        ["perplexity", "own", "routing"],
+        settings=Settings(limit=5),
+        documents=documents,
     )
     assert engine.module.training
     if torch.distributed.get_rank() == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.evaluation.evaluate import evaluate_run
+from pretrain.evaluation.settings import Settings
 from pretrain.ranks.environment import clean_environment
 from pretrain.records.run_folder import RunFolder
 from tests.ports import free_port
@@ -73,7 +74,7 @@ def test_the_training_loop_evaluates_on_all_ranks(run, tmp_path, monkeypatch):
     monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
     on_two_ranks(ROOT / "tests/pretrain/evaluation/rank_worker.py", run.path, tmp_path / "results.json")
     found = json.loads((tmp_path / "results.json").read_text())
-    alone = evaluate_run(run, SUITES, limit=5)
+    alone = evaluate_run(run, SUITES, settings=Settings(limit=5))
     for suite in SUITES:
         same_numbers(
             {key: found[suite][key] for key in ("tasks", "skipped", "primary")},
@@ -83,7 +84,7 @@ def test_the_training_loop_evaluates_on_all_ranks(run, tmp_path, monkeypatch):
 
 def test_a_launched_mor_eval_shares_the_work(run, monkeypatch):
     monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
-    alone = json.loads(json.dumps(evaluate_run(run, SUITES, limit=4)))
+    alone = json.loads(json.dumps(evaluate_run(run, SUITES, settings=Settings(limit=4))))
     for suite in SUITES:
         os.unlink(run.evaluation / f"{suite}.json")
     on_two_ranks(
