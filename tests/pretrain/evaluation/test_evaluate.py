@@ -21,7 +21,7 @@ from pretrain.evaluation.held_out import Document, choose, read_documents
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.summary import markdown_summary, skipped_lines, summary_rows
 from pretrain.records.run_folder import RunFolder
-from tests.pretrain.evaluation.runs import make_run, write_held_out
+from tests.pretrain.evaluation.runs import make_run, mor, write_held_out
 from tests.pretrain.evaluation.test_own_suite import prose
 
 SUITES = ["perplexity", "own", "routing"]
@@ -255,19 +255,15 @@ def test_runs_with_and_without_a_router_share_rows_only_for_the_same_metric(run,
     assert "±" in rows[1][4] and rows[1][5] == ""
 
 
-def test_the_command_prints_the_table_and_refuses_in_one_line(run, tmp_path):
-    def mor(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "pretrain.cli.main", "eval", *map(str, arguments)], capture_output=True, text=True
-        )
-
-    done = mor(run.path, "--limit", 4, "--suite", "perplexity", "--markdown", tmp_path / "table.md", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert "perplexity" in done.stdout and "±" in (tmp_path / "table.md").read_text()
-    assert done.stderr == ""
-    wrong = mor(run.path, "--suite", "perplexty")
-    assert wrong.returncode == 2
-    assert wrong.stderr == "mor eval: evaluation suite 'perplexty' is unknown; did you mean 'perplexity'?\n"
+def test_the_command_prints_the_table_and_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "table.md"
+    chosen = ["--limit", 4, "--suite", "perplexity", "--markdown", table, "--device", "cpu"]
+    code, shown, said = mor(monkeypatch, capsys, "eval", run.path, *chosen)
+    assert (code, said) == (0, "")
+    assert "perplexity" in shown and "±" in table.read_text()
+    code, _, said = mor(monkeypatch, capsys, "eval", run.path, "--suite", "perplexty")
+    assert code == 2
+    assert said == "mor eval: evaluation suite 'perplexty' is unknown; did you mean 'perplexity'?\n"
 
 
 def test_the_questions_left_in_the_run_folder_are_any_harness_to_ask(run):

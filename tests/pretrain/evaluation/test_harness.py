@@ -246,7 +246,7 @@ def test_f1_and_its_error_are_those_of_the_counts(model, tmp_path):
     ("line", "message"),
     [
         ({"sentence": "a _ b", "option1": "x", "option2": "y"}, ":3: the field 'answer' is missing here"),
-        ({"sentence": None, "option1": "x", "option2": "y", "answer": "1"}, ":3: the field 'sentence' is .* of another kind"),
+        ({"sentence": None, "option1": "x", "option2": "y", "answer": "1"}, ":3: the field 'sentence' is"),
         ({"sentence": ["a"], "option1": "x", "option2": "y", "answer": "1"}, ":3: the field 'sentence' is"),
         ({"sentence": "no gap", "option1": "x", "option2": "y", "answer": "1"}, "not the records that this task asks"),
         ({"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "3"}, "not the records that this task asks"),

@@ -5,20 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from mor_model.hub.llama import is_llama
 from mor_model.weights import load_model
-from pretrain.cli.main import main
 from pretrain.errors import RunError
 from pretrain.evaluation import evaluate
 from pretrain.evaluation.evaluate import Incomplete, evaluate_run
 from pretrain.evaluation.settings import Settings
 from pretrain.records.run_folder import RunFolder
-from tests.pretrain.evaluation.runs import make_run
+from tests.pretrain.evaluation.runs import make_run, mor
 from tests.pretrain.evaluation.test_identity import questions
 from tests.pretrain.evaluation.test_own_suite import prose
 
@@ -27,16 +25,6 @@ from tests.pretrain.evaluation.test_own_suite import prose
 def run(tmp_path, monkeypatch) -> RunFolder:
     monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
     return make_run(tmp_path / "run", [prose(1, 12)])
-
-
-def mor(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["mor", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    code = ended.value.code
-    return int(code or 0), said.out, said.err
 
 
 def fill_the_disk(monkeypatch, folder: Path, *names: str) -> None:
