@@ -6,15 +6,14 @@ Every document is scored on its own, after one END_OF_DOCUMENT token, in the rol
     token perplexity = exp(-L / tokens)      word perplexity = exp(-L / words)
     byte perplexity  = exp(-L / bytes)       bits per byte   = -L / (bytes ln 2)
 
-Words are white-space separated, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer as long as
-its tokens hold the whole text; where they do not (an unknown token, a normalisation), these figures would divide the
-likelihood of less by the size of all, and are NaN. Token perplexity depends on the tokenizer, and is comparable only
-between models that share one.
+Words are separated by white space, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer if its
+tokens hold the whole text. If they do not (an unknown token, a normalisation), these figures would divide the
+likelihood of a part by the size of the whole, and are NaN. Token perplexity compares only between models with the same
+tokenizer.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,10 +63,6 @@ def perplexities(scores: Sequence[DocumentScore]) -> dict[str, float]:
         "bits_per_byte": nats / size / math.log(2),
     }
     return figures if not lost else {**figures, **dict.fromkeys(NEED_WHOLE_TEXT, math.nan)}
-
-
-def _figure(name: str, scores: Sequence[DocumentScore]) -> float:
-    return perplexities(scores)[name]
 
 
 def _exp(exponent: float) -> float:
@@ -135,7 +130,7 @@ def _summary(scored: Sequence[tuple[Document, DocumentScore]]) -> dict[str, Any]
     }
     return {
         "metrics": perplexities(scores),
-        "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
+        "stderr": {name: jackknife(lambda part, name=name: perplexities(part)[name], scores) for name in METRICS},  # type: ignore[misc]
         "n": len(scores),
         **totals,
         "scored_bytes": totals["bytes"],

@@ -1,9 +1,9 @@
-"""What the routers do with held-out text: how deep tokens go, which ones, and how much top-k's look ahead is worth.
+"""What the routers do with held-out text: how deep tokens go, which ones, and how much top-k gains by looking ahead.
 
 Text is packed as in training: documents joined by END_OF_DOCUMENT and cut into full windows, which is what top-k
-selection was trained on. The same windows are read twice, once with each routing. The difference of the two losses,
-causal minus top-k, is the measured leak: what the training-time loss owes to seeing the future (or to a causal router
-that decides otherwise).
+selection was trained on. The same windows are read with each routing. The difference of the two losses, causal minus
+top-k, is the leak: how much lower the training-time loss is because top-k sees the future (or because the causal router
+decides differently).
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ class Reading:
 
 
 def pack(documents: Sequence[Sequence[int]], eod_id: int, length: int) -> np.ndarray:
-    """Documents joined by END_OF_DOCUMENT in windows of length + 1 tokens, each starting where the one before ended:
-    (N, length+1).
+    """Documents joined by END_OF_DOCUMENT, in windows (N, length+1) that share one token with the next.
 
-    What does not fill a window is left out, unless nothing fills one: then the only window is as long as the text.
+    Tokens that do not fill a last window are left out; a text shorter than a window is one shorter window.
     """
     stream = np.asarray([token for document in documents for token in (*document, eod_id)], dtype=np.int64)
     length = min(length, len(stream) - 1)

@@ -266,13 +266,9 @@ def test_questions_of_another_kind_are_refused_with_their_place(model, tmp_path,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("copa: 5", "benchmarks.yaml: copa"),
         ("- copa", "a mapping"),
-        ("copa: {tasks: x, local: {}, metric: acc}", "copa: tasks: must be a list"),
         ("copa: {tasks: [x], local: {validation: 1}, metric: acc}", r"copa: local\.validation: must be text"),
         ("copa: {tasks: [x], local: {}, metric: acc, chanse: 1}", "copa: unknown key 'chanse'; did you mean 'chance'"),
-        ("copa: {tasks: [x], local: {}}", "copa: 'metric' is missing"),
-        ("copa: {tasks: [x", "cannot be read as YAML"),
     ],
 )
 def test_a_wrong_row_of_the_benchmarks_is_named(tmp_path, monkeypatch, text, message):
@@ -282,25 +278,10 @@ def test_a_wrong_row_of_the_benchmarks_is_named(tmp_path, monkeypatch, text, mes
         benchmarks.__wrapped__()
 
 
-ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(7))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "- 1",
-        "task: [a]",
-        "dataset_name: x",
-        "task: {",
-        "task: !other x",
-        "task: x\nmetric: !!timestamp x",
-        "task: x\nmetric: !!python/object/apply:os.getcwd []",
-        f"task: x\n{ALIASES}dataset_name: *a6",
-    ],
-)
+@pytest.mark.parametrize("text", ["- 1", "task: [a]", "dataset_name: x"])
 def test_a_task_file_that_is_none_is_named(tmp_path, text):
     (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"wrong\.yaml: (names no task|cannot be read as YAML).*constraints\.txt"):
+    with pytest.raises(UserError, match=r"wrong\.yaml: names no task.*constraints\.txt"):
         task_settings(tmp_path / "wrong.yaml")
 
 
