@@ -7,10 +7,12 @@ for the training loop. Called on every rank of a process group, both share the w
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +202,7 @@ def _perplexity(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, sett
     chosen = held_out.choose(documents, settings.text_bytes)[: settings.limit]
     if not chosen:
         return _without_text(suite)
-    return _single(suite, evaluate_perplexity(scorer, tokenizer, chosen), "bits_per_byte")
+    return _result(suite, {suite: evaluate_perplexity(scorer, tokenizer, chosen)}, "bits_per_byte")
 
 
 def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
@@ -209,81 +211,102 @@ def _routing(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, setting
         return _without_text(suite)
     task = evaluate_routing(scorer, tokenizer, [document.text for document in chosen])
     task["routing"] = "causal and topk" if task["routed"] else "causal"
-    return _single(suite, task, "loss_causal")
+    return _result(suite, {suite: task}, "loss_causal")
 
 
 def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
-    from pretrain.evaluation.harness import run_tasks, summarise
-    from pretrain.evaluation.lm_adapter import HarnessModel
-
     if not documents:
         return _without_text(suite)
     made = _own_questions(documents)
-    missing = [
-        {
-            "task": name,
-            "why": "the held-out text has too little prose for it",
-            "how": "prepare the data set with a larger test share.",
-        }
-        for name, records in made.items()
-        if not records
-    ]
     with tempfile.TemporaryDirectory(prefix="mor-own-") as folder:
-        files = own_suite.write_questions(Path(folder), made)
-        plan = TaskPlan(
-            {
-                name: local_task_file(own_suite.task_source(name), {"test": file}, {"task": name})
-                for name, file in files.items()
-            }
-        )
-        tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, limit=settings.limit)
-    for name, task in tasks.items():
-        task["chance"] = own_suite.CHANCE[name]
-    if not tasks:
-        return {"tasks": {}, "skipped": missing, "primary": None}
-    tasks = {suite: summarise(tasks), **tasks}
-    tasks[suite]["chance"] = sum(t["chance"] * t["n"] for n, t in tasks.items() if n != suite) / tasks[suite]["n"]
-    return {"tasks": tasks, "skipped": missing, "primary": primary(suite, tasks[suite], "acc")}
+        plan = TaskPlan()
+        for name, file in own_suite.write_questions(Path(folder), made).items():
+            plan.local[name] = local_task_file(own_suite.task_source(name), {"test": file}, {"task": name})
+        tasks = _ask(scorer, tokenizer, plan, own_suite.CHANCE, limit=settings.limit)
+    if tasks:
+        chance = sum(task["chance"] * task["n"] for task in tasks.values()) / sum(task["n"] for task in tasks.values())
+        tasks = {suite: {**summarise(tasks), "chance": chance}, **tasks}
+    why, how = "the held-out text has too little prose for it", "prepare the data set with a larger test share."
+    missing = [{"task": name, "why": why, "how": how} for name, records in made.items() if not records]
+    return _result(suite, tasks, "acc", missing)
 
 
 def _benchmark(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: Settings) -> dict[str, Any]:
     row = benchmarks()[suite]
-    hub = settings.hub and hub_answers()
-    plan = plan_tasks(row, shared_evaluation_data(), hub, settings.limit)
-    tasks: dict[str, Any] = {}
-    if plan.local or plan.hub:
-        from pretrain.evaluation.harness import run_tasks, summarise
-        from pretrain.evaluation.lm_adapter import HarnessModel
-
-        tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, fewshot=row.fewshot, limit=settings.limit)
-    for task in tasks.values():
-        task["chance"] = row.chance
-    if not tasks:
-        return {"tasks": {}, "skipped": plan.skipped, "primary": None}
+    plan = plan_tasks(row, shared_evaluation_data(), settings.hub and hub_answers(), settings.limit)
+    tasks = _ask(scorer, tokenizer, plan, defaultdict(lambda: row.chance), fewshot=row.fewshot, limit=settings.limit)
     if len(tasks) == 1:
         ((name, task),) = tasks.items()
         tasks = {suite: {**task, "harness_task": name}}
-    else:
+    elif tasks:
         tasks = {suite: summarise(tasks), **tasks}
-    return {"tasks": tasks, "skipped": plan.skipped, "primary": primary(suite, tasks[suite], row.metric)}
+    return _result(suite, tasks, row.metric, plan.skipped)
 
 
-def primary(name: str, task: dict[str, Any], metric: str) -> dict[str, Any]:
-    """The one figure that stands for a suite in a table."""
-    higher = task.get("higher_is_better", {}).get(metric, False)
+def _ask(
+    scorer: Scorer, tokenizer: Any, plan: TaskPlan, chance: Mapping[str, float | None], **options: Any
+) -> dict[str, dict[str, Any]]:
+    """`harness.run_tasks`, and what chance gives in each task."""
+    if not (plan.local or plan.hub):
+        return {}
+    # The harness takes seconds to import.
+    from pretrain.evaluation.harness import run_tasks
+    from pretrain.evaluation.lm_adapter import HarnessModel
+
+    tasks = run_tasks(HarnessModel(scorer, tokenizer), plan, **options)
+    return {name: {**task, "chance": chance[name]} for name, task in tasks.items()}
+
+
+def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One entry for a suite of several tasks: each metric's mean over all questions, tasks weighing by their number."""
+    n = sum(task["n"] for task in tasks.values())
+    names = set.intersection(*(set(task["metrics"]) for task in tasks.values()))
+    first = next(iter(tasks.values()))
+    metrics, stderr = {}, {}
+    for name in [name for name in first["metrics"] if name in names]:
+        metrics[name] = sum(task["metrics"][name] * task["n"] for task in tasks.values()) / n
+        errors = [task["stderr"].get(name) for task in tasks.values()]
+        known = all(error is not None for error in errors)
+        stderr[name] = math.sqrt(sum((e * t["n"]) ** 2 for e, t in zip(errors, tasks.values()))) / n if known else None
+    totals = {
+        name: sum(task[name] for task in tasks.values())
+        for name in ("not_finite", "lost_bytes", "prompts_cut", "scored_bytes", "text_bytes")
+    }
+    text = hashlib.sha256("".join(task["text_sha256"] for task in tasks.values()).encode()).hexdigest()
     return {
-        "task": name,
-        "metric": metric,
-        "value": task["metrics"].get(metric),
-        "stderr": task["stderr"].get(metric),
-        "n": task["n"],
-        "chance": task.get("chance"),
-        "higher_is_better": higher,
+        **first,
+        "metrics": metrics,
+        "stderr": stderr,
+        "n": n,
+        **totals,
+        "text_sha256": text,
+        "tasks": len(tasks),
     }
 
 
-def _single(name: str, task: dict[str, Any], metric: str) -> dict[str, Any]:
-    return {"tasks": {name: task}, "skipped": [], "primary": primary(name, task, metric)}
+def _result(
+    suite: str, tasks: dict[str, dict[str, Any]], metric: str, skipped: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
+    """A suite's result; `primary` is the one figure that stands for it in a table, None without tasks."""
+    primary = None
+    if tasks:
+        task = tasks[suite]
+        primary = {
+            "task": suite,
+            "metric": metric,
+            "value": task["metrics"].get(metric),
+            "stderr": task["stderr"].get(metric),
+            "n": task["n"],
+            "chance": task.get("chance"),
+            "higher_is_better": task.get("higher_is_better", {}).get(metric, False),
+        }
+    return {"tasks": tasks, "skipped": list(skipped), "primary": primary}
+
+
+def _without_text(suite: str) -> dict[str, Any]:
+    why = "there is no held-out text, or none within --text-bytes"
+    how = "prepare the data set with a test split, or allow more bytes."
+    return _result(suite, {}, "", [{"task": suite, "why": why, "how": how}])
 
 
 def _finite(value: Any) -> Any:
@@ -293,15 +316,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _without_text(suite: str) -> dict[str, Any]:
-    entry = {
-        "task": suite,
-        "why": "there is no held-out text, or none within --text-bytes",
-        "how": "prepare the data set with a test split, or allow more bytes.",
-    }
-    return {"tasks": {}, "skipped": [entry], "primary": None}
 
 
 _SUITES: dict[str, Callable[..., dict[str, Any]]] = {"perplexity": _perplexity, "routing": _routing, "own": _own}

@@ -7,7 +7,6 @@ computed here, because the harness's bootstrap starts a process pool per metric.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import statistics
@@ -156,33 +155,6 @@ def _judge(task: Any) -> list[Sample]:
             metrics["acc"] = float(answers[0][1])
         samples.append(sample)
     return samples
-
-
-def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One entry for a suite of several tasks: each metric's mean over all questions, tasks weighing by their number."""
-    n = sum(task["n"] for task in tasks.values())
-    names = set.intersection(*(set(task["metrics"]) for task in tasks.values()))
-    first = next(iter(tasks.values()))
-    metrics, stderr = {}, {}
-    for name in [name for name in first["metrics"] if name in names]:
-        metrics[name] = sum(task["metrics"][name] * task["n"] for task in tasks.values()) / n
-        errors = [task["stderr"].get(name) for task in tasks.values()]
-        known = all(error is not None for error in errors)
-        stderr[name] = math.sqrt(sum((e * t["n"]) ** 2 for e, t in zip(errors, tasks.values()))) / n if known else None
-    totals = {
-        name: sum(task[name] for task in tasks.values())
-        for name in ("not_finite", "lost_bytes", "prompts_cut", "scored_bytes", "text_bytes")
-    }
-    text = hashlib.sha256("".join(task["text_sha256"] for task in tasks.values()).encode()).hexdigest()
-    return {
-        **first,
-        "metrics": metrics,
-        "stderr": stderr,
-        "n": n,
-        **totals,
-        "text_sha256": text,
-        "tasks": len(tasks),
-    }
 
 
 def _figures(task: Any, samples: Sequence[Sample], model: HarnessModel) -> dict[str, Any]:
