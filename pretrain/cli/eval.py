@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False)
+from pretrain.evaluation.settings import HELD_OUT_SUITES, TEXT_BYTES
 
-_DEFAULT = ["perplexity", "own", "routing"]
+if TYPE_CHECKING:
+    from data_prep.terminal import ProgressBars
+
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders that `mor train` wrote.", show_default=False)],
     suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            "-s",
-            help="Suite to run; repeat it for several, `all` for every one. (unless given: perplexity, own, routing)",
-        ),
-    ] = None,
+        list[str], typer.Option("--suite", "-s", help="Suite to run; repeat it for several, `all` for every one.")
+    ] = list(HELD_OUT_SUITES),  # noqa: B006
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task (documents for perplexity).")
     ] = None,
@@ -33,47 +32,44 @@ def evaluate(
         int | None, typer.Option(min=1, help="Every token takes so many recursion steps; routers are ignored.")
     ] = None,
     text_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes. (unless given: 500000)")
-    ] = None,
+        int, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes.")
+    ] = TEXT_BYTES,
     data: Annotated[
-        Path | None, typer.Option(help="Data set folder whose held-out text is read; the recipe's unless given.")
+        Path | None, typer.Option(help="Data set folder whose held-out text is read. [default: the recipe's]")
     ] = None,
     hub: Annotated[
         bool, typer.Option("--hub", help="Read benchmarks without local files from the Hugging Face hub.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the accelerator where there is one, unless given.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is a GPU]")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
 ) -> None:
-    """Evaluate RUNS and write RUN/evaluation/<suite>.json; what was evaluated before, unchanged, is read again."""
+    """Evaluate RUNS and write RUN/evaluation/<suite>.json. Results that still hold are read, not computed again."""
     from data_prep.files import write_text
+    from data_prep.terminal import ProgressBars
     from pretrain.errors import RunError
-    from pretrain.evaluation.evaluate import Incomplete, evaluate_run, require_writable_for_all
-    from pretrain.evaluation.evaluation_ranks import evaluation_ranks
-    from pretrain.evaluation.settings import TEXT_BYTES, Settings, check_routing
-    from pretrain.evaluation.suite_progress import suite_progress
+    from pretrain.evaluation.evaluate import Incomplete, evaluate_run
+    from pretrain.evaluation.evaluation_ranks import launched_ranks, rank_and_world
+    from pretrain.evaluation.settings import Settings, check_routing
     from pretrain.evaluation.suites import check_suites
     from pretrain.evaluation.summary import markdown_summary, print_summary
-    from pretrain.records.run_folder import RunFolder
+    from pretrain.ranks.agreement import on_first_rank
+    from pretrain.records.run_folder import RunFolder, require_writable
 
-    settings = Settings(
-        limit=limit, routing=check_routing(routing), depth=depth, text_bytes=text_bytes or TEXT_BYTES, hub=hub
-    )
-    suites = check_suites(suite or _DEFAULT)
+    settings = Settings(limit, check_routing(routing), depth, text_bytes, hub)
+    suites = check_suites(suite)
     folders = [RunFolder.existing(path) for path in runs]
     names = [run.name for run in folders]
     results, problems = {}, []
-    with evaluation_ranks(device) as (place, reports):
+    with launched_ranks(device) as place:
+        reports = rank_and_world()[0] == 0
         if markdown is not None:
-            require_writable_for_all(markdown.parent)
-        for run in folders:
-            title = run.name if names.count(run.name) == 1 else str(run)
-            with suite_progress(title, reports) as progress:
+            on_first_rank(lambda: require_writable(markdown.parent))
+        with ProgressBars(bars=reports) as bars:
+            for run in folders:
+                title = run.name if names.count(run.name) == 1 else str(run)
                 try:
-                    results[title] = evaluate_run(
-                        run, suites, device=place, settings=settings, data=data, progress=progress
-                    )
+                    advance = functools.partial(_advance, bars, {}, title)
+                    results[title] = evaluate_run(run, suites, place, settings=settings, data=data, progress=advance)
                 except Incomplete as error:
                     results[title] = error.results
                     problems.append(str(error))
@@ -88,3 +84,9 @@ def evaluate(
                 problems.append(f"{markdown}: not written ({error.strerror or error}).")
     if problems:
         raise RunError(" ".join(dict.fromkeys(problems)))
+
+
+def _advance(bars: ProgressBars, shown: dict[str, int], title: str, suite: str, done: int, total: int) -> None:
+    if suite not in shown:
+        shown[suite] = bars.add(f"{title}: {suite}", total)
+    bars.update(shown[suite], done, total=total)

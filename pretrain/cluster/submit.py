@@ -18,6 +18,7 @@ from data_prep.plain_text import plain
 from pretrain.cluster.job_records import Record, remember
 from pretrain.cluster.profiles import Profile
 from pretrain.errors import LaunchError, RecipeError
+from pretrain.evaluation.settings import HELD_OUT_SUITES
 from pretrain.ranks.environment import LOOPBACK, Ranks, clean_environment
 from pretrain.ranks.toolchain import prepare_toolchain
 from pretrain.recipe.yaml_input import read_yaml
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 _SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 # Announcements of the scripts' --signal lines; a job must be able to last longer.
 _ANNOUNCED_SECONDS = {"train": 300, "compare": 300, "prep": 120, "eval": 60}
-_DEFAULT_SUITES = ("perplexity", "own", "routing")
 _ENOUGH_MEMORY = 1 << 60
 _TIME = re.compile(r"(?:[0-9]{1,9}-)?[0-9]{1,9}(?::[0-9]{1,9}){0,2}")
 
@@ -80,10 +80,10 @@ def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[
     prepare_toolchain()
     recipe = load_recipe(path, overrides)
     _check_recipe(recipe, profile.ranks)
-    _check_held_out(recipe, suites or _DEFAULT_SUITES)
+    _check_held_out(recipe, suites or HELD_OUT_SUITES)
     logs = f"{recipe.run_folder}.logs"
     train = _training_step(recipe.name, path, overrides, recipe.run_folder, f"{logs}/train-%j.out", profile)
-    arguments = [recipe.run_folder, *(f"--suite={suite}" for suite in suites or _DEFAULT_SUITES)]
+    arguments = [recipe.run_folder, *(f"--suite={suite}" for suite in suites or HELD_OUT_SUITES)]
     return [train, _evaluation_step(f"{recipe.name}-eval", arguments, train.name, logs, profile)]
 
 
@@ -226,7 +226,7 @@ def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
 def _check_held_out(recipe: Recipe, suites: Sequence[str]) -> None:
     """Find out now, and not after days of training, that there is nothing to evaluate on."""
     from pretrain.evaluation.held_out import TEST_FILE
-    from pretrain.evaluation.suites import HELD_OUT_SUITES, check_suites
+    from pretrain.evaluation.suites import check_suites
 
     reading = [suite for suite in check_suites(suites) if suite in HELD_OUT_SUITES]
     folders = [recipe.data.path] if recipe.data.path else [source.path for source in recipe.data.sources]

@@ -14,6 +14,7 @@ from data_prep.plain_text import plain
 from pretrain.cluster.restarts import note_start, written
 from pretrain.cluster.slurm_job import Job, said, say
 from pretrain.errors import LaunchError
+from pretrain.evaluation.settings import HELD_OUT_SUITES
 from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FINISHED, EXIT_NO_PROGRESS, EXIT_USER
 
 _MOR = ["-u", "-m", "pretrain.cli.main"]
@@ -208,4 +209,4 @@ def evaluation_arguments(arguments: list[str]) -> tuple[list[str], list[str], li
         for name in others
         if (value := getattr(given, name)) not in (None, False)
     ]
-    return given.runs, given.suite or ["perplexity", "own", "routing"], options
+    return given.runs, given.suite or [*HELD_OUT_SUITES], options

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_prep.plain_text import plain
 from pretrain.errors import RecipeError
+from pretrain.evaluation.settings import HELD_OUT_SUITES
 from pretrain.recipe.messages import first_problem, nearest, shorten
 from pretrain.recipe.overrides import apply_override
 from pretrain.recipe.plan import Branch
@@ -99,7 +100,7 @@ class EvaluationSection(Section):
         hub: benchmarks without local files are read from the Hugging Face hub where it answers.
     """
 
-    suites: Annotated[tuple[Name, ...], Listed] = ("perplexity", "routing", "own")
+    suites: Annotated[tuple[Name, ...], Listed] = HELD_OUT_SUITES
     limit: Whole | None = Field(default=None, ge=1)
     text_bytes: Whole | None = Field(default=None, ge=1, le=MOST_TEXT_BYTES)
     hub: bool = False

@@ -12,18 +12,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.errors import DataError
 from data_prep.files import write_text
 from data_prep.reading.manifest import read_manifest
 from pretrain.comparison import numbers
 from pretrain.comparison.arms_progress import Progress
-from pretrain.comparison.experiment import EvaluationSection, Experiment
+from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.experiment_data import prepare_data
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
 from pretrain.comparison.planned_runs import PlannedRun, jobs, other_recipe, plan_experiment, plan_table
 from pretrain.comparison.run_records import read_run
-from pretrain.errors import RunError, UserError
-from pretrain.evaluation.identity import stored_result
+from pretrain.errors import RunError
+from pretrain.evaluation.identity import is_current
 from pretrain.evaluation.settings import TEXT_BYTES, Settings
 from pretrain.evaluation.suites import check_suites
 from pretrain.records.finished import has_finished
@@ -162,7 +161,11 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
     which does not stop the others.
     """
     folder, settings = RunFolder(run.trial.folder), experiment.evaluation
-    missing = [suite for suite in check_suites(settings.suites) if not _is_current(folder, suite, settings)]
+    chosen = {
+        suite: Settings(settings.limit_of(suite), text_bytes=settings.text_bytes or TEXT_BYTES, hub=settings.hub)
+        for suite in check_suites(settings.suites)
+    }
+    missing = [suite for suite in chosen if not is_current(folder, suite, chosen[suite])]
     if missing:
         progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
     failure = None
@@ -174,14 +177,6 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
             reason = f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
             failure = failure or Failure(run.trial.name, reason)
     return failure
-
-
-def _is_current(folder: RunFolder, suite: str, section: EvaluationSection) -> bool:
-    settings = Settings(limit=section.limit_of(suite), text_bytes=section.text_bytes or TEXT_BYTES, hub=section.hub)
-    try:
-        return stored_result(folder, suite, settings) is not None
-    except (UserError, DataError):
-        return False  # `mor eval` says what is wrong, into its log
 
 
 def _file_name(run: PlannedRun) -> str:

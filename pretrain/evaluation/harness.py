@@ -7,7 +7,6 @@ computed here, because the harness's bootstrap starts a process pool per metric.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import statistics
@@ -59,7 +58,7 @@ class Sample:
 def run_tasks(
     model: HarnessModel, plan: TaskPlan, fewshot: int = 0, limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the tasks of a plan. One that the hub does not give moves to the plan's `skipped`.
+    """Evaluate the tasks of a plan. Tasks whose data the hub does not give are added to the plan's `skipped`.
 
     Args:
         fewshot: examples before each question.
@@ -73,7 +72,8 @@ def run_tasks(
     Raises:
         DataError: questions that a task cannot be made of, naming their file.
     """
-    with _quiet(), tempfile.TemporaryDirectory(prefix="mor-tasks-") as folder:
+    _quiet()
+    with tempfile.TemporaryDirectory(prefix="mor-tasks-") as folder:
         from lm_eval.tasks import TaskManager
 
         for name, text in (plan.local | plan.hub).items():
@@ -87,7 +87,7 @@ def run_tasks(
         for name in plan.hub:
             try:
                 tasks |= manager.load([name])["tasks"]
-            except Exception as error:  # the hub's libraries raise whatever their transport does
+            except Exception as error:  # the hub's libraries pass on every error of their transport
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 plan.skipped.append(skipped(name, f"the hub did not give its data ({reason[0]})"))
         for name, task in tasks.items():
@@ -111,7 +111,7 @@ def run_tasks(
 
 @contextmanager
 def _records_of(name: str, plan: TaskPlan) -> Iterator[None]:
-    """Whatever the harness makes of records that are not what the task wants becomes a `DataError`."""
+    """Records that the task cannot use make the harness raise all kinds of errors; they become a `DataError`."""
     try:
         yield
     except (DataError, UserError, ConfigError, OSError, MemoryError):
@@ -146,7 +146,7 @@ def _judge(task: Any) -> list[Sample]:
         requests.sort(key=lambda request: request.idx)
         doc = requests[0].doc
         answers = [next(iter(request.filtered_resps.values())) for request in requests]
-        with np.errstate(all="ignore"):  # where the network gives no numbers, which `_figures` says
+        with np.errstate(all="ignore"):  # a network without numbers; `_figures` reports it
             metrics = task.process_results(doc, answers)
         sample = Sample(doc, requests, metrics)
         if sample.finite and task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
@@ -155,33 +155,6 @@ def _judge(task: Any) -> list[Sample]:
             metrics["acc"] = float(answers[0][1])
         samples.append(sample)
     return samples
-
-
-def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One entry for a suite of several tasks: each metric's mean over all questions, tasks weighing by their number."""
-    n = sum(task["n"] for task in tasks.values())
-    names = set.intersection(*(set(task["metrics"]) for task in tasks.values()))
-    first = next(iter(tasks.values()))
-    metrics, stderr = {}, {}
-    for name in [name for name in first["metrics"] if name in names]:
-        metrics[name] = sum(task["metrics"][name] * task["n"] for task in tasks.values()) / n
-        errors = [task["stderr"].get(name) for task in tasks.values()]
-        known = all(error is not None for error in errors)
-        stderr[name] = math.sqrt(sum((e * t["n"]) ** 2 for e, t in zip(errors, tasks.values()))) / n if known else None
-    totals = {
-        name: sum(task[name] for task in tasks.values())
-        for name in ("not_finite", "lost_bytes", "prompts_cut", "scored_bytes", "text_bytes")
-    }
-    text = hashlib.sha256("".join(task["text_sha256"] for task in tasks.values()).encode()).hexdigest()
-    return {
-        **first,
-        "metrics": metrics,
-        "stderr": stderr,
-        "n": n,
-        **totals,
-        "text_sha256": text,
-        "tasks": len(tasks),
-    }
 
 
 def _figures(task: Any, samples: Sequence[Sample], model: HarnessModel) -> dict[str, Any]:
@@ -260,28 +233,15 @@ def _token_perplexity(scores: Sequence[tuple[float, int]]) -> float:
     return math.exp(-math.fsum(nats for nats, _ in scores) / sum(tokens for _, tokens in scores))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness and `datasets` report every task on standard error; only their errors are worth a person's time."""
+@functools.cache
+def _quiet() -> None:
+    """Let the harness and `datasets` report errors only; they would report every task on standard error."""
     import datasets
     import lm_eval.api.task as harness
 
-    bars = datasets.are_progress_bars_disabled()
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    bar = harness.tqdm
     datasets.disable_progress_bars()
-    harness.tqdm = functools.partial(bar, disable=True)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # F1 of a handful of answers is often undefined, which its value of 0 says already.
-            warnings.filterwarnings("ignore", module="sklearn")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-        harness.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()
+    harness.tqdm = functools.partial(harness.tqdm, disable=True)
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # F1 of a handful of answers is often undefined, which its value of 0 says already.
+    warnings.filterwarnings("ignore", module="sklearn")

@@ -1,11 +1,12 @@
 """The run's held-out text: which files, and which part of it is read.
 
-A part is chosen in bytes, not tokens, and in an order that only the documents decide, so models with other tokenizers
-and other training data orders are measured on the same text.
+The part is measured in bytes, not tokens, and taken in an order that depends on the documents alone. So models with
+other tokenizers or another order of training data are measured on the same text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from data_prep.errors import DataError
 from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 from pretrain.errors import RecipeError, RunError
+from pretrain.evaluation.settings import HELD_OUT_SUITES
 from pretrain.recipe.yaml_input import read_yaml
 from pretrain.records.run_folder import RunFolder
 
@@ -37,44 +39,44 @@ def held_out_files(run: RunFolder, data: Path | None = None) -> list[Path]:
         data: data set folder to read instead of the ones the recipe names (they may have moved).
 
     Raises:
-        RunError: when the recipe names no data set, or a data set has no held-out text.
+        RunError: the recipe names no data set, or a data set has no held-out text.
     """
-    files = files_in([data] if data else _data_folders(run))
+    if data is not None:
+        return texts_of([data])
+    try:
+        named = read_yaml(run.recipe_file)["data"]
+        folders = [Path(source["path"]) for source in ([named] if named.get("path") else named["sources"])]
+    except (OSError, RecipeError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{run.recipe_file}: names no data set ({error}); give its folder with --data DIR.") from None
+    return texts_of(folders)
+
+
+def texts_of(folders: Iterable[Path]) -> list[Path]:
+    """Files with the held-out documents of data sets, each once.
+
+    Raises:
+        RunError: a data set has none.
+    """
+    files = list({(folder / TEST_FILE).resolve(): folder / TEST_FILE for folder in folders}.values())
     for file in files:
         if not file.is_file():
             raise RunError(
-                f"{file}: missing; perplexity, own and routing read the raw text of the held-out documents. "
-                "Give the data set's folder (--data DIR), or prepare it with a test split (mor prep tokenize)."
+                f"{file}: missing; {', '.join(HELD_OUT_SUITES)} read held-out documents. Prepare the data set with a "
+                "test split (mor prep tokenize), leave these suites out, or name another folder (mor eval --data DIR)."
             )
     return files
-
-
-def files_in(folders: Iterable[Path]) -> list[Path]:
-    """Held-out text of data sets, whether or not it is there; one file, though several sources are parts of its set."""
-    files = [folder / TEST_FILE for folder in folders]
-    return list({file.resolve(): file for file in files}.values())
-
-
-def _data_folders(run: RunFolder) -> list[Path]:
-    try:
-        recipe = read_yaml(run.recipe_file)
-        data = recipe["data"]
-        folders = [data["path"]] if data.get("path") else [source["path"] for source in data["sources"]]
-        return [Path(folder) for folder in folders]
-    except (OSError, RecipeError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{run.recipe_file}: names no data set ({error}); give its folder with --data DIR.") from None
 
 
 def read_documents(files: Sequence[Path], most_bytes: int) -> tuple[list[Document], str]:
     """The first documents in the order of their texts' SHA-256, as many as reach `most_bytes` UTF-8 bytes.
 
-    Files are read as a stream: memory is bounded by `most_bytes` and the longest document.
+    Memory is bounded by `most_bytes` and the longest document.
 
     Args:
         files: JSON lines (.jsonl.zst) with the fields `text` and, where there is one, `source`.
 
     Returns:
-        (documents, SHA-256 over all documents of all files, in whatever order they come).
+        (documents, SHA-256 over all documents of all files in any order).
 
     Raises:
         DataError: a file that is not zstandard, a line that is not an object with a text, or no text at all.
@@ -114,22 +116,16 @@ def _documents(file: Path) -> Iterator[Document]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Lines of a compressed file; a file that ends early raises `SourceError`, as does damage."""
-    stream = ByteStream(file)
-    try:
-        rest = bytearray()
+    """Lines of a compressed file. `SourceError`: it is damaged or ends early; `DataError`: a line without an end."""
+    rest = b""
+    with contextlib.closing(ByteStream(file)) as stream:
         while data := stream.read():
-            rest += data
-            if b"\n" in data:
-                *lines, last = bytes(rest).split(b"\n")
-                yield from lines
-                rest = bytearray(last)
-            elif len(rest) > _LONGEST_LINE:
-                raise DataError(f"{file}: holds a line of more than {_LONGEST_LINE:,} bytes, which is no document.")
-        if rest:
-            yield bytes(rest)
-    finally:
-        stream.close()
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+            if len(rest) > _LONGEST_LINE:
+                raise DataError(f"{file}: has a line of more than {_LONGEST_LINE:,} bytes; prepare the data set again.")
+    if rest:
+        yield rest
 
 
 def text_identity(texts: Sequence[str]) -> dict[str, Any]:
@@ -146,9 +142,7 @@ def text_identity(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def choose(documents: Sequence[Document], most_bytes: int) -> list[Document]:
-    """Documents in the order of their texts' SHA-256, up to `most_bytes` UTF-8 bytes; the last one is cut after a
-    word.
-    """
+    """Documents in the order of their texts' SHA-256, up to `most_bytes` UTF-8 bytes; the last is cut after a word."""
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.text.encode("utf-8")).digest())
     chosen = []
     room = most_bytes

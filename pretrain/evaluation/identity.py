@@ -1,8 +1,8 @@
-"""What a stored result was made of: one question, asked by every command, decides whether it still holds.
+"""Whether a stored result still holds: one rule for `mor eval`, `mor compare` and Slurm jobs.
 
 RUN/evaluation/<suite>.json carries its `identity`: weights, network, tokenizer, text or questions, settings and the
-versions of what computed it. A result is read again only when all of that is what it would be made of now, and when the
-file holds what was written (`checksum`). Nothing here loads a network, so other commands can ask cheaply.
+versions of what computed it. A result is read again only if evaluating now would have the same identity, and if the
+file holds what was written (`checksum`). Nothing here loads a network, so asking is cheap.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from data_prep.files import sha256_file
 from data_prep.json_input import read_json
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
-from pretrain.errors import RunError
+from pretrain.errors import RunError, UserError
 from pretrain.evaluation import held_out
-from pretrain.evaluation.settings import Settings, result_file
-from pretrain.evaluation.suites import HELD_OUT_SUITES, benchmarks, harness_tasks, hub_answers, shared_evaluation_data
+from pretrain.evaluation.settings import HELD_OUT_SUITES, Settings, result_file
+from pretrain.evaluation.suites import benchmarks, harness_tasks, hub_answers, shared_evaluation_data
 from pretrain.evaluation.task_files import plan_tasks
 from pretrain.records.run_folder import RunFolder
 
@@ -47,7 +47,7 @@ def identity(run: RunFolder, suite: str, settings: Settings, data: Path | None =
 
     Returns:
         {format_version, suite, settings, weights, model, tokenizer, held_out, questions, versions}: digests are
-        SHA-256; `held_out` (suites that read the run's text) is that of all its documents, in whatever order;
+        SHA-256; `held_out` (suites that read the run's text) is that of all its documents in any order;
         `questions` (benchmarks) has each task's files as one digest, or "hub", for the tasks within reach.
 
     Raises:
@@ -75,8 +75,8 @@ def identity(run: RunFolder, suite: str, settings: Settings, data: Path | None =
     else:
         row = benchmarks()[suite]
         plan = plan_tasks(row, shared_evaluation_data(), settings.hub and hub_answers())
-        found = {name: _together(files) for name, files in plan.files.items()}
-        parts["questions"] = {**found, **dict.fromkeys(plan.hub, "hub")}
+        local = {name: _text_sha256(" ".join(map(_digest, files))) for name, files in plan.files.items()}
+        parts["questions"] = {**local, **dict.fromkeys(plan.hub, "hub")}
         parts["settings"]["fewshot"] = row.fewshot
     if suite not in ("perplexity", "routing"):
         harness_tasks()  # refuses a machine without it
@@ -85,7 +85,7 @@ def identity(run: RunFolder, suite: str, settings: Settings, data: Path | None =
 
 
 def run_tokenizer(run: RunFolder) -> Tokenizer:
-    """The run's tokenizer, which must be the one its plan names: another would score noise without a word.
+    """The run's tokenizer. It must be the one that the plan names: with another one, the figures would be noise.
 
     Raises:
         RunError: another one. DataError: none that can be read.
@@ -123,24 +123,35 @@ def stored_result(
     """
     try:
         stored = read_json(result_file(run, suite, settings))
-    except (FileNotFoundError, DataError):
+        then, checksum = stored["identity"], stored.pop("checksum")
+        asked = then.get("questions", {})
+        if checksum != _checksum(stored):
+            return None
+    except (FileNotFoundError, DataError, TypeError, KeyError, AttributeError):
         return None  # damaged: evaluating again replaces it
-    if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
-        return None
-    content = {key: value for key, value in stored.items() if key != "checksum"}
-    if stored.get("checksum") != _checksum(content):
-        return None
-    now, then = made_of or identity(run, suite, settings, data), stored["identity"]
+    now = made_of or identity(run, suite, settings, data)
     # Questions that are out of reach now say nothing against a result that was made of them.
-    asked = then.get("questions", {})
-    within_reach = now.get("questions", {})
-    if any(asked.get(name) != source for name, source in within_reach.items()):
+    if not now.get("questions", {}).items() <= asked.items():
         return None
-    return stored if {**now, "questions": asked} == {**then, "questions": asked} else None
+    return {**stored, "checksum": checksum} if {**now, "questions": asked} == {**then, "questions": asked} else None
+
+
+def is_current(run: RunFolder, suite: str, settings: Settings) -> bool:
+    """Whether the run folder has the result that evaluating now would give. False also where `identity` raises: then
+    `mor eval` says what is wrong.
+    """
+    try:
+        return stored_result(run, suite, settings) is not None
+    except (UserError, DataError):
+        return False
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _text_sha256(json.dumps(content, sort_keys=True))
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
@@ -151,8 +162,12 @@ def _code() -> str:
     return digest.hexdigest()
 
 
+def _digest(file: Path) -> str:
+    return _digest_of(*_state(file))
+
+
 State = tuple[Path, int, int]
-"""A file, when it was last changed (ns) and its size: while these stay, so does what was computed from it."""
+"""A file, when it was last changed (ns) and its size. While these stay, so does what was computed from it."""
 
 
 def _state(file: Path) -> State:
@@ -163,22 +178,14 @@ def _state(file: Path) -> State:
     return file, found.st_mtime_ns, found.st_size
 
 
-def _digest(file: Path) -> str:
-    return _digest_of(_state(file))
-
-
 @functools.lru_cache(maxsize=4096)
-def _digest_of(state: State) -> str:
+def _digest_of(file: Path, changed_ns: int, size: int) -> str:
     try:
-        return sha256_file(state[0])
+        return sha256_file(file)
     except OSError as error:
-        raise RunError(f"{state[0]}: cannot be read ({error.strerror}); restore it.") from None
+        raise RunError(f"{file}: cannot be read ({error.strerror}); restore it.") from None
 
 
 @functools.lru_cache(maxsize=64)
 def _text_digest(states: tuple[State, ...]) -> str:
     return held_out.read_documents([file for file, _, _ in states], 1)[1]
-
-
-def _together(files: list[Path]) -> str:
-    return hashlib.sha256(" ".join(map(_digest, files)).encode()).hexdigest()

@@ -1,22 +1,20 @@
 """Log-likelihoods of token windows: the one place where evaluation calls the network.
 
 Perplexity, few-shot suites and the harness adapter all reduce to the same question: given these context tokens, how
-likely are those targets? Windows are batched by length and dealt out over the ranks of the process group, where there
-is one.
+likely are those targets? Windows are batched by length and shared out over the ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pretrain.errors import UserError
+from pretrain.evaluation.evaluation_ranks import sum_over_ranks
 from pretrain.evaluation.settings import Routing, check_routing
 from pretrain.ranks.lockstep import Lockstep
 
@@ -27,13 +25,11 @@ _LOGITS_ACCELERATOR = 1 << 29
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all) of the windows being scored."""
+"""Told the number of batches done, and of all batches."""
 
 
 class Window(NamedTuple):
-    """Targets and the tokens that stand before them; both not empty, len(context) + len(targets) <= context length +
-    1.
-    """
+    """Targets and the tokens before them, both not empty; together at most one more than the context length."""
 
     context: tuple[int, ...]
     targets: tuple[int, ...]
@@ -72,40 +68,9 @@ def split_windows(context: Sequence[int], targets: Sequence[int], max_length: in
 
 
 def documents_of(inputs_BT: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Number of the document each token belongs to, (B, T): how many END_OF_DOCUMENT tokens stand before it in its
-    row.
-    """
+    """Number of each token's document, (B, T): how many END_OF_DOCUMENT tokens come before it in its row."""
     ends_BT = (inputs_BT == eod_id).long()
     return ends_BT.cumsum(dim=1) - ends_BT
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def from_rank_zero(value: Item) -> Item:
-    """Rank 0's `value`, on every rank."""
-    if rank_and_world()[1] == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode the model was in comes back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        # Not inference_mode: its tensors cannot take part in ZeRO-3's gathering of partitioned parameters.
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @dataclasses.dataclass
@@ -117,11 +82,11 @@ class Scorer:
         eod_id: END_OF_DOCUMENT; tells documents apart where the network masks attention between them.
         routing: `causal` never looks ahead and is what numbers are reported with; `topk` is the training-time
             selection, which sees the whole window.
-        depth: recursion steps every token takes, routers ignored; None lets them decide.
-        max_length: most tokens read at once; by default what the network was trained on.
+        depth: recursion steps every token takes, without routers; None lets the routers decide.
+        max_length: most tokens read at once; by default the context length the network was trained with.
         device: where inputs go; by default where the network's parameters are.
-        progress: told after every batch how far scoring has come.
-        lockstep: what the ranks agree upon before every forward pass; by default nothing.
+        progress: told how far scoring has come.
+        lockstep: where the ranks meet before every forward pass; by default they do not.
     """
 
     model: Any
@@ -147,47 +112,57 @@ class Scorer:
             options["documents_BT"] = documents_of(inputs_BT, self.eod_id)
         return self.model(inputs_BT, routing=self.routing, depth=self.depth, **options)
 
-    def score(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihood of each window's targets, and how likely greedy decoding would produce them.
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-likelihood of each request's targets, and how likely greedy decoding would produce them.
 
-        Every rank must call this with the same windows; each computes its share and all receive the whole result.
+        Every rank must call this with the same requests; each computes its share and all receive the whole result.
+
+        Args:
+            requests: (context, targets) each, read in as many windows as they need (`split_windows`).
 
         Returns:
-            (natural logarithms, chances), both float64 of length len(windows). A chance is 1 where every target is the
+            (natural logarithms, chances), both float64 of length len(requests). A chance is 1 where every target is the
             one most likely token, 0 where one is not; k tokens that are equally likely share theirs, 1/k each. Where
-            the network gives no numbers the logarithm is not finite and the chance 0.
+            the network gives no numbers the logarithm is not finite and the chance 0. No targets give 0 and 1.
         """
-        rank, world = rank_and_world()
+        windows: list[Window] = []
+        owners: list[int] = []
         # Answers of one token to the same question read the same inputs: one row of the batch serves them all.
         rows: dict[tuple[int, ...], list[int]] = {}
-        for number, window in enumerate(windows):
-            rows.setdefault(window.inputs, []).append(number)
+        for owner, (context, targets) in enumerate(requests):
+            for window in split_windows(context, targets, self.max_length):
+                rows.setdefault(window.inputs, []).append(len(windows))
+                windows.append(window)
+                owners.append(owner)
+
+        def measure(batch: list[tuple[int, ...]], result: torch.Tensor) -> None:
+            logits = self._logits(batch)
+            for row, inputs in enumerate(batch):
+                for number in rows[inputs]:
+                    targets = windows[number].targets
+                    result[:, number] = _likelihood(logits[row, len(inputs) - len(targets) : len(inputs)], targets)
+
         batches = self._batches(sorted(rows, key=lambda inputs: (-len(inputs), inputs)))
-        mine = batches[rank::world]
-        total = sum(map(len, rows))
-        result = torch.zeros(2, len(windows), dtype=torch.float64, device=self.device)
-        done = 0
-        with evaluating(self.model), self.lockstep.passes():
-            # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches repeat their last and drop its
-            # result.
-            for turn in range(-(-len(batches) // world)):
-                self.lockstep.meet()
-                batch = mine[turn] if turn < len(mine) else batches[-1]
-                logits = self._logits(batch)
-                if turn >= len(mine):
-                    continue
-                for row, inputs in enumerate(batch):
-                    for number in rows[inputs]:
-                        targets = windows[number].targets
-                        end = len(inputs)
-                        result[:, number] = _likelihood(logits[row, end - len(targets) : end], targets)
-                done += world * sum(map(len, batch))
-                if self.progress is not None:
-                    self.progress(min(done, total), total)
-            if world > 1:
-                dist.all_reduce(result)
-        likelihood, greedy = result.cpu().numpy()
-        return likelihood, greedy
+        likelihood, greedy = self.sum_over_ranks(batches, measure, (2, len(windows)))
+        nats, chances = np.zeros(len(requests)), np.ones(len(requests))
+        np.add.at(nats, np.asarray(owners, dtype=np.int64), likelihood)
+        np.multiply.at(chances, np.asarray(owners, dtype=np.int64), greedy)
+        return nats, chances
+
+    def sum_over_ranks(
+        self, batches: Sequence[Item], measure: Callable[[Item, torch.Tensor], None], shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """`evaluation_ranks.sum_over_ranks` with this scorer's network."""
+        sums = sum_over_ranks(
+            self.model,
+            batches,
+            measure,
+            shape,
+            device=self.device,
+            lockstep=self.lockstep,
+            progress=self.progress,
+        )
+        return sums.cpu().numpy()
 
     def _batches(self, rows: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         """Rows, longest first, in batches of about the same number of logits."""

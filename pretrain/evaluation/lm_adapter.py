@@ -15,7 +15,8 @@ from lm_eval.api.model import TemplateLM
 
 from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.errors import UserError
-from pretrain.evaluation.likelihood import Scorer, evaluating, split_windows
+from pretrain.evaluation.evaluation_ranks import evaluating
+from pretrain.evaluation.likelihood import Scorer
 
 
 class HarnessModel(TemplateLM):
@@ -88,18 +89,10 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return self._score([(context, continuation) for _, context, continuation in requests])
 
-    def _score(self, split: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
-        """Of (tokens before, targets) each."""
-        windows, owner = [], []
-        for number, (context, targets) in enumerate(split):
-            pieces = split_windows(context, targets, self.max_length)
-            windows.extend(pieces)
-            owner.extend([number] * len(pieces))
-        # What has no tokens has no likelihood; a sum over none would be that of a certainty.
-        answers = [(0.0, 1.0) if targets else (math.nan, 0.0) for _, targets in split]
-        for number, nats, greedy in zip(owner, *self.scorer.score(windows)):
-            answers[number] = (answers[number][0] + float(nats), answers[number][1] * float(greedy))
-        return answers
+    def _score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
+        """Of (tokens before, targets) each. What has no tokens has no likelihood: a sum over none would be certain."""
+        scored = zip(requests, *self.scorer.score(requests))
+        return [(float(nats), float(chance)) if targets else (math.nan, 0.0) for (_, targets), nats, chance in scored]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each request's whole text, in rolling windows after one END_OF_DOCUMENT."""

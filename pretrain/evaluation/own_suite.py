@@ -1,14 +1,13 @@
-"""A small suite made from held-out text, in lm-evaluation-harness's task format: something to score on a machine with
-no network.
+"""A small suite made from held-out text, in lm-evaluation-harness's task format, for machines without a network.
 
-Three tasks, each a question about a passage that no training document holds:
+Three tasks, each a question about a passage that is in no training document:
 
-    own_last_word      the last word of a passage, which the passage has used before (as in LAMBADA, Paperno et al.
-    2016) own_continuation   which of four pieces of text goes on from a passage; the others go on from other passages
-    own_word_order     a sentence against the same with two neighbouring words exchanged (a minimal pair, as in BLiMP,
-    Warstadt et al. 2020)
+    own_last_word     the last word of a passage, which it has used before (as in LAMBADA, Paperno et al. 2016)
+    own_continuation  which of four pieces of text continues a passage; the others continue other passages
+    own_word_order    a sentence against the same with two neighbouring words exchanged (a minimal pair, as in BLiMP,
+                      Warstadt et al. 2020)
 
-Questions depend on the documents alone: not on the tokenizer, not on the order of the documents, not on a random state.
+Questions depend on the documents alone, not on their order, the tokenizer or a random state.
 """
 
 from __future__ import annotations

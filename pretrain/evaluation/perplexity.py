@@ -6,15 +6,14 @@ Every document is scored on its own, after one END_OF_DOCUMENT token, in the rol
     token perplexity = exp(-L / tokens)      word perplexity = exp(-L / words)
     byte perplexity  = exp(-L / bytes)       bits per byte   = -L / (bytes ln 2)
 
-Words are white-space separated, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer as long as
-its tokens hold the whole text; where they do not (an unknown token, a normalisation), these figures would divide the
-likelihood of less by the size of all, and are NaN. Token perplexity depends on the tokenizer, and is comparable only
-between models that share one.
+Words are separated by white space, bytes are UTF-8. Word, byte and bit figures do not depend on the tokenizer if its
+tokens hold the whole text. If they do not (an unknown token, a normalisation), these figures would divide the
+likelihood of a part by the size of the whole, and are NaN. Token perplexity compares only between models with the same
+tokenizer.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 
 from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.evaluation.held_out import Document, text_identity
-from pretrain.evaluation.likelihood import Scorer, Window, split_windows
+from pretrain.evaluation.likelihood import Scorer
 
 Item = TypeVar("Item")
 METRICS = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -66,10 +65,6 @@ def perplexities(scores: Sequence[DocumentScore]) -> dict[str, float]:
     return figures if not lost else {**figures, **dict.fromkeys(NEED_WHOLE_TEXT, math.nan)}
 
 
-def _figure(name: str, scores: Sequence[DocumentScore]) -> float:
-    return perplexities(scores)[name]
-
-
 def _exp(exponent: float) -> float:
     # Word perplexity of an untrained model can pass the largest float.
     return math.inf if exponent >= 700.0 else math.exp(exponent)
@@ -97,19 +92,12 @@ def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> lis
         tokenizer: has `encode_batch(list of str)`, giving one list of ids a text, and `decode(ids)`.
     """
     encoded = [list(ids) for ids in tokenizer.encode_batch(list(texts))]
-    windows: list[Window] = []
-    owner: list[int] = []
-    for number, ids in enumerate(encoded):
-        pieces = split_windows([scorer.eod_id], ids, scorer.max_length)
-        windows.extend(pieces)
-        owner.extend([number] * len(pieces))
-    likelihood, _ = scorer.score(windows)
-    sums = np.bincount(np.asarray(owner, dtype=np.int64), weights=likelihood, minlength=len(texts))
+    likelihood, _ = scorer.score([([scorer.eod_id], ids) for ids in encoded])
     return [
         DocumentScore(
             float(nats), len(ids), len(text.split()), len(text.encode("utf-8")), lost_bytes(tokenizer, text, ids)
         )
-        for nats, ids, text in zip(sums, encoded, texts)
+        for nats, ids, text in zip(likelihood, encoded, texts)
     ]
 
 
@@ -142,7 +130,7 @@ def _summary(scored: Sequence[tuple[Document, DocumentScore]]) -> dict[str, Any]
     }
     return {
         "metrics": perplexities(scores),
-        "stderr": {name: jackknife(functools.partial(_figure, name), scores) for name in METRICS},
+        "stderr": {name: jackknife(lambda part, name=name: perplexities(part)[name], scores) for name in METRICS},  # type: ignore[misc]
         "n": len(scores),
         **totals,
         "scored_bytes": totals["bytes"],

@@ -1,7 +1,7 @@
-"""Which answer a model gives to a question with options, and what it earns: equally likely options share the point.
+"""The score of a question with options: options that are equally likely share the point.
 
-lm-evaluation-harness takes the first of the likeliest options. A network that finds all options alike, or that gives no
-numbers at all, would then earn every point of a task whose right answer stands first, such as BLiMP.
+lm-evaluation-harness takes the first of the likeliest options. A network that finds all options equally likely, or that
+gives no numbers, would then get full marks in a task whose right answer always comes first, such as BLiMP.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _ROUNDING = 1e-12  # of a sum of some hundred float64 numbers, relative to it
 
 
 def likeliest(values: Sequence[float]) -> list[int]:
-    """Numbers of the options with the largest value; several where they tie, but for the rounding of sums."""
+    """Numbers of the options with the largest value; several if they tie up to the rounding of sums."""
     best = max(values)
     return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=_ROUNDING)]
 
 
 def share(values: Sequence[float], right: Sequence[int]) -> float:
-    """What the likeliest options earn of the point: the share of right ones among them."""
+    """The share of right options among the likeliest ones."""
     tied = likeliest(values)
     return sum(number in right for number in tied) / len(tied)
 
 
 def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What the harness's judgement of a question with options (`process_results`) becomes where options tie.
+    """Metrics that replace those of the harness (`judged`, from `process_results`), with ties.
 
-    Metrics that count predictions, such as F1, become `Tied` then; those that know no ties are left out.
+    Metrics that count predictions, such as F1, become `Tied` if options tie.
 
     Args:
         answers: of every option; for mutual information, followed by those without the question.

@@ -1,9 +1,9 @@
-"""What the routers do with held-out text: how deep tokens go, which ones, and how much top-k's look ahead is worth.
+"""What the routers do with held-out text: how deep tokens go, which ones, and how much top-k gains by looking ahead.
 
 Text is packed as in training: documents joined by END_OF_DOCUMENT and cut into full windows, which is what top-k
-selection was trained on. The same windows are read twice, once with each routing. The difference of the two losses,
-causal minus top-k, is the measured leak: what the training-time loss owes to seeing the future (or to a causal router
-that decides otherwise).
+selection was trained on. The same windows are read with each routing. The difference of the two losses, causal minus
+top-k, is the leak: how much lower the training-time loss is because top-k sees the future (or because the causal router
+decides differently).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data_prep.tokenizers.lost_bytes import lost_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation.held_out import text_identity
-from pretrain.evaluation.likelihood import Progress, Scorer, evaluating, rank_and_world
+from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.settings import ROUTINGS
 
 TOKEN_CLASSES = ("end of document", "white space", "number", "punctuation", "word start", "word inside", "other")
@@ -38,10 +37,9 @@ class Reading:
 
 
 def pack(documents: Sequence[Sequence[int]], eod_id: int, length: int) -> np.ndarray:
-    """Documents joined by END_OF_DOCUMENT in windows of length + 1 tokens, each starting where the one before ended:
-    (N, length+1).
+    """Documents joined by END_OF_DOCUMENT, in windows (N, length+1) that share one token with the next.
 
-    What does not fill a window is left out, unless nothing fills one: then the only window is as long as the text.
+    Tokens that do not fill a last window are left out; a text shorter than a window is one shorter window.
     """
     stream = np.asarray([token for document in documents for token in (*document, eod_id)], dtype=np.int64)
     length = min(length, len(stream) - 1)
@@ -51,35 +49,20 @@ def pack(documents: Sequence[Sequence[int]], eod_id: int, length: int) -> np.nda
     return np.stack([stream[start : start + length + 1] for start in starts])
 
 
-def read_windows(scorer: Scorer, windows: np.ndarray, progress: Progress | None = None) -> Reading:
-    """Per-token losses (nats) and depths (recursion steps taken) of every window, computed on all ranks, returned on
-    all.
-    """
-    rank, world = rank_and_world()
-    size = max(1, 2048 // (windows.shape[1] - 1))
-    batches = [windows[start : start + size] for start in range(0, len(windows), size)]
-    mine: list[tuple[int, np.ndarray, np.ndarray]] = []
-    parts = [mine]
-    with evaluating(scorer.model), scorer.lockstep.passes():
-        # Every rank makes the same number of forward passes, which are collectives under ZeRO-3.
-        for turn in range(-(-len(batches) // world)):
-            scorer.lockstep.meet()
-            index = turn * world + rank
-            batch = torch.from_numpy(batches[min(index, len(batches) - 1)]).to(scorer.device)
-            out = scorer.forward(batch[:, :-1], labels_BT=batch[:, 1:], return_losses=True, return_routing=True)
-            if index < len(batches):
-                if out.routing is None:
-                    depths = np.full(out.losses_BT.shape, scorer.model.config.recursions)
-                else:
-                    depths = out.routing.depth_BT.cpu().numpy()
-                mine.append((index, out.losses_BT.float().cpu().numpy(), depths))
-            if progress is not None:
-                progress(min((turn + 1) * world, len(batches)) * batch[:, 1:].numel(), windows[:, 1:].size)
-        if world > 1:
-            parts = [[] for _ in range(world)]
-            dist.all_gather_object(parts, mine)
-    ordered = sorted((part for share in parts for part in share), key=lambda part: part[0])
-    return Reading(np.concatenate([p[1] for p in ordered]).astype(np.float64), np.concatenate([p[2] for p in ordered]))
+def read_windows(scorer: Scorer, windows: np.ndarray) -> Reading:
+    """Per-token losses (nats) and depths (recursion steps taken) of every window, computed by all ranks together."""
+
+    def measure(rows: slice, sums: torch.Tensor) -> None:
+        batch = torch.from_numpy(windows[rows]).to(scorer.device)
+        out = scorer.forward(batch[:, :-1], labels_BT=batch[:, 1:], return_losses=True, return_routing=True)
+        sums[0, rows] = out.losses_BT
+        sums[1, rows] = scorer.model.config.recursions if out.routing is None else out.routing.depth_BT
+
+    count, length = len(windows), windows.shape[1] - 1
+    size = max(1, 2048 // length)
+    batches = [slice(start, start + size) for start in range(0, count, size)]
+    losses, depths = scorer.sum_over_ranks(batches, measure, (2, count, length))
+    return Reading(losses, depths.astype(np.int64))
 
 
 def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
@@ -102,7 +85,7 @@ def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> di
         raise UserError("routing: the tokenizer makes no token of the held-out text, so there is nothing to route.")
     routed = config.router is not None
     readings = {
-        routing: read_windows(dataclasses.replace(scorer, routing=routing), windows, scorer.progress)
+        routing: read_windows(dataclasses.replace(scorer, routing=routing), windows)
         for routing in (ROUTINGS if routed else ROUTINGS[:1])
     }
     causal = readings["causal"]

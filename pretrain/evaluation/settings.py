@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pretrain.errors import RunError, UserError
-from pretrain.records.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pretrain.records.run_folder import RunFolder
 
 Routing = Literal["causal", "topk"]
 ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
+# Suites that need nothing but the run's held-out text. They are what is evaluated unless suites are named.
+HELD_OUT_SUITES = ("perplexity", "own", "routing")
 TEXT_BYTES = 500_000
 _MOST = 1 << 62
 
@@ -41,19 +45,13 @@ class Settings:
     hub: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("limit", "depth", "text_bytes"):
-            value = getattr(self, name)
-            if value is None and name != "text_bytes":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MOST:
+        for name, value in (("limit", self.limit), ("depth", self.depth), ("text_bytes", self.text_bytes)):
+            if value is not None and not 1 <= value < _MOST:
                 raise RunError(f"evaluation {name}: must be a whole number of at least 1, not {value!r:.50}.")
-
-    @property
-    def suffix(self) -> str:
-        """Told apart in file names, so that only causal figures at free depth carry a suite's plain name."""
-        return (".topk" if self.routing == "topk" else "") + (f".depth-{self.depth}" if self.depth else "")
 
 
 def result_file(run: RunFolder, suite: str, settings: Settings) -> Path:
-    """Where a suite's result lies."""
-    return run.evaluation / f"{suite}{settings.suffix}.json"
+    """Where a suite's result lies. Only causal figures at free depth have a suite's plain name."""
+    routing = ".topk" if settings.routing == "topk" else ""
+    depth = f".depth-{settings.depth}" if settings.depth else ""
+    return run.evaluation / f"{suite}{routing}{depth}.json"

@@ -1,13 +1,12 @@
 """Which suites there are, and where each finds its data on this machine.
 
-`perplexity`, `own` and `routing` need the run's held-out text alone. The published benchmarks are rows of
-tasks/benchmarks.yaml: their questions come from files below $MOR_SHARED_DATA/eval, or from the hub where that is
-allowed and answers.
+`perplexity`, `own` and `routing` need only the run's held-out text. The published benchmarks are rows of
+tasks/benchmarks.yaml: their questions come from files below $MOR_SHARED_DATA/eval, or from the hub if it is allowed and
+answers.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import os
@@ -20,10 +19,11 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.errors import RecipeError, UserError
+from pretrain.evaluation.settings import HELD_OUT_SUITES
+from pretrain.recipe.messages import first_problem, nearest, shorten
 from pretrain.recipe.yaml_input import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
-HELD_OUT_SUITES = ("perplexity", "own", "routing")
 _HUB_SECONDS = 2.0
 
 
@@ -57,7 +57,6 @@ class Suite(BaseModel):
         return files
 
 
-@functools.cache
 def harness_tasks() -> Path:
     """lm-evaluation-harness's folder of task files, found without importing it."""
     spec = importlib.util.find_spec("lm_eval")
@@ -84,14 +83,9 @@ def benchmarks() -> dict[str, Suite]:
         try:
             rows[name] = Suite.model_validate({"name": name, **row} if isinstance(row, dict) else row)
         except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(map(str, (name, *fault["loc"])))
-            raise RecipeError(f"{file}: {place}: {fault['msg']}; the head of the file says what a row holds.") from None
+            problem = first_problem(error, Suite)
+            raise RecipeError(f"{file}: {name}: {problem} The head of the file says what a row holds.") from None
     return rows
-
-
-def suite_names() -> list[str]:
-    return [*HELD_OUT_SUITES, *benchmarks()]
 
 
 def check_suites(names: Iterable[str]) -> list[str]:
@@ -100,7 +94,7 @@ def check_suites(names: Iterable[str]) -> list[str]:
     Raises:
         UserError: for an unknown suite, naming the nearest known one.
     """
-    known = suite_names()
+    known = [*HELD_OUT_SUITES, *benchmarks()]
     chosen: dict[str, None] = {}
     for name in names:
         if name == "all":
@@ -108,9 +102,7 @@ def check_suites(names: Iterable[str]) -> list[str]:
         elif name in known:
             chosen[name] = None
         else:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known suites are {', '.join(known)}."
-            raise UserError(f"evaluation suite '{name}' is unknown; {hint}")
+            raise UserError(f"evaluation suite {shorten(name)} is unknown; {nearest(name, known)}")
     return list(chosen)
 
 
@@ -133,15 +125,15 @@ def shared_evaluation_data() -> Path | None:
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub accepts a connection within two seconds. HF_HUB_OFFLINE and HF_ENDPOINT are
-    honoured.
+    """Whether the Hugging Face hub may be used and accepts a connection within two seconds.
+
+    HF_HUB_OFFLINE, HF_DATASETS_OFFLINE and HF_ENDPOINT count. The libraries themselves would try for minutes.
     """
-    if any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    ):
+    from datasets import config
+
+    if config.HF_HUB_OFFLINE:
         return False
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    address = urlsplit(config.HF_ENDPOINT)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
         with socket.create_connection((address.hostname or "", port), timeout=_HUB_SECONDS):

@@ -1,4 +1,4 @@
-"""Task files for lm-evaluation-harness: its own, each included by a small one that says where the data lies."""
+"""Task files for lm-evaluation-harness: small ones that include the harness's own and say where the data lies."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from pretrain.errors import RecipeError, UserError
+from pretrain.errors import UserError
 from pretrain.evaluation.suites import Suite, skipped
-from pretrain.recipe.yaml_input import parse_yaml
 
 _ROLES = ("training", "validation", "test", "fewshot")
 
@@ -32,7 +31,7 @@ def local_task_file(
     """
     arguments = {"splits": {role: str(file) for role, file in splits.items()}, "where": where, "limit": limit}
     text = {**_from_files(source, splits, settings), "dataset_kwargs": arguments}
-    # A tag is not something safe_dump writes for plain values.
+    # safe_dump cannot write a tag.
     return (
         yaml.safe_dump(text, sort_keys=False) + "custom_dataset: !function pretrain.evaluation.local_data.read_splits\n"
     )
@@ -54,24 +53,18 @@ def task_settings(source: Path) -> dict[str, Any]:
     """Entries of a harness task file itself, without what it includes.
 
     Raises:
-        UserError: not a file of the harness's kind: no YAML, no mapping, or no task's name in it.
+        UserError: it names no task, so it is not one of the harness version that is required.
     """
-    try:
-        # What stands behind this tag is the name of a function, which is not called here.
-        entries = parse_yaml(source.read_text(encoding="utf-8").replace("!function ", ""), source)
-        if not isinstance(entries, dict) or not isinstance(entries.get("task"), str):
-            raise RecipeError(f"{source}: names no task")
-    except (OSError, ValueError, RecipeError) as error:
-        problem = error if isinstance(error, RecipeError) else f"{source}: cannot be read ({error})"
-        raise UserError(f"{problem}; install the lm-eval that constraints.txt names.") from None
+    # What stands behind this tag is the name of a function, which is not called here.
+    entries = yaml.safe_load(source.read_text(encoding="utf-8").replace("!function ", ""))
+    if not isinstance(entries, dict) or not isinstance(entries.get("task"), str):
+        raise UserError(f"{source}: names no task; install the lm-eval that constraints.txt names.")
     return entries
 
 
 @dataclass
 class TaskPlan:
-    """Task files to run, by task name: `local` ones read `files`, `hub` ones the hub; `skipped` says what has
-    neither.
-    """
+    """Texts of task files by task: `local` ones read `files`, `hub` ones the hub; `skipped`: tasks without data."""
 
     local: dict[str, str] = field(default_factory=dict)
     hub: dict[str, str] = field(default_factory=dict)

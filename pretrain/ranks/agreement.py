@@ -33,11 +33,13 @@ def require_agreement(mine: dict[str, str]) -> None:
 
 
 def on_first_rank(action: Callable[[], _Answer]) -> _Answer:
-    """Run an action on rank 0 alone; every rank gets its result. Collective.
+    """Run an action on rank 0 alone; every rank gets its result. Collective; without a process group it just runs.
 
     Raises:
         RunError: on every rank alike, when the action raises an error with a message for a person or an OSError.
     """
+    if not dist.is_initialized():
+        return action()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

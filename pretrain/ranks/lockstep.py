@@ -1,7 +1,7 @@
-"""Ranks that evaluate together go on together, break off together, and get over one another's errors together.
+"""Ranks that evaluate together continue, stop and skip a failed evaluation together.
 
-Under ZeRO-3 a forward pass is a collective: a rank that left alone would leave the others waiting for ever. So before
-every pass all ranks tell one another, in one small all-reduce, whether they were asked to stop or have failed.
+Under ZeRO-3 a forward pass is a collective: if one rank left alone, the others would wait for ever. So before every
+pass the ranks exchange, in one small all-reduce, whether one of them was asked to stop or has failed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class BrokenOff(Exception):
 
 
 class EvaluationFailed(Exception):
-    """An evaluation met an error on some rank, and all ranks have left it; the message says which and what."""
+    """An evaluation failed on a rank, and all ranks have left it; the message names the rank and the error."""
 
 
 class Lockstep:
-    """What all ranks of one evaluation share. Without `poll` nothing is agreed upon, and nothing breaks off.
+    """Where the ranks of one evaluation meet. Without `poll` they do not, and nothing breaks off.
 
     Args:
         poll: what this rank was asked to do.
-        device: where collectives take their tensors; moved: called whenever the ranks are about to meet.
+        device: of tensors in collectives; moved: called before every meeting.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Lockstep:
 
     @contextmanager
     def passes(self) -> Iterator[None]:
-        """Around forward passes and the collectives that add them up, where no other may come between: an error in
-        here ends the job, as the other ranks already wait for this one.
+        """Around forward passes and the collectives that add them up. An error in here ends the job, because the other
+        ranks already wait for this one.
         """
         self._computing = True
         yield
@@ -69,10 +69,10 @@ class Lockstep:
             raise BrokenOff(asked)
 
     def run(self, action: Callable[[], _Result]) -> _Result:
-        """What `action` returns. Collective; outside of `passes` the action may fail on any rank.
+        """What `action` returns. Collective; outside of `passes` it may fail on any rank.
 
         Raises:
-            BrokenOff, EvaluationFailed: on all ranks alike. Others: from within `passes`.
+            BrokenOff, EvaluationFailed: on all ranks alike. Other errors: from within `passes`.
         """
         self._computing = False
         try:
@@ -83,7 +83,7 @@ class Lockstep:
             if self._computing:
                 raise
             self._agree(error)
-            raise AssertionError("an error that was told is agreed upon") from error
+            raise AssertionError("_agree raises when a rank has an error") from error
         self._agree(None)  # another rank may have failed after its last pass
         return result
 

@@ -1,17 +1,15 @@
 """Evaluation while training: validation loss and suites on their schedules, what they cost, and a cap on that.
 
-Suites are those of `mor eval`, on the network as it is after a step, with causal routing. All ranks take part: windows
-are dealt out over them, and under ZeRO-3 every rank runs as many forward passes as every other. Results lie in
-RUN/evaluation/step-00000100/<suite>.json, their headline figures in metrics.jsonl.
+Suites are those of `mor eval`, on the network as it is after a step, with causal routing; all ranks share the work.
+Results lie in RUN/evaluation/step-00000100/<suite>.json, their headline figures in metrics.jsonl.
 
 A request to stop breaks an evaluation off before its next forward pass. Nothing of it is recorded; the checkpoint
-remembers it (`TrainState.unfinished`), and the next start begins with it. One that fails is told of and left out.
+remembers it (`TrainState.unfinished`), and the next start begins with it. One that fails is reported and left out.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +20,12 @@ import torch
 
 from pretrain.checkpoints.store import TrainState
 from pretrain.errors import RecipeError, RunError
-from pretrain.evaluation.likelihood import from_rank_zero, rank_and_world
+from pretrain.evaluation.evaluation_ranks import rank_and_world
+from pretrain.evaluation.held_out import texts_of
+from pretrain.evaluation.settings import HELD_OUT_SUITES, Settings
+from pretrain.evaluation.suites import benchmarks, check_suites, harness_tasks, shared_evaluation_data
+from pretrain.evaluation.task_files import plan_tasks
+from pretrain.ranks.agreement import on_first_rank
 from pretrain.ranks.lockstep import BrokenOff, EvaluationFailed, Lockstep
 from pretrain.ranks.signals import Asked
 from pretrain.recipe.plan import Plan, is_due
@@ -41,9 +44,9 @@ class SuiteRunner:
 
     Args:
         engine: DeepSpeed's; suites: which, and how many questions of each.
-        folder: where results go; tokenizer: its folder; texts: held-out documents, for the suites that read them.
+        folder: where results go; tokenizer: its folder; texts: files of held-out documents, for suites that read them.
         telemetry: told when results cannot be written; device: where the network computes.
-        lockstep: what the ranks agree upon before every forward pass.
+        lockstep: where the ranks meet before every forward pass.
     """
 
     def __init__(
@@ -61,7 +64,6 @@ class SuiteRunner:
         from data_prep.tokenizers.loading import load_tokenizer
         from pretrain.evaluation.evaluate import most_text
         from pretrain.evaluation.held_out import read_documents
-        from pretrain.evaluation.settings import Settings
 
         self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
         self._telemetry, self._lockstep = telemetry, lockstep
@@ -70,11 +72,8 @@ class SuiteRunner:
         self._documents = read_documents(texts, most_text(self._settings))[0] if texts else []
 
     def run(self, state: TrainState, beat: Beat) -> Records:
-        """One record per suite; collective. `beat` is told that the evaluation moves on."""
+        """One record per suite; collective. `beat` is told how far the evaluation is."""
         from pretrain.evaluation.evaluate import evaluate_model
-
-        def moving(suite: str) -> Callable[[int, int], None]:
-            return lambda done, total: beat(f"{suite} after step {state.step}: {done} of {total} tokens")
 
         results = evaluate_model(
             self._engine.module,
@@ -83,7 +82,7 @@ class SuiteRunner:
             documents=self._documents,
             settings=self._settings,
             device=self._device,
-            progress=moving,
+            progress=lambda suite, done, total: beat(f"{suite} after step {state.step}: batch {done} of {total}"),
             lockstep=self._lockstep,
         )
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
@@ -106,9 +105,8 @@ class EvaluationHooks:
 
     Args:
         plan: says when; max_share: see `sections.Evaluation`.
-        validator: validation loss; suites: either None measures nothing.
-        beat: the watchdog's; lockstep: that of validator and suites.
-        clock: seconds since some moment.
+        validator, suites: None where there is nothing to measure.
+        beat: the watchdog's; lockstep: that of validator and suites; clock: in seconds.
     """
 
     def __init__(
@@ -137,10 +135,10 @@ class EvaluationHooks:
     def run(self, state: TrainState, asked: Asked) -> Asked:
         """Measure what is due after `state.step` steps, unless the ranks are asked to stop. Collective.
 
-        The best validation loss so far is kept in `state`, and so is what was not measured because of a stop.
+        `state` keeps the best validation loss so far, and what was not measured because of a stop.
 
         Args:
-            asked: what the ranks are asked to do already; the return value is what they are asked to do by now.
+            asked: what the ranks are asked to do before; returns what they are asked to do afterwards.
 
         Raises:
             RunError: the validation loss after the last step is not finite.
@@ -148,7 +146,7 @@ class EvaluationHooks:
         return self._run(self._due(state.step), state, asked)
 
     def run_unfinished(self, state: TrainState) -> Asked:
-        """Measure what the start before this one did not come to, if it is still wanted; see `run`."""
+        """Measure what the previous start did not measure because of a stop, if it is still due; see `run`."""
         due = [name for name in self._due(state.step) if name in state.unfinished]
         return self._run(due, state, Asked())
 
@@ -172,7 +170,7 @@ class EvaluationHooks:
 
     def _measure(self, name: str, state: TrainState) -> Asked:
         """Measure one thing and record it; returns what broke it off, if anything did."""
-        # What a run ends with is what it is for, whatever it costs.
+        # A run is made for its final figures: these are measured whatever they cost.
         if state.step < self._plan.steps and not self._affordable(name, state.step):
             return Asked()
         self._beat(f"{name} after step {state.step}")
@@ -197,29 +195,26 @@ class EvaluationHooks:
         return Asked()
 
     def _affordable(self, name: str, step: int) -> bool:
-        """Whether the share of this start's time that evaluation takes would stay under the cap, were it to cost what
-        it did the last time. Rank 0's clock decides for all.
+        """Whether evaluation stays under the cap (a share of the time since the start) at its last cost, by rank 0's
+        clock.
         """
-        if self._max_share is None or name not in self._last:
+        cap = self._max_share
+        if cap is None or name not in self._last:
             return True
         last = self._last[name]
         share = (self._spent + last) / (self._clock() - self._began + last)
-        if from_rank_zero(share <= self._max_share):
+        if on_first_rank(lambda: share <= cap):
             return True
-        self._telemetry.event("evaluation_skipped", step, what=name, share=share, max_share=self._max_share)
+        self._telemetry.event("evaluation_skipped", step, what=name, share=share, max_share=cap)
         self._telemetry.say(
             f"Step {step}: {name} left out; with it, evaluation would take {share:.1%} of the time "
-            f"(evaluation.max_share is {self._max_share:.1%})."
+            f"(evaluation.max_share is {cap:.1%})."
         )
         return False
 
 
 def _require_numbers(records: Records) -> None:
-    """The weights that a run ends with are to give a validation loss.
-
-    Raises:
-        RunError: on all ranks alike, when it is not finite.
-    """
+    """Raise `RunError`, on all ranks alike, if a validation loss of the final weights is not finite."""
     for kind, record in records:
         if kind == "validation" and not math.isfinite(record["loss_causal"]):
             raise RunError(
@@ -240,47 +235,29 @@ def held_out_texts(recipe: Recipe) -> list[Path]:
     """Files of held-out documents that the recipe's suites read; none where no suite reads any.
 
     Raises:
-        RecipeError: a data set has no such file.
+        RunError: a data set has no such file.
     """
-    from pretrain.evaluation.held_out import files_in
-    from pretrain.evaluation.suites import HELD_OUT_SUITES
-
     suites = recipe.evaluation.suites
-    if suites is None or not set(suites.names) & set(HELD_OUT_SUITES):
+    if suites is None or not set(check_suites(suites.names)) & set(HELD_OUT_SUITES):
         return []
-    files = files_in(Path(path) for path in [source.path for source in recipe.data.sources] or [str(recipe.data.path)])
-    for file in files:
-        if not file.is_file():
-            raise RecipeError(
-                f"evaluation.suites: {', '.join(HELD_OUT_SUITES)} read held-out documents, but {file} is missing; "
-                "prepare the data set with a test split, or drop these suites."
-            )
-    return files
+    return texts_of(Path(path) for path in [source.path for source in recipe.data.sources] or [str(recipe.data.path)])
 
 
 def check_suites_of(recipe: Recipe) -> None:
     """Refuse suites that could not run, before anything is trained.
 
     Raises:
-        RecipeError: a suite's questions, or the held-out text it reads, are not on this machine. UserError: an unknown
-            suite, with the nearest known one.
+        UserError: a suite is unknown, or its questions, or the held-out text it reads, are not on this machine.
     """
     suites = recipe.evaluation.suites
     if suites is None:
         return
-    from pretrain.evaluation.suites import benchmarks, check_suites, shared_evaluation_data
-
-    harness = [name for name in check_suites(suites.names) if name in benchmarks() or name == "own"]
-    if harness and importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError(
-            f"evaluation.suites: {', '.join(harness)} run in lm-evaluation-harness, which is not installed here "
-            "(pip install lm-eval); install it, or drop them."
-        )
-    from pretrain.evaluation.task_files import plan_tasks
-
+    names = check_suites(suites.names)
+    if "own" in names:
+        harness_tasks()
     held_out_texts(recipe)
-    for name in check_suites(suites.names):
-        if name not in benchmarks():
+    for name in names:
+        if name in HELD_OUT_SUITES:
             continue
         plan = plan_tasks(benchmarks()[name], shared_evaluation_data(), hub=False)
         if not plan.local:

@@ -18,7 +18,7 @@ import torch
 from pretrain.checkpoints import store as checkpoint
 from pretrain.checkpoints.branches import seed_branch
 from pretrain.cli.runs import describe, find_runs
-from pretrain.errors import RecipeError, RunError
+from pretrain.errors import RunError, UserError
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.finished import unfinished
 from pretrain.records.provenance import changes_since_last_start, describe_environment
@@ -70,7 +70,7 @@ def test_a_harness_that_is_not_installed_is_missed_before_training(
         check_suites_of(build_recipe(recipe_values(prose_data, tmp_path, evaluation={"suites": {"names": [*names]}})))
 
     check("perplexity")
-    with pytest.raises(RecipeError, match="own run in lm-evaluation-harness, which is not installed"):
+    with pytest.raises(UserError, match="lm-eval is not installed, and few-shot suites need it"):
         check("perplexity", "own")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import yaml
 import zstandard
@@ -13,6 +15,7 @@ import zstandard
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.model import RecursiveTransformer
 from mor_model.weights import save_weights
+from pretrain.cli.main import main
 from pretrain.records.run_folder import RunFolder
 from tests.pretrain.evaluation.test_own_suite import prose
 
@@ -79,3 +82,13 @@ def make_run(folder: Path, texts: list[str], seed: int = 0, **changes) -> RunFol
     save_weights(run.weights, model.state_dict(), config)
     run.recipe_file.write_text(yaml.safe_dump({"name": "tiny", "data": {"path": str(data)}}))
     return run
+
+
+def mor(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["mor", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    code = ended.value.code
+    return int(code or 0), said.out, said.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -88,7 +89,12 @@ class BigramModel(nn.Module):
 
 def log_probabilities(model: BigramModel) -> np.ndarray:
     """The table's log-probabilities in float64, row by row with plain loops."""
-    table = model.table.detach().double().numpy()
+    return _log_probabilities(model.table.detach().double().numpy().tobytes())
+
+
+@functools.lru_cache(maxsize=4)
+def _log_probabilities(values: bytes) -> np.ndarray:
+    table = np.frombuffer(values).reshape(VOCABULARY, VOCABULARY)
     result = np.empty_like(table)
     for row in range(len(table)):
         total = 0.0

@@ -53,18 +53,6 @@ def test_each_setting_counts_where_it_changes_the_numbers(run):
     assert current(run, Settings(limit=3, text_bytes=2000)) == {"perplexity": False, "own": False, "routing": True}
 
 
-def test_arms_evaluated_under_other_settings_are_evaluated_again(run):
-    """Settings of an experiment that grew: all arms read as much text as the newest."""
-    first = evaluate_run(run, ["perplexity"], settings=Settings(text_bytes=2000))["perplexity"]
-    again = evaluate_run(run, ["perplexity"], settings=Settings(text_bytes=6000))["perplexity"]
-    sizes = [result["tasks"]["perplexity"]["text_bytes"] for result in (first, again)]
-    assert 1900 < sizes[0] <= 2000 < 5900 < sizes[1] <= 6000
-    assert first["tasks"]["perplexity"]["text_sha256"] != again["tasks"]["perplexity"]["text_sha256"]
-    assert (
-        json.loads(result_file(run, "perplexity", SETTINGS).read_text())["identity"]["settings"]["text_bytes"] == 6000
-    )
-
-
 def test_other_weights_text_network_or_code_are_another_result(run, tmp_path, monkeypatch):
     moved = write_held_out(tmp_path / "moved", [prose(77)])
     assert not any(current(run, data=moved).values())

@@ -10,6 +10,7 @@ import pytest
 from pretrain.evaluation.evaluate import evaluate_model
 from pretrain.evaluation.held_out import Document
 from pretrain.evaluation.own_suite import CHANCE, MOST_QUESTIONS, questions
+from pretrain.evaluation.settings import Settings
 from tests.pretrain.evaluation.stubs import BigramModel, ByteTokenizer
 
 _NOUNS = [
@@ -86,9 +87,9 @@ def test_code_tables_and_scraps_make_no_questions():
 
 def test_it_runs_through_the_harness_and_says_what_it_could_not_ask(texts):
     documents = [Document(text, "") for text in texts]
-    result = evaluate_model(BigramModel(context_length=512), ByteTokenizer(), ["own"], limit=10, documents=documents)[
-        "own"
-    ]
+    result = evaluate_model(
+        BigramModel(context_length=512), ByteTokenizer(), ["own"], settings=Settings(limit=10), documents=documents
+    )["own"]
     assert list(result["tasks"]) == ["own", *CHANCE]
     assert result["tasks"]["own"]["n"] == 30
     assert result["primary"]["chance"] == pytest.approx(0.25)

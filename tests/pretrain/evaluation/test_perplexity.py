@@ -92,14 +92,14 @@ def test_the_jackknife_of_a_ratio_agrees_with_repeated_sampling():
 
 def test_a_page_begins_at_its_title_and_nothing_but_line_ends_between_pages_is_lost():
     text = " \n = One = \n \n = = Part = = \n text = a = b\n = Two = \n more \n"
-    pages = list(wikitext_pages(text))
+    pages = [record["page"] for record in wikitext_pages(text)]
     assert pages == [" = One = \n \n = = Part = = \n text = a = b", " = Two = \n more \n"]
     assert "\n".join([" ", *pages]) == text
 
 
 def test_wikitext_has_the_pages_words_and_bytes_it_is_known_to_have(shared_data: Path):
     text = (shared_data / "eval/wikitext/wiki.test.raw").read_text(encoding="utf-8")
-    pages = list(wikitext_pages(text))
+    pages = [record["page"] for record in wikitext_pages(text)]
     assert len(pages) == 62
     assert len(text.encode()) == 1_290_590
     assert len(text.split()) == sum(len(page.split()) for page in pages) == 241_211

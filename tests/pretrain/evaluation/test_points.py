@@ -12,6 +12,7 @@ import torch
 from pretrain.evaluation.evaluate import evaluate_model
 from pretrain.evaluation.held_out import Document
 from pretrain.evaluation.likelihood import Scorer, Window
+from pretrain.evaluation.settings import Settings
 from pretrain.evaluation.summary import markdown_summary, summary_rows
 from tests.pretrain.evaluation.stubs import EOD, VOCABULARY, BigramModel, ByteTokenizer, ask
 from tests.pretrain.evaluation.test_own_suite import prose
@@ -72,7 +73,7 @@ def test_a_network_without_numbers_earns_nothing_and_is_named(monkeypatch, share
     monkeypatch.setenv("MOR_SHARED_DATA", str(shared_data))
     documents = [Document(prose(seed), "") for seed in range(6)]
     suites = ["perplexity", "own", "routing", "copa", "wikitext", "lambada", "mrpc"]
-    results = evaluate_model(constant(value), ByteTokenizer(), suites, limit=5, documents=documents)
+    results = evaluate_model(constant(value), ByteTokenizer(), suites, settings=Settings(limit=5), documents=documents)
     json.dumps(results, allow_nan=False)
     for suite, result in results.items():
         task = result["tasks"][suite]

@@ -5,19 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from mor_model.hub.llama import is_llama
 from mor_model.weights import load_model
-from pretrain.cli.main import main
 from pretrain.errors import RunError
 from pretrain.evaluation import evaluate
 from pretrain.evaluation.evaluate import Incomplete, evaluate_run
+from pretrain.evaluation.settings import Settings
 from pretrain.records.run_folder import RunFolder
-from tests.pretrain.evaluation.runs import make_run
+from tests.pretrain.evaluation.runs import make_run, mor
 from tests.pretrain.evaluation.test_identity import questions
 from tests.pretrain.evaluation.test_own_suite import prose
 
@@ -26,16 +25,6 @@ from tests.pretrain.evaluation.test_own_suite import prose
 def run(tmp_path, monkeypatch) -> RunFolder:
     monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
     return make_run(tmp_path / "run", [prose(1, 12)])
-
-
-def mor(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["mor", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    code = ended.value.code
-    return int(code or 0), said.out, said.err
 
 
 def fill_the_disk(monkeypatch, folder: Path, *names: str) -> None:
@@ -54,7 +43,7 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_computed(run
     run.evaluation.write_text("a file stands where the folder goes")
     monkeypatch.setattr("mor_model.weights.load_model", lambda *_, **__: pytest.fail("computed for nothing"))
     with pytest.raises(RunError, match=r"evaluation: cannot be written .* nothing was computed"):
-        evaluate_run(run, ["perplexity"], limit=1)
+        evaluate_run(run, ["perplexity"], settings=Settings(limit=1))
 
 
 def test_each_result_is_written_as_soon_as_it_is_there(run, monkeypatch):
@@ -67,7 +56,7 @@ def test_each_result_is_written_as_soon_as_it_is_there(run, monkeypatch):
 
     monkeypatch.setattr(evaluate, "evaluate_model", fails_at_own)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(run, ["perplexity", "own"], limit=1)
+        evaluate_run(run, ["perplexity", "own"], settings=Settings(limit=1))
     assert json.loads((run.evaluation / "perplexity.json").read_text())["primary"]["value"] > 0
 
 
@@ -76,7 +65,7 @@ def test_results_that_cannot_be_written_are_returned_with_the_error(run, monkeyp
     with pytest.raises(
         Incomplete, match=r"perplexity\.json: not written \(No space left.*own\.json: not written"
     ) as told:
-        evaluate_run(run, ["perplexity", "own", "routing"], limit=1)
+        evaluate_run(run, ["perplexity", "own", "routing"], settings=Settings(limit=1))
     assert list(told.value.results) == ["perplexity", "own", "routing"]
     assert (run.evaluation / "routing.json").is_file()
 
@@ -87,7 +76,7 @@ def test_a_full_temporary_folder_is_named(run, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     fill_the_disk(monkeypatch, scratch, "own_")
     with pytest.raises(RunError, match=r"own not evaluated: .*scratch has room, or let TMPDIR"):
-        evaluate_run(run, ["own"], limit=1)
+        evaluate_run(run, ["own"], settings=Settings(limit=1))
 
 
 def test_mor_eval_shows_what_it_could_not_write_and_exits_with_2(run, monkeypatch, capsys, tmp_path):
@@ -148,7 +137,7 @@ def test_wrong_values_on_the_command_line_are_one_line(run, monkeypatch, capsys,
 def test_a_recipe_that_names_no_data_is_one_sentence(run, recipe):
     run.recipe_file.write_text(recipe)
     with pytest.raises(RunError, match=r"recipe\.yaml: names no data set .* --data DIR"):
-        evaluate_run(run, ["perplexity"], limit=1)
+        evaluate_run(run, ["perplexity"], settings=Settings(limit=1))
 
 
 def test_an_export_that_cannot_be_written_is_one_sentence(run, monkeypatch, capsys, tmp_path):

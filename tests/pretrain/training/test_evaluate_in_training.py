@@ -12,15 +12,20 @@ import torch
 
 from data_prep.tokenizers.loading import load_tokenizer
 from pretrain.checkpoints.store import TrainState
-from pretrain.errors import RecipeError, UserError
+from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.evaluate import evaluate_run
+from pretrain.evaluation.settings import Settings
 from pretrain.ranks.lockstep import Lockstep
 from pretrain.ranks.signals import Asked
-from pretrain.recipe.recipe import build_recipe
+from pretrain.recipe.recipe import Recipe, build_recipe
 from pretrain.recipe.sections import Suites
 from pretrain.records.run_folder import RunFolder
-from pretrain.training.evaluate_in_training import EvaluationHooks, SuiteRunner, check_suites_of
+from pretrain.training.evaluate_in_training import EvaluationHooks, SuiteRunner, check_suites_of, held_out_texts
 from tests.pretrain.support import LENGTH, Workers, losses, metrics, recipe_values, tiny_model
+
+SUITES = ["perplexity", "own", "routing"]
+# Weights are partitioned however small they are, so every forward pass is a collective.
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 def values_of(data: Path, run: Path, **evaluation: Any) -> dict[str, Any]:
@@ -37,29 +42,31 @@ def values_of(data: Path, run: Path, **evaluation: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, prose_data: Path, two_ranks: Workers) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
-    suites = {"names": ["perplexity", "own"], "every": 4, "limit": 5}
-    return two_ranks.train(folder, values_of(prose_data, folder / "run", suites=suites))
+    (folder / "zero3.json").write_text(json.dumps(ZERO3), encoding="utf-8")
+    values = values_of(prose_data, folder / "run", suites={"names": SUITES, "every": 4, "limit": 5})
+    return two_ranks.train(folder, values | {"deepspeed": {"config": str(folder / "zero3.json")}})
 
 
 def test_suites_during_training_are_what_evaluating_the_weights_gives(
     tmp_path: Path, prose_data: Path, evaluated: Path, two_ranks: Workers
 ) -> None:
     records = metrics(evaluated, "evaluation")
-    assert [(r["step"], r["suite"]) for r in records] == [(4, "perplexity"), (4, "own"), (8, "perplexity"), (8, "own")]
+    assert [(r["step"], r["suite"]) for r in records] == [(step, suite) for step in (4, 8) for suite in SUITES]
     # What lies beside the steps' folders are results of the final weights, which reports read.
     assert not list((evaluated / "evaluation").glob("*.json"))
-    final = evaluate_run(RunFolder(evaluated), ["perplexity", "own"], limit=5)
-    for record in records[2:]:
+    final = evaluate_run(RunFolder(evaluated), SUITES, settings=Settings(limit=5))
+    for record in records[3:]:
         suite, task = record["suite"], final[record["suite"]]["tasks"][record["suite"]]
         file = evaluated / "evaluation" / "step-00000008" / f"{suite}.json"
         stored = json.loads(file.read_text(encoding="utf-8"))
-        assert stored["tasks"][suite]["metrics"] == pytest.approx(task["metrics"], rel=1e-4)
+        assert stored["tasks"][suite]["metrics"] == pytest.approx(task["metrics"], rel=1e-4, abs=1e-5)
         assert stored["step"] == 8 and stored["tokens"] == record["tokens"] == 8 * 8 * LENGTH
         assert record["metrics"] == stored["tasks"][suite]["metrics"] and record["n"] == task["n"]
-        assert record["value"] == record["metrics"][record["metric"]] and record["routing"] == "causal"
+        assert record["value"] == record["metrics"][record["metric"]] and record["routing"] == task["routing"]
         assert record["seconds"] > 0 and 0 < record["evaluation_share"] < 1
-    assert records[2]["value"] < records[0]["value"], "it learns"
-    plain = two_ranks.train(tmp_path, values_of(prose_data, tmp_path / "plain"))
+    assert records[3]["value"] < records[0]["value"], "it learns"
+    values = values_of(prose_data, tmp_path / "plain")
+    plain = two_ranks.train(tmp_path, values | {"deepspeed": {"config": str(evaluated.parent / "zero3.json")}})
     assert losses(plain) == losses(evaluated), "evaluating changes nothing"
 
 
@@ -69,7 +76,7 @@ def test_benchmarks_run_in_the_loop(tmp_path: Path, prose_data: Path, two_ranks:
     run = two_ranks.train(tmp_path, values_of(prose_data, tmp_path / "run", suites=suites))
     records = {record["suite"]: record for record in metrics(run, "evaluation")}
     assert records.keys() == set(suites["names"])
-    final = evaluate_run(RunFolder(run), suites["names"], limit=3)
+    final = evaluate_run(RunFolder(run), suites["names"], settings=Settings(limit=3))
     for suite, record in records.items():
         assert record["n"] == 3 and record["metrics"] == pytest.approx(
             final[suite]["tasks"][suite]["metrics"], rel=1e-4
@@ -159,11 +166,16 @@ def test_the_cap_holds_except_at_the_end() -> None:
 def test_suites_that_cannot_run_are_refused_before_training(
     tmp_path: Path, prose_data: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def recipe(data: Path, *names: str) -> Recipe:
+        return build_recipe(recipe_values(data, tmp_path / "run", evaluation={"suites": {"names": [*names]}}))
+
     def check(data: Path, *names: str) -> None:
-        check_suites_of(build_recipe(recipe_values(data, tmp_path / "run", evaluation={"suites": {"names": [*names]}})))
+        check_suites_of(recipe(data, *names))
 
     check(prose_data, "perplexity")
-    with pytest.raises(RecipeError, match=r"test\.jsonl\.zst is missing"):
+    for names in ("perplexity", "all"):
+        assert held_out_texts(recipe(prose_data, names)) == [prose_data / "held_out" / "test.jsonl.zst"]
+    with pytest.raises(RunError, match=r"test\.jsonl\.zst: missing"):
         check(tiny_data, "perplexity")
     with pytest.raises(UserError, match="did you mean 'wikitext'"):
         check(prose_data, "wikitxt")

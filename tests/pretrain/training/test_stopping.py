@@ -1,4 +1,4 @@
-"""Stopping in the middle of an evaluation: soon, on all ranks alike, and without a trace in what the run comes to."""
+"""Stopping in the middle of an evaluation: soon, on all ranks alike, and without changing the result of the run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_breaks_an_evaluation_off_and_the_next_start_makes_
 def test_checkpoints_are_no_more_minutes_apart_than_the_recipe_says(
     tmp_path: Path, tiny_data: Path, two_ranks: Workers, nursery: Nursery, asynchronous: bool
 ) -> None:
-    """By rank 0's clock, whatever the others' say; since the last one, whyever that was written."""
+    """By rank 0's clock alone, measured from the end of the last checkpoint of any kind."""
     checkpoint = {"every": 5, "every_minutes": 20, "keep": 9, "asynchronous": asynchronous}
     values = recipe_values(tiny_data, tmp_path / "run", checkpoint=checkpoint)
     codes, printed, _ = run_with(
