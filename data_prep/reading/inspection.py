@@ -8,9 +8,9 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.plain_text import plain
-from data_prep.reading.dataset import TokenDataset, open_dataset, open_shard
+from data_prep.reading.dataset import TokenDataset, document_ids, open_dataset, open_shard
 from data_prep.reading.manifest import read_manifest
-from data_prep.reading.packed import PackedDataset
+from data_prep.reading.packed import PackedDataset, is_padding
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
 
@@ -55,17 +55,17 @@ def show_sequence(folder: str | os.PathLike[str], split: str, number: int, lengt
     tokens = (packed or data).sequence(number, length)
     what = "tokens and the next one"
     if packed is not None:
-        padding = packed.is_padding(tokens)
+        padding = is_padding(tokens, data.eod_id)
         what += f", packed best-fit with {int(padding.sum())} of padding"
         tokens = tokens[~padding]
-    documents = data.document_ids(tokens)
+    documents = document_ids(tokens, data.eod_id)
     head = f"sequence {number} of {count:,} in {split}: {length} {what}, {documents[-1] + 1} document(s)"
     return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
 
 
 def _shown(tokenizer: Tokenizer, data: TokenDataset, tokens: np.ndarray, ids: bool) -> list[str]:
     lines: list[str] = []
-    documents = data.document_ids(tokens)
+    documents = document_ids(tokens, data.eod_id)
     for number in range(int(documents[-1]) + 1 if len(tokens) else 0):
         own = tokens[documents == number].tolist()
         ended = own[-1] == data.eod_id

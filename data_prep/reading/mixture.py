@@ -25,10 +25,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.errors import DataError
-from data_prep.reading.dataset import TokenDataset, document_ids
+from data_prep.reading.dataset import TokenDataset
 from data_prep.reading.sample_order import SampleOrder
 
 if TYPE_CHECKING:
@@ -190,10 +189,6 @@ class Mixture:
             raise IndexError(f"samples are counted from 0; got {sample}")
         chosen, indexes = self._blocks(sample // _BLOCK)
         return int(chosen[sample % _BLOCK]), int(indexes[sample % _BLOCK])
-
-    def document_ids(self, tokens: npt.ArrayLike) -> np.ndarray:
-        """Number of the document each token of `[..., T]` belongs to, from 0 in each window; int32."""
-        return document_ids(tokens, self.eod_id)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """How many of the first `samples` samples each source gives."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data_prep.reading.dataset import document_ids
 from pretrain.errors import UserError
 from pretrain.evaluation.settings import Routing, check_routing
 from pretrain.ranks.lockstep import Lockstep
@@ -69,14 +70,6 @@ def split_windows(context: Sequence[int], targets: Sequence[int], max_length: in
         earlier = tuple(targets[max(0, start - room) : start])
         windows.append(Window((before + earlier)[-room:] if len(earlier) < room else earlier, piece))
     return windows
-
-
-def documents_of(inputs_BT: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Number of the document each token belongs to, (B, T): how many END_OF_DOCUMENT tokens stand before it in its
-    row.
-    """
-    ends_BT = (inputs_BT == eod_id).long()
-    return ends_BT.cumsum(dim=1) - ends_BT
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -144,7 +137,8 @@ class Scorer:
     def forward(self, inputs_BT: torch.Tensor, **options: Any) -> Any:
         """The network's output with this scorer's routing and depth."""
         if self.model.config.document_masking:
-            options["documents_BT"] = documents_of(inputs_BT, self.eod_id)
+            documents = document_ids(inputs_BT.numpy(force=True), self.eod_id)
+            options["documents_BT"] = torch.from_numpy(documents).to(inputs_BT)
         return self.model(inputs_BT, routing=self.routing, depth=self.depth, **options)
 
     def score(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:

@@ -116,7 +116,7 @@ def test_documents_inside_a_window_follow_the_real_boundaries(folder: Path) -> N
     data = open_dataset(folder, "validation")
     owners = [number for number, document in enumerate(make_documents(4, 3)) for _ in document]
     window = data.sequence(1, 6)
-    numbers = data.document_ids(window)
+    numbers = document_ids(window, EOD)
     assert (numbers - numbers[0]).tolist() == (np.array(owners[6:13]) - owners[6]).tolist()
 
 
