@@ -30,7 +30,7 @@ class ExportReport:
 def export_megatron(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    progress: Callable[[str, int], None] | None = None,
+    progress: Callable[[str, int], None] = lambda _split, _documents: None,
 ) -> ExportReport:
     """Write every split of a data set as `<out>/<split>_text_document.bin` and `.idx`, its shards one after another.
 
@@ -60,8 +60,7 @@ def export_megatron(
         with ShardWriter(prefixes[name], manifest.dtype) as writer:
             for shard in shards:
                 copy_documents(shard, writer)
-                if progress:
-                    progress(name, writer.documents)
+                progress(name, writer.documents)
         summaries[name] = writer.summary
     copied = copy_recorded_tokenizer(tokenizer, manifest.tokenizer, target / "tokenizer")
     return ExportReport(prefixes, summaries, copied)

@@ -1,6 +1,6 @@
 """Token files of other stacks, made into a data set folder.
 
-    megatron    NAME.bin and NAME.idx of Megatron-LM or GPT-NeoX, whose tables of type codes differ in the two floats
+    megatron    NAME.bin and NAME.idx of Megatron-LM or GPT-NeoX
     datatrove   NAME.ds, raw ids, with NAME.ds.index, uint64 ends of the documents in ids
     nanogpt     NAME.bin, raw ids
     olmo        NAME.npy, raw ids without numpy's header (one with it is taken as well)
@@ -64,7 +64,7 @@ def import_files(
     *,
     eod: str = "",
     dtype: str = "",
-    progress: Callable[[str, int], None] | None = None,
+    progress: Callable[[str, int], None] = lambda _shard, _ids: None,
 ) -> ImportReport:
     """Write the files as a data set folder, one shard each.
 
@@ -101,7 +101,7 @@ def import_files(
         for (split, path), source in zip(placed, opened):
             name = f"{split}-{len(entries.get(split, [])):05d}"
             copy = _Copy(path, loaded)
-            entry = copy.run(source, folder / name, progress or (lambda _name, _done: None))
+            entry = copy.run(source, folder / name, progress)
             entries.setdefault(split, []).append(entry)
             unended += copy.unended
             empty += copy.empty
@@ -295,15 +295,8 @@ def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
     shard = Shard(path)
     for problem in index_problems_of(shard):
         raise DataError(f"{problem} The documents of such a file cannot be imported in order.")
-    ids = shard.tokens
-    if ids.dtype.kind == "f" and any((part != np.floor(part)).any() for part in _parts(ids)):
-        raise DataError(f"{shard.bin} holds {ids.dtype.name} values that are not whole numbers, so they are no ids.")
     lengths = shard.lengths.astype(np.int64)
-    return TokenFile(ids, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
-
-
-def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
-    return (ids[start : start + _PIECE] for start in range(0, ids.size, _PIECE))
+    return TokenFile(shard.tokens, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
 
 
 def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:

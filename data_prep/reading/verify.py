@@ -39,7 +39,9 @@ class VerifyReport:
         return not self.problems
 
 
-def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], None] | None = None) -> VerifyReport:
+def verify_dataset(
+    path: str | os.PathLike[str], progress: Callable[[str, int], None] = lambda _shard, _tokens: None
+) -> VerifyReport:
     """Check structure, checksums, index, ids and counts of every shard of every split, the raw text of the held-out
     documents, and the copy of the tokenizer.
 
@@ -58,8 +60,7 @@ def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], 
 
     def check(entry: ShardEntry) -> list[str]:
         problems = list(_shard_problems(folder, entry, manifest))
-        if progress:
-            progress(entry.name, entry.tokens)
+        progress(entry.name, entry.tokens)
         return problems
 
     problems = [
