@@ -227,7 +227,7 @@ class CorpusWriter:
 
     def __enter__(self) -> CorpusWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / UNFINISHED).touch()  # so that nobody takes the parts that are there for the whole
+        (self.folder / UNFINISHED).touch()  # so that a part of the corpus is not read as the whole
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

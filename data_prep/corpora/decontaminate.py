@@ -53,9 +53,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class DecontaminationReport:
-    """What was found and removed; `rejects`: what could not be read, by reason; `notices`: what a person should know of
-    the sources.
-    """
+    """What was found and removed. rejects: what could not be read, by reason. notices: notes on the sources."""
 
     n: int
     matches: int

@@ -36,9 +36,7 @@ _GRAMS = 1 << 20  # n-grams held at a time
 
 @dataclass(frozen=True)
 class DedupReport:
-    """What was removed. Lengths in bytes of UTF-8 text; `rejects`: what could not be read, by reason; `notices`: what a
-    person should know of the sources.
-    """
+    """What was removed. rejects: what could not be read, by reason. notices: notes on the sources."""
 
     documents: int
     exact_copies: int

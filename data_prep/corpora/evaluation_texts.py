@@ -1,7 +1,7 @@
 """The n-grams of evaluation sets, and which of their items a document holds.
 
 An evaluation set is a file: JSON lines (plain or compressed) or parquet, of which all texts of a record belong to one
-item; WikiText in its raw form, one item a page; plain text, one item. A folder stands for the files in it.
+item; WikiText in its raw form, one item a page; plain text, one item. A folder means the files in it.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _read_items(path: Path) -> Iterator[Item]:
             for number, record in enumerate(records(str(path)), start=1):
                 yield Item(f"row {number}", list(_texts(record)))
         except SourceError as error:
-            raise DataError(f"the evaluation set {path} cannot be read behind row {number}: {error}.") from None
+            raise DataError(f"the evaluation set {path} cannot be read after row {number}: {error}.") from None
     else:
         reader = CorpusReader([str(path)], ReadOptions())
         for entry in reader:

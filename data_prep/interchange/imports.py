@@ -8,9 +8,8 @@
 Raw ids do not say how wide they are: uint16 where the vocabulary fits it and uint32 otherwise, unless `dtype` names
 another. A file that can be read as wider ids is refused until it does, and so is one that begins like another format.
 
-Documents end where the index says and behind every END_OF_DOCUMENT. A document that comes without END_OF_DOCUMENT gets
-one; empty documents are left out and counted. The ids stay what they are, so the tokenizer must be the one that made
-them.
+Documents end where the index says and after every END_OF_DOCUMENT. A document without END_OF_DOCUMENT gets one; empty
+documents are left out and counted. Ids are not changed, so the tokenizer must be the one that made them.
 """
 
 from __future__ import annotations
@@ -321,7 +320,7 @@ def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
     if _size(path) and path.open("rb").read(6) == b"\x93NUMPY":
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy parses the header as Python, so damage raises whatever parsing raises
+        except Exception as error:  # numpy parses the header as Python, so damage raises many kinds
             raise DataError(f"{path} begins like a numpy file but cannot be read as one: {error}.") from None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")

@@ -29,7 +29,7 @@ from data_prep.reading.manifest import Manifest, read_manifest
 from data_prep.reading.manifest import Shard as ShardEntry
 from data_prep.reading.shards import Shard
 
-# Every mapping holds a file descriptor, and there may be more shards than a process may have of those.
+# Every mapping holds a file descriptor, and there may be more shards than a process may open.
 _MAPPINGS = 256
 
 
@@ -50,8 +50,8 @@ def open_dataset(
         fingerprint: of the tokenizer the caller will use; None takes any.
 
     Raises:
-        DataError: in one sentence, the first thing that is wrong: no or a damaged manifest, an unknown split, a
-            missing, truncated or changed shard, or shards of another tokenizer.
+        DataError: the first fault found: a missing or damaged manifest, an unknown split, a missing, truncated or
+            changed shard, or shards of another tokenizer.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -209,7 +209,7 @@ class TokenDataset:
 def document_ids(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:
     """Number of the document that each token of `[..., T]` belongs to, from 0 in each window; int32.
 
-    END_OF_DOCUMENT belongs to the document it ends, so the number rises behind it.
+    END_OF_DOCUMENT belongs to the document it ends, so the number rises after it.
     """
     ends = np.asarray(tokens) == eod_id
     numbers = np.zeros(ends.shape, np.int32)

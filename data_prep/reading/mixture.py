@@ -69,10 +69,9 @@ class _Node:
 
 
 class Mixture:
-    """Samples drawn from several sources by weight; each source in a shuffled order of its own, epoch after epoch.
+    """Samples drawn from several sources by weight; each source in its own shuffled order, epoch after epoch.
 
-    In any window of samples, each source has its share to within a few samples, fewer than a batch has (the tests hold
-    it to 3 samples for 22 sources).
+    In any window of samples, each source has its share to within a few samples (the tests: 3 samples for 22 sources).
 
     Args:
         sources: streams of one tokenizer, with distinct names.

@@ -133,9 +133,10 @@ class PackedDataset:
 
 
 def is_padding(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:
-    """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT behind END_OF_DOCUMENT, as no document is empty; bool.
+    """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT after END_OF_DOCUMENT, as no document is empty; bool.
 
-    So is an END_OF_DOCUMENT that is all that is left of a cut document: nothing in the sequence predicts it.
+    An END_OF_DOCUMENT that is all that is left of a cut document counts as padding too: nothing in the sequence
+    predicts it.
     """
     ends = np.asarray(tokens) == eod_id
     padding = np.zeros(ends.shape, bool)

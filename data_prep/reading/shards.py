@@ -61,12 +61,12 @@ def dtype_for_vocabulary(size: int) -> np.dtype:
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """`prefix` with `.bin` behind it; dots in the name stay."""
+    """`prefix` with `.bin` added; dots in the name stay."""
     return Path(f"{os.fspath(prefix)}.bin")
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """`prefix` with `.idx` behind it; dots in the name stay."""
+    """`prefix` with `.idx` added; dots in the name stay."""
     return Path(f"{os.fspath(prefix)}.idx")
 
 
@@ -301,7 +301,7 @@ class Shard:
         return self.map_tokens()
 
     def map_tokens(self) -> np.ndarray:
-        """A mapping of its own of all ids, which ends with the last view of it.
+        """A new mapping of all ids, which is closed with the last view of it.
 
         Raises:
             DataError: the file is gone, or has another size than when the shard was opened.

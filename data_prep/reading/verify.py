@@ -22,7 +22,7 @@ from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 
 _COUNTS = ("documents", "tokens", "text_bytes")
-_PIECE = 1 << 22  # ids or index entries looked at in one go
+_PIECE = 1 << 22  # ids or index entries checked at a time
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "unknown key 'capacities'",
     ),
     "unknown key sharing": ({**ROUTED, "kv_sharing": "all"}, r"model\.kv_sharing: 'all' is not one of"),
-    "shared keys without a router": ({**ROUTED, "kv_sharing": "shared"}, "wants a router"),
+    "shared keys without a router": ({**ROUTED, "kv_sharing": "shared"}, "requires a router"),
     "shared keys of other layers": (
         {**routed(), "sharing": "middle_sequence", "kv_sharing": "hybrid"},
-        "'hybrid' wants the same layers at every recursion",
+        "'hybrid' requires the same layers at every recursion",
     ),
     "shared keys of some tokens": (
         {**routed(capacities=[0.9, 0.5, 0.2]), "kv_sharing": "shared"},

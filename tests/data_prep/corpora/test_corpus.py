@@ -131,7 +131,7 @@ def test_a_value_too_deep_for_its_column_is_a_broken_file(tmp_path: Path) -> Non
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "dates": dates}), tmp_path / "in.parquet")
     reader = CorpusReader([str(tmp_path / "in.parquet")], ReadOptions())
     assert list(reader) == [] and reader.rejects == {"broken_compression": 1}
-    with pytest.raises(DataError, match=r"in\.parquet cannot be read behind row 0: .*out of range"):
+    with pytest.raises(DataError, match=r"in\.parquet cannot be read after row 0: .*out of range"):
         EvaluationIndex([tmp_path / "in.parquet"], 1)
 
 

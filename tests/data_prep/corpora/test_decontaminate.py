@@ -173,7 +173,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
         (tmp_path / "none", "there is no evaluation set"),
         (tmp_path / "empty", "holds no file"),
         (broken, r"broken\.jsonl:2: the evaluation set is not JSON lines"),
-        (tmp_path / "broken.parquet", r"evaluation set .*broken\.parquet cannot be read behind row 0"),
+        (tmp_path / "broken.parquet", r"evaluation set .*broken\.parquet cannot be read after row 0"),
         (short, "hold no text of 13 words or more"),
     ):
         with pytest.raises(DataError, match=sentence):
