@@ -176,18 +176,11 @@ class Mixture:
 
     def sequence(self, sample: int) -> np.ndarray:
         """Ids `[length + 1]` of one sample, a read-only view where its data set gives one."""
-        source, index = self._drawn(sample)
-        return self.sources[source].dataset.sequence(index, self.length)
-
-    def source_of(self, sample: int) -> str:
-        """Name of the source that gives `sample`."""
-        return self.sources[self._drawn(sample)[0]].name
-
-    def _drawn(self, sample: int) -> tuple[int, int]:
         if sample < 0:
             raise IndexError(f"samples are counted from 0; got {sample}")
         chosen, indexes = self._blocks(sample // _BLOCK)
-        return int(chosen[sample % _BLOCK]), int(indexes[sample % _BLOCK])
+        source = self.sources[int(chosen[sample % _BLOCK])]
+        return source.dataset.sequence(int(indexes[sample % _BLOCK]), self.length)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """How many of the first `samples` samples each source gives."""

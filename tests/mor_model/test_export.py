@@ -192,21 +192,17 @@ def test_ids_beyond_the_tokenizers_are_never_chosen_by_transformers(tmp_path, to
         ("tokenizer_config.json", b'{"eos_token": {"content": 7}}', "eos_token must be the name of a token"),
         ("tokenizer.json", b"\xff\xfe", "the tokenizer cannot be read"),
         ("tokenizer.json", b'{"model": null}', "the tokenizer cannot be read"),
+        ("tokenizer.model", b"no model", "the tokenizer cannot be read"),
     ],
 )
 def test_damaged_tokenizer_files_are_named(tmp_path, name, content, message):
     source = letters_tokenizer(tmp_path / "letters")
+    if name == "tokenizer.model":
+        (source / "tokenizer.json").unlink()
     (source / name).write_bytes(content)
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=message):
         export_tokenizer(source, tmp_path / "out")
-
-
-def test_a_damaged_sentencepiece_model_is_named(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
-        export_tokenizer(tmp_path, tmp_path / "out")
 
 
 def test_an_export_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
