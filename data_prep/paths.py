@@ -29,6 +29,18 @@ def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
     return path
 
 
+def new_folder(path: str | os.PathLike[str]) -> Path:
+    """`path`, where a new folder is to be written.
+
+    Raises:
+        DataError: it exists and is not an empty folder.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
+    return folder
+
+
 def identity(path: str | os.PathLike[str]) -> FileIdentity:
     """Equal for two paths of the same file: device and inode, or the real path of a file that is missing."""
     try:

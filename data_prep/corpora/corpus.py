@@ -21,6 +21,7 @@ import zstandard
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
+from data_prep.paths import new_folder
 from data_prep.sources.base import Document, ReadOptions, Reject, SourceError, field_path, record_head
 from data_prep.sources.find import UNFINISHED, find_sources, with_standard_input
 from data_prep.sources.groups import plan_groups, reader_for
@@ -197,9 +198,7 @@ class CorpusWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: ReadOptions) -> None:
-        self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise DataError(f"{self.folder} exists already and is not empty; remove it or name another --out.")
+        self.folder = new_folder(folder)
         path = field_path(options.text_field)
         self._bare, self._end = record_head({}, path), b'"' + b"}" * len(path) + b"\n"
         self._parts: dict[str, _Part] = {}

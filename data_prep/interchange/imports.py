@@ -25,7 +25,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.interchange.file_formats import refuse_other_format
-from data_prep.paths import FileIdentity, identity
+from data_prep.paths import FileIdentity, identity, new_folder
 from data_prep.reading.manifest import SPLITS, Manifest, Split, write_manifest
 from data_prep.reading.manifest import Shard as ShardEntry
 from data_prep.reading.shards import Shard, ShardWriter, bin_path, dtype_for_vocabulary, idx_path
@@ -87,9 +87,7 @@ def import_files(
         raise DataError(f"there is no import of {kind!r}; known are {', '.join(READERS)}.")
     if dtype and kind not in ("nanogpt", "olmo"):
         raise DataError(f"--dtype {dtype}: {kind} files say themselves how wide their ids are; leave it out.")
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
+    folder = new_folder(out)
     loaded = load_tokenizer(tokenizer, eod)
     placed = [_split_and_path(file) for file in files]
     _refuse_repeated([path for _, path in placed], kind)
