@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.recording import commit, processor
 from data_prep.files import write_json, write_text
-from data_prep.reading.dataset import open_dataset
+from data_prep.reading.dataset import document_ids, open_dataset
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.reading.mixture import Mixture, MixtureSource, Phase
 from data_prep.reading.packed import PackedDataset
@@ -135,7 +135,7 @@ def measure(folder: Path) -> dict[str, float]:
         return packed.batch(packed_order.block(call * BATCH, BATCH).tolist(), LENGTH).size
 
     def documents(call: int) -> int:
-        return data.document_ids(data.batch(order.block(call * BATCH, BATCH).tolist(), LENGTH)).size
+        return document_ids(data.batch(order.block(call * BATCH, BATCH).tolist(), LENGTH), data.eod_id).size
 
     def nanogpt(_call: int) -> int:
         places = generator.integers(0, raw.size - LENGTH - 1, BATCH)

@@ -1,4 +1,4 @@
-"""What a person must change about a corpus, a tokenizer or a data set."""
+"""The error for corpora, tokenizers and data sets that cannot be used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Files that are either whole or absent.
 
-A file is written under a temporary name in its own folder, flushed to the disk and only then renamed, so that a reader,
-a crash or a full disk never meets half a file under its final name.
+A file is written under a temporary name in its folder, flushed to the disk and then renamed, so that there is never
+half a file under its final name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         mode: `wb` for bytes, `w` for UTF-8 text.
 
     Raises:
-        OSError: as the file system says; the temporary file is removed and an older file of that name stays as it was.
+        OSError: as the file system says; the temporary file is removed, and an older file of that name stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

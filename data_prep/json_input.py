@@ -1,4 +1,4 @@
-"""JSON from outside: whatever is wrong with it is one `DataError` that names the place."""
+"""JSON from outside; a `DataError` names the place of what cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def parse_json(text: str | bytes, where: object, unique_keys: bool = False) -> A
     """The value of a JSON text; `where` begins the message when there is none.
 
     Args:
-        unique_keys: whether a key given twice is an error; else the last one counts, as JSON's readers have it.
+        unique_keys: whether a key given twice is an error; otherwise the last one counts.
 
     Raises:
         DataError: not UTF-8, not JSON, nested too deeply to be read, or a number of thousands of digits.
@@ -41,7 +41,7 @@ def read_json(path: str | os.PathLike[str], maximum_bytes: int = 1 << 30, unique
     """The value of a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file; only the caller knows what its absence means.
+        FileNotFoundError: there is no such file; the caller says what its absence means.
         DataError: as `parse_json`; or the file cannot be read or holds more than `maximum_bytes`.
     """
     try:

@@ -1,4 +1,4 @@
-"""Paths from outside: kept inside their folder, and told apart however they are spelled."""
+"""Paths from outside: kept inside their folder, and compared independently of their spelling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FileIdentity = tuple[int, int] | str
 
 
 def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
-    """The path of `name` below `folder`, links followed; `where` begins the message when it would lie elsewhere.
+    """The path of `name` in `folder`; `where` begins the message when it, or where its links lead, lies elsewhere.
 
     Raises:
         DataError: `name` is no relative path in a file system's terms, or leads out of the folder.
@@ -29,8 +29,20 @@ def inside(folder: str | os.PathLike[str], name: object, where: object) -> Path:
     return path
 
 
+def new_folder(path: str | os.PathLike[str]) -> Path:
+    """`path`, where a new folder is to be written.
+
+    Raises:
+        DataError: it exists and is not an empty folder.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
+    return folder
+
+
 def identity(path: str | os.PathLike[str]) -> FileIdentity:
-    """What is equal for two paths of the same file: device and inode, or the real path of what is not there."""
+    """Equal for two paths of the same file: device and inode, or the real path of a file that is missing."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Text from outside (file names, labels, log lines, reasons) as a terminal, a table or a page may show it."""
+"""Text from outside (file names, labels, log lines, reasons), made safe for terminals, tables and pages."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text
 
-# What turns the direction of the text around it, so that a name reads as another one (Unicode technical report 36).
+# These change the direction of the text around them, so that a name reads as another (Unicode technical report 36).
 _DIRECTION = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-# What a spreadsheet takes for the beginning of a formula, in Latin and in full width.
+# A spreadsheet takes text that begins so for a formula; Latin and full width.
 _FORMULA = tuple("=+-@\t\r＝＋－＠")
 
 
 def plain(text: object, lines: bool = False) -> str:
-    """`text` without anything that a terminal obeys: control characters, escapes and directions are written out.
+    """`text` with control characters, escapes and changes of direction written out, so that a terminal obeys none.
 
-    A lone surrogate (a byte of a file name that is no UTF-8) is written out as well, so that the result can always be
-    encoded.
+    A lone surrogate (a byte of a file name that is not UTF-8) is written out too, so the result can always be encoded.
 
     Args:
-        lines: whether line breaks and tabs stay what they are.
+        lines: whether line breaks and tabs stay.
     """
     return "".join(_shown(character, lines) for character in str(text))
 
@@ -44,7 +43,7 @@ def markdown_text(text: object) -> str:
     """`text` in one line of Markdown, GitHub's included: nothing in it is emphasis, a link, a table's or HTML."""
     # An underscore within a word is one.
     escaped = re.sub(r"([\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", plain(text))
-    # What means something at the beginning of a line alone: headings, rules, lists.
+    # Markup at the beginning of a line only: headings, rules, lists.
     return re.sub(r"^(\s*)([#+=-]+(?=\s|$))|^(\s*\d+)([.)](?=\s|$))", r"\1\3\\\2\4", escaped)
 
 

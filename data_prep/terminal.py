@@ -1,4 +1,4 @@
-"""How far something is, for a person: bars on a terminal, a plain line now and then elsewhere; and durations."""
+"""Progress for a person: bars on a terminal, a plain line now and then elsewhere; and the wording of durations."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBars:
-    """Bars with a few words behind each, on standard error.
+    """Progress bars with a detail after each, on standard error.
 
-    Where that is no terminal there are none, and `tell` prints a line every `every` seconds instead. A terminal that is
-    gone, or a log whose disk is full, loses lines and ends nothing.
+    Without a terminal there are no bars, and `tell` prints a line every `every` seconds instead. Lines that cannot be
+    written (a closed terminal, a full disk) are lost without an error.
 
     Args:
         every: seconds between two lines where there is no terminal.
         keep: whether the bars stay on the screen when all is done.
-        bars: False: neither bars nor lines but those of `say`.
+        bars: False for neither bars nor lines, except those of `say`.
     """
 
     def __init__(self, *, every: float = 30.0, keep: bool = False, bars: bool = True) -> None:
@@ -63,7 +63,7 @@ class ProgressBars:
         return self._bars is not None
 
     def add(self, name: str, total: float | None) -> int:
-        """A bar for `total` units of work (None: not known yet); its number."""
+        """Add a bar for `total` units of work (None: not known yet) and return its number."""
         return self._bars.add_task(plain(name), total=total, detail="") if self._bars is not None else 0
 
     def update(self, bar: int, done: float, detail: str = "", **changes: Any) -> None:
@@ -75,7 +75,7 @@ class ProgressBars:
                 self._bars.update(bar, completed=done, detail=plain(detail), **changes)
 
     def tell(self, text: str, *, now: bool = False) -> None:
-        """Where there are no bars: print `text` if the last such line is long enough ago, or if it has to be `now`."""
+        """Where there are no bars: print `text` if the last line is `every` seconds old, or `now`."""
         if self._wanted and self._bars is None and (now or time.monotonic() - self._told >= self._every):
             self._told = time.monotonic()
             self.say(text)
@@ -90,7 +90,7 @@ class ProgressBars:
                 print(shown, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Take the bars away, or leave them where they are to be kept."""
+        """Remove the bars, or leave them where `keep` says so."""
         if self._bars is not None:
             with contextlib.suppress(OSError):
                 self._bars.stop()

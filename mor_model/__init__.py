@@ -1,8 +1,6 @@
-"""Recursive language models: vanilla, recursive and Mixture-of-Recursions transformers as one network, in plain
-PyTorch.
+"""Vanilla, recursive and Mixture-of-Recursions language models as one network, in plain PyTorch.
 
-The names below are loaded when they are first used, so that configuration, schedules and FLOPs accounting cost no
-torch import.
+A name is loaded when it is first used: configuration, layer schedules and FLOPs accounting do not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from mor_model.config import TokenChoiceConfig as TokenChoiceConfig
     from mor_model.errors import ConfigError as ConfigError
     from mor_model.layer_schedule import LayerSchedule as LayerSchedule
-    from mor_model.layer_schedule import layer_schedule as layer_schedule
     from mor_model.model import RecursiveTransformer as RecursiveTransformer
     from mor_model.outputs import ModelOutput as ModelOutput
     from mor_model.outputs import Routing as Routing
@@ -27,13 +24,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "ConfigError": "errors",
     "ExpertChoiceConfig": "config",
-    "LayerSchedule": "schedule",
+    "LayerSchedule": "layer_schedule",
     "ModelConfig": "config",
     "ModelOutput": "outputs",
     "RecursiveTransformer": "model",
     "Routing": "outputs",
     "TokenChoiceConfig": "config",
-    "layer_schedule": "schedule",
     "load_model": "weights",
     "preset": "presets",
     "save_weights": "weights",

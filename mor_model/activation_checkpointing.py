@@ -1,7 +1,7 @@
 """Activation checkpointing: what is kept for the backward pass, and what is computed again.
 
-Only torch's non-reentrant API is used: with layers applied several times, the reentrant one loses gradients under ZeRO
-without a word. Nothing random happens inside a checkpointed region and routing decisions are inputs to it, so a
+Only torch's non-reentrant API is used: with layers applied several times, the reentrant one silently loses gradients
+under ZeRO. Nothing random happens inside a checkpointed region and routing decisions are inputs to it, so a
 recomputation cannot decide differently.
 """
 

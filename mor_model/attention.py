@@ -2,8 +2,8 @@
 
 `Visibility` is decided once per recursion step and shared by all its layers. Without documents or padding no mask
 exists at all: the plain triangle also serves routed tokens, because selected tokens are sorted. Otherwise a CPU uses
-a dense mask with scaled-dot-product attention, and a GPU a block mask with FlexAttention, which skips the blocks that
-nobody may see.
+a dense mask with scaled-dot-product attention, and a GPU a block mask with FlexAttention, which skips fully masked
+blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def visibility_among(documents_BN: Tensor | None) -> Visibility:
 
     Args:
         documents_BN: integer group of each token; None when all belong together. A token sees earlier tokens of its
-            own group only, so padding is a group of its own (-1) that no real token belongs to.
+            own group only; padding is group -1, to which no real token belongs.
     """
     if documents_BN is None:
         return CAUSAL
@@ -82,7 +82,7 @@ def _block_mask(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    # Uncompiled FlexAttention materialises the whole score matrix, which is what it is there to avoid.
+    # Uncompiled FlexAttention materialises the whole score matrix.
     return torch.compile(flex_attention, dynamic=True)
 
 

@@ -19,8 +19,7 @@ from mor_model.layer_schedule import MAX_LAYERS, LayerSchedule, layer_schedule
 RouterNetwork = Literal["linear", "mlp", "wide_mlp", "random"]
 KVSharing = Literal["recursion_wise", "shared", "hybrid"]
 
-# The largest size of each kind, far above those of any network: a file that says more is damaged or hostile, and is
-# refused before anything is made of it.
+# Far above the sizes of any network: a file that says more is damaged or hostile.
 _LARGEST = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 18,
@@ -69,7 +68,7 @@ def _check_flag(where: str, **values: object) -> None:
 
 
 def _refuse_idle_options(router: ExpertChoiceConfig | TokenChoiceConfig, names: tuple[str, ...], why: str) -> None:
-    """Refuse options that were changed from their defaults although they can have no effect."""
+    """Refuse options that differ from their defaults although they have no effect."""
     defaults = {field.name: field.default for field in dataclasses.fields(router)}
     for name in names:
         if getattr(router, name) != defaults[name]:
@@ -91,7 +90,7 @@ class ExpertChoiceConfig:
 
     Attributes:
         network: the router at each recursion step. `linear` (no bias) is the paper's; `wide_mlp` is 4x as wide as
-            `mlp`; `random` draws scores and learns nothing (the control beside which every routing claim belongs).
+            `mlp`; `random` draws scores and learns nothing (the control for every claim about routing).
         gate: bounds the score before it weighs the block's output; `none` is unbounded and known to give NaN.
         alpha: scale of the gate.
         capacities: share of the SEQUENCE each step may take, one per recursion, not increasing; None is (R-r+1)/R.
@@ -243,7 +242,7 @@ class ModelConfig:
             read the first step's; `hybrid` reads the first step's, refreshed at the tokens selected since (paper,
             section 2.2.2).
         document_masking: attention never crosses a document boundary (the forward pass then needs document ids).
-        reset_positions: rotary positions restart with every document; wants document_masking.
+        reset_positions: rotary positions restart with every document; requires document_masking.
         init_std: standard deviation of the initial weights, see `mor_model.initialization`.
     """
 
@@ -296,11 +295,11 @@ class ModelConfig:
             if self.router is None:
                 raise ConfigError(
                     f"model.kv_sharing: {self.kv_sharing!r} shares the first recursion's keys with routed tokens and "
-                    "wants a router; use 'recursion_wise' without one."
+                    "requires a router; use 'recursion_wise' without one."
                 )
             if not schedule.steps_share_layers:
                 raise ConfigError(
-                    f"model.kv_sharing: {self.kv_sharing!r} wants the same layers at every recursion, which sharing "
+                    f"model.kv_sharing: {self.kv_sharing!r} requires the same layers at every recursion, which sharing "
                     f"{self.sharing!r} does not give; use cycle or middle_cycle."
                 )
             if self.capacities[0] < 1.0:

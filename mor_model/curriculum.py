@@ -1,5 +1,4 @@
-"""What changes over a run, as pure functions of the step; the network takes the values as arguments of its forward
-pass."""
+"""What changes over a run, as pure functions of the step; the values are arguments of the network's forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the network raises when it is asked for something that cannot be."""
+"""The error for configurations and arguments that cannot be used, and what its messages are made of."""
 
 from __future__ import annotations
 

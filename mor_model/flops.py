@@ -32,7 +32,7 @@ class ParameterCount:
 
     Attributes:
         embedding: V*D.
-        head: V*D of an output head of its own; 0 where it is tied to the embedding.
+        head: V*D of an untied output head; 0 where it is tied to the embedding.
         layers: matrices of the stored layers (attention and feed-forward), each stored layer once.
         router: all routers, auxiliary ones included.
         norms: RMSNorm scales of the stored layers and of the output.
@@ -60,7 +60,7 @@ class FlopsCount:
         components: forward FLOPs by part, named `PLACE.KIND`: the place is `prelude`, `recursion_1` .. `recursion_R` or
             `coda`, the kind `projections` (q, k, v and output), `attention` (q.k and weighing v), `feed_forward` or
             `router`; `head` has no kind. Parts that a network lacks are left out.
-        detached: what the backward pass saves of a component because its inputs want no gradient.
+        detached: FLOPs of a component that the backward pass saves because its inputs need no gradient.
         recomputation: forward FLOPs computed a second time, by checkpointing policy.
     """
 
@@ -154,7 +154,7 @@ def _router_sizes(config: ModelConfig) -> list[_RouterSizes]:
     router, width, recursions = config.router, config.hidden_size, config.recursions
 
     def matrices(network: str, outputs: int) -> tuple[int, int]:
-        """Numbers in the matrix that reads the hidden states, and in the one behind it."""
+        """Numbers in the matrix that reads the hidden states, and in the one after it."""
         hidden = {"mlp": width, "wide_mlp": 4 * width}.get(network)
         return (width * outputs, 0) if hidden is None else (width * hidden, hidden * outputs)
 
@@ -247,7 +247,7 @@ def flops_per_sequence(
         components[f"{place}.projections"] = projections
         components[f"{place}.attention"] = attention
         components[f"{place}.feed_forward"] = gate_and_up + down
-        # A recomputation stops at the last input that the backward pass asks for: the layer's own output is not.
+        # A recomputation stops at the last input that the backward pass needs; the layer's own output is not one.
         recomputation["layer"] += projections + attention + gate_and_up
         recomputation["selective"] += projections + gate_and_up
         return projections + attention + gate_and_up + down
@@ -263,7 +263,7 @@ def flops_per_sequence(
             place, len(layers), tokens, active[0] if shared else tokens, new_keys
         )
         if config.router is None:
-            recomputation["recursion"] -= 2 * tokens * sizes.down  # as above; a gate asks for the step's output too
+            recomputation["recursion"] -= 2 * tokens * sizes.down  # as above; a gate needs the step's output too
         if router.total:
             components[f"{place}.router"] = 2 * candidates * router.total
         if router.detached:

@@ -183,7 +183,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, samples from softmax(logits / temperature).
         top_k: sample among the k likeliest tokens; 0 among all.
         top_p: sample among the likeliest tokens that together hold this probability.
-        seed: with the number of the prompt it fixes what is drawn, whatever else is in the batch.
+        seed: with the number of the prompt it fixes what is drawn, independently of the other prompts.
         vocab_size: size of the tokenizer, where the network's vocabulary is padded beyond it; an id from there on means
             no text and is never chosen. None takes the network's.
         eos_id: a row ends with this token; None never ends early.

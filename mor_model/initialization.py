@@ -3,7 +3,7 @@
 Normal with `init_std` everywhere, and the two projections that write into the residual stream divided by sqrt(2 L), L
 being the effective depth. Dividing by the root of the number of writes is GPT-2's (Radford et al. 2019, section 2.3);
 that a shared layer counts once per application is Geiping et al.'s for recurrent depth (2025, arXiv 2502.05171, section
-on initialisation), because what must not grow is the sum of all writes, whoever wrote. Norm weights are one.
+on initialisation), because the sum of all writes must not grow. Norm weights are one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def whole(_: nn.Parameter) -> AbstractContextManager[object]:
 def initialize(model: nn.Module, config: ModelConfig, seed: int, gathered: Gathered = whole) -> None:
     """Fill every parameter in place.
 
-    Each parameter draws from a generator of its own, seeded by (seed, name), on the CPU: neither the order of
-    parameters nor the device, the ZeRO stage or the number of processes changes a value.
+    Each parameter has its own generator on the CPU, seeded by (seed, name): neither the order of parameters nor the
+    device, the ZeRO stage or the number of processes changes a value.
 
     Args:
         model: the network. seed: any integer.

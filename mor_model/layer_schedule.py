@@ -1,7 +1,7 @@
 """Which stored layer runs at which place of the network: parameter sharing as data.
 
-Everything here is a pure function of (depth, recursions, strategy). A schedule is what the network iterates over, what
-FLOPs accounting sums over, and what export writes; no other module knows the strategies' names.
+Everything here is a pure function of (depth, recursions, strategy). The network, FLOPs accounting and export read the
+schedule; no other module depends on the strategies' names.
 
 Source of the maps: Bae et al. 2025 (arXiv 2507.10524), section 2.2 and appendix, table of sharing strategies.
 """
@@ -54,7 +54,7 @@ def layer_schedule(depth: int, recursions: int, sharing: str) -> LayerSchedule:
     Args:
         depth: effective depth L, the number of layer applications a token that takes every recursion goes through.
         recursions: R, the number of recursion steps.
-        sharing: one of `SHARING_STRATEGIES`; `none` is the vanilla transformer and wants one recursion.
+        sharing: one of `SHARING_STRATEGIES`; `none` is the vanilla transformer, with one recursion.
 
     Raises:
         ConfigError: when the strategy is unknown, the depth exceeds `MAX_LAYERS` or cannot be divided; the message

@@ -45,10 +45,9 @@ def rotate(x_BNHK: Tensor, table: Rotary) -> Tensor:
 
 
 class KVCache(Protocol):
-    """What attention asks of a cache while decoding.
+    """A cache of keys and values for one attention application: a stored layer has one for each recursion step.
 
-    One object serves one attention application (a stored layer at a recursion step has its own) and knows by itself
-    at which places the tokens of the present call belong.
+    It keeps track of the places of the present tokens itself.
     """
 
     def update(self, key_BNGK: Tensor, value_BNGK: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ class Projection(nn.Linear):
 
         Args:
             outputs: compute only the first so many outputs.
-            exact: use the weight in x's precision, whatever precision it is stored in.
+            exact: convert the weight to x's precision.
         """
         weight = self.weight if outputs is None else self.weight[:outputs]
         return F.linear(x, weight.to(x.dtype) if exact else weight)

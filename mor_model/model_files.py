@@ -1,4 +1,4 @@
-"""JSON and safetensors files of a model from outside: whatever is wrong with one is a `ConfigError` that names it."""
+"""JSON and safetensors files of a model from outside; a `ConfigError` names the file that cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_json(file: Path, again: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
-        again: how to come by a sound one, for the message.
+        again: how to get a sound file, for the message.
 
     Raises:
         ConfigError: it is missing, not JSON, no object, nested too deeply, or larger than any file of this kind.
@@ -48,8 +48,7 @@ def read_json(file: Path, again: str) -> dict[str, Any]:
 
 @contextmanager
 def opened_tensors(file: Path, again: str) -> Iterator[Any]:
-    """A safetensors file, as `safetensors.safe_open` gives it: no tensor is larger than the file, whatever its header
-    says.
+    """A safetensors file, opened by `safetensors.safe_open`, which refuses tensors larger than the file.
 
     Raises:
         ConfigError: it is missing or damaged.

@@ -1,7 +1,7 @@
 """Named sizes, each as vanilla, recursive or MoR.
 
 Sizes 135m, 360m, 730m and 1.7b are the paper's (arXiv 2507.10524, appendix table of architectures; SmolLM's shapes).
-`350m` and `1.3b` are the GPT-3 shapes that cluster recipes ask for, in this architecture. `tiny` is for tests and
+`350m` and `1.3b` are the GPT-3 shapes, used by the cluster recipes, in this architecture. `tiny` is for tests and
 laptops.
 """
 

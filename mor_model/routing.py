@@ -1,7 +1,7 @@
 """What every router is made of: score networks, selections, and means that do not depend on how a batch is split.
 
-All arithmetic on scores is at least fp32, whatever the precision of the weights and of autocast: a decision must not
-hang on the eighth bit of a score.
+All arithmetic on scores is at least fp32, even with bf16 weights or under autocast: the rounding of a score to 8 bits
+must not decide.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RoutingInputs:
         valid_BT: True on real tokens; None when all are.
         length_B: number of real tokens of each sequence; None when all T are.
         causal: decide without looking ahead.
-        depth: steps that every token takes, decided by nobody; None leaves it to the router.
+        depth: steps that every token takes, without a decision; None leaves it to the router.
         capacities: share of the sequence each step takes when decided by top-k.
     """
 
@@ -69,7 +69,7 @@ class RoutingInputs:
 
 @dataclass
 class RoutingRecord:
-    """What a router has found while deciding: unweighted auxiliary losses, statistics and, if wanted, all scores."""
+    """What a router collects while it decides: weighted auxiliary losses, statistics and, on request, all scores."""
 
     keep_scores: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -105,8 +105,8 @@ def gather_entries(x_BT: Tensor, indices_BN: Tensor | None) -> Tensor:
 def sequence_mean(values_BN: Tensor, counted_BN: Tensor | None) -> Tensor:
     """Mean over sequences of each sequence's mean over its counted entries (0 for a sequence that has none).
 
-    A mean over the tokens of a batch would weigh a token by the company it keeps: gradient accumulation, micro-batch
-    and world size would then change the gradient.
+    With a mean over all tokens of a batch, the weight of a token would depend on the other sequences: gradient
+    accumulation, micro-batch and world size would then change the gradient.
     """
     if counted_BN is None:
         return values_BN.mean()

@@ -1,6 +1,4 @@
-"""What a forward pass says about its routing, from the decisions it has made: small tensors, always; the whole value,
-when asked.
-"""
+"""Statistics of a forward pass's routing, always, and its decisions as a value, on request."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -19,18 +19,15 @@ from typing import IO, Any, NamedTuple, TypeVar
 import orjson
 import zstandard
 
-from data_prep.corpora.ngrams import between_letters
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.processors import available_processors
-from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject, SourceError, field_path, record_head
+from data_prep.paths import new_folder
+from data_prep.sources.base import Document, ReadOptions, Reject, SourceError, field_path, record_head
 from data_prep.sources.find import UNFINISHED, find_sources, with_standard_input
 from data_prep.sources.groups import plan_groups, reader_for
 from data_prep.sources.notices import notices
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
-_PIECE = 1 << 20  # bytes of a large document that are read at a time
-_UNBROKEN = 4  # so many of them without white space are held
 _PART = 1 << 30  # bytes of text in one written file
 _WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
 
@@ -39,8 +36,8 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """One document: its number in the corpus, where it was found, its text or the file that holds it, and the other
-    fields of its record (`data_prep.sources.base.record_head`).
+    """One document: its number in the corpus, where it was found, its text, and the other fields of its record
+    (`data_prep.sources.base.record_head`).
     """
 
     number: int
@@ -49,53 +46,25 @@ class Entry(NamedTuple):
     line: int
     subset: str | None
     text: str
-    large: LargeDocument | None
     head: bytes = b""
 
     @property
-    def size(self) -> int:
-        """UTF-8 bytes of a large document, characters of another, and what its other fields take."""
-        return len(self.head) + (self.large.end - self.large.start if self.large else len(self.text))
-
-    def pieces(self) -> Iterator[str]:
-        """The text, in pieces cut at white space where it is too large for memory; far from any, between letters of
-        scripts that have none between words, or else anywhere between characters.
-        """
-        if self.large is None:
-            yield self.text
-            return
-        held = b""
-        for chunk in self.chunks():
-            held += chunk
-            cut = max(held.rfind(b" "), held.rfind(b"\n")) + 1
-            if not cut and len(held) > _UNBROKEN * _PIECE:
-                cut = between_letters(held)
-            if cut:
-                yield held[:cut].decode("utf-8", "replace")
-                held = held[cut:]
-        yield held.decode("utf-8", "replace")
-
-    def chunks(self) -> Iterator[bytes]:
-        """The text as UTF-8, in pieces cut anywhere."""
-        if self.large is None:
-            yield self.text.encode("utf-8", "replace")
-            return
-        with self.large.path.open("rb") as stream:
-            stream.seek(self.large.start)
-            left = self.large.end - self.large.start
-            while left and (chunk := stream.read(min(left, _PIECE))):
-                left -= len(chunk)
-                yield chunk
+    def place(self) -> str:
+        """File and line, for reports."""
+        return f"{self.file}:{self.line}"
 
 
 class CorpusReader:
     """The documents of some sources, in the order given; can be read more than once, standard input too.
 
-    notices: sentences for a person, about what was left out and what seems to be meant otherwise.
-    rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
+    Attributes:
+        notices: sentences for a person, about what was left out and what is probably meant otherwise.
+        rejects: number of what could not be read, by reason, from the last time the corpus was read.
+        examples: the first hundred of them.
 
     Args:
-        scratch: folder for standard input and for documents too large for memory; the system's by default.
+        scratch: folder for a copy of standard input, made when missing. The system's own, the default, is often too
+            small.
 
     Raises:
         DataError: a source that does not exist.
@@ -103,6 +72,8 @@ class CorpusReader:
 
     def __init__(self, specifications: Sequence[str], options: ReadOptions, scratch: Path | None = None) -> None:
         self.options = options
+        if scratch is not None:
+            scratch.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix=".data-prep-", dir=scratch)
         sources, left_out = find_sources(specifications, options)
         self.notices = [*left_out, *notices(sources, options)]
@@ -126,12 +97,8 @@ class CorpusReader:
                     for item in reader.items(piece):
                         if isinstance(item, Reject):
                             self._reject(item.reason, item.file or reader.file, item.line, item.detail)
-                        elif isinstance(item, (Document, LargeDocument)):
-                            large = item if isinstance(item, LargeDocument) else None
-                            text = "" if isinstance(item, LargeDocument) else item.text
-                            yield Entry(
-                                number, group.source, reader.file, item.line, item.subset, text, large, item.head
-                            )
+                        elif isinstance(item, Document):
+                            yield Entry(number, group.source, reader.file, item.line, item.subset, item.text, item.head)
                             number += 1
                     piece += 1
                     last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
@@ -163,51 +130,36 @@ class CorpusReader:
 def map_entries(
     entries: Iterable[Entry], work: Callable[[S, list[Entry]], Sequence[T]], workers: int, shared: S
 ) -> Iterator[tuple[Entry, T]]:
-    """Each entry with what `work` made of it, in order; a bounded number of batches is under way at a time.
-
-    A temporary file behind a large document is gone when the next entry is asked for.
+    """Each entry with what `work` made of it, in order; memory holds a few batches for each worker.
 
     Args:
         work: takes `shared` and a batch of entries, and returns one result for each entry; a function of a module.
         workers: processes; 1 works in this one.
-        shared: what every call needs; it reaches each process once.
+        shared: what every call needs; each process gets it once.
 
     Raises:
         DataError: a process was killed.
     """
-    waiting: deque[tuple[list[Entry], Future[Sequence[T]]]] = deque()
-    with ExitStack() as stack:
-        pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, context, _keep, (shared,)))
+    if workers == 1:
         for batch in _batches(entries):
-            if pool is None:
-                yield from _finish(batch, work(shared, batch))
-                continue
-            try:
-                waiting.append((batch, pool.submit(_run, work, batch)))
-            except BrokenProcessPool:
-                raise _killed() from None
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield from _finish(done, _result(future))
-        for done, future in waiting:
-            yield from _finish(done, _result(future))
-
-
-def _result(future: Future[Sequence[T]]) -> Sequence[T]:
+            yield from zip(batch, work(shared, batch))
+        return
+    waiting: deque[tuple[list[Entry], Future[Sequence[T]]]] = deque()
+    context = multiprocessing.get_context("spawn")
     try:
-        return future.result()
+        with ProcessPoolExecutor(workers, context, _keep, (shared,)) as pool:
+            for batch in _batches(entries):
+                waiting.append((batch, pool.submit(_run, work, batch)))
+                if len(waiting) > 2 * workers:
+                    done, future = waiting.popleft()
+                    yield from zip(done, future.result())
+            for done, future in waiting:
+                yield from zip(done, future.result())
     except BrokenProcessPool:
-        raise _killed() from None
-
-
-def _killed() -> DataError:
-    return DataError(
-        "a process that looks at documents was killed; out of memory is the usual reason: use fewer --workers, and a "
-        "new --out or this one emptied."
-    )
+        raise DataError(
+            "a process that looks at documents was killed; out of memory is the usual reason: use fewer --workers, and "
+            "a new --out or this one emptied."
+        ) from None
 
 
 _kept: Any = None  # in a worker process: what all calls share
@@ -228,19 +180,12 @@ def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     size = 0
     for entry in entries:
         batch.append(entry)
-        size += entry.size
+        size += len(entry.head) + len(entry.text)
         if size >= _BATCH:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _finish(batch: list[Entry], results: Sequence[T]) -> Iterator[tuple[Entry, T]]:
-    for entry, result in zip(batch, results):
-        yield entry, result
-        if entry.large and entry.large.temporary:
-            entry.large.path.unlink(missing_ok=True)
 
 
 class CorpusWriter:
@@ -253,9 +198,7 @@ class CorpusWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: ReadOptions) -> None:
-        self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise DataError(f"{self.folder} exists already and is not empty; remove it or name another --out.")
+        self.folder = new_folder(folder)
         path = field_path(options.text_field)
         self._bare, self._end = record_head({}, path), b'"' + b"}" * len(path) + b"\n"
         self._parts: dict[str, _Part] = {}
@@ -272,13 +215,8 @@ class CorpusWriter:
             path = self.folder / f"{name}-{self._numbers[name]:05d}.jsonl.zst"
             part = self._parts[name] = _Part(path)
             self._numbers[name] += 1
-        part.stream.write(entry.head or self._bare)
-        size = 0
-        for piece in entry.pieces():
-            encoded = orjson.dumps(piece)[1:-1]
-            size += len(piece.encode())
-            part.stream.write(encoded)
-        part.stream.write(self._end)
+        part.stream.write((entry.head or self._bare) + orjson.dumps(entry.text)[1:-1] + self._end)
+        size = len(entry.text.encode())
         part.text_bytes += size
         self.text_bytes += size
         self.documents += 1
@@ -288,7 +226,7 @@ class CorpusWriter:
 
     def __enter__(self) -> CorpusWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / UNFINISHED).touch()  # so that nobody takes the parts that are there for the whole
+        (self.folder / UNFINISHED).touch()  # so that a part of the corpus is not read as the whole
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -324,15 +262,9 @@ class _Part:
         self._files.__exit__(InterruptedError, InterruptedError(f"{self.path}: discarded"), None)
 
 
-def scratch_in(out: str | os.PathLike[str]) -> Path:
-    """The new folder `out` itself, for temporary files: they can be as large as the corpus, which the system's own
-    folder for them often cannot hold.
-    """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def default_workers() -> int:
-    """One process for each core this process may use, at most 8."""
-    return min(8, available_processors())
+@contextmanager
+def removed_documents(folder: Path) -> Iterator[Callable[[dict[str, object]], object]]:
+    """Yields a function that adds a line to `removed.jsonl.zst`; the file appears at the end of the block."""
+    compressor = zstandard.ZstdCompressor()
+    with atomic_write(folder / "removed.jsonl.zst") as raw, compressor.stream_writer(raw, closefd=False) as stream:
+        yield lambda line: stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))

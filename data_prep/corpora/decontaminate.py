@@ -9,16 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
-import orjson
-import zstandard
 
-from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
+from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, map_entries, removed_documents
 from data_prep.corpora.evaluation_texts import EvaluationIndex, Match
 from data_prep.errors import DataError
-from data_prep.files import atomic_write, write_json, write_text
+from data_prep.files import write_json, write_text
 from data_prep.plain_text import markdown_text
 from data_prep.sources.base import ReadOptions
 
@@ -56,9 +53,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class DecontaminationReport:
-    """What was found and removed; `rejects`: what could not be read, by reason; `notices`: what a person should know of
-    the sources.
-    """
+    """What was found and removed. rejects: what could not be read, by reason. notices: notes on the sources."""
 
     n: int
     matches: int
@@ -82,8 +77,8 @@ def decontaminate(
     *,
     n: int = NGRAM,
     matches: int = MATCHES,
-    workers: int | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    workers: int = 1,
+    progress: Callable[[str, int], None] = lambda _what, _count: None,
 ) -> DecontaminationReport:
     """Write the corpus without documents that hold evaluation text to `out`, with a report beside it.
 
@@ -108,19 +103,14 @@ def decontaminate(
         )
     writer = CorpusWriter(out, options)
     index = EvaluationIndex(against, n)
-    reader = CorpusReader(sources, options, scratch_in(out))
+    reader = CorpusReader(sources, options, writer.folder)
     found = np.zeros(index.hashes.size, bool)
     best = _BestDocuments(len(index.labels))
     documents = with_matches = removed_count = 0
-    compressor = zstandard.ZstdCompressor()
-    with (
-        writer,
-        atomic_write(Path(out) / "removed.jsonl.zst") as raw,
-        compressor.stream_writer(raw, closefd=False) as removed,
-    ):
-        for entry, match in map_entries(reader, _match_batch, workers or default_workers(), index):
+    with writer, removed_documents(writer.folder) as write_removed:
+        for entry, match in map_entries(reader, _match_batch, workers, index):
             documents += 1
-            if progress and documents % 1000 == 0:
+            if documents % 1000 == 0:
                 progress("decontaminate", documents)
             if match is None:
                 writer.write(entry)
@@ -132,7 +122,7 @@ def decontaminate(
                 writer.write(entry)
                 continue
             removed_count += 1
-            removed.write(orjson.dumps(_removal(entry, match, index), option=orjson.OPT_APPEND_NEWLINE))
+            write_removed(_removal(entry, match, index))
     report = DecontaminationReport(
         n=n,
         matches=matches,
@@ -147,13 +137,13 @@ def decontaminate(
         reject_examples=list(reader.examples),
         notices=reader.notices,
     )
-    write_text(Path(out) / "report.md", render(report))
-    write_json(Path(out) / "report.json", asdict(report))
+    write_text(writer.folder / "report.md", render(report))
+    write_json(writer.folder / "report.json", asdict(report))
     return report
 
 
 def _match_batch(index: EvaluationIndex, batch: list[Entry]) -> list[Match | None]:
-    return [index.match(entry) for entry in batch]
+    return [index.match(entry.text) for entry in batch]
 
 
 class _BestDocuments:
@@ -165,23 +155,19 @@ class _BestDocuments:
 
     def add(self, entry: Entry, match: Match) -> None:
         for item in match.items[match.shares > self.shares[match.items]].tolist():
-            self.places[item] = (_place(entry), _beginning(entry))
+            self.places[item] = (entry.place, _beginning(entry))
         self.shares[match.items] = np.maximum(self.shares[match.items], match.shares)
 
 
-def _place(entry: Entry) -> str:
-    return f"{entry.file}:{entry.line}"
-
-
 def _beginning(entry: Entry) -> str:
-    return " ".join(next(entry.pieces())[:200].split())[:60]
+    return " ".join(entry.text[:200].split())[:60]
 
 
 def _removal(entry: Entry, match: Match, index: EvaluationIndex) -> dict[str, object]:
     most = int(np.argmax(match.shares))
     item = int(match.items[most])
     return {
-        "document": _place(entry),
+        "document": entry.place,
         "begins": _beginning(entry),
         "ngrams": int(match.ngrams.size),
         "set": next(s.name for s in index.sets if s.first <= item < s.end),

@@ -19,13 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import orjson
-import zstandard
 
-from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, default_workers, map_entries, scratch_in
-from data_prep.corpora.ngrams import mix, ngram_hashes, ngrams_of_pieces, word_hashes
+from data_prep.corpora.corpus import CorpusReader, CorpusWriter, Entry, map_entries, removed_documents
+from data_prep.corpora.ngrams import mix, ngram_hashes, word_hashes
 from data_prep.errors import DataError
-from data_prep.files import atomic_write, write_json
+from data_prep.files import write_json
 from data_prep.sources.base import ReadOptions
 
 SIGNATURE = 128
@@ -38,9 +36,7 @@ _GRAMS = 1 << 20  # n-grams held at a time
 
 @dataclass(frozen=True)
 class DedupReport:
-    """What was removed. Lengths in bytes of UTF-8 text; `rejects`: what could not be read, by reason; `notices`: what a
-    person should know of the sources.
-    """
+    """What was removed. rejects: what could not be read, by reason. notices: notes on the sources."""
 
     documents: int
     exact_copies: int
@@ -65,8 +61,8 @@ def deduplicate(
     options: ReadOptions,
     *,
     threshold: float | None = None,
-    workers: int | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    workers: int = 1,
+    progress: Callable[[str, int], None] = lambda _what, _count: None,
 ) -> DedupReport:
     """Write the corpus without its copies to `out`, with `report.json` and `removed.jsonl.zst` beside it.
 
@@ -85,46 +81,39 @@ def deduplicate(
     if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"the similarity of near copies is above 0 and at most 1, not {threshold}.")
     writer = CorpusWriter(out, options)
-    scratch_folder = scratch_in(out)
-    reader = CorpusReader(sources, options, scratch_folder)
-    report = progress or (lambda _name, _count: None)
-    with tempfile.TemporaryDirectory(prefix=".dedup-", dir=scratch_folder) as scratch:
-        hashes = _hash_corpus(reader, Path(scratch), threshold is not None, workers or default_workers(), report)
+    reader = CorpusReader(sources, options, writer.folder)
+    with tempfile.TemporaryDirectory(prefix=".dedup-", dir=writer.folder) as scratch:
+        hashes = _hash_corpus(reader, Path(scratch), threshold is not None, workers, progress)
         original = exact_originals(hashes.digests)
-        exact = int(np.count_nonzero(original != np.arange(original.size)))
+        exact = _copies(original).size
         if threshold is not None:
             assert hashes.signatures is not None
             original = near_originals(hashes.signatures, original, threshold)
-        removed_path = Path(out) / "removed.jsonl.zst"
-        compressor = zstandard.ZstdCompressor()
-        with writer, atomic_write(removed_path) as raw, compressor.stream_writer(raw, closefd=False) as removed:
+        with writer, removed_documents(writer.folder) as write_removed:
             places: dict[int, str] = {}
-            wanted = set(original[original != np.arange(original.size)].tolist())
+            wanted = set(original[_copies(original)].tolist())
             for entry in reader:
                 if entry.number == original.size:
                     break  # a file has grown
                 if entry.number % 1000 == 0:
-                    report("write", entry.number)
+                    progress("write", entry.number)
                 keeps = int(original[entry.number])
-                place = f"{entry.file}:{entry.line}"
                 if keeps == entry.number:
                     writer.write(entry)
                     if keeps in wanted:
-                        places[keeps] = place
+                        places[keeps] = entry.place
                 else:
                     exactly = bool((hashes.digests[entry.number] == hashes.digests[keeps]).all())
-                    line = {"document": place, "copy_of": places[keeps], "exact": exactly}
+                    line = {"document": entry.place, "copy_of": places[keeps], "exact": exactly}
                     if not exactly and hashes.signatures is not None:
                         pair = hashes.signatures[[keeps, entry.number]]
                         line["similarity"] = round(float(np.mean(pair[0] == pair[1])), 3)
-                    removed.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-                if entry.large and entry.large.temporary:
-                    entry.large.path.unlink(missing_ok=True)
+                    write_removed(line)
             reader.refuse_changed_files()
     result = DedupReport(
         documents=original.size,
         exact_copies=exact,
-        near_copies=int(np.count_nonzero(original != np.arange(original.size))) - exact,
+        near_copies=_copies(original).size - exact,
         kept=writer.documents,
         kept_bytes=writer.text_bytes,
         threshold=threshold,
@@ -132,12 +121,12 @@ def deduplicate(
         reject_examples=list(reader.examples),
         notices=reader.notices,
     )
-    write_json(Path(out) / "report.json", asdict(result))
+    write_json(writer.folder / "report.json", asdict(result))
     return result
 
 
 def _hash_corpus(
-    reader: CorpusReader, scratch: Path, near: bool, workers: int, report: Callable[[str, int], None]
+    reader: CorpusReader, scratch: Path, near: bool, workers: int, progress: Callable[[str, int], None]
 ) -> _Hashes:
     count = 0
     with (scratch / "digests").open("wb") as digests, (scratch / "signatures").open("wb") as signatures:
@@ -146,7 +135,7 @@ def _hash_corpus(
             signatures.write(signature)
             count += 1
             if count % 1000 == 0:
-                report("hash", count)
+                progress("hash", count)
     if not count:
         raise DataError(f"there is no document to deduplicate; rejects: {dict(reader.rejects) or 'none'}.")
     return _Hashes(
@@ -156,69 +145,46 @@ def _hash_corpus(
 
 
 def _hash_batch(near: bool, batch: list[Entry]) -> list[tuple[bytes, bytes]]:
-    digests = [_digest(entry) for entry in batch]
-    signatures = signatures_of(batch) if near else np.empty((len(batch), 0), np.uint32)
+    digests = [hashlib.blake2b(entry.text.encode(), digest_size=16).digest() for entry in batch]
+    signatures = signatures_of([entry.text for entry in batch]) if near else np.empty((len(batch), 0), np.uint32)
     return [(digest, signature.tobytes()) for digest, signature in zip(digests, signatures)]
 
 
-def _digest(entry: Entry) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for chunk in entry.chunks():
-        digest.update(chunk)
-    return digest.digest()
-
-
-def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
-    """MinHash signatures of documents, uint32 `[documents, 128]`; all ones for a document without words."""
+def signatures_of(texts: Sequence[str]) -> np.ndarray:
+    """MinHash signatures of texts, uint32 `[texts, 128]`; all ones for a text without words."""
     import rensa  # here, so that exact deduplication needs no further library
 
-    result = np.full((len(batch), SIGNATURE), np.iinfo(np.uint32).max, np.uint32)
+    result = np.full((len(texts), SIGNATURE), np.iinfo(np.uint32).max, np.uint32)
     grams: list[np.ndarray] = []
     owners: list[int] = []
-    waiting = 0
-
-    def take() -> None:
-        nonlocal waiting
-        if grams:
+    held = 0
+    for number, text in enumerate(texts):
+        words = word_hashes(text)
+        if words.size:
+            # A text of fewer words than an n-gram has is one n-gram.
+            grams.append(ngram_hashes(words, min(NGRAM, words.size)))
+            owners.append(number)
+            held += grams[-1].size
+        if owners and (held > _GRAMS or number == len(texts) - 1):
             offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
             rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, SIGNATURE, _SEED)
-            # The minimum over the pieces of a document is the minimum over the document.
-            np.minimum.at(result, owners, np.asarray(rows.to_rows(), np.uint32))
-        grams.clear()
-        owners.clear()
-        waiting = 0
-
-    for number, entry in enumerate(batch):
-        some = False
-        for part in ngrams_of_pieces(entry.pieces(), NGRAM):
-            if part.size:
-                grams.append(part)
-                owners.append(number)
-                some = True
-                waiting += part.size
-                if waiting > _GRAMS:
-                    take()
-        if not some:  # fewer words than an n-gram has: all of them are one
-            words = word_hashes("".join(entry.pieces()))
-            if words.size:
-                grams.append(ngram_hashes(words, words.size))
-                owners.append(number)
-    take()
+            result[owners] = rows.to_rows()
+            grams, owners, held = [], [], 0
     return result
+
+
+def _copies(originals: np.ndarray) -> np.ndarray:
+    """Numbers of the documents that are not the original of their group."""
+    return np.flatnonzero(originals != np.arange(originals.size))
 
 
 def exact_originals(digests: np.ndarray) -> np.ndarray:
     """For each document the first one with the same digest, int64 `[N]`, from uint64 `[N, 2]`."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))
-    return _firsts_of_groups(order, (np.diff(digests[order], axis=0) != 0).any(axis=1))
-
-
-def _firsts_of_groups(order: np.ndarray, differs: np.ndarray) -> np.ndarray:
-    """For each document the first of its group; `order` is sorted by group and, stably, by number within it."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable, so that a group begins with its first document
+    differs = (np.diff(digests[order], axis=0) != 0).any(axis=1)
     begins = np.flatnonzero(np.concatenate([[True], differs]))
-    sizes = np.diff(np.append(begins, order.size))
     originals = np.empty(order.size, np.int64)
-    originals[order] = np.repeat(order[begins], sizes)
+    originals[order] = np.repeat(order[begins], np.diff(np.append(begins, order.size)))
     return originals
 
 

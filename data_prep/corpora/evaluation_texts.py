@@ -1,7 +1,7 @@
 """The n-grams of evaluation sets, and which of their items a document holds.
 
 An evaluation set is a file: JSON lines (plain or compressed) or parquet, of which all texts of a record belong to one
-item; WikiText in its raw form, one item a page; plain text, one item. A folder stands for the files in it.
+item; WikiText in its raw form, one item a page; plain text, one item. A folder means the files in it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from data_prep.corpora.corpus import CorpusReader, Entry
-from data_prep.corpora.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
+from data_prep.corpora.corpus import CorpusReader
+from data_prep.corpora.ngrams import ngram_hashes, word_hashes, words_of
 from data_prep.errors import DataError
 from data_prep.paths import FileIdentity, identity
-from data_prep.sources.base import LARGE, ReadOptions, SourceError
+from data_prep.sources.base import ReadOptions, SourceError
 from data_prep.sources.find import files_below, kind_of
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.parquet import records
-
-_LONGEST_TEXT = 1 << 28  # bytes of a text file or page of an evaluation set, all of which is held in memory
 
 
 class Item(NamedTuple):
@@ -49,7 +47,7 @@ class Match(NamedTuple):
     """What a document shares with the evaluation sets.
 
     ngrams: places in the index, rising. items, shares: the items they belong to and the share of each item's n-grams.
-    example: words of the first of them, empty where the document is too large to look it up.
+    example: words of the first of them.
     """
 
     ngrams: np.ndarray
@@ -101,23 +99,19 @@ class EvaluationIndex:
         self._table = np.zeros(int(self._mask) + 1, bool)
         self._table[(self.hashes & self._mask).astype(np.int64)] = True
 
-    def match(self, entry: Entry) -> Match | None:
-        """What the document shares with the evaluation sets; None for nothing."""
-        found: list[np.ndarray] = []
-        example = ""
-        for number, grams in enumerate(ngrams_of_pieces(entry.pieces(), self.n)):
-            likely = np.flatnonzero(self._table[(grams & self._mask).astype(np.int64)])
-            places = np.searchsorted(self.hashes, grams[likely])
-            places[places == self.hashes.size] = 0
-            real = self.hashes[places] == grams[likely]
-            if real.any():
-                found.append(places[real])
-                if number == 0 and entry.large is None:
-                    example = self._words_at(entry.text, int(likely[np.argmax(real)]))
-        if not found:
+    def match(self, text: str) -> Match | None:
+        """What a document of this text shares with the evaluation sets; None for nothing."""
+        grams = ngram_hashes(word_hashes(text), self.n)
+        likely = np.flatnonzero(self._table[(grams & self._mask).astype(np.int64)])
+        places = np.searchsorted(self.hashes, grams[likely])
+        places[places == self.hashes.size] = 0
+        real = self.hashes[places] == grams[likely]
+        if not real.any():
             return None
-        ngrams = np.unique(np.concatenate(found))
+        ngrams = np.unique(places[real])
         items, counts = np.unique(self.owners_of(ngrams), return_counts=True)
+        first = int(likely[np.argmax(real)])
+        example = " ".join(words_of(text)[first : first + self.n])
         return Match(ngrams, items, counts / self.item_sizes[items], example)
 
     def owners_of(self, ngrams: np.ndarray) -> np.ndarray:
@@ -131,9 +125,6 @@ class EvaluationIndex:
         """Share of each item's n-grams that is found, given a bool for each n-gram of the index."""
         counts = np.bincount(self.owners_of(np.flatnonzero(found)), minlength=len(self.labels))
         return counts / np.maximum(self.item_sizes, 1)
-
-    def _words_at(self, text: str, place: int) -> str:
-        return " ".join(words_of(text)[place : place + self.n])
 
 
 def _evaluation_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
@@ -169,13 +160,12 @@ def _read_items(path: Path) -> Iterator[Item]:
             for number, record in enumerate(records(str(path)), start=1):
                 yield Item(f"row {number}", list(_texts(record)))
         except SourceError as error:
-            raise DataError(f"the evaluation set {path} cannot be read behind row {number}: {error}.") from None
+            raise DataError(f"the evaluation set {path} cannot be read after row {number}: {error}.") from None
     else:
-        reader = CorpusReader([str(path)], ReadOptions(maximum_document_bytes=_LONGEST_TEXT))
+        reader = CorpusReader([str(path)], ReadOptions())
         for entry in reader:
-            text = "".join(entry.pieces())
-            title = next((line for line in text.splitlines() if line.strip()), "")
-            yield Item(title.strip(" =")[:80] or f"line {entry.line}", [text])
+            title = entry.text.lstrip().partition("\n")[0]
+            yield Item(title.strip(" =")[:80] or f"line {entry.line}", [entry.text])
         if set(reader.rejects) - {"empty_document"}:  # WikiText begins with a blank line
             raise DataError(f"the evaluation set {path} cannot be read: {reader.examples[0]}.")
 
@@ -183,7 +173,7 @@ def _read_items(path: Path) -> Iterator[Item]:
 def _json_items(path: Path) -> Iterator[Item]:
     for number, line in enumerate(LineReader(str(path)).lines(0, None), start=1):
         if isinstance(line, LongLine):
-            raise DataError(f"{path}:{number}: a line above {LARGE >> 20} MB is too long for an evaluation set.")
+            raise DataError(f"{path}:{number}: the line is too long for an evaluation set.")
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
+from data_prep.paths import new_folder
 from data_prep.reading.dataset import open_shard
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.shards import Shard, ShardSummary, ShardWriter
@@ -30,7 +31,7 @@ class ExportReport:
 def export_megatron(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    progress: Callable[[str, int], None] | None = None,
+    progress: Callable[[str, int], None] = lambda _split, _documents: None,
 ) -> ExportReport:
     """Write every split of a data set as `<out>/<split>_text_document.bin` and `.idx`, its shards one after another.
 
@@ -42,10 +43,8 @@ def export_megatron(
     Raises:
         DataError: a missing or damaged manifest or shard, or `out` not empty.
     """
-    folder, target = Path(path), Path(out)
+    folder, target = Path(path), new_folder(out)
     manifest = read_manifest(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} exists already and is not empty; remove it or name another --out.")
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file():
         raise DataError(f"{tokenizer} is missing; copy the data set again or rebuild it.")
@@ -60,8 +59,7 @@ def export_megatron(
         with ShardWriter(prefixes[name], manifest.dtype) as writer:
             for shard in shards:
                 copy_documents(shard, writer)
-                if progress:
-                    progress(name, writer.documents)
+                progress(name, writer.documents)
         summaries[name] = writer.summary
     copied = copy_recorded_tokenizer(tokenizer, manifest.tokenizer, target / "tokenizer")
     return ExportReport(prefixes, summaries, copied)

@@ -1,6 +1,6 @@
 """Token files of other stacks, made into a data set folder.
 
-    megatron    NAME.bin and NAME.idx of Megatron-LM or GPT-NeoX, whose tables of type codes differ in the two floats
+    megatron    NAME.bin and NAME.idx of Megatron-LM or GPT-NeoX
     datatrove   NAME.ds, raw ids, with NAME.ds.index, uint64 ends of the documents in ids
     nanogpt     NAME.bin, raw ids
     olmo        NAME.npy, raw ids without numpy's header (one with it is taken as well)
@@ -8,9 +8,8 @@
 Raw ids do not say how wide they are: uint16 where the vocabulary fits it and uint32 otherwise, unless `dtype` names
 another. A file that can be read as wider ids is refused until it does, and so is one that begins like another format.
 
-Documents end where the index says and behind every END_OF_DOCUMENT. A document that comes without END_OF_DOCUMENT gets
-one; empty documents are left out and counted. The ids stay what they are, so the tokenizer must be the one that made
-them.
+Documents end where the index says and after every END_OF_DOCUMENT. A document without END_OF_DOCUMENT gets one; empty
+documents are left out and counted. Ids are not changed, so the tokenizer must be the one that made them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.interchange.file_formats import refuse_other_format
-from data_prep.paths import FileIdentity, identity
+from data_prep.paths import FileIdentity, identity, new_folder
 from data_prep.reading.manifest import SPLITS, Manifest, Split, write_manifest
 from data_prep.reading.manifest import Shard as ShardEntry
 from data_prep.reading.shards import Shard, ShardWriter, bin_path, dtype_for_vocabulary, idx_path
@@ -64,7 +63,7 @@ def import_files(
     *,
     eod: str = "",
     dtype: str = "",
-    progress: Callable[[str, int], None] | None = None,
+    progress: Callable[[str, int], None] = lambda _shard, _ids: None,
 ) -> ImportReport:
     """Write the files as a data set folder, one shard each.
 
@@ -88,9 +87,7 @@ def import_files(
         raise DataError(f"there is no import of {kind!r}; known are {', '.join(READERS)}.")
     if dtype and kind not in ("nanogpt", "olmo"):
         raise DataError(f"--dtype {dtype}: {kind} files say themselves how wide their ids are; leave it out.")
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} exists already and is not empty; remove it or name another --out.")
+    folder = new_folder(out)
     loaded = load_tokenizer(tokenizer, eod)
     placed = [_split_and_path(file) for file in files]
     _refuse_repeated([path for _, path in placed], kind)
@@ -101,7 +98,7 @@ def import_files(
         for (split, path), source in zip(placed, opened):
             name = f"{split}-{len(entries.get(split, [])):05d}"
             copy = _Copy(path, loaded)
-            entry = copy.run(source, folder / name, progress or (lambda _name, _done: None))
+            entry = copy.run(source, folder / name, progress)
             entries.setdefault(split, []).append(entry)
             unended += copy.unended
             empty += copy.empty
@@ -295,15 +292,8 @@ def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
     shard = Shard(path)
     for problem in index_problems_of(shard):
         raise DataError(f"{problem} The documents of such a file cannot be imported in order.")
-    ids = shard.tokens
-    if ids.dtype.kind == "f" and any((part != np.floor(part)).any() for part in _parts(ids)):
-        raise DataError(f"{shard.bin} holds {ids.dtype.name} values that are not whole numbers, so they are no ids.")
     lengths = shard.lengths.astype(np.int64)
-    return TokenFile(ids, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
-
-
-def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
-    return (ids[start : start + _PIECE] for start in range(0, ids.size, _PIECE))
+    return TokenFile(shard.tokens, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
 
 
 def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
@@ -328,7 +318,7 @@ def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
     if _size(path) and path.open("rb").read(6) == b"\x93NUMPY":
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy parses the header as Python, so damage raises whatever parsing raises
+        except Exception as error:  # numpy parses the header as Python, so damage raises many kinds
             raise DataError(f"{path} begins like a numpy file but cannot be read as one: {error}.") from None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")

@@ -3,7 +3,7 @@
     data = open_dataset("DATA", split="train")
     order = SampleOrder(data.num_sequences(2048), seed=1)
     window = data.sequence(order[0], 2048)        # 2049 ids: inputs window[:-1], labels window[1:]
-    documents = data.document_ids(window[:-1])    # for attention that stays inside documents
+    documents = document_ids(window[:-1], data.eod_id)    # for attention that stays inside documents
 
 The tokens of a split are one stream, shard after shard; sequence i of length L is the window that begins at token
 i * L and has one token more, the label of its last position. Opening reads the manifest and the ends of each index.
@@ -29,7 +29,7 @@ from data_prep.reading.manifest import Manifest, read_manifest
 from data_prep.reading.manifest import Shard as ShardEntry
 from data_prep.reading.shards import Shard
 
-# Every mapping holds a file descriptor, and there may be more shards than a process may have of those.
+# Every mapping holds a file descriptor, and there may be more shards than a process may open.
 _MAPPINGS = 256
 
 
@@ -50,8 +50,8 @@ def open_dataset(
         fingerprint: of the tokenizer the caller will use; None takes any.
 
     Raises:
-        DataError: in one sentence, the first thing that is wrong: no or a damaged manifest, an unknown split, a
-            missing, truncated or changed shard, or shards of another tokenizer.
+        DataError: the first fault found: a missing or damaged manifest, an unknown split, a missing, truncated or
+            changed shard, or shards of another tokenizer.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -196,14 +196,6 @@ class TokenDataset:
             row[:] = self.sequence(int(index), length)
         return result
 
-    def document_ids(self, tokens: npt.ArrayLike) -> np.ndarray:
-        """Number of the document each token belongs to, from 0 inside each window; int32, the shape of `tokens`.
-
-        Args:
-            tokens: ids `[..., T]`. END_OF_DOCUMENT belongs to the document it ends.
-        """
-        return document_ids(tokens, self.eod_id)
-
     def _map(self, number: int) -> np.ndarray:
         return self.shards[number].map_tokens()
 
@@ -215,7 +207,10 @@ class TokenDataset:
 
 
 def document_ids(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:
-    """Number of the document of each token in `[..., T]`, from 0 in each window; a document ends with `eod_id`."""
+    """Number of the document that each token of `[..., T]` belongs to, from 0 in each window; int32.
+
+    END_OF_DOCUMENT belongs to the document it ends, so the number rises after it.
+    """
     ends = np.asarray(tokens) == eod_id
     numbers = np.zeros(ends.shape, np.int32)
     np.cumsum(ends[..., :-1], axis=-1, dtype=np.int32, out=numbers[..., 1:])

@@ -8,9 +8,8 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.plain_text import plain
-from data_prep.reading.dataset import TokenDataset, open_dataset, open_shard
-from data_prep.reading.manifest import read_manifest
-from data_prep.reading.packed import PackedDataset
+from data_prep.reading.dataset import TokenDataset, document_ids, open_dataset, open_shard
+from data_prep.reading.packed import PackedDataset, is_padding
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
 
@@ -24,11 +23,10 @@ def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: 
         DataError: there is no such split or document.
     """
     data = open_dataset(folder, split)
-    manifest = read_manifest(folder)
     left = number
-    for entry in manifest.splits[split].shards:
+    for entry in data.manifest.splits[split].shards:
         if left < entry.documents:
-            tokens = open_shard(data.path, entry, manifest.dtype).document(left)
+            tokens = open_shard(data.path, entry, data.manifest.dtype).document(left)
             head = f"document {number} of {split}: {len(tokens):,} tokens, source {entry.source}, shard {entry.name}"
             return "\n".join([plain(head), *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
         left -= entry.documents
@@ -45,7 +43,7 @@ def show_sequence(folder: str | os.PathLike[str], split: str, number: int, lengt
         DataError: there is no such split or sequence.
     """
     data = open_dataset(folder, split)
-    settings = read_manifest(folder).settings
+    settings = data.manifest.settings
     own = int(settings.get("sequence_length", 0))
     length = length or own or _LENGTH
     packed = PackedDataset(data, length) if settings.get("packing") == "best-fit" and length == own else None
@@ -55,17 +53,17 @@ def show_sequence(folder: str | os.PathLike[str], split: str, number: int, lengt
     tokens = (packed or data).sequence(number, length)
     what = "tokens and the next one"
     if packed is not None:
-        padding = packed.is_padding(tokens)
+        padding = is_padding(tokens, data.eod_id)
         what += f", packed best-fit with {int(padding.sum())} of padding"
         tokens = tokens[~padding]
-    documents = data.document_ids(tokens)
+    documents = document_ids(tokens, data.eod_id)
     head = f"sequence {number} of {count:,} in {split}: {length} {what}, {documents[-1] + 1} document(s)"
     return "\n".join([head, *_shown(load_tokenizer(data.tokenizer_path), data, tokens, ids)])
 
 
 def _shown(tokenizer: Tokenizer, data: TokenDataset, tokens: np.ndarray, ids: bool) -> list[str]:
     lines: list[str] = []
-    documents = data.document_ids(tokens)
+    documents = document_ids(tokens, data.eod_id)
     for number in range(int(documents[-1]) + 1 if len(tokens) else 0):
         own = tokens[documents == number].tolist()
         ended = own[-1] == data.eod_id

@@ -25,10 +25,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.errors import DataError
-from data_prep.reading.dataset import TokenDataset, document_ids
+from data_prep.reading.dataset import TokenDataset
 from data_prep.reading.sample_order import SampleOrder
 
 if TYPE_CHECKING:
@@ -70,10 +69,9 @@ class _Node:
 
 
 class Mixture:
-    """Samples drawn from several sources by weight; each source in a shuffled order of its own, epoch after epoch.
+    """Samples drawn from several sources by weight; each source in its own shuffled order, epoch after epoch.
 
-    In any window of samples, each source has its share to within a few samples, fewer than a batch has (the tests hold
-    it to 3 samples for 22 sources).
+    In any window of samples, each source has its share to within a few samples (the tests: 3 samples for 22 sources).
 
     Args:
         sources: streams of one tokenizer, with distinct names.
@@ -178,22 +176,11 @@ class Mixture:
 
     def sequence(self, sample: int) -> np.ndarray:
         """Ids `[length + 1]` of one sample, a read-only view where its data set gives one."""
-        source, index = self._drawn(sample)
-        return self.sources[source].dataset.sequence(index, self.length)
-
-    def source_of(self, sample: int) -> str:
-        """Name of the source that gives `sample`."""
-        return self.sources[self._drawn(sample)[0]].name
-
-    def _drawn(self, sample: int) -> tuple[int, int]:
         if sample < 0:
             raise IndexError(f"samples are counted from 0; got {sample}")
         chosen, indexes = self._blocks(sample // _BLOCK)
-        return int(chosen[sample % _BLOCK]), int(indexes[sample % _BLOCK])
-
-    def document_ids(self, tokens: npt.ArrayLike) -> np.ndarray:
-        """Number of the document each token of `[..., T]` belongs to, from 0 in each window; int32."""
-        return document_ids(tokens, self.eod_id)
+        source = self.sources[int(chosen[sample % _BLOCK])]
+        return source.dataset.sequence(int(indexes[sample % _BLOCK]), self.length)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """How many of the first `samples` samples each source gives."""

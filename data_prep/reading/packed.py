@@ -2,7 +2,7 @@
 
     data = PackedDataset(open_dataset("DATA"), 2048)     # written with --packing best-fit --sequence-length 2048
     window = data.sequence(0, 2048)              # 2049 ids as always; the rest of a sequence is END_OF_DOCUMENT
-    wanted = ~data.is_padding(window)[1:]        # labels that count
+    wanted = ~is_padding(window, data.eod_id)[1:]        # labels that count
 
 It has the interface of the data set it comes from, so it can be shuffled and mixed in the same way.
 
@@ -114,16 +114,6 @@ class PackedDataset:
         rows = [self.sequence(int(index), length) for index in indexes]
         return np.stack(rows) if rows else np.empty((0, length + 1), self.dataset.dtype)
 
-    def is_padding(self, tokens: npt.ArrayLike) -> np.ndarray:
-        """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT behind END_OF_DOCUMENT, as no document is empty.
-
-        So is an END_OF_DOCUMENT that is all that is left of a cut document: nothing in the sequence predicts it.
-        """
-        ends = np.asarray(tokens) == self.dataset.eod_id
-        padding = np.zeros(ends.shape, bool)
-        np.logical_and(ends[..., 1:], ends[..., :-1], out=padding[..., 1:])
-        return padding
-
     def only(self, source: str) -> PackedDataset:
         """The sequences of one source alone; DataError when there is none of that name."""
         return PackedDataset(self.dataset.only(source), self.length)
@@ -140,6 +130,18 @@ class PackedDataset:
 
     def __setstate__(self, state: tuple[TokenDataset, int]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+
+def is_padding(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:
+    """Which of the ids `[..., T]` are padding: END_OF_DOCUMENT after END_OF_DOCUMENT, as no document is empty; bool.
+
+    An END_OF_DOCUMENT that is all that is left of a cut document counts as padding too: nothing in the sequence
+    predicts it.
+    """
+    ends = np.asarray(tokens) == eod_id
+    padding = np.zeros(ends.shape, bool)
+    np.logical_and(ends[..., 1:], ends[..., :-1], out=padding[..., 1:])
+    return padding
 
 
 def read_packing(prefix: str | os.PathLike[str], length: int) -> Packing:

@@ -11,7 +11,7 @@
     int64[S]     byte offset of each sequence in .bin
     int64[D]     index of the first sequence of each document, and S at the end
 
-Shards written here have one sequence per document, except where a document is longer than an int32 can say.
+Shards written here have one sequence per document.
 
     with ShardWriter("out/train-00000", dtype_for_vocabulary(49152)) as writer:
         writer.write(ids, lengths)          # many whole documents, flat
@@ -44,20 +44,13 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 UINT16_VOCABULARY = 65_500  # Megatron's limit, below 65,536 so that padded vocabularies still fit
-MAX_SEQUENCE = 2**31 - 1
+LONGEST_DOCUMENT = 2**31 - 1  # tokens; the index counts them in an int32
 
-# Megatron and NeoX disagree about 6 and 7 (the two floats); Shard settles it by the size of the .bin.
-TYPE_CODES: dict[int, tuple[str, ...]] = {
-    1: ("<u1",),
-    2: ("<i1",),
-    3: ("<i2",),
-    4: ("<i4",),
-    5: ("<i8",),
-    6: ("<f8", "<f4"),
-    7: ("<f4", "<f8"),
-    8: ("<u2",),
+# 6 and 7 are floats, which no ids are.
+TYPE_CODES = {
+    code: np.dtype(name) for code, name in zip((1, 2, 3, 4, 5, 8), ("<u1", "<i1", "<i2", "<i4", "<i8", "<u2"))
 }
-WRITABLE_CODES = {np.dtype(names[0]): code for code, names in TYPE_CODES.items() if len(names) == 1}
+_CODES = {dtype: code for code, dtype in TYPE_CODES.items()}
 
 _PIECE = 1 << 20  # entries handled at a time when an index is written
 
@@ -68,12 +61,12 @@ def dtype_for_vocabulary(size: int) -> np.dtype:
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """`prefix` with `.bin` behind it; dots in the name stay."""
+    """`prefix` with `.bin` added; dots in the name stay."""
     return Path(f"{os.fspath(prefix)}.bin")
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """`prefix` with `.idx` behind it; dots in the name stay."""
+    """`prefix` with `.idx` added; dots in the name stay."""
     return Path(f"{os.fspath(prefix)}.idx")
 
 
@@ -92,7 +85,7 @@ class ShardWriter:
     """Streams documents into a shard that appears under its name only when it is whole.
 
     Memory does not grow with the number of tokens or documents. As a context manager it finishes the shard at the end
-    of the block and discards it when the block raises; `.idx` gets its name last, so a shard with an index is whole.
+    of the block and discards it when the block raises. `.idx` gets its name last, so a shard with an index is whole.
 
     Args:
         prefix: path without suffix; the folder is created when missing.
@@ -106,15 +99,13 @@ class ShardWriter:
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in WRITABLE_CODES:
-            known = ", ".join(sorted(known.name for known in WRITABLE_CODES))
+        if self.dtype not in _CODES:
+            known = ", ".join(sorted(known.name for known in _CODES))
             raise DataError(f"{self.prefix}: shards cannot hold ids of type {self.dtype}; use one of {known}.")
         limits = np.iinfo(self.dtype)
         self._lowest, self._highest = int(limits.min), int(limits.max)
         self._bin_digest = hashlib.sha256()
-        self._sequences = 0
         self._open_tokens: int | None = None  # tokens of the document that extend() began, None between documents
-        self._long_documents: list[tuple[int, int]] = []  # (document, sequences beyond its first)
         self.tokens = 0
         self.documents = 0
         self.summary: ShardSummary  # set by close()
@@ -136,12 +127,8 @@ class ShardWriter:
         values = self._checked(ids)
         if sizes.ndim != 1 or (sizes.size and sizes.min() < 0) or int(sizes.sum()) != values.size:
             raise DataError(f"{self.prefix}: lengths add up to {int(sizes.sum())} but {values.size} ids were given.")
-        if sizes.size and sizes.max() > MAX_SEQUENCE:
-            raise DataError(f"{self.prefix}: a document above {MAX_SEQUENCE} tokens must be written with extend().")
         self._append(values)
-        self._idx.write(sizes.astype("<i4").tobytes())
-        self._sequences += sizes.size
-        self.documents += sizes.size
+        self._end_documents(sizes)
 
     def add(self, ids: npt.ArrayLike) -> None:
         """Append one whole document."""
@@ -158,16 +145,7 @@ class ShardWriter:
         """Close the document that `extend` began."""
         if self._open_tokens is None:
             raise DataError(f"{self.prefix}: end_document() without a document begun by extend().")
-        left, sequences = self._open_tokens, 1
-        while left > MAX_SEQUENCE:
-            self._idx.write(struct.pack("<i", MAX_SEQUENCE))
-            left -= MAX_SEQUENCE
-            sequences += 1
-        self._idx.write(struct.pack("<i", left))
-        if sequences > 1:
-            self._long_documents.append((self.documents, sequences - 1))
-        self._sequences += sequences
-        self.documents += 1
+        self._end_documents(np.array([self._open_tokens]))
         self._open_tokens = None
 
     def close(self) -> ShardSummary:
@@ -213,6 +191,14 @@ class ShardWriter:
             )
         return np.ascontiguousarray(values, dtype=self.dtype)
 
+    def _end_documents(self, sizes: np.ndarray) -> None:
+        if sizes.size and sizes.max() > LONGEST_DOCUMENT:
+            raise DataError(
+                f"{self.prefix}: a document has {sizes.max()} tokens, more than {LONGEST_DOCUMENT}; split it."
+            )
+        self._idx.write(sizes.astype("<i4").tobytes())
+        self.documents += sizes.size
+
     def _append(self, values: np.ndarray) -> None:
         if values.size:
             data = values.data.cast("B")
@@ -224,21 +210,18 @@ class ShardWriter:
         """Derive offsets and documents from the lengths already there, put the header in front; the file's checksum."""
         index, size = self._idx, self.dtype.itemsize
         offset = 0
-        for start in range(0, self._sequences, _PIECE):
+        for start in range(0, self.documents, _PIECE):
             index.seek(HEADER.size + 4 * start)
-            lengths = np.frombuffer(index.read(4 * min(_PIECE, self._sequences - start)), "<i4").astype("<i8")
+            lengths = np.frombuffer(index.read(4 * min(_PIECE, self.documents - start)), "<i4").astype("<i8")
             ends = offset + np.cumsum(lengths) * size
             index.seek(0, os.SEEK_END)
             index.write((ends - lengths * size).tobytes())
             offset = int(ends[-1])
         index.seek(0, os.SEEK_END)
         for start in range(0, self.documents + 1, _PIECE):
-            firsts = np.arange(start, min(start + _PIECE, self.documents + 1), dtype="<i8")
-            for document, extra in self._long_documents:
-                firsts[max(0, document + 1 - start) :] += extra
-            index.write(firsts.tobytes())
+            index.write(np.arange(start, min(start + _PIECE, self.documents + 1), dtype="<i8").tobytes())
         index.seek(0)
-        index.write(HEADER.pack(MAGIC, VERSION, WRITABLE_CODES[self.dtype], self._sequences, self.documents + 1))
+        index.write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.documents, self.documents + 1))
         digest = hashlib.sha256()
         index.seek(0)
         while piece := index.read(1 << 20):
@@ -273,17 +256,15 @@ class Shard:
                 raise DataError(
                     f"{self.idx} is truncated: {len(header)} bytes are less than its header of {HEADER.size}."
                 )
-            magic, version, self.type_code, self.num_sequences, entries = HEADER.unpack(header)
+            magic, version, code, self.num_sequences, entries = HEADER.unpack(header)
             if magic != MAGIC:
                 raise DataError(f"{self.idx} is not a Megatron index: it begins with {magic!r} instead of {MAGIC!r}.")
             if version != VERSION:
                 raise DataError(
                     f"{self.idx} has version {version} of the Megatron index; version {VERSION} is readable."
                 )
-            if self.type_code not in TYPE_CODES:
-                raise DataError(
-                    f"{self.idx} has the unknown type code {self.type_code}; known are {sorted(TYPE_CODES)}."
-                )
+            if code not in TYPE_CODES:
+                raise DataError(f"{self.idx} has the type code {code}, which is not one of integers: {[*TYPE_CODES]}.")
             if entries < 1:
                 raise DataError(f"{self.idx} has no document entries; at least the closing one is expected.")
             expected = HEADER.size + 12 * self.num_sequences + 8 * entries
@@ -300,7 +281,13 @@ class Shard:
             closing = self._entry(stream, expected - 8, "<q")
         if closing != self.num_sequences:
             raise DataError(f"{self.idx} is damaged: its documents end at sequence {closing} of {self.num_sequences}.")
-        self.dtype = self._settle_dtype(last_length, last_offset)
+        self.dtype = TYPE_CODES[code]
+        end = last_offset + last_length * self.dtype.itemsize
+        if self.bin_bytes != end or last_offset < 0 or last_length < 0:
+            raise DataError(
+                f"{self.bin} has {self.bin_bytes} bytes, but its index expects {end}; "
+                "it is truncated or belongs to another index: copy it again or rebuild the data set."
+            )
         self.num_tokens = self.bin_bytes // self.dtype.itemsize
 
     @staticmethod
@@ -308,24 +295,13 @@ class Shard:
         stream.seek(position)
         return int(struct.unpack(kind, stream.read(struct.calcsize(kind)))[0])
 
-    def _settle_dtype(self, last_length: int, last_offset: int) -> np.dtype:
-        candidates = [np.dtype(name) for name in TYPE_CODES[self.type_code]]
-        for dtype in candidates:
-            if self.bin_bytes == last_offset + last_length * dtype.itemsize and last_offset >= 0 and last_length >= 0:
-                return dtype
-        expected = " or ".join(str(last_offset + last_length * dtype.itemsize) for dtype in candidates)
-        raise DataError(
-            f"{self.bin} has {self.bin_bytes} bytes, but its index expects {expected}; "
-            "it is truncated or belongs to another index: copy it again or rebuild the data set."
-        )
-
     @cached_property
     def tokens(self) -> np.ndarray:
         """All ids, `[num_tokens]`, a read-only view of the mapped `.bin`."""
         return self.map_tokens()
 
     def map_tokens(self) -> np.ndarray:
-        """A mapping of its own of all ids, which ends with the last view of it.
+        """A new mapping of all ids, which is closed with the last view of it.
 
         Raises:
             DataError: the file is gone, or has another size than when the shard was opened.

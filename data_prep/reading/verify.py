@@ -22,7 +22,7 @@ from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 
 _COUNTS = ("documents", "tokens", "text_bytes")
-_PIECE = 1 << 22  # ids or index entries looked at in one go
+_PIECE = 1 << 22  # ids or index entries checked at a time
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class VerifyReport:
         return not self.problems
 
 
-def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], None] | None = None) -> VerifyReport:
+def verify_dataset(
+    path: str | os.PathLike[str], progress: Callable[[str, int], None] = lambda _shard, _tokens: None
+) -> VerifyReport:
     """Check structure, checksums, index, ids and counts of every shard of every split, the raw text of the held-out
     documents, and the copy of the tokenizer.
 
@@ -58,8 +60,7 @@ def verify_dataset(path: str | os.PathLike[str], progress: Callable[[str, int], 
 
     def check(entry: ShardEntry) -> list[str]:
         problems = list(_shard_problems(folder, entry, manifest))
-        if progress:
-            progress(entry.name, entry.tokens)
+        progress(entry.name, entry.tokens)
         return problems
 
     problems = [

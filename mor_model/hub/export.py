@@ -1,7 +1,7 @@
 """A trained network as a folder that transformers loads.
 
-A vanilla network becomes a plain `LlamaForCausalLM`. Any other takes its modelling code along: the very source files of
-this package that it runs on, with their imports made relative, so that there is no second implementation to drift away.
+A vanilla network becomes a plain `LlamaForCausalLM`. For any other, the folder also gets modelling code: the source
+files of this package with their imports made relative, so there is no second implementation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def export_hf(model: RecursiveTransformer, tokenizer: str | os.PathLike[str], ou
         if end >= model.config.vocab_size:
             raise ConfigError(f"{tokenizer}: its end-of-text id {end} lies outside the model's vocabulary.")
         if is_llama(model.config):
-            config, state = _as_llama(model)
+            config, state = llama_config(model.config), to_llama(model.state_dict(), model.config)
         else:
             config, state = _as_own(model)
             _write_code(building)
@@ -63,13 +63,14 @@ def export_hf(model: RecursiveTransformer, tokenizer: str | os.PathLike[str], ou
         _write_json(building / "generation_config.json", {**ids, **({"suppress_tokens": padding} if padding else {})})
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
-        # Weights and folder are made private to their owner by their libraries; an export is for others.
+        # The libraries make weights and folder private to their owner; an export is for others too.
         mask = os.umask(0)
         os.umask(mask)
         building.chmod(0o777 & ~mask)
         for file in building.iterdir():
             file.chmod(0o666 & ~mask)
-            _sync(file)
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
         if out.is_dir():
             out.rmdir()
         building.rename(out)
@@ -77,10 +78,6 @@ def export_hf(model: RecursiveTransformer, tokenizer: str | os.PathLike[str], ou
         shutil.rmtree(building, ignore_errors=True)
         raise
     return out
-
-
-def _as_llama(model: RecursiveTransformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return llama_config(model.config), to_llama(model.state_dict(), model.config)
 
 
 def _as_own(model: RecursiveTransformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,8 +107,9 @@ def _write_code(folder: Path) -> None:
             continue
         text = source.read_text(encoding="utf-8")
         texts[source.stem] = _OWN_IMPORT.sub(r"\1.\2\3", text)
-        for name in _own_imports(text):
-            waiting.append(_PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py"))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mor_model."):
+                waiting.append(_PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py"))
     # transformers 4 copies only the files that the entry file itself imports.
     others = sorted(texts.keys() - {_ENTRY})
     texts[_ENTRY] += "\n\n" + "".join(f"from .{name} import __name__ as _{name}  # noqa: E402\n" for name in others)
@@ -119,15 +117,5 @@ def _write_code(folder: Path) -> None:
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
-def _own_imports(text: str) -> list[str]:
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
-    return [node.module for node in nodes if node.module and node.module.startswith("mor_model.")]
-
-
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())

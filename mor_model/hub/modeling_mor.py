@@ -1,6 +1,6 @@
 """An exported network as a transformers model: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-The network itself is the project's own source, which travels beside this file; here is only what transformers asks for.
+The network itself is the project's own source, exported beside this file. Here is only the interface to transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mor_model.model import RecursiveTransformer
 
 
 class MorCache:
-    """Keys and values of a batch in generation; what transformers asks of a cache."""
+    """Keys and values of a batch in generation, with the interface that transformers expects of a cache."""
 
     is_compileable = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def _load(folder: Path) -> Any:
 
 @contextmanager
 def _library_errors(source: Path) -> Iterator[None]:
-    """Whatever a tokenizer library raises in the block, panics of Rust included, as a ConfigError."""
+    """Turn what a tokenizer library raises in the block, panics of Rust included, into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -119,13 +119,15 @@ def _from_sentencepiece(source: Path, end: str, out: Path) -> str:
     description: Any = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())  # type: ignore[attr-defined]
     end = end or model.IdToPiece(model.eos_id())
     tokenizer = _equivalent(model, description)
-    written = tokenizer.to_str(pretty=False)
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    _check_same_ids(source, model.EncodeAsIds, ids, model.DecodeIds, tokenizer.decode)
-    out.write_text(written, encoding="utf-8")
+    for sample in SAMPLES:
+        ids = model.EncodeAsIds(sample)
+        same = tokenizer.encode(sample, add_special_tokens=False).ids == ids
+        if not same or tokenizer.decode(ids) != model.DecodeIds(ids):
+            raise ConfigError(
+                f"{source}: this sentencepiece model has no exact tokenizer.json (it differs on {sample!r}); export it "
+                "with a byte-level BPE tokenizer instead."
+            )
+    out.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     return end
 
 
@@ -177,19 +179,3 @@ def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
         merges += [(-model.GetScore(token), left, right) for left, right in parts]
     merges.sort(key=lambda merge: merge[0])
     return [(left, right) for _, left, right in merges]
-
-
-def _check_same_ids(
-    source: Path,
-    expected: Callable[[str], list[int]],
-    found: Callable[[str], list[int]],
-    expected_text: Callable[[list[int]], str],
-    found_text: Callable[[list[int]], str],
-) -> None:
-    for sample in SAMPLES:
-        ids = expected(sample)
-        if found(sample) != ids or found_text(ids) != expected_text(ids):
-            raise ConfigError(
-                f"{source}: this sentencepiece model has no exact tokenizer.json (it differs on {sample!r}); export it "
-                "with a byte-level BPE tokenizer instead."
-            )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from data_prep.reading.dataset import document_ids
 from pretrain.errors import UserError
 from pretrain.evaluation.evaluation_ranks import sum_over_ranks
 from pretrain.evaluation.settings import Routing, check_routing
@@ -67,12 +68,6 @@ def split_windows(context: Sequence[int], targets: Sequence[int], max_length: in
     return windows
 
 
-def documents_of(inputs_BT: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Number of each token's document, (B, T): how many END_OF_DOCUMENT tokens come before it in its row."""
-    ends_BT = (inputs_BT == eod_id).long()
-    return ends_BT.cumsum(dim=1) - ends_BT
-
-
 @dataclasses.dataclass
 class Scorer:
     """A network as a function from windows to log-likelihoods.
@@ -109,7 +104,8 @@ class Scorer:
     def forward(self, inputs_BT: torch.Tensor, **options: Any) -> Any:
         """The network's output with this scorer's routing and depth."""
         if self.model.config.document_masking:
-            options["documents_BT"] = documents_of(inputs_BT, self.eod_id)
+            documents = document_ids(inputs_BT.numpy(force=True), self.eod_id)
+            options["documents_BT"] = torch.from_numpy(documents).to(inputs_BT)
         return self.model(inputs_BT, routing=self.routing, depth=self.depth, **options)
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data_prep.reading.dataset import document_ids
 from data_prep.reading.mixture import Mixture
+from data_prep.reading.packed import is_padding
 from mor_model.loss import IGNORED_LABEL
 
 SkipRanges = tuple[tuple[int, int], ...]
@@ -177,19 +179,16 @@ def make_micro_batch(rows: Sequence[np.ndarray], end_of_document: int | None, pa
     Args:
         end_of_document: token that ends a document, to number documents by, where the network masks them; else None.
         padding: the same token where sequences are packed best-fit: where it follows itself it is padding
-            (`data_prep.reading.packed.PackedDataset.is_padding`), which is neither predicted nor routed; else None.
+            (`data_prep.reading.packed.is_padding`), which is neither predicted nor routed; else None.
     """
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     documents = None
     if end_of_document is not None:
-        # A document ends WITH its end token, so the number rises at the position after it.
-        ends = (inputs == end_of_document).long()
-        documents = ends.cumsum(1) - ends
+        documents = torch.from_numpy(document_ids(inputs.numpy(), end_of_document)).long()
     valid = None
     if padding is not None:
-        filling = torch.zeros_like(tokens, dtype=torch.bool)
-        filling[:, 1:] = (tokens[:, 1:] == padding) & (tokens[:, :-1] == padding)
+        filling = torch.from_numpy(is_padding(tokens.numpy(), padding))
         labels = labels.masked_fill(filling[:, 1:], IGNORED_LABEL)  # a copy: of one row, labels and inputs are views
         # What is left of a cut document may be its end alone: it looks like padding, but the next document follows it.
         valid = ~filling[:, :-1] | (labels != IGNORED_LABEL)

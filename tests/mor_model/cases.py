@@ -36,6 +36,16 @@ def small_model(
     return model.to(**to) if to else model
 
 
+def enlarged(config: ModelConfig, scale: float = 3.0, noise: float = 0.05) -> RecursiveTransformer:
+    """A network in evaluation mode whose weights are large enough for a comparison of its outputs to mean something."""
+    model = small_model(config, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale).add_(torch.randn(parameter.shape, generator=generator), alpha=noise)
+    return model.eval()
+
+
 def assert_near(found: Tensor, expected: Tensor) -> None:
     """Equal up to how fp32 rounds on its way through a network, which is another on every kind of CPU: up to 6e-6 of
     the largest value. A wrong epsilon in the norms makes 3e-3.

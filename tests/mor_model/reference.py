@@ -257,7 +257,7 @@ class Network:
             exponentials = scores[t].exp()
             gates[t] = exponentials / exponentials.sum() if router.gate == "softmax" else 1 / (1 + 1 / exponentials)
             share[t] = gates[t] / gates[t].sum()
-            preference = [float(gates[t][i]) for i in range(R)]
+            preference = gates[t].tolist()
             if router.balance == "bias" and self.balance_steps is not None:
                 preference = [p + router.bias_update_rate * n for p, n in zip(preference, self.balance_steps)]
             sequence.depth[t] = self.fixed_depth or max(range(R), key=lambda i: preference[i]) + 1

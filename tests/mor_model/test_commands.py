@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import sentencepiece
 import torch
 
 from data_prep.tokenizers.loading import load_tokenizer
 from mor_model import ModelConfig, RecursiveTransformer, load_model, preset, save_weights
 from mor_model.generation import generate
 from pretrain.cli.generate import _coloured, _legend, spell
-from pretrain.cli.main import main
+from tests.mor_model.run_tokenizers import trained_sentencepiece
 
-END_OF_DOCUMENT = "<|endoftext|>"
 TEXT = "the cat sat on the mat and the dog sat on the log; naïve café, 你好 — 12345\n"
 
 
 def run_folder(folder: Path, config: ModelConfig) -> Path:
     """A finished run's weights and tokenizer: bytes and a few merges."""
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text("name: test\n")
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20),
-        model_writer=trained,
+    trained_sentencepiece(
+        folder / "tokenizer",
+        [TEXT] * 20,
         vocab_size=config.vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
         character_coverage=0.9995,
         add_dummy_prefix=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        eos_piece=END_OF_DOCUMENT,
-        hard_vocab_limit=False,
-        minloglevel=2,
+        model_type="bpe",
     )
-    (folder / "tokenizer" / "tokenizer.model").write_bytes(trained.getvalue())
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": END_OF_DOCUMENT, "tokenizer_class": "LlamaTokenizer"})
-    )
+    (folder / "recipe.yaml").write_text("name: test\n")
     model = RecursiveTransformer(config)
     model.initialize(3)
     with torch.no_grad():
@@ -58,25 +42,6 @@ def run_folder(folder: Path, config: ModelConfig) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     return run_folder(tmp_path_factory.mktemp("runs") / "mor", preset("tiny", "mor", 3, vocab_size=320))
-
-
-class Shown(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def mor(capsys, monkeypatch):
-    """`mor ARGUMENTS` in this process."""
-
-    def run_command(*arguments: str | Path) -> Shown:
-        monkeypatch.setattr(sys, "argv", ["mor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Shown(int(ended.value.code or 0), *capsys.readouterr())
-
-    return run_command
 
 
 def test_flops_of_a_preset_shows_its_variants_side_by_side(mor):

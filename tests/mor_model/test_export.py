@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -22,11 +21,9 @@ from mor_model.flops import count_parameters
 from mor_model.generation import generate
 from mor_model.hub.export import export_hf
 from mor_model.hub.tokenizer import export_tokenizer
-from tests.mor_model.cases import assert_near
+from tests.mor_model.cases import assert_near, enlarged
+from tests.mor_model.run_tokenizers import LETTERS, letters_tokenizer, trained_sentencepiece
 from tests.mor_model.test_generation import EXPERT, ROUTED, SHAPE, TOKEN
-
-END_OF_DOCUMENT = "<|endoftext|>"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 MODELS: dict[str, dict[str, Any]] = {
     "recursive": {**SHAPE, "sharing": "middle_cycle", "recursions": 3, "tie_embeddings": False},
@@ -38,35 +35,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def built(shape: dict[str, Any]) -> RecursiveTransformer:
-    model = RecursiveTransformer(ModelConfig.from_dict(shape))
-    model.initialize(1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0).add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    model = enlarged(ModelConfig.from_dict(shape))
     for name, buffer in model.named_buffers():
         if name.endswith("balance_steps_R"):
             buffer.copy_(torch.tensor([-40, 10, 30]))
-    return model.eval()
-
-
-def byte_tokenizer(folder: Path) -> Path:
-    """A `tokenizer.json` of letters, with END_OF_DOCUMENT as id 0."""
-    import tokenizers
-
-    vocabulary = {END_OF_DOCUMENT: 0, **{letter: 1 + place for place, letter in enumerate(LETTERS + " ")}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.add_special_tokens([END_OF_DOCUMENT])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
-    return folder
+    return model
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "letters")
+    return letters_tokenizer(tmp_path_factory.mktemp("tokenizer") / "letters")
 
 
 LOADER = """
@@ -214,21 +192,17 @@ def test_ids_beyond_the_tokenizers_are_never_chosen_by_transformers(tmp_path, to
         ("tokenizer_config.json", b'{"eos_token": {"content": 7}}', "eos_token must be the name of a token"),
         ("tokenizer.json", b"\xff\xfe", "the tokenizer cannot be read"),
         ("tokenizer.json", b'{"model": null}', "the tokenizer cannot be read"),
+        ("tokenizer.model", b"no model", "the tokenizer cannot be read"),
     ],
 )
 def test_damaged_tokenizer_files_are_named(tmp_path, name, content, message):
-    source = byte_tokenizer(tmp_path / "letters")
+    source = letters_tokenizer(tmp_path / "letters")
+    if name == "tokenizer.model":
+        (source / "tokenizer.json").unlink()
     (source / name).write_bytes(content)
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=message):
         export_tokenizer(source, tmp_path / "out")
-
-
-def test_a_damaged_sentencepiece_model_is_named(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
-        export_tokenizer(tmp_path, tmp_path / "out")
 
 
 def test_an_export_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
@@ -259,21 +233,7 @@ def sentencepiece_tokenizer(folder: Path, **options: Any) -> Path:
         "  naïve café — 12345 你好  \n",
         "\t\tif x == 1:\n",
     ]
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines * 20),
-        model_writer=trained,
-        vocab_size=330,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        eos_piece=END_OF_DOCUMENT,
-        minloglevel=2,
-        **options,
-    )
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.model").write_bytes(trained.getvalue())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
-    return folder
+    return trained_sentencepiece(folder, lines * 20, vocab_size=330, **options)
 
 
 PLAIN = {
@@ -313,7 +273,7 @@ def test_a_tokenizer_that_cannot_be_carried_over_exactly_is_refused(tmp_path):
     source = sentencepiece_tokenizer(tmp_path / "suffix", model_type="bpe", treat_whitespace_as_suffix=True)
     with pytest.raises(ConfigError, match=r"no exact tokenizer\.json"):
         export_tokenizer(source, tmp_path / "out")
-    nameless = byte_tokenizer(tmp_path / "nameless")
+    nameless = letters_tokenizer(tmp_path / "nameless")
     (nameless / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match="names no eos_token"):
         export_tokenizer(nameless, tmp_path / "out")

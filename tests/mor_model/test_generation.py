@@ -13,6 +13,7 @@ from mor_model.errors import ConfigError
 from mor_model.flops import kv_bytes_per_token
 from mor_model.generation import advance, generate, pick_tokens
 from mor_model.model import RecursiveTransformer
+from tests.mor_model.cases import enlarged
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -54,13 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def built(name: str) -> RecursiveTransformer:
     """A network in float64 with weights large enough that every token's path and past make a difference."""
-    model = RecursiveTransformer(ModelConfig.from_dict(MODELS[name]))
-    model.initialize(1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.double().eval()
+    return enlarged(ModelConfig.from_dict(MODELS[name]), 4.0, 0.1).double()
 
 
 @torch.no_grad()

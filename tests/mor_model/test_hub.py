@@ -10,7 +10,7 @@ from mor_model.config import ModelConfig
 from mor_model.hub.configuration_mor import MorConfig
 from mor_model.hub.llama import from_llama, llama_config, to_llama
 from mor_model.model import RecursiveTransformer
-from tests.mor_model.cases import assert_near
+from tests.mor_model.cases import assert_near, enlarged
 
 SHAPES = {
     "grouped heads": {"num_heads": 4, "num_kv_heads": 2},
@@ -31,17 +31,6 @@ def vanilla(name: str) -> ModelConfig:
     return ModelConfig.from_dict(shape)
 
 
-def initialized(config: ModelConfig) -> RecursiveTransformer:
-    """A network whose logits are large enough for a comparison to mean something."""
-    model = RecursiveTransformer(config)
-    model.initialize(1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0).add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
-
-
 def llama_of(model: RecursiveTransformer) -> LlamaForCausalLM:
     llama = LlamaForCausalLM(LlamaConfig(**llama_config(model.config)))
     missing, unexpected = llama.load_state_dict(to_llama(model.state_dict(), model.config), strict=False)
@@ -52,7 +41,7 @@ def llama_of(model: RecursiveTransformer) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_vanilla_logits_and_gradients_are_llamas(name):
-    model = initialized(vanilla(name))
+    model = enlarged(vanilla(name))
     llama = llama_of(model)
     tokens = torch.randint(97, (2, 34), generator=torch.Generator().manual_seed(3))
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -77,7 +66,7 @@ def test_vanilla_logits_and_gradients_are_llamas(name):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_weights_survive_the_way_to_llama_and_back(name):
-    model = initialized(vanilla(name))
+    model = enlarged(vanilla(name))
     state = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
     back = from_llama(to_llama(state, model.config), model.config, "checkpoint")
     assert back.keys() == state.keys()

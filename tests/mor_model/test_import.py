@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mor_model import ConfigError, ExpertChoiceConfig, ModelConfig, RecursiveTransformer, load_model, save_weights
 from mor_model.hub.importing import import_hf, layer_sources
 from mor_model.hub.llama import llama_config, to_llama
-from pretrain.cli.main import main
+from tests.mor_model.run_tokenizers import letters_tokenizer
 
 SHAPE = {
     "vocab_size": 71,
@@ -197,42 +195,26 @@ def test_an_index_that_is_none(llama, tmp_path, text):
         import_hf(checkpoint)
 
 
-def run_mor(monkeypatch, capsys, *arguments: str | Path) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["mor", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    shown = capsys.readouterr()
-    return int(ended.value.code or 0), shown.out + shown.err
-
-
-def test_the_commands_lead_out_and_back(llama, tmp_path, monkeypatch, capsys):
-    def mor(*arguments: str | Path) -> tuple[int, str]:
-        return run_mor(monkeypatch, capsys, *arguments)
-
+def test_the_commands_lead_out_and_back(llama, tmp_path, mor):
     run = tmp_path / "run"
-    code, said = mor("import", "hf", llama[1], "--out", run)
-    assert (code, "8 layers" in said) == (0, True)
-    assert mor("import", "hf", llama[1], "--out", run)[0] == 2
+    imported = mor("import", "hf", llama[1], "--out", run)
+    assert imported.returncode == 0 and "8 layers" in imported.stdout + imported.stderr
+    assert mor("import", "hf", llama[1], "--out", run).returncode == 2
 
     (run / "recipe.yaml").write_text("name: imported\n")
-    vocabulary = {"<|endoftext|>": 0, **{letter: place for place, letter in enumerate("abcdefgh ", 1)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    (run / "tokenizer").mkdir()
-    tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
-    (run / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    code, said = mor("export", run, "--to", "hf", "--out", tmp_path / "out")
-    assert (code, "AutoModelForCausalLM.from_pretrained" in said, "trust_remote_code" in said) == (0, True, False)
+    letters_tokenizer(run / "tokenizer")
+    exported = mor("export", run, "--to", "hf", "--out", tmp_path / "out")
+    said = exported.stdout + exported.stderr
+    assert (exported.returncode, "AutoModelForCausalLM.from_pretrained" in said) == (0, True)
+    assert "trust_remote_code" not in said
     ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(llama[1] / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert mor("export", run, "--to", "gguf", "--out", tmp_path / "other")[0] == 2
+    assert mor("export", run, "--to", "gguf", "--out", tmp_path / "other").returncode == 2
 
     recursive = tmp_path / "recursive"
-    code, said = mor(
-        "import", "hf", tmp_path / "out", "--out", recursive, "--variant", "mor", "--initialization", "average"
-    )
-    assert code == 0, said
+    options = ("--out", recursive, "--variant", "mor", "--initialization", "average")
+    assert mor("import", "hf", tmp_path / "out", *options).returncode == 0
     assert load_model(recursive / "weights").config.router == ExpertChoiceConfig()
     assert (recursive / "tokenizer" / "tokenizer.json").is_file()
-    assert mor("import", "hf", llama[1], "--out", tmp_path / "x", "--variant", "moe")[0] == 2
+    assert mor("import", "hf", llama[1], "--out", tmp_path / "x", "--variant", "moe").returncode == 2

@@ -49,13 +49,6 @@ def test_a_vanilla_schedule_is_one_step_of_distinct_layers():
 
 
 @pytest.mark.parametrize(
-    ("depth", "recursions", "stored"), [(32, 2, 17), (32, 3, 12), (34, 4, 10)], ids=["R=2", "R=3", "R=4"]
-)
-def test_360m_stores_what_the_paper_stores(depth, recursions, stored):
-    assert layer_schedule(depth, recursions, "middle_cycle").num_stored == stored
-
-
-@pytest.mark.parametrize(
     ("depth", "recursions", "sharing", "nearest"),
     [
         (30, 3, "middle_cycle", "29 and 32"),

@@ -67,20 +67,21 @@ def test_a_failed_write_leaves_the_old_model(saved, monkeypatch):
     assert sorted(path.name for path in saved.iterdir()) == ["model.json", "model.safetensors"]
 
 
-def test_missing_files(saved):
-    (saved / "model.safetensors").unlink()
+USES = pytest.mark.parametrize("use", [load_model, lambda folder: check_start(folder, CONFIGS["expert"])])
+
+
+@USES
+def test_missing_and_truncated_files(saved, use):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        use(saved)
+    weights.unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
-        load_model(saved)
+        use(saved)
     (saved / "model.json").unlink()
     with pytest.raises(ConfigError, match=r"model\.json is missing"):
-        load_model(saved)
-
-
-def test_a_truncated_file(saved):
-    whole = (saved / "model.safetensors").read_bytes()
-    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
-        load_model(saved)
+        use(saved)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +138,9 @@ def test_what_changes_no_weights_meaning_may_differ(saved):
     check_start(saved, replace(CONFIGS["expert"], head_dim=CONFIGS["expert"].head_width))
 
 
-def test_damaged_weights_are_no_start(saved):
-    whole = (saved / "model.safetensors").read_bytes()
-    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
-        check_start(saved, CONFIGS["expert"])
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
-        check_start(saved, CONFIGS["expert"])
-
-
+@USES
 @pytest.mark.parametrize("shape", [[2**40, 2**40], [2**62], [0, 2**63], [2**64]])
-def test_tensors_larger_than_their_file_are_refused_before_they_are_made(saved, shape):
+def test_tensors_larger_than_their_file_are_refused_before_they_are_made(saved, shape, use):
     file = saved / "model.safetensors"
     stored = load_file(file)
     del stored["embedding.weight"]
@@ -158,14 +150,13 @@ def test_tensors_larger_than_their_file_are_refused_before_they_are_made(saved, 
     header["embedding.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
-    for use in (lambda: load_model(saved), lambda: check_start(saved, CONFIGS["expert"])):
-        with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read|embedding\.weight has shape"):
-            use()
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read|embedding\.weight has shape"):
+        use(saved)
 
 
-def test_weights_that_are_no_fractions_are_refused(saved):
+@USES
+def test_weights_that_are_no_fractions_are_refused(saved, use):
     stored = load_file(saved / "model.safetensors")
     save_file({**stored, "final_norm.weight": stored["final_norm.weight"].long()}, saved / "model.safetensors")
-    for use in (lambda: load_model(saved), lambda: check_start(saved, CONFIGS["expert"])):
-        with pytest.raises(ConfigError, match=r"final_norm\.weight holds I64"):
-            use()
+    with pytest.raises(ConfigError, match=r"final_norm\.weight holds I64"):
+        use(saved)

@@ -8,7 +8,7 @@ import torch
 
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.mixture import Mixture, MixtureSource, Phase
-from data_prep.reading.packed import PackedDataset
+from data_prep.reading.packed import PackedDataset, is_padding
 from mor_model import RecursiveTransformer
 from mor_model.config import ModelConfig
 from pretrain.recipe.recipe import build_recipe
@@ -60,7 +60,7 @@ def plain_losses(values: dict[str, Any]) -> tuple[list[float], list[float], dict
             ends = (inputs == dataset.eod_id).long()
             more["documents_BT"] = ends.cumsum(1) - ends
         if packed is not None:
-            padding = torch.from_numpy(packed.is_padding(tokens.numpy()))
+            padding = torch.from_numpy(is_padding(tokens.numpy(), packed.eod_id))
             labels = labels.masked_fill(padding[:, 1:], -100)
             more["valid_BT"] = ~(padding[:, :-1] & padding[:, 1:])
         loss = model(inputs, labels, depth=depth, **more).loss

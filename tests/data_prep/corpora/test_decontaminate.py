@@ -13,12 +13,12 @@ import pytest
 import zstandard
 
 from data_prep.corpora import corpus
-from data_prep.corpora.corpus import CorpusReader, Entry
+from data_prep.corpora.corpus import CorpusReader
 from data_prep.corpora.decontaminate import decontaminate
 from data_prep.corpora.evaluation_texts import EvaluationIndex
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import large_entry, write_jsonl
+from tests.data_prep.support import write_jsonl
 
 
 def make_text(seed: int, length: int = 60) -> str:
@@ -37,8 +37,7 @@ def removed_lines(out: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("n", [1, 3, 13])
-def test_matches_are_those_of_sets_of_words(tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_PIECE", 100)
+def test_matches_are_those_of_sets_of_words(tmp_path: Path, n: int) -> None:
     items = [make_text(seed, 30) for seed in range(20)]
     items += [items[3] + " " + make_text(50, 5), "far too short", ""]  # one n-gram in two items, items without any
     path = write_jsonl(tmp_path / "eval.jsonl", [{"question": text, "id": 7} for text in items])
@@ -51,15 +50,14 @@ def test_matches_are_those_of_sets_of_words(tmp_path: Path, n: int, monkeypatch:
         text = " ".join([make_text(seed + 100, 40), *words[seed % 7 : seed % 7 + seed], make_text(seed + 200, 40)])
         shared = {item: len(grams(text, n) & found) / len(found) for item, found in enumerate(expected_sets) if found}
         shared = {item: share for item, share in shared.items() if share}
-        for entry in (Entry(0, "s", "f", 1, None, text, None), large_entry(tmp_path / "large", text)):
-            match = index.match(entry)
-            if not shared:
-                assert match is None
-                continue
-            assert match is not None
-            assert match.ngrams.size == len(grams(text, n) & set.union(*expected_sets))
-            assert dict(zip(match.items.tolist(), match.shares.tolist())) == pytest.approx(shared)
-            assert entry.large or tuple(match.example.split()) in set.union(*expected_sets)
+        match = index.match(text)
+        if not shared:
+            assert match is None
+            continue
+        assert match is not None
+        assert match.ngrams.size == len(grams(text, n) & set.union(*expected_sets))
+        assert dict(zip(match.items.tolist(), match.shares.tolist())) == pytest.approx(shared)
+        assert tuple(match.example.split()) in set.union(*expected_sets)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -175,7 +173,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
         (tmp_path / "none", "there is no evaluation set"),
         (tmp_path / "empty", "holds no file"),
         (broken, r"broken\.jsonl:2: the evaluation set is not JSON lines"),
-        (tmp_path / "broken.parquet", r"evaluation set .*broken\.parquet cannot be read behind row 0"),
+        (tmp_path / "broken.parquet", r"evaluation set .*broken\.parquet cannot be read after row 0"),
         (short, "hold no text of 13 words or more"),
     ):
         with pytest.raises(DataError, match=sentence):

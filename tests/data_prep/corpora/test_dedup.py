@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.corpora import corpus, dedup
-from data_prep.corpora.corpus import CorpusReader, Entry
+from data_prep.corpora.corpus import CorpusReader
 from data_prep.corpora.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
 from data_prep.errors import DataError
-from data_prep.sources import lines
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import large_entry, write_jsonl
+from tests.data_prep.support import write_jsonl
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -46,10 +45,6 @@ def jaccard(first: str, second: str) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-def entries(texts: list[str]) -> list[Entry]:
-    return [Entry(number, "s", "f", number + 1, None, text, None) for number, text in enumerate(texts)]
-
-
 def removed_lines(out: Path) -> list[dict[str, object]]:
     raw = zstandard.ZstdDecompressor().stream_reader((out / "removed.jsonl.zst").read_bytes()).read()
     return [json.loads(line) for line in raw.splitlines()]
@@ -67,22 +62,14 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
     for seed in range(60):
         first = make_text(seed)
         second = change(first, seed % 12, seed)
-        signatures = signatures_of(entries([first, second]))
+        signatures = signatures_of([first, second])
         errors.append(float(np.mean(signatures[0] == signatures[1])) - jaccard(first, second))
     # The standard error of one estimate is at most 0.5 / sqrt(128) = 0.044.
     assert abs(np.mean(errors)) < 0.02 and max(map(abs, errors)) < 0.2
 
 
-def test_signatures_of_a_large_document_are_those_of_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_PIECE", 64)
-    text = make_text(1)
-    whole = signatures_of(entries([text]))
-    assert np.array_equal(signatures_of([large_entry(tmp_path / "large", text)]), whole)
-    assert np.array_equal(signatures_of(entries(["x", text, "y z"]))[1], whole[0])
-
-
 def test_short_and_wordless_documents() -> None:
-    signatures = signatures_of(entries(["two words", "Two, words!", "other words", "...", ""]))
+    signatures = signatures_of(["two words", "Two, words!", "other words", "...", ""])
     assert np.array_equal(signatures[0], signatures[1]) and not np.array_equal(signatures[0], signatures[2])
     originals = near_originals(signatures, np.arange(5), 0.8)
     assert originals.tolist() == [0, 0, 2, 3, 4]  # documents without words are not copies of each other
@@ -100,7 +87,7 @@ def test_near_copies_are_clustered_like_all_pairs_compared(monkeypatch: pytest.M
     texts = [make_text(seed) for seed in range(40)]
     for seed in range(40):
         texts += [change(texts[seed], seed % 4, seed)] if seed % 2 else []
-    signatures = signatures_of(entries(texts))
+    signatures = signatures_of(texts)
     expected = list(range(len(texts)))
     for a in range(len(texts)):
         for b in range(a + 1, len(texts)):
@@ -170,9 +157,9 @@ def test_near_copies_in_scripts_without_spaces_are_removed(tmp_path: Path, scrip
 
 def test_many_ngrams_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [make_text(seed, 30 + 50 * seed) for seed in range(6)]
-    whole = signatures_of(entries(texts))
+    whole = signatures_of(texts)
     monkeypatch.setattr(dedup, "_GRAMS", 100)
-    assert np.array_equal(signatures_of(entries(texts)), whole)
+    assert np.array_equal(signatures_of(texts), whole)
 
 
 @pytest.mark.parametrize("more", [2, 4, 5])
@@ -200,7 +187,6 @@ def test_temporary_files_are_where_the_corpus_is_written(
     if there:
         (tmp_path / "new" / "out").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(lines, "LARGE", 10)
     report = deduplicate([str(path)], tmp_path / "new" / "out", ReadOptions(), threshold=0.8, workers=1)
     assert report.kept == 2
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 import tokenizers
 from matplotlib import pyplot
 
@@ -18,29 +19,32 @@ from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import compressed, documents, run, write_jsonl
 
 
-def made(tmp_path, byte_bpe):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, byte_bpe):
+    """A data set folder, and the lengths of its documents by source."""
+    folder = tmp_path_factory.mktemp("made")
     texts = documents(60, lines=30)
     rows = [json.dumps({"text": text, "set": ["A", "B"][n % 3 == 0]}) for n, text in enumerate(texts)]
-    (tmp_path / "a.jsonl.zst").write_bytes(compressed("\n".join([*rows, "broken"]).encode(), ".zst"))
+    (folder / "a.jsonl.zst").write_bytes(compressed("\n".join([*rows, "broken"]).encode(), ".zst"))
     options = ReadOptions(subset_field="set", maximum_bytes=900)
-    manifest = run([tmp_path / "a.jsonl.zst"], tmp_path / "out", byte_bpe, options=options, max_rejects=9)
+    manifest = run([folder / "a.jsonl.zst"], folder / "out", byte_bpe, options=options, max_rejects=9)
     kept = {
         name: [
             len(document)
             for split in manifest.splits.values()
             for shard in split.shards
             if shard.source == name
-            for document in read_index_independently(tmp_path / "out" / shard.name)
+            for document in read_index_independently(folder / "out" / shard.name)
         ]
         for name in "AB"
     }
     assert kept["A"] and kept["B"] and sum(map(len, kept.values())) < 60
-    return kept
+    return folder / "out", kept
 
 
-def test_the_report_counts_what_is_there(tmp_path, byte_bpe):
-    kept = made(tmp_path, byte_bpe)
-    said = report(read_manifest(tmp_path / "out"))
+def test_the_report_counts_what_is_there(made):
+    folder, kept = made
+    said = report(read_manifest(folder))
     total = sum(map(sum, kept.values()))
     for name, lengths in kept.items():
         row = re.search(rf"^{name} +(\d+) +([\d,]+) +([\d.]+)% +([\d,]+) ", said, re.M)
@@ -57,11 +61,11 @@ def test_the_report_counts_what_is_there(tmp_path, byte_bpe):
     assert re.search(r"fertility on the sample: \d\.\d+ tokens per word", said)
 
 
-def test_the_picture_shows_every_length_of_every_source(tmp_path, byte_bpe, monkeypatch):
-    kept = made(tmp_path, byte_bpe)
+def test_the_picture_shows_every_length_of_every_source(tmp_path, made, monkeypatch):
+    folder, kept = made
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    draw_lengths(read_manifest(tmp_path / "out"), tmp_path / "lengths.svg")
+    draw_lengths(read_manifest(folder), tmp_path / "lengths.svg")
     monkeypatch.undo()
     (figure,) = figures
     (axes,) = figure.axes

@@ -118,14 +118,11 @@ def test_a_batch_is_its_samples(folder: Path) -> None:
         expected = open_dataset(folder).only(f"s{source}").sequence(int(index), LENGTH)
         assert np.array_equal(row, expected)
         assert np.array_equal(mixture.sequence(sample), expected)
-        assert mixture.source_of(sample) == "ab"[source]
-    assert np.array_equal(mixture.document_ids(batch), open_dataset(folder).document_ids(batch))
     assert (mixture.eod_id, mixture.vocab_size, mixture.tokenizer_fingerprint) == (EOD, VOCABULARY, "f" * 64)
     assert mixture.batch(3, 0).shape == (0, LENGTH + 1)
     assert np.array_equal(pickle.loads(pickle.dumps(mixture)).batch(11, 6), batch)
-    for call in (mixture.sequence, mixture.source_of):
-        with pytest.raises(IndexError):
-            call(-1)
+    with pytest.raises(IndexError):
+        mixture.sequence(-1)
 
 
 def test_seeds_differ_and_sources_are_shuffled_apart(folder: Path) -> None:

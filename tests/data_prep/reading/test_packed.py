@@ -11,7 +11,7 @@ import pytest
 from data_prep.errors import DataError
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.mixture import Mixture, MixtureSource, Phase
-from data_prep.reading.packed import PackedDataset, sidecar
+from data_prep.reading.packed import PackedDataset, is_padding, sidecar
 from data_prep.tokenizing.packing import write_packing
 from tests.data_prep.support import EOD, make_documents, write_dataset
 
@@ -35,8 +35,8 @@ def test_every_document_is_in_the_sequences_once(folder: Path) -> None:
     for index in range(data.num_sequences(LENGTH)):
         window = data.sequence(index, LENGTH)
         assert window.shape == (LENGTH + 1,) and window.dtype == np.uint16
-        text = window[~data.is_padding(window)].tolist()
-        assert data.is_padding(window).tolist() == [False] * len(text) + [True] * (LENGTH + 1 - len(text))
+        text = window[~is_padding(window, EOD)].tolist()
+        assert is_padding(window, EOD).tolist() == [False] * len(text) + [True] * (LENGTH + 1 - len(text))
         full += len(text)
         piece: list[int] = []
         for token in text:

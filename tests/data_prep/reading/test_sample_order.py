@@ -66,7 +66,7 @@ def test_seeds_epochs_and_streams_give_unrelated_orders() -> None:
             assert abs(np.corrcoef(order, other)[0, 1]) < 5 / math.sqrt(size)
 
 
-@pytest.mark.parametrize("size", [3, 4, 5, 7])
+@pytest.mark.parametrize("size", [3, 4, 5])
 def test_all_orders_of_a_few_sequences_are_about_equally_likely(size: int) -> None:
     trials = 10_000
     order = SampleOrder(size, seed=3)

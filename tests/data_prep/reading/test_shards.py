@@ -60,38 +60,6 @@ def test_reader_takes_every_integer_type(tmp_path: Path, code: int, numpy_type: 
     assert [shard.document(number).tolist() for number in range(3)] == documents
 
 
-@pytest.mark.parametrize(("code", "numpy_type"), [(6, "<f8"), (7, "<f4"), (6, "<f4"), (7, "<f8")])
-def test_the_two_tables_of_float_codes_are_told_apart_by_size(tmp_path: Path, code: int, numpy_type: str) -> None:
-    write_shard_independently(tmp_path / "s", [[1, 2], [3]], code, numpy_type)
-    assert Shard(tmp_path / "s").tokens.tolist() == [1.0, 2.0, 3.0]
-
-
-def test_long_documents_become_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_SEQUENCE", 4)
-    monkeypatch.setattr(shards, "_PIECE", 2)
-    long = list(range(11))
-    with ShardWriter(tmp_path / "s", np.int32) as writer:
-        writer.add([9])
-        writer.extend(long[:3])
-        writer.extend(long[3:])
-        writer.end_document()
-        writer.add([7, 7])
-        writer.extend([1, 2, 3, 4])
-        writer.end_document()
-    assert read_index_independently(tmp_path / "s") == [[9], long, [7, 7], [1, 2, 3, 4]]
-    shard = Shard(tmp_path / "s")
-    assert shard.lengths.tolist() == [1, 4, 4, 3, 2, 4]
-    assert shard.document(1).tolist() == long
-    with pytest.raises(DataError, match=r"must be written with extend"):
-        ShardWriter(tmp_path / "t", np.int32).add([1, 2, 3, 4, 5])
-
-
-def test_views_are_of_the_file_and_read_only(tmp_path: Path) -> None:
-    write_shard_independently(tmp_path / "s", [[1, 2, 3]], 8, "<u2")
-    view = Shard(tmp_path / "s").document(0)
-    assert not view.flags.owndata and not view.flags.writeable
-
-
 def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
     old = make_documents(3)
     with ShardWriter(tmp_path / "s", np.uint16) as writer:
@@ -141,7 +109,7 @@ def test_wrong_ids_are_refused(tmp_path: Path, ids: list[object], sentence: str)
         writer.extend(ids)
 
 
-def test_wrong_calls_are_refused(tmp_path: Path) -> None:
+def test_wrong_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="cannot hold ids of type float32"):
         ShardWriter(tmp_path / "s", np.float32)
     writer = ShardWriter(tmp_path / "s", np.uint16)
@@ -153,6 +121,9 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="still open"):
         writer.add([2])
     writer.abort()
+    monkeypatch.setattr(shards, "LONGEST_DOCUMENT", 4)
+    with pytest.raises(DataError, match="a document has 5 tokens, more than 4"):
+        ShardWriter(tmp_path / "s", np.uint16).add([1, 2, 3, 4, 5])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +138,7 @@ def test_vocabularies_choose_their_type() -> None:
         (lambda raw: raw[:20], "truncated: 20 bytes are less than its header"),
         (lambda raw: b"TNTIDX\x00\x00\x00" + raw[9:], "is not a Megatron index"),
         (lambda raw: raw[:9] + struct.pack("<Q", 2) + raw[17:], "has version 2"),
-        (lambda raw: raw[:17] + b"\x0b" + raw[18:], "unknown type code 11"),
+        (lambda raw: raw[:17] + b"\x06" + raw[18:], "type code 6, which is not one of integers"),
         (lambda raw: raw[:26] + struct.pack("<Q", 0) + raw[34:], "no document entries"),
         (lambda raw: raw[:-8], "its header announces"),
         (lambda raw: raw[:18] + struct.pack("<Q", 2**63) + raw[26:], "its header announces"),

@@ -13,7 +13,7 @@ from data_prep.errors import DataError
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.inspection import show_sequence
 from data_prep.reading.manifest import read_manifest
-from data_prep.reading.packed import PackedDataset, read_packing, sidecar
+from data_prep.reading.packed import PackedDataset, is_padding, read_packing, sidecar
 from data_prep.reading.shards import ShardWriter
 from data_prep.tokenizing import packing as packing_module
 from data_prep.tokenizing.packing import best_fit, write_packing
@@ -166,7 +166,7 @@ def test_a_packed_sequence_is_shown_as_training_reads_it(tmp_path, byte_bpe):
     for number in range(data.num_sequences(200)):
         head, *shown = show_sequence(tmp_path / "out", "train", number, 0).split("\n--- ")
         parts = [text.partition("\n")[2] for text in shown]
-        padding = int(data.is_padding(data.sequence(number, 200)).sum())
+        padding = int(is_padding(data.sequence(number, 200), data.eod_id).sum())
         assert f"200 tokens and the next one, packed best-fit with {padding} of padding, {len(parts)} doc" in head
         whole += sum(part in texts for part in parts)
     assert whole == sum(len(encoder(byte_bpe)(text)) <= 201 for text in texts)

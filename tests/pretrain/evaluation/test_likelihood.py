@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from pretrain.errors import UserError
-from pretrain.evaluation.likelihood import Scorer, Window, documents_of, split_windows
+from pretrain.evaluation.likelihood import Scorer, Window, split_windows
 from tests.pretrain.evaluation.stubs import EOD, BigramModel, by_hand, log_probabilities
 
 
@@ -93,11 +92,6 @@ def test_the_mode_of_the_network_comes_back():
     Scorer(model, EOD).score([Window((1,), (2,))])
     assert model.training
     assert not model.eval().training
-
-
-def test_documents_are_counted_from_the_tokens_that_end_them():
-    row = torch.tensor([[EOD, 1, 2, EOD, 3, EOD, EOD, 4]])
-    assert documents_of(row, EOD).tolist() == [[0, 1, 1, 1, 2, 2, 3, 4]]
 
 
 def test_progress_ends_at_the_total():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.reading.dataset import open_dataset
-from data_prep.reading.packed import PackedDataset
+from data_prep.reading.packed import PackedDataset, is_padding
 from data_prep.tokenizing.packing import write_packing
 from pretrain.training.batches import make_micro_batch
 from tests.data_prep.support import EOD
@@ -35,7 +35,7 @@ def test_labels_and_validity_are_those_of_the_packing(packed_data: Path) -> None
     rows = [data.sequence(index, LENGTH) for index in range(data.num_sequences(LENGTH))]
     batch = make_micro_batch(rows, end_of_document=None, padding=EOD)
     tokens = torch.stack([torch.from_numpy(row.astype("int64")) for row in rows])
-    padding = torch.stack([torch.from_numpy(data.is_padding(row)) for row in rows])
+    padding = torch.stack([torch.from_numpy(is_padding(row, EOD)) for row in rows])
     assert batch.labels_BT.eq(-100).equal(padding[:, 1:]) and 0 < int(padding.sum()) < padding.numel() / 2
     assert batch.labels_BT[~padding[:, 1:]].equal(tokens[:, 1:][~padding[:, 1:]])
     assert batch.labelled == int((~padding[:, 1:]).sum())
