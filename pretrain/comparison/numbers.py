@@ -94,19 +94,6 @@ def gibibytes(value: float) -> str:
 
 
 @_number
-def duration(seconds: float) -> str:
-    """`95` as `1 min 35 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole / 86400:.1f} days"
-
-
-@_number
 def whole(value: float) -> str:
     """Thousands set apart: `12 345`."""
     return f"{round(value):,}".replace(",", " ")

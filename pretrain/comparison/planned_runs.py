@@ -38,6 +38,11 @@ class PlannedRun:
         """Steps that are trained for this run alone: all, or a branch's decay."""
         return self.plan.learning_rate.decay if self.trial.trunk is not None else self.plan.steps
 
+    @property
+    def new_flops(self) -> float:
+        """Training FLOPs of these steps."""
+        return self.plan.training_flops * self.new_steps / self.plan.steps
+
 
 def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[PlannedRun]:
     """Resolve every run of the experiment (or of some arms).

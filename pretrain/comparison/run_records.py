@@ -6,11 +6,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.plain_text import plain
+from data_prep.terminal import duration
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from mor_model.flops import count_parameters, kv_bytes_per_token
@@ -37,16 +40,13 @@ class Curve:
 
     def at_tokens(self, tokens: float) -> float | None:
         """The value at `tokens` by linear interpolation; None outside what was measured."""
-        for index in range(1, len(self.tokens)):
-            left, right = self.tokens[index - 1], self.tokens[index]
-            if left <= tokens <= right:
-                share = (tokens - left) / (right - left) if right > left else 1.0
-                return self.values[index - 1] + share * (self.values[index] - self.values[index - 1])
-        return None
+        if not self.tokens or not self.tokens[0] <= tokens <= self.tokens[-1]:
+            return None
+        return float(np.interp(tokens, self.tokens, self.values))
 
     def flops_at(self, tokens: float) -> float | None:
         """Training FLOPs spent when `tokens` had been seen; None outside what was measured."""
-        return Curve(self.tokens, self.flops, self.flops).at_tokens(tokens)
+        return replace(self, values=self.flops).at_tokens(tokens)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ class RunRecord:
         shares = self.depths.get(looked_at)
         return sum(depth * share for depth, share in enumerate(shares)) if shares else None
 
+    def time_for(self, tokens: float | None) -> str:
+        """How long training on so many tokens takes at the run's own speed, in words."""
+        return duration(tokens / self.tokens_per_second) if tokens and self.tokens_per_second else numbers.MISSING
+
     def score(self, task: str, metric: str) -> Score | None:
         return next((score for score in self.scores if score.task == task and score.metric == metric), None)
 
@@ -136,10 +140,10 @@ def read_run(trial: Trial, label: str, suites: Sequence[str] = ()) -> RunRecord:
     try:
         status = run.status()
         record = RunRecord(trial, label, status.get("state", "absent"), None, **_training_files(run))
-        record = dataclasses.replace(record, **_evaluation_files(run, record.depths))
+        record = replace(record, **_evaluation_files(run, record.depths))
     except (RunError, ConfigError) as error:
         return RunRecord(trial, label, "unreadable", plain(f"{run}: {str(error).removeprefix(f'{run}: ')}"))
-    return dataclasses.replace(record, state=plain(record.state), problem=_problem(run, status, record, suites))
+    return replace(record, state=plain(record.state), problem=_problem(run, status, record, suites))
 
 
 def _training_files(run: RunFolder) -> dict[str, Any]:

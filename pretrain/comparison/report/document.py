@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.comparison import numbers
@@ -27,11 +27,10 @@ Block = Picture | Table | dict[str, str] | str
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, sentences, then pictures, tables, name-value lists and commands."""
+    """A heading, then pictures, tables, name-value lists and commands."""
 
     title: str
     blocks: list[Block]
-    paragraphs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def _measurements(results: Results) -> list[Section]:
     budget = results.main_budget
     test = [tables.test_table(results, budget, task) for task in tables.loss_tasks(results, budget)]
     losses: list[Block | None] = [loss_picture(results, budget), *test, tables.routing_table(results, budget)]
-    budgets = [budget_picture(results, views.validation_loss), views.budgets_table(results)]
+    budgets = [budget_picture(results), views.budgets_table(results)]
     at_equal_tokens = views.equal_tokens_table(results, budget)
     tokens = [at_equal_tokens, tokens_picture(results, budget)] if at_equal_tokens is not None else []
     few_shot: list[Block | None] = [few_shot_picture(results, budget)]

@@ -50,15 +50,18 @@ class Arm:
         values = [value for run in self.runs if (value := getter(run)) is not None]
         return mean_and_spread(values) if values else (None, None)
 
-    def mean_score(self, task: str, metric: str) -> tuple[float | None, float | None, int]:
-        """Mean over seeds, its spread (standard deviation over seeds, or the standard error over examples of a
-        single run), and the number of seeds.
+    def mean_score(self, task: str, metric: str) -> tuple[float | None, float | None]:
+        """Mean over seeds and its spread: standard deviation over seeds, of a single run the standard error over
+        examples.
         """
         scores = [score for run in self.runs if (score := run.score(task, metric)) is not None]
-        if not scores:
-            return None, None, 0
-        mean, spread = mean_and_spread([score.value for score in scores])
-        return mean, scores[0].stderr if len(scores) == 1 else spread, len(scores)
+        if len(scores) == 1:
+            return scores[0].value, scores[0].stderr
+        return mean_and_spread([score.value for score in scores]) if scores else (None, None)
+
+    def validation_loss(self, routing: str) -> tuple[float | None, float | None]:
+        """Mean over seeds of the validation loss at the end of training, and its spread."""
+        return self.mean(lambda run: run.final_validation(routing))
 
     def texts(self, task: str) -> set[str]:
         """What the runs read for a task, or for `VALIDATION`; see `Score.text`."""
@@ -78,6 +81,15 @@ class Results:
     def budgets(self) -> list[float | None]:
         """Budgets in the experiment's own order; [None] when the recipe holds the only one."""
         return list(dict.fromkeys(record.trial.budget for record in self.records))
+
+    @property
+    def common_budgets(self) -> list[float]:
+        """Budgets at which validation losses can be laid beside each other: none with fewer than two budgets, or where
+        arms were validated on different texts.
+        """
+        budgets = sorted(budget for budget in self.budgets if budget is not None)
+        alike = not any(self.different_texts(budget, VALIDATION) for budget in budgets)
+        return budgets if alike and len(budgets) > 1 else []
 
     @property
     def main_budget(self) -> float | None:

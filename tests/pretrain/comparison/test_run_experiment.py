@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from data_prep.errors import DataError
+from data_prep.terminal import ProgressBars
 from pretrain.comparison import experiment_data as data_room
 from pretrain.comparison import run_experiment as runner
-from pretrain.comparison.arms_progress import Progress
+from pretrain.comparison.arms_progress import ArmsProgress
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.launch import Interrupted
 from pretrain.comparison.planned_runs import plan_experiment
@@ -285,30 +286,31 @@ def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsy
     assert runner.run_experiment(made, ["vanilla"]) == []
     shown = capsys.readouterr().err
     assert "validation loss not finite" in shown and "ended with a training loss that is not finite" in shown
-    output = io.StringIO()
-    with Progress([1.0], Console(file=output, width=200)) as progress:
-        progress.begin(0, "first", 10)
-        progress.follow(RunFolder(made.folder / "vanilla"))
-    assert "loss not finite" in output.getvalue()
+    (planned,) = plan_experiment(made, ["vanilla"])
+    with ProgressBars(every=0.0) as bars:
+        ArmsProgress([planned], bars).follow(planned)
+    assert "loss not finite" in capsys.readouterr().err
 
 
-def test_the_estimate_counts_only_what_this_process_did(tmp_path, monkeypatch):
+def test_the_estimate_counts_only_what_this_process_did(prepared, monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("pretrain.comparison.arms_progress.time.monotonic", lambda: now[0])
-    output = io.StringIO()
-    run = RunFolder(tmp_path)
+    runs = plan_experiment(experiment())
+    metrics = RunFolder(runs[0].trial.folder).metrics_file
+    metrics.parent.mkdir(parents=True)
 
-    def log(step: int) -> None:
-        with run.metrics_file.open("a") as stream:
-            stream.write(json.dumps({"kind": "train", "step": step, "loss": 2.0, "tokens_per_second": 1.0}) + "\n")
+    def log(share: float) -> None:
+        record = {"kind": "train", "step": round(share * runs[0].plan.steps), "loss": 2.0, "tokens_per_second": 1.0}
+        metrics.write_text(json.dumps(record) + "\n" + '{"kind": "train", "st')
 
-    with Progress([100.0, 300.0], Console(file=output, width=200)) as progress:
-        progress.begin(0, "first", 10)
-        log(6)  # of which nothing is this process's work
-        progress.follow(run)
-        now[0] = 120.0
-        log(8)
+    with ProgressBars(every=0.0) as bars:
+        progress = ArmsProgress(runs, bars)
+        log(0.6)  # of which nothing is this process's work
+        progress.follow(runs[0])
+        log(0.8)
         now[0] = 130.0
-        progress.follow(run)
-    # 20 FLOPs took 30 s, so 320 more take 480 s.
-    assert "step 8 of 10" in output.getvalue() and "about 8 min 00 s left" in output.getvalue()
+        progress.follow(runs[0])
+    # A fifth of one arm took 30 s, so six fifths take 180 s.
+    shown = capsys.readouterr().err
+    assert "1/2 vanilla" in shown and f"step {round(0.8 * runs[0].plan.steps)} of" in shown
+    assert "about 3 min left" in shown and "3 min left" not in shown.splitlines()[1]
