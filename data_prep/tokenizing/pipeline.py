@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from data_prep.errors import DataError
-from data_prep.locks import lock
+from data_prep.locks import locked
 from data_prep.reading.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.sources.base import Group
 from data_prep.sources.find import find_sources, with_standard_input
@@ -244,19 +244,14 @@ def prepare(
     return plan, engine
 
 
-@contextmanager
-def only_writer(folder: Path, task: str) -> Iterator[None]:
+def only_writer(folder: Path, task: str) -> AbstractContextManager[str]:
     """Hold the folder for this process.
 
     Raises:
         DataError: another process is writing there.
     """
-    work = folder / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / f"lock{task}").open("w") as stream:
-        if not lock(stream):
-            raise DataError(f"another process is writing {folder}; wait for it or choose another --out.")
-        yield
+    busy, advice = f"another process is writing {folder}", "wait for it or choose another --out"
+    return locked(folder / WORK / f"lock{task}", busy, patience=0.0, advice=advice)
 
 
 def _info(tokenizer: Tokenizer, file: str) -> TokenizerInfo:
