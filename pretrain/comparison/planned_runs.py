@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -19,7 +19,7 @@ from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.suites import check_suites
 from pretrain.recipe.plan import Plan, make_plan
 from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
-from pretrain.records.finished import changed_keys
+from pretrain.records.finished import changed_keys, parts
 from pretrain.records.run_folder import RunFolder
 
 
@@ -56,20 +56,25 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     except UserError as error:
         raise RecipeError(f"evaluation.suites: {error}") from None
     vocabulary = vocab_size(experiment)
-    planned: list[PlannedRun] = []
-    for trial in experiment.trials(arms):
+    trials = experiment.trials(arms)
+    by_folder = {trial.folder: trial for trial in trials}
+    found: dict[Trial, PlannedRun] = {}
+    for trial in trials:
+        if trial.trunk is not None:
+            continue  # comes with its trunk
         values = experiment.recipe_values(trial)
         model = values.get("model", {})
         if vocabulary is not None and isinstance(model, dict):
             values["model"] = {"vocab_size": vocabulary, **model}
         recipe = build_recipe(values, where=f"arm '{trial.arm}'")
         try:
-            plan = make_plan(recipe)
+            for part in parts(recipe):
+                own = by_folder[part.folder.path]
+                plan = make_plan(part.recipe)
+                found[own] = PlannedRun(own, experiment.label(own.arm), part.recipe, recipe.network(), plan)
         except RecipeError as error:
             raise RecipeError(f"arm '{trial.arm}': {error}") from None
-        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network(), plan))
-    by_folder = {run.trial.folder: run for run in planned}
-    planned = [_as_branch(run, by_folder[run.trial.trunk]) if run.trial.trunk is not None else run for run in planned]
+    planned = [found[trial] for trial in trials]
     _refuse_unlike(planned)
     return planned
 
@@ -94,13 +99,6 @@ def jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
     """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
     own = [run for run in planned if run.trial.trunk is None]
     return [[run, *(other for other in planned if other.trial.trunk == run.trial.folder)] for run in own]
-
-
-def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
-    """A branch warms up with its trunk, of which it is the beginning."""
-    schedule = run.recipe.schedule.model_copy(update={"warmup": trunk.plan.learning_rate.warmup})
-    recipe = run.recipe.model_copy(update={"schedule": schedule})
-    return replace(run, recipe=recipe, plan=make_plan(recipe))
 
 
 def vocab_size(experiment: Experiment) -> int | None:

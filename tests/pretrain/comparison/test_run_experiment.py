@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -127,7 +128,7 @@ def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch)
     text = manifest.read_text()
     manifest.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(data_room, "lock", lambda *_, **__: manifest.write_text(text))
+        patch.setattr(data_room, "locked", lambda *_: (manifest.write_text(text), contextlib.nullcontext())[1])
         with pytest.raises(RecipeError, match="name=NAME"):
             data_room.prepare_data(other, quiet)
     for damaged in ("{", "[]"):
@@ -162,9 +163,9 @@ def test_a_plan_takes_the_tokenizers_vocabulary_and_spends_the_budget(prepared):
 
 def test_arms_that_cannot_be_compared_are_refused(prepared):
     with pytest.raises(RecipeError, match="vocabularies of 300 and 400"):
-        plan_experiment(experiment(arms={"vanilla": {}, "other": {"model.vocab_size": 400}}))
+        plan_experiment(experiment(arms={"vanilla": {}, "other": {"model": {"vocab_size": 400}}}))
     base = {"seed": 1, "model": MODEL, "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32}}
-    arms = {"vanilla": {"budget.flops": 2e10}, "other": {"budget.steps": 10}}
+    arms = {"vanilla": {"budget": {"flops": 2e10}}, "other": {"budget": {"steps": 10}}}
     with pytest.raises(RecipeError, match="budgets in flops and in steps"):
         plan_experiment(experiment(base=base, arms=arms))
     with pytest.raises(RecipeError, match=r"arm 'vanilla': .*'optimm'.*'optim'"):
@@ -199,6 +200,7 @@ def test_smaller_budgets_are_trained_by_the_process_of_the_largest(trainer, prep
     trunk, branch = planned[2], planned[0]
     assert branch.plan.learning_rate.warmup == trunk.plan.learning_rate.warmup
     assert trunk.plan.branches[0].steps == branch.plan.steps
+    assert branch.recipe.budget.amount == 2e10 and branch.recipe.seed == 1
     assert branch.new_steps == branch.plan.learning_rate.decay < branch.plan.steps
     assert runner.run_experiment(made) == []
     assert trainer.calls() == ["vanilla", "mor"]
