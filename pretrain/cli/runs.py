@@ -76,8 +76,8 @@ def describe(run: RunFolder, name: str) -> list[str]:
 
 
 def _facts(run: RunFolder) -> list[str]:
+    from data_prep.terminal import duration
     from pretrain.records.fields import Fields
-    from pretrain.records.telemetry import format_seconds
 
     status = run.status()
     steps = int(Fields(run.plan(), run.plan_file).amount("steps")) if run.plan_file.is_file() else 0
@@ -90,7 +90,7 @@ def _facts(run: RunFolder) -> list[str]:
     if state == "running" and run.metrics_file.is_file():
         silent = time.time() - run.metrics_file.stat().st_mtime
         if silent > _SILENT_SECONDS:
-            state = f"silent for {format_seconds(silent)}"
+            state = f"silent for {duration(silent)}"
     if state == "finished" and loss == _NOT_FINITE:
         state = "finished, its loss is not finite"
     if "reason" in status:
@@ -104,7 +104,7 @@ def _facts(run: RunFolder) -> list[str]:
         loss,
         _loss(validation, "loss_causal"),
         f"{speed:,.0f}" if speed is not None else "-",
-        format_seconds((steps - step) * seconds) if going else "-",
+        duration((steps - step) * seconds) if going else "-",
     ]
 
 

@@ -24,22 +24,6 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _WIDTH = 840
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One figure: a title, a caption, what it shows in words for those who cannot see it, and the drawing as SVG."""
-
-    title: str
-    caption: str
-    alternative: str
-    drawing: str
-
-
-def make_picture(title: str, caption: str, alternative: str, draw: Callable[[], Figure]) -> Picture:
-    """`draw` makes the figure, in the report's style."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
-        return Picture(title, caption, alternative, _svg(draw()))
-
-
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar in a name is a dollar
@@ -64,6 +48,21 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure: a title, a caption, what it shows in words for those who cannot see it, and how it is drawn."""
+
+    title: str
+    caption: str
+    alternative: str
+    draw: Callable[[], Figure]
+
+    @property
+    def svg(self) -> str:
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.title}):
+            return _svg(self.draw())
 
 
 def new_figure(height: int) -> Figure:

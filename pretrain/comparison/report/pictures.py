@@ -17,7 +17,6 @@ from pretrain.comparison.report.drawing import (
     PAPER,
     Picture,
     arm_colour,
-    make_picture,
     marker,
     name_legend,
     new_figure,
@@ -71,7 +70,7 @@ def _curves_picture(
     if not arms or results.different_texts(budget, VALIDATION):
         return None
     words = "; ".join(_describe(arm) for arm in arms)
-    return make_picture(title, caption, words, lambda: _draw_curves(arms, axis, label))
+    return Picture(title, caption, words, lambda: _draw_curves(arms, axis, label))
 
 
 def depth_picture(results: Results, budget: float | None) -> Picture | None:
@@ -91,7 +90,7 @@ def depth_picture(results: Results, budget: float | None) -> Picture | None:
         f"{label}: " + ", ".join(f"{numbers.percent(s, 0)} take {d}" for d, s in enumerate(shares) if s >= 0.005)
         for label, shares in bars
     ]
-    return make_picture(
+    return Picture(
         "Depth of tokens",
         "Share of tokens by the number of recursion steps they took, on the held-out test text where it was evaluated. "
         "Causal routing is what the model does when it generates; top-k is the selection of training.",
@@ -110,7 +109,7 @@ def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
     if not scores:
         return None
     arms = results.arms(budget)
-    return make_picture(
+    return Picture(
         "Few-shot accuracy",
         "Accuracy with 95 % intervals (Wilson's, over the examples); the short vertical line is chance.",
         "The numbers are in the table that follows.",
@@ -135,7 +134,7 @@ def budget_picture(results: Results) -> Picture | None:
         f"{results.label(name)}: " + ", ".join(f"{y:.3f} at {x:.3g}" for x, y in points)
         for name, points in lines.items()
     ]
-    return make_picture(
+    return Picture(
         "Loss at every budget",
         "Causal validation loss at the end of training with each budget of training FLOPs (both axes logarithmic).",
         "; ".join(words),

@@ -10,11 +10,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from data_prep.terminal import duration
 from pretrain.cli.main import main
 from pretrain.cli.runs import app, describe, find_runs
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.run_folder import RunFolder
-from pretrain.records.telemetry import Telemetry, format_seconds, rewind_metrics
+from pretrain.records.telemetry import Telemetry, rewind_metrics
 from pretrain.training.dry_run import describe as describe_plan
 from pretrain.training.dry_run import estimate_speed
 from pretrain.training.prepare import prepare
@@ -109,11 +110,6 @@ def test_an_error_is_printed_without_what_a_terminal_obeys(
     assert ended.value.code == 2 and "\x1b" not in said and r"\x1b[2J\udcff.yaml" in said
 
 
-def test_times_are_told_in_units_a_person_reads() -> None:
-    told = [format_seconds(s) for s in (-1, 40, 89, 720, 7500, 200_000, 500_000)]
-    assert told == ["0 s", "40 s", "89 s", "12 min", "2 h 05 min", "2 d 7 h", "5 d 18 h"]
-
-
 def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path: Path) -> None:
     run = make_run(tmp_path, "running")
     with run.metrics_file.open("ab") as stream:
@@ -157,7 +153,7 @@ def test_the_time_that_is_left_follows_from_what_the_run_has_reached(tmp_path: P
     # Two ranks did the whole run's work four times a second, one does so twice; three quarters of it are left.
     assert estimate_speed(prepared).flops_per_second == pytest.approx(2 * flops)
     run.write_text(run.metrics_file, json.dumps({**records[0], "flops_per_second": flops / 1000}) + "\n")
-    told = format_seconds(0.75 * 2000)
+    told = duration(0.75 * 2000)
     assert f"time             about {told} more" in describe_plan(prepared, ALONE)
 
 

@@ -4,16 +4,29 @@ what to expect.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_token
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.planned_runs import plan_experiment
+from pretrain.comparison.report.build import print_results
+from pretrain.comparison.report.document import compose
+from pretrain.comparison.report.findings import findings
+from pretrain.comparison.report.markdown import markdown
+from pretrain.comparison.report.results import Results, read_results
+from pretrain.comparison.report.spreadsheet import spreadsheet
 
 SMALL = {
     "vocab_size": 8192,
@@ -24,6 +37,56 @@ SMALL = {
     "intermediate_size": 512,
     "context_length": 256,
 }
+
+
+ARMS = ("vanilla", "recursive", "mor")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says, without its pictures being drawn: `text` the findings, `rows` those of the spreadsheet."""
+
+    results: Results
+    text: str
+    markdown: str
+    rows: list[dict[str, str]]
+
+    @property
+    def terminal(self) -> str:
+        stream = io.StringIO()
+        print_results(self.results, Console(file=stream, width=200))
+        return stream.getvalue()
+
+    def table(self, title: str) -> dict[str, list[str]]:
+        """The rows of the table whose title begins so, by their first cell; `Arm` or `Task` is its head."""
+        lines = self.markdown.split(f"**{title}")[1].split("\n\n")[1].splitlines()
+        split = (re.split(r"(?<!\\)\|", line.strip("|")) for line in lines if "---" not in line)
+        return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in split}
+
+
+def report(made: Experiment) -> Report:
+    results = read_results(made)
+    text = markdown(compose(results, "recipes/small.yaml"))
+    rows = list(csv.DictReader(io.StringIO(spreadsheet(results))))
+    return Report(results, " ".join(findings(results)), text, rows)
+
+
+def change(file: Path, how: Callable[[Any], None]) -> None:
+    content = json.loads(file.read_text())
+    how(content)
+    file.write_text(json.dumps(content))
+
+
+def write_runs(root: Path, losses: Sequence[float] = (4.02, 4.11, 4.06), **settings: Any) -> None:
+    """A run of each arm, with these losses."""
+    for arm, loss in zip(ARMS, losses):
+        write_run(root / arm, arm, final_loss=loss, **settings)
+
+
+def write_seeds(root: Path, arm: str, losses: dict[int, float]) -> None:
+    """A run of one arm for each of these seeds."""
+    for seed, loss in losses.items():
+        write_run(root / (arm if seed == 1 else f"{arm}-seed{seed}"), arm, seed=seed, final_loss=loss)
 
 
 def network(arm: str) -> ModelConfig:

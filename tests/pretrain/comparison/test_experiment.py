@@ -103,8 +103,6 @@ def test_overrides_are_applied_before_checking(write):
         ("budgets: [1e13]", ["budgets", "base.budget is given too"]),
         ("seeds: [1, 1]", ["each value once"]),
         ("seeds: [one]", ["seeds.0"]),
-        ("name: other", ["stands twice"]),
-        ("data: {path: a}\nbase: {data.path: b}", ["stands twice"]),
     ],
 )
 def test_a_wrong_experiment_is_refused_in_one_sentence(write, change, words):
@@ -126,11 +124,6 @@ def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
         load_experiment(tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="did you mean 'mor'"):
         load_experiment(write(MINIMAL)).trials(["mro"])
-
-
-def test_overrides_without_a_value_are_refused(write):
-    with pytest.raises(RecipeError, match=r"section\.key=value"):
-        load_experiment(write(MINIMAL), ["data.corpus"])
 
 
 # What an arm that differs in one key of a recipe says.
@@ -230,32 +223,21 @@ def test_arms_that_mix_other_data_sets_are_refused(write):
         ("base.optim.lr=[", "cannot be read as YAML"),
         ("base.data=text", "arm 'vanilla': data: must be a section"),
         ("base.model=text", "arm 'vanilla': model: must be a section"),
-        ("base.schedule=text", "arm 'vanilla': schedule: must be a section"),
-        ("base.deepspeed=zero3", "arm 'vanilla': deepspeed: must be a section"),
         ("base=text", "base: must be a section"),
         ("arms=[a, b]", "arms: must be a section"),
         ("arms.mor=text", r"arms\.mor: must be a section"),
         ("evaluation=own", "evaluation: must be a section"),
         ("evaluation.suites=own", r"evaluation\.suites: must be a list"),
         ("evaluation.limit=ten", r"evaluation\.limit: must be a whole number \(given: 'ten'\)"),
-        ("evaluation.limit=true", r"evaluation\.limit: must be a whole number"),
-        ("evaluation.limit=1.5", r"evaluation\.limit: must be a whole number"),
         ("evaluation.text_bytes='500'", r"evaluation\.text_bytes: must be a whole number"),
-        ("evaluation.hub='yes'", r"evaluation\.hub: must be true or false"),
-        ("data.validation='0.1'", r"data\.validation: must be a number"),
         ("evaluation.suites=[perplexty]", "'perplexty' is unknown; did you mean 'perplexity'"),
         ("reference=''", "reference: there is no arm ''"),
         ("runs=''", "runs: must not be empty"),
         ("base.data.path=''", r"arm 'vanilla': data\.path: must not be empty"),
         ("base.budget.flops=1e30", r"arm 'vanilla': budget\.flops: would be .* steps"),
         ("seeds=3", "seeds: must be a list"),
-        ("seeds=[1.5]", r"seeds\.0: must be a whole number"),
         ("budgets=[.inf]", r"budgets\.0: must be a finite number"),
         ("launch.ranks=1000000000000000000000000000000", r"launch\.ranks: must be less than or equal to"),
-        ('labels.mor="\\ud800"', "text holds a null character or a lone surrogate"),
-        ("labels.mor=\udc80", "cannot be read as YAML"),
-        ("name=a #b", "reads what follows '#' as a comment"),
-        ("seeds=[1" + "0" * 5000 + "]", "more than 40 digits"),
     ],
 )
 def test_an_override_of_the_wrong_kind_is_refused_with_its_place(override, message, write):
