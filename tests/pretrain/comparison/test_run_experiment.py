@@ -3,8 +3,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.errors import DataError
+from data_prep.reading.manifest import read_manifest
 from data_prep.terminal import ProgressBars
 from pretrain.comparison import experiment_data as data_room
 from pretrain.comparison import run_experiment as runner
@@ -20,9 +22,11 @@ from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.launch import Interrupted
 from pretrain.comparison.planned_runs import plan_experiment
 from pretrain.errors import RecipeError, RunError
+from pretrain.recipe.recipe import load_recipe
+from pretrain.records.finished import Part, parts
 from pretrain.records.run_folder import RunFolder
+from tests.pretrain.comparison.synthetic import change, write_run
 
-ROOT = Path(__file__).resolve().parents[3]
 MODEL = {
     "num_layers": 5,
     "hidden_size": 32,
@@ -35,25 +39,47 @@ ARMS = {
     "vanilla": {},
     "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
 }
-# Trains nothing: writes what a trainer would leave, and a line into a list of calls.
-TRAINER = """
-import sys, pathlib, json
-sys.path.insert(0, {root!r})
-from pretrain.recipe.recipe import load_recipe
-from pretrain.records.finished import parts
-from tests.pretrain.comparison.synthetic import write_run
-recipe = load_recipe(sys.argv[1])
-with open({calls!r}, "a") as calls:
-    calls.write(recipe.name + "\\n")
-if recipe.name in {broken!r}:
-    sys.exit("no more memory")
-for part in parts(recipe):
-    folder, amount = part.folder.path, part.recipe.budget.amount
-    write_run(folder, "any", config=recipe.network(), budget=amount, sequences=recipe.batch.sequences, evaluate=False)
-    (folder / "recipe.yaml").write_text(part.recipe.to_yaml())
-    file = folder / "plan.json"
-    file.write_text(json.dumps({{**json.loads(file.read_text()), "data_manifest": {digest!r}}}))
-"""
+
+
+class Trainer:
+    """Stands in for the training command: writes what a trainer would leave, or ends with `status`, and keeps a list
+    of the recipes it was called with. Evaluation commands are kept in `evaluations`.
+    """
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.calls: list[str] = []
+        self.evaluations: list[list[str]] = []
+        self.broken: dict[str, int] = {}
+        self.evaluation_status = 0
+        self.finite = True
+
+    def __call__(self, command: list[str], log: Path, tick: Callable[[], None] = lambda: None) -> int:
+        if "eval" in command:
+            self.evaluations.append(command[command.index("eval") + 1 :])
+            return self.evaluation_status
+        recipe = load_recipe(command[command.index("train") + 1])
+        self.calls.append(recipe.name)
+        if recipe.name in self.broken:
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("no more memory\n")
+            return self.broken[recipe.name]
+        for part in parts(recipe):
+            tick()
+            self._write(part)
+        return 0
+
+    def _write(self, part: Part) -> None:
+        recipe, folder = part.recipe, part.folder
+        size = {"budget": recipe.budget.amount, "sequences": recipe.batch.sequences}
+        write_run(folder.path, "any", config=recipe.network(), evaluate=False, **size)
+        folder.recipe_file.write_text(recipe.to_yaml())
+        change(folder.plan_file, lambda plan: plan.update(data_manifest=self.digest))
+        if not self.finite:  # records have null there
+            text = folder.metrics_file.read_text()
+            folder.metrics_file.write_text(
+                re.sub(r'"(loss|lm_loss|loss_causal|loss_topk)": [^,]*', r'"\1": null', text)
+            )
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +124,10 @@ def experiment(**changes) -> Experiment:
 
 
 @pytest.fixture
-def trainer(prepared, monkeypatch):
-    """Replaces the training command; returns a function that lists the recipes it was called with."""
-    from data_prep.reading.manifest import read_manifest
-
-    calls = prepared / "calls"
-    script = prepared / "trainer.py"
-
-    def write(broken: tuple[str, ...] = ()) -> None:
-        digest = read_manifest(prepared / "data").digest()
-        script.write_text(TRAINER.format(root=str(ROOT), calls=str(calls), broken=broken, digest=digest))
-
-    write()
-    monkeypatch.setattr(runner, "training_command", lambda launch, recipe: [sys.executable, str(script), str(recipe)])
-    return type("Trainer", (), {"calls": lambda self: calls.read_text().split(), "write": staticmethod(write)})()
+def trainer(prepared, monkeypatch) -> Trainer:
+    made = Trainer(read_manifest(prepared / "data").digest())
+    monkeypatch.setattr(runner, "run_child", made)
+    return made
 
 
 def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch):
@@ -138,13 +154,13 @@ def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch)
 
 
 def test_a_tokenizer_of_other_settings_is_not_taken_for_data_that_are_prepared_anew(prepared):
-    shutil.rmtree(prepared / "data")
-    for vocab_size in (310, 310, 300):
-        wanted = experiment(data={"corpus": "corpus.jsonl", "path": "data", "vocab_size": vocab_size})
-        data_room.prepare_data(wanted, Console(file=io.StringIO()))
-        manifest = json.loads((prepared / "data" / "manifest.json").read_text())
-        assert manifest["tokenizer"]["vocab_size"] == vocab_size
+    for vocab_size, trained in ((300, False), (310, True)):
         shutil.rmtree(prepared / "data")
+        data = {"corpus": "corpus.jsonl", "path": "data", "vocab_size": vocab_size, "test": 0.05}
+        shown = io.StringIO()
+        data_room.prepare_data(experiment(data=data), Console(file=shown))
+        assert ("Training a tokenizer" in shown.getvalue()) == trained
+        assert read_manifest(prepared / "data").tokenizer.vocab_size == vocab_size
 
 
 def test_data_without_a_corpus_are_asked_for(tmp_path, monkeypatch):
@@ -174,21 +190,21 @@ def test_arms_that_cannot_be_compared_are_refused(prepared):
 
 def test_what_is_done_is_not_done_again(trainer, prepared):
     assert runner.run_experiment(experiment()) == []
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     assert runner.run_experiment(experiment()) == []
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     assert runner.run_experiment(experiment(seeds=[1, 2]), ["mor"]) == []
-    assert trainer.calls() == ["vanilla", "mor", "mor-seed2"]
+    assert trainer.calls == ["vanilla", "mor", "mor-seed2"]
 
 
 def test_a_failed_arm_does_not_keep_the_others_from_running(trainer, prepared):
-    trainer.write(broken=("vanilla",))
+    trainer.broken = {"vanilla": 1}
     failures = runner.run_experiment(experiment())
     assert [failure.run for failure in failures] == ["vanilla"] and "no more memory" in failures[0].why
-    assert trainer.calls() == ["vanilla", "mor"]
-    trainer.write()
+    assert trainer.calls == ["vanilla", "mor"]
+    trainer.broken = {}
     assert runner.run_experiment(experiment()) == []
-    assert trainer.calls() == ["vanilla", "mor", "vanilla"]
+    assert trainer.calls == ["vanilla", "mor", "vanilla"]
 
 
 def test_smaller_budgets_are_trained_by_the_process_of_the_largest(trainer, prepared):
@@ -203,7 +219,7 @@ def test_smaller_budgets_are_trained_by_the_process_of_the_largest(trainer, prep
     assert branch.recipe.budget.amount == 2e10 and branch.recipe.seed == 1
     assert branch.new_steps == branch.plan.learning_rate.decay < branch.plan.steps
     assert runner.run_experiment(made) == []
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     assert all(RunFolder(run.trial.folder).status()["state"] == "finished" for run in planned)
 
 
@@ -214,35 +230,25 @@ def test_a_run_of_another_recipe_or_of_other_data_is_not_taken_for_this_one(trai
     with pytest.raises(RunError, match=r"vanilla: was begun with another recipe \(optim\.lr was 0\.003.*0\.0001"):
         runner.run_experiment(experiment(base=base))
     runner.run_experiment(experiment(base={**made.base, "logging": {"every": 1}}))
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     plan = made.folder / "vanilla" / "plan.json"
     plan.write_text(plan.read_text().replace('"data_manifest": "', '"data_manifest": "0'))
     with pytest.raises(RunError, match="trained on other data"):
         runner.run_experiment(made)
 
 
-def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared, monkeypatch):
+def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared):
     made = experiment()
     runner.run_experiment(made)
     status = made.folder / "vanilla" / "status.json"
     status.write_text('{"state": "stopped", "step": 3, "steps": 9}')
-    monkeypatch.setattr(runner, "training_command", lambda *_: [sys.executable, "-c", "raise SystemExit(75)"])
+    trainer.broken = {"vanilla": 75}
     with pytest.raises(Interrupted):
         runner.run_experiment(made)
 
 
-def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared, monkeypatch):
+def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared):
     """Results of other settings are not taken for these; one that fails does not stop the others."""
-    commands, status = [], 0
-    original = runner.run_child
-
-    def run_child(command, log, tick=lambda: None):
-        if "eval" not in command:
-            return original(command, log, tick)
-        commands.append(command[command.index("eval") + 1 :])
-        return status
-
-    monkeypatch.setattr(runner, "run_child", run_child)
     made = experiment(evaluation={"suites": ["perplexity", "own", "lambada"], "limit": 7, "text_bytes": 900})
     runner.run_experiment(made, ["vanilla"])
     run = made.folder / "vanilla"
@@ -250,7 +256,7 @@ def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, 
         [str(run), "--suite=perplexity", "--text-bytes=900"],
         [str(run), "--suite=own", "--suite=lambada", "--limit=7", "--text-bytes=900"],
     ]
-    assert commands == wanted
+    assert trainer.evaluations == wanted
     (run / "weights").mkdir()
     (run / "weights" / "model.safetensors").touch()
     (run / "evaluation").mkdir()
@@ -258,10 +264,10 @@ def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, 
         settings = {"limit": limit, "text_bytes": 300}
         content = {"suite": suite, "tasks": {}, "skipped": [], "settings": settings}
         (run / "evaluation" / f"{suite}.json").write_text(json.dumps(content))
-    commands.clear()
-    status = 2
+    trainer.evaluations.clear()
+    trainer.evaluation_status = 2
     (failure,) = runner.run_experiment(made, ["vanilla"])
-    assert commands == wanted and "status 2" in failure.why
+    assert trainer.evaluations == wanted and "status 2" in failure.why
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prepared, monkeypatch):
@@ -272,19 +278,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prep
 
 
 def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsys):
-    """Records have null there."""
     made = experiment()
-    script = prepared / "trainer.py"
-    script.write_text(
-        script.read_text()
-        + """
-    file = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for record in lines:
-        record.update({name: None for name in ("loss", "lm_loss", "loss_causal", "loss_topk") if name in record})
-    file.write_text("".join(json.dumps(line) + "\\n" for line in lines))
-"""
-    )
+    trainer.finite = False
     assert runner.run_experiment(made, ["vanilla"]) == []
     shown = capsys.readouterr().err
     assert "validation loss not finite" in shown and "ended with a training loss that is not finite" in shown
