@@ -40,7 +40,7 @@ _NAMED_SO = "becomes a folder's name; use at most 100 letters, digits, '.', '_' 
 _OWN_FOLDERS = (REPORT_FOLDER, "recipes", "logs")
 _MOST_RUNS = 10_000
 
-# Keys of a recipe that the experiment decides: whether `base` may say them all the same, and where they belong.
+# Keys of a recipe that the experiment decides: whether `base` may have them nevertheless, and where they belong.
 _DECIDED = {
     "name": (False, "a run is called after its arm; rename the arm, or set the experiment's name"),
     "run_dir": (False, "a run lies in the experiment's folder; set the experiment's runs"),
@@ -185,7 +185,7 @@ class Experiment(Section):
                     raise ValueError(f"{where}: there is no arm {shorten(name)}; {nearest(name, self.arms)}")
 
     def _check_keys(self) -> None:
-        """Whatever `base` or an arm says is in its runs' recipes as written, or refused here."""
+        """What `base` or an arm says goes into the recipes of its runs unchanged; what cannot is refused here."""
         for place, values in (("base", self.base), *((f"arms.{name}", arm) for name, arm in self.arms.items())):
             for key, (base_may, why) in _DECIDED.items():
                 if _has(values, key) and not (base_may and place == "base"):

@@ -22,7 +22,7 @@ _RECORD = "prepared_from.json"
 
 
 def prepare_data(experiment: Experiment, console: Console) -> None:
-    """Make the data set folder of `experiment` exist: train a tokenizer where one is wanted, then tokenize.
+    """Make the data set folder of `experiment` exist: train a tokenizer if the experiment asks for one, then tokenize.
 
     Several processes may call this for one experiment; the first does the work and the others wait.
 
@@ -82,7 +82,7 @@ def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> Non
         return  # prepared by hand: the folder is what the experiment asks for
     found = read_json(record)
     if not isinstance(found, dict):
-        raise DataError(f"{record}: is not a JSON object. Remove {experiment.data_path} to prepare the data anew.")
+        raise DataError(f"{record}: is not a JSON object. Remove {experiment.data_path} to prepare the data again.")
     for key, value in wanted.items():
         if found.get(key) != value:
             raise RecipeError(

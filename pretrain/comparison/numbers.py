@@ -1,6 +1,6 @@
 """How numbers are written: for people, with the same digits in every table.
 
-What was not measured is a dash; what was measured and is no finite number is said to be so.
+What was not measured is a dash; a value that is not finite is written as "not finite".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def power_of_ten(value: float, digits: int = 3) -> str:
 
 @_number
 def fixed(value: float, digits: int = 3) -> str:
-    """Fixed decimals with a real minus sign; none of a large number, of which a huge one is a power of ten."""
+    """Fixed decimals with a real minus sign; large numbers have no decimals, and huge ones are powers of ten."""
     if abs(value) >= 1e15:
         return power_of_ten(value)
     if abs(value) >= 10_000:

@@ -48,7 +48,7 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     """Resolve every run of the experiment (or of some arms).
 
     Raises:
-        RecipeError: for an evaluation suite that does not exist; a recipe that cannot be, naming the arm; or arms that
+        RecipeError: for an evaluation suite that does not exist; an impossible recipe, naming the arm; or arms that
             do not share what makes their losses comparable.
     """
     try:
@@ -85,11 +85,11 @@ def other_recipe(run: PlannedRun) -> str | None:
     try:
         found = load_recipe(folder.recipe_file)
     except RecipeError as error:
-        return f"{error} Remove {folder} to train this arm anew."
+        return f"{error} Remove {folder} to train this arm again."
     for key, (before, now) in changed_keys(found, run.recipe).items():
         return (
             f"{folder}: was begun with another recipe ({key} was {plain(repr(before))}, the experiment says "
-            f"{plain(repr(now))}); remove that folder to train it anew, or keep it and give the experiment a name of "
+            f"{plain(repr(now))}); remove that folder to train it again, or keep it and give the experiment a name of "
             "its own (name=NAME)."
         )
     return None
@@ -144,22 +144,21 @@ def _refuse_unlike(planned: list[PlannedRun]) -> None:
     """Arms of one vocabulary, one text and one unit of budget: nats per token of two vocabularies do not compare."""
     first = planned[0]
     for run in planned[1:]:
+        both = f"arms '{first.trial.arm}' and '{run.trial.arm}'"
         if run.network.vocab_size != first.network.vocab_size:
             raise RecipeError(
-                f"arms '{first.trial.arm}' and '{run.trial.arm}' have vocabularies of {first.network.vocab_size} "
-                f"and {run.network.vocab_size}; "
-                "leave model.vocab_size out, so that both take the tokenizer's."
+                f"{both} have vocabularies of {first.network.vocab_size} and {run.network.vocab_size}; leave "
+                "model.vocab_size out, so that both take the tokenizer's."
             )
         if _texts(run.recipe) != _texts(first.recipe):
             raise RecipeError(
-                f"arms '{first.trial.arm}' and '{run.trial.arm}' read different data sets, so they are validated on "
-                "different text; mix the same ones, with other weights."
+                f"{both} read different data sets, so they are validated on different text; mix the same data sets, "
+                "with other weights."
             )
         if run.recipe.budget.unit != first.recipe.budget.unit:
             raise RecipeError(
-                f"arms '{first.trial.arm}' and '{run.trial.arm}' have budgets in {first.recipe.budget.unit} and in "
-                f"{run.recipe.budget.unit}; "
-                "give both the same unit."
+                f"{both} have budgets in {first.recipe.budget.unit} and in {run.recipe.budget.unit}; give both the "
+                "same unit."
             )
 
 

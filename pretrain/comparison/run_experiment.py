@@ -86,7 +86,7 @@ def _refuse_other_run(run: PlannedRun) -> None:
         and folder.plan().get("data_manifest") != read_manifest(Path(data)).digest()
     ):
         raise RunError(
-            f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm anew, "
+            f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm again, "
             "or give the experiment a name of its own (name=NAME)."
         )
 

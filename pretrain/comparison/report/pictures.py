@@ -36,13 +36,12 @@ _POINTS = 300
 Axis = Callable[[Curve], list[float]]
 
 
-def loss_picture(results: Results, budget: float | None) -> Picture | None:
+def loss_picture(results: Results) -> Picture | None:
     """Loss against counted training FLOPs: the whole run, and its end magnified. None where nothing was logged, or
     arms were validated on different texts.
     """
     return _curves_picture(
         results,
-        budget,
         "Loss against training FLOPs",
         "Validation loss with causal routing (marks) and training loss, smoothed (thin lines), in nats per token, "
         "against training FLOPs as counted. The second panel is the end of the first, magnified.",
@@ -51,11 +50,10 @@ def loss_picture(results: Results, budget: float | None) -> Picture | None:
     )
 
 
-def tokens_picture(results: Results, budget: float | None) -> Picture | None:
+def tokens_picture(results: Results) -> Picture | None:
     """The same losses against tokens seen."""
     return _curves_picture(
         results,
-        budget,
         "The same losses against tokens",
         "At equal FLOPs the arms see different numbers of tokens; here each is drawn against the tokens it has seen.",
         lambda curve: curve.tokens,
@@ -63,20 +61,18 @@ def tokens_picture(results: Results, budget: float | None) -> Picture | None:
     )
 
 
-def _curves_picture(
-    results: Results, budget: float | None, title: str, caption: str, axis: Axis, label: str
-) -> Picture | None:
-    arms = [arm for arm in results.arms(budget) if arm.first.training]
-    if not arms or results.different_texts(budget, VALIDATION):
+def _curves_picture(results: Results, title: str, caption: str, axis: Axis, label: str) -> Picture | None:
+    arms = [arm for arm in results.main_arms if arm.first.training]
+    if not arms or results.different_texts(VALIDATION):
         return None
     words = "; ".join(_describe(arm) for arm in arms)
     return Picture(title, caption, words, lambda: _draw_curves(arms, axis, label))
 
 
-def depth_picture(results: Results, budget: float | None) -> Picture | None:
+def depth_picture(results: Results) -> Picture | None:
     """Share of tokens by recursion steps taken: a bar per arm, and two where routing may differ from training's."""
     bars: list[tuple[str, list[float]]] = []
-    for arm in results.arms(budget):
+    for arm in results.main_arms:
         run = arm.first
         wanted = ("causal", "topk") if run.routed else ("causal",)
         kinds = [kind for kind in wanted if kind in run.depths] or list(run.depths)
@@ -99,16 +95,12 @@ def depth_picture(results: Results, budget: float | None) -> Picture | None:
     )
 
 
-def few_shot_picture(results: Results, budget: float | None) -> Picture | None:
+def few_shot_picture(results: Results) -> Picture | None:
     """Accuracy per task with 95 % intervals and chance level. None where no task was scored alike."""
-    scores = {
-        task: values
-        for task, values in few_shot_scores(results, budget).items()
-        if not results.different_texts(budget, task)
-    }
+    scores = {task: values for task, values in few_shot_scores(results).items() if not results.different_texts(task)}
     if not scores:
         return None
-    arms = results.arms(budget)
+    arms = results.main_arms
     return Picture(
         "Few-shot accuracy",
         "Accuracy with 95 % intervals (Wilson's, over the examples); the short vertical line is chance.",

@@ -88,7 +88,7 @@ class Results:
         arms were validated on different texts.
         """
         budgets = sorted(budget for budget in self.budgets if budget is not None)
-        alike = not any(self.different_texts(budget, VALIDATION) for budget in budgets)
+        alike = not any(self.different_texts(VALIDATION, self.arms(budget)) for budget in budgets)
         return budgets if alike and len(budgets) > 1 else []
 
     @property
@@ -118,17 +118,22 @@ class Results:
         """The arms with at least one finished run at `budget`, in the experiment's order."""
         return [arm for name in self.experiment.arms if (arm := self.arm(name, budget)).runs]
 
+    @property
+    def main_arms(self) -> list[Arm]:
+        """The arms that finished at the main budget."""
+        return self.arms(self.main_budget)
+
     def reference(self, budget: float | None) -> Arm | None:
         """The arm that others are compared with, None where it did not finish."""
         arm = self.arm(self.experiment.reference_arm, budget)
         return arm if arm.runs else None
 
-    def different_texts(self, budget: float | None, task: str) -> str | None:
-        """Which arms read what, where they did not all read the same text for `task`; None where they did. Their
-        figures are then figures of different things.
+    def different_texts(self, task: str, arms: list[Arm] | None = None) -> str | None:
+        """Which arms (by default the main ones) read what, where they did not all read the same text for `task`; None
+        where they did. Their figures are then figures of different things.
         """
         read: dict[str, list[str]] = {}
-        for arm in self.arms(budget):
+        for arm in self.main_arms if arms is None else arms:
             for text in sorted(arm.texts(task)):
                 read.setdefault(text, []).append(arm.label)
         if len(read) < 2:

@@ -72,13 +72,13 @@ def arm_table(title: str, arms: Sequence[Arm], columns: dict[Column, Callable[[A
     return Table(title, [Column("Arm", text=True), *columns], rows, note)
 
 
-def size_table(results: Results, budget: float | None) -> Table:
+def size_table(results: Results) -> Table:
     def parameters(name: str) -> Callable[[Arm], str]:
         return lambda arm: numbers.si(arm.first.parameters[name])
 
     return arm_table(
         "Parameters, and the cost of one token",
-        results.arms(budget),
+        results.main_arms,
         {
             Column("Stored", "all"): parameters("total_stored"),
             Column("Stored", "embedding"): parameters("embedding"),
@@ -94,14 +94,14 @@ def size_table(results: Results, budget: float | None) -> Table:
     )
 
 
-def budget_table(results: Results, budget: float | None) -> Table:
+def budget_table(results: Results) -> Table:
     def against_plan(arm: Arm) -> str:
         planned, counted = arm.first.plan.get("training_flops"), arm.first.counted_flops
         return f"{numbers.signed(100 * (counted / planned - 1), 2)} %" if counted and planned else numbers.MISSING
 
     return arm_table(
         "What each arm was given",
-        results.arms(budget),
+        results.main_arms,
         {
             Column("Tokens", "seen"): lambda arm: numbers.si(arm.first.tokens),
             Column("Steps"): lambda arm: numbers.whole(arm.first.step),
@@ -117,10 +117,10 @@ def budget_table(results: Results, budget: float | None) -> Table:
     )
 
 
-def routing_table(results: Results, budget: float | None) -> Table:
-    validated, tested = (results.different_texts(budget, task) is None for task in (VALIDATION, "routing"))
+def routing_table(results: Results) -> Table:
+    validated, tested = (results.different_texts(task) is None for task in (VALIDATION, "routing"))
     rows = []
-    for arm in results.arms(budget):
+    for arm in results.main_arms:
         causal, topk = (arm.validation_loss(name) if validated else (None, None) for name in ("causal", "topk"))
         test_causal, test_topk, leak = (
             arm.mean_score("routing", name) if tested else (None, None) for name in ("loss_causal", "loss_topk", "leak")
@@ -141,18 +141,18 @@ def routing_table(results: Results, budget: float | None) -> Table:
             *(Column(head, "test, packed") for head in ("Causal", "Top-k", "Difference")),
         ],
         rows,
-        "Causal routing decides from a token's past alone; it is the headline wherever this report names one "
-        "number. Top-k routing, used in training, chooses among all tokens of a sequence and so looks at future ones; "
+        "Causal routing decides from a token's past alone; where this report names one number, it is the causal "
+        "one. Top-k routing, used in training, chooses among all tokens of a sequence and so looks at future ones; "
         "its loss is shown to measure that leak. "
         "Packed: documents joined and cut into full sequences as in training, so these losses differ from the "
         f"document-wise ones above. {_spread_note(results, 'the sequences')}",
     )
 
 
-def test_table(results: Results, budget: float | None, task: str) -> Table | None:
+def test_table(results: Results, task: str) -> Table | None:
     """Loss, perplexities and bits per byte of a text; None where the arms read different texts."""
-    arms = results.arms(budget)
-    if results.different_texts(budget, task):
+    arms = results.main_arms
+    if results.different_texts(task):
         return None
     scores = [[score for run in arm.runs if (score := run.score(task, "loss")) is not None] for arm in arms]
     lost = [max((score.lost for score in side if score.lost is not None), default=None) for side in scores]
@@ -189,20 +189,20 @@ def task_name(task: str) -> str:
     return _TASK_NAMES.get(task, task)
 
 
-def loss_tasks(results: Results, budget: float | None) -> list[str]:
+def loss_tasks(results: Results) -> list[str]:
     """Texts that are measured as perplexity, the run's own test text first."""
-    tasks = {score.task for arm in results.arms(budget) for score in arm.first.scores if score.metric == "loss"}
+    tasks = {score.task for arm in results.main_arms for score in arm.first.scores if score.metric == "loss"}
     return sorted(tasks, key=lambda task: (task != HELD_OUT, task))
 
 
-def few_shot_scores(results: Results, budget: float | None) -> dict[str, list[Score | None]]:
+def few_shot_scores(results: Results) -> dict[str, list[Score | None]]:
     """The figure that stands for each task: task to one score per arm (of the first seed), in the order of
     `results.arms`.
 
     Of the project's own suite every task is shown; of others their headline figure, which for BLiMP or MMLU is the
     mean of many.
     """
-    arms = results.arms(budget)
+    arms = results.main_arms
     shown: dict[str, str] = {}
     for arm in arms:
         for score in arm.first.scores:
@@ -212,12 +212,12 @@ def few_shot_scores(results: Results, budget: float | None) -> dict[str, list[Sc
     return {task: [arm.first.score(task, metric) for arm in arms] for task, metric in shown.items()}
 
 
-def few_shot_table(results: Results, budget: float | None) -> Table:
-    arms = results.arms(budget)
+def few_shot_table(results: Results) -> Table:
+    arms = results.main_arms
     shown = {
         task: [score for score in scores if score is not None]
-        for task, scores in few_shot_scores(results, budget).items()
-        if not results.different_texts(budget, task)  # said by `refusals`
+        for task, scores in few_shot_scores(results).items()
+        if not results.different_texts(task)  # said by `refusals`
     }
     cut = any(score.prompts_cut for scores in shown.values() for score in scores)
     rows = []
@@ -249,36 +249,33 @@ def few_shot_table(results: Results, budget: float | None) -> Table:
     )
 
 
-def refusals(results: Results, budget: float | None) -> list[str]:
+def refusals(results: Results) -> list[str]:
     """A sentence for each text whose figures are not compared, because the arms read different ones."""
     found = {
-        score.task
-        for arm in results.arms(budget)
-        for score in arm.first.scores
-        if score.headline or score.suite == "own"
+        score.task for arm in results.main_arms for score in arm.first.scores if score.headline or score.suite == "own"
     }
-    evaluate = "Start mor compare run again without --arm: it evaluates the others anew."
+    evaluate = "Start mor compare run again without --arm: it evaluates the others again."
     train = "Remove the run folders of one side and start mor compare run again: this loss is measured in training."
-    # Validation losses are compared at every budget, the others at this one.
-    places = [(VALIDATION, other, train) for other in results.budgets]
-    places += [(task, budget, evaluate) for task in sorted(found)]
+    # Validation losses are compared at every budget, the others at the main one.
+    places = [(VALIDATION, results.arms(budget), train) for budget in results.budgets]
+    places += [(task, results.main_arms, evaluate) for task in sorted(found)]
     return list(
         dict.fromkeys(
             f"{task_name(task)}: not compared, because the arms read different text ({different}). {remedy}"
-            for task, place, remedy in places
-            if (different := results.different_texts(place, task))
+            for task, arms, remedy in places
+            if (different := results.different_texts(task, arms))
         )
     )
 
 
-def speed_table(results: Results, budget: float | None) -> Table:
+def speed_table(results: Results) -> Table:
     def flops_per_second(arm: Arm) -> str:
         speed = arm.first.tokens_per_second
         return numbers.si(speed and 3 * arm.first.plan["flops_per_token_forward"] * speed, "FLOP/s")
 
     return arm_table(
         "Training on the machine named below",
-        results.arms(budget),
+        results.main_arms,
         {
             Column("Tokens / s", "median, all ranks"): lambda arm: numbers.whole(arm.first.tokens_per_second),
             Column("Step", "seconds, median"): lambda arm: numbers.fixed(arm.first.step_seconds, 3),

@@ -47,13 +47,13 @@ def budgets_table(results: Results) -> Table | None:
     return Table("Loss at every budget of training FLOPs", columns, rows, note, frozenset(best))
 
 
-def equal_tokens_table(results: Results, budget: float | None) -> Table | None:
+def equal_tokens_table(results: Results) -> Table | None:
     """The runs at the number of tokens that all of them saw; None where they all end there, or were validated on
     different texts.
     """
-    if results.different_texts(budget, VALIDATION):
+    if results.different_texts(VALIDATION):
         return None
-    arms = [arm for arm in results.arms(budget) if arm.first.tokens and arm.first.validation.get("causal")]
+    arms = [arm for arm in results.main_arms if arm.first.tokens and arm.first.validation.get("causal")]
     ends = [arm.first.tokens or 0.0 for arm in arms]
     if len(arms) < 2 or max(ends) <= 1.01 * min(ends):
         return None
@@ -90,11 +90,11 @@ def equal_tokens_table(results: Results, budget: float | None) -> Table | None:
     )
 
 
-def paper_table(results: Results, budget: float | None) -> Table | None:
+def paper_table(results: Results) -> Table | None:
     """Ours beside the paper's main table; None where no arm is among the paper's 360M networks."""
     pairs = [
         (arm, row)
-        for arm in results.arms(budget)
+        for arm in results.main_arms
         if arm.first.config is not None and (row := paper_row(arm.first.config)) is not None
     ]
     if not pairs:
