@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pretrain.comparison import numbers
+from pretrain.comparison.experiment import WHOLE_TEXTS
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
 from pretrain.comparison.scores import Score
 
@@ -32,7 +33,6 @@ class Table:
 
 
 HELD_OUT = "perplexity"
-_WHOLE_TEXT_SUITES = ("perplexity", "routing", "wikitext")
 # Columns of a loss table: heading, name in the evaluation, decimals, whether the spread is shown.
 _LOSS_METRICS = (
     (Column("Loss", "nats / token"), "loss", 4, True),
@@ -141,8 +141,8 @@ def routing_table(results: Results) -> Table:
             *(Column(head, "test, packed") for head in ("Causal", "Top-k", "Difference")),
         ],
         rows,
-        "Causal routing decides from a token's past alone; where this report names one number, it is the causal "
-        "one. Top-k routing, used in training, chooses among all tokens of a sequence and so looks at future ones; "
+        "Causal routing decides from a token's past alone; it is the headline wherever this report names one "
+        "number. Top-k routing, used in training, chooses among all tokens of a sequence and so looks at future ones; "
         "its loss is shown to measure that leak. "
         "Packed: documents joined and cut into full sequences as in training, so these losses differ from the "
         f"document-wise ones above. {_spread_note(results, 'the sequences')}",
@@ -207,7 +207,7 @@ def few_shot_scores(results: Results) -> dict[str, list[Score | None]]:
     for arm in arms:
         for score in arm.first.scores:
             of_own_suite = score.suite == "own" and score.task != "own" and score.metric == "acc"
-            if of_own_suite or (score.headline and score.suite not in (*_WHOLE_TEXT_SUITES, "own")):
+            if of_own_suite or (score.headline and score.suite not in (*WHOLE_TEXTS, "own")):
                 shown.setdefault(score.task, score.metric)
     return {task: [arm.first.score(task, metric) for arm in arms] for task, metric in shown.items()}
 

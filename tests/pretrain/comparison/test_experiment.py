@@ -91,28 +91,6 @@ def test_overrides_are_applied_before_checking(write):
     assert experiment.trials()[0].folder == Path.home() / "elsewhere" / "vanilla"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("evalutaion: {suites: [own]}", ["evalutaion", "did you mean 'evaluation'?"]),
-        ("evaluation: {suits: [own]}", ["evaluation.suits", "did you mean 'evaluation.suites'?"]),
-        ("launch: {rank: 2}", ["launch.rank", "did you mean 'launch.ranks'?"]),
-        ("launch: {launcher: python, ranks: 2}", ["launch", "one process, not 2"]),
-        ("reference: vanila", ["vanila", "did you mean 'vanilla'?"]),
-        ("labels: {mr: MoR}", ["mr", "did you mean 'mor'?"]),
-        ("budgets: [1e13]", ["budgets", "base.budget is given too"]),
-        ("seeds: [1, 1]", ["each value once"]),
-        ("seeds: [one]", ["seeds.0"]),
-    ],
-)
-def test_a_wrong_experiment_is_refused_in_one_sentence(write, change, words):
-    with pytest.raises(RecipeError) as caught:
-        load_experiment(write(MINIMAL + change + "\n"))
-    for word in words:
-        assert word in str(caught.value)
-    assert caught.value.args[0].startswith(str(write(MINIMAL))) and "Traceback" not in str(caught.value)
-
-
 @pytest.mark.parametrize("name", ["report", "a/b", "-x"])
 def test_an_arm_must_be_a_folder_name_of_its_own(write, name):
     with pytest.raises(RecipeError, match="arms"):
@@ -221,6 +199,14 @@ def test_arms_that_mix_other_data_sets_are_refused(write):
     ("override", "message"),
     [
         ("base.optim.lr=[", "cannot be read as YAML"),
+        ("evalutaion={suites: [own]}", "'evalutaion'; did you mean 'evaluation'"),
+        ("evaluation.suits=[own]", r"'evaluation\.suits'; did you mean 'evaluation\.suites'"),
+        ("launch.rank=2", r"'launch\.rank'; did you mean 'launch\.ranks'"),
+        ("launch={launcher: python, ranks: 2}", "launch: .*one process, not 2"),
+        ("reference=vanila", "'vanila'; did you mean 'vanilla'"),
+        ("labels={mr: MoR}", "'mr'; did you mean 'mor'"),
+        ("budgets=[1e13]", r"budgets: base\.budget is given too"),
+        ("seeds=[1, 1]", "each value once"),
         ("base.data=text", "arm 'vanilla': data: must be a section"),
         ("base.model=text", "arm 'vanilla': model: must be a section"),
         ("base=text", "base: must be a section"),
