@@ -240,11 +240,10 @@ class Experiment(Section):
         for arm in arms or []:
             if arm not in self.arms:
                 raise RecipeError(f"there is no arm {shorten(arm)} in {self.name}; {nearest(arm, self.arms)}")
-        own_seed = self.base.get("seed")
         return [
-            self._trial(arm, seed, seed if seed != own_seed else None, budget)
+            self._trial(arm, seed, budget)
             for budget in sorted(self.budgets) or (None,)
-            for seed in self.seeds or (own_seed,)
+            for seed in self.seeds or (self.base.get("seed"),)
             for arm in self.arms
             if arms is None or arm in arms
         ]
@@ -275,13 +274,16 @@ class Experiment(Section):
         kind = schedule.get("kind", "wsd") if isinstance(schedule, dict) else "wsd"
         return len(self.budgets) > 1 and kind == "wsd"
 
-    def _trial(self, arm: str, seed: int | None, named_seed: int | None, budget: float | None) -> Trial:
-        if budget is None or not self._branches(arm):
-            return Trial(arm, seed, budget, self.folder / _run_name(arm, named_seed, budget))
-        trunk = self.folder / _run_name(arm, named_seed, None)
-        if budget == max(self.budgets):
-            return Trial(arm, seed, budget, trunk)
-        return Trial(arm, seed, budget, branch_path(RunFolder(trunk), _branch(budget)), trunk)
+    def _trial(self, arm: str, seed: int | None, budget: float | None) -> Trial:
+        """The run and its folder, whose name says only what the arm does not, so that a run keeps it when seeds are added."""
+        branch = None if budget is None else Branch(budget, start=0, steps=0)
+        branches = self._branches(arm)
+        own_budget = [] if branch is None or branches else [branch.name]
+        own_seed = [] if seed == self.base.get("seed") else [f"seed{seed}"]
+        folder = self.folder / "-".join([arm, *own_budget, *own_seed])
+        if branch is not None and branches and budget != max(self.budgets):
+            return Trial(arm, seed, budget, branch_path(RunFolder(folder), branch), folder)
+        return Trial(arm, seed, budget, folder)
 
 
 @dataclass(frozen=True)
@@ -302,19 +304,6 @@ class Trial:
     def name(self) -> str:
         """Its folder, as tables and logs call it."""
         return self.folder.name if self.trunk is None else f"{self.trunk.name}/{self.folder.name}"
-
-
-def _branch(budget: float) -> Branch:
-    return Branch(budget, start=0, steps=0)
-
-
-def _run_name(arm: str, seed: int | None, budget: float | None) -> str:
-    parts = [arm]
-    if budget is not None:
-        parts.append(_branch(budget).name)
-    if seed is not None:
-        parts.append(f"seed{seed}")
-    return "-".join(parts)
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:

@@ -93,7 +93,7 @@ def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> Non
 
 
 def _shares(experiment: Experiment) -> list[str]:
-    # The tokenizer must not see held-out documents either, so both commands get the same shares.
+    # The same shares for both commands, so that the tokenizer is trained without the held-out documents.
     return ["--validation", str(experiment.data.validation), "--test", str(experiment.data.test)]
 
 

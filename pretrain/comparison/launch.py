@@ -3,8 +3,8 @@ can save.
 
 A terminal sends Ctrl-C to every process of its foreground group at once, and DeepSpeed's launcher answers it by
 killing its ranks. So children get a group (session) of their own, and the first Ctrl-C or SIGTERM reaches the ranks
-alone, which finish their step, write a checkpoint and end. A second one ends everything at once, and so does the end of
-this process, however it ends (see `supervise`).
+alone, which finish their step, write a checkpoint and end. A second signal ends
+everything at once. The children also end with this process, however it ends (see `supervise`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
             # Without the rank that this process may have been given; unbuffered, for the log.
             env={**clean_environment(), "PYTHONUNBUFFERED": "1"},
         )
-        # Nothing of the child survives this call.
+        # The child and all that it started end with this call.
         stack.callback(_end, child)
         forwarded = 0
         while True:
@@ -143,8 +143,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _ranks(supervisor: int) -> list[psutil.Process]:
-    """The ranks below `supervisor`: the first processes on each branch to which a rank was given; the supervised
-    command where none was.
+    """The ranks below `supervisor`: on each branch of the process tree the topmost process with a rank; the supervised
+    command where no process has one.
     """
     try:
         root = psutil.Process(supervisor)

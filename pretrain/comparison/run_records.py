@@ -162,11 +162,9 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
         "parameters": dataclasses.asdict(count_parameters(config)),
         "kv_bytes": kv_bytes_per_token(config),
     }
-    train = _records(run, "train") if run.metrics_file.is_file() else []
+    train = [list(records.values())[-1] for records in _by_step(run, "train")] if run.metrics_file.is_file() else []
     if train:
-        train = _by_step(train)
-        # The first steps pay for warming up (compilation, caches, page faults) and would pull the median of a short
-        # run.
+        # The first steps are slow (compilation, caches, page faults) and would distort the median of a short run.
         steady = train[len(train) // 10 :]
         last = train[-1]
         found |= {
@@ -184,10 +182,15 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def _records(run: RunFolder, kind: str) -> list[Fields]:
-    return [
-        Fields(record, f"{run.metrics_file}: {kind} record of step {record['step']}") for record in run.metrics(kind)
-    ]
+def _by_step(run: RunFolder, kind: str) -> list[dict[str, Fields]]:
+    """For every step in order, its records by source. Of one logged twice (a resumed run repeats the steps after its
+    checkpoint) the later.
+    """
+    found: dict[int, dict[str, Fields]] = {}
+    for record in run.metrics(kind):
+        step, source = record["step"], str(record.get("source"))
+        found.setdefault(step, {})[source] = Fields(record, f"{run.metrics_file}: {kind} record of step {step}")
+    return [found[step] for step in sorted(found)]
 
 
 def _training_loss(record: Fields) -> float:
@@ -197,13 +200,11 @@ def _training_loss(record: Fields) -> float:
 
 def _validation(run: RunFolder) -> dict[str, Any]:
     """One curve per routing, and what was read. Several sources of one step are averaged by the tokens evaluated."""
-    by_step: dict[int, dict[str, Fields]] = {}
-    for record in _records(run, "validation"):
-        by_step.setdefault(record.values["step"], {})[str(record.values.get("source"))] = record
+    by_step = _by_step(run, "validation")
     curves = {}
     for routing in ("causal", "topk"):
         key, rows, values = f"loss_{routing}", [], []
-        for _, sources in sorted(by_step.items()):
+        for sources in by_step:
             parts = [record for record in sources.values() if key in record.values]
             if not parts:
                 continue
@@ -212,7 +213,7 @@ def _validation(run: RunFolder) -> dict[str, Any]:
             values.append(sum(weight * part.number(key) for weight, part in zip(weights, parts)) / sum(weights))
         if rows:
             curves[routing] = _curve(rows, values)
-    last = by_step[max(by_step)] if by_step else {}
+    last = by_step[-1] if by_step else {}
     read = (f"{name}: {numbers.whole(record.amount('tokens_evaluated', None))} tokens" for name, record in last.items())
     data = run.plan().get("data_manifest")
     # That of a mixture depends on the order of its sources too.
@@ -261,14 +262,6 @@ def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: 
     if missing := [suite for suite in suites if suite not in record.evaluated]:
         problems.append(f"trained, but not evaluated on {', '.join(missing)}")
     return plain(f"{run}: {'; '.join(problems)}.") if problems else None
-
-
-def _by_step(records: list[Fields]) -> list[Fields]:
-    """Records in order of steps; of a step logged twice (a resumed run repeats the steps after its checkpoint) the
-    later one.
-    """
-    latest = {record.values["step"]: record for record in records}
-    return [latest[step] for step in sorted(latest)]
 
 
 def _curve(records: list[Fields], values: list[float]) -> Curve:

@@ -79,7 +79,7 @@ def marker(index: int) -> str:
 
 
 def name_legend(legend: Legend, labels: Sequence[str]) -> None:
-    """Write the names afterwards: a legend leaves those out that begin with an underscore."""
+    """Write the names afterwards, because matplotlib leaves out those that begin with an underscore."""
     for text, label in zip(legend.get_texts(), labels):
         text.set_text(label)
 

@@ -1,5 +1,5 @@
-"""What was measured, in plain sentences: differences with their uncertainty, and no claim beyond what the runs can
-carry.
+"""What was measured, in plain sentences: differences with their uncertainty, and no claim beyond what the runs
+support.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _losses_not_finite(arm: Arm) -> Iterator[str]:
 
 
 def _not_finite(arm: Arm) -> str:
-    """Says which figures are no numbers, and how many likelihoods made them so."""
+    """Which figures are not finite, and because of how many examples."""
     losses = list(dict.fromkeys(_losses_not_finite(arm)))
     tasks = {
         score.task: score.not_finite

@@ -15,8 +15,8 @@ _Z95 = float(ndtri(_TWO_SIDED_95))
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` (other minus reference) with the half-width of its 95 % interval; None where nothing is known of the
-    spread.
+    """`value` (other minus reference) with the half-width of its 95 % interval; None where the spread
+    is not known.
 
     `over` says what the interval covers: `examples` (the test texts) or `seeds`.
     """
