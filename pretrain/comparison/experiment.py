@@ -275,7 +275,7 @@ class Experiment(Section):
         return len(self.budgets) > 1 and kind == "wsd"
 
     def _trial(self, arm: str, seed: int | None, budget: float | None) -> Trial:
-        """The run and its folder, whose name says only what the arm does not, so that a run keeps it when seeds are added."""
+        """The run and its folder, which is named by what differs from the arm and so stays when seeds are added."""
         branch = None if budget is None else Branch(budget, start=0, steps=0)
         branches = self._branches(arm)
         own_budget = [] if branch is None or branches else [branch.name]

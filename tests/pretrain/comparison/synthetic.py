@@ -39,6 +39,31 @@ SMALL = {
 }
 
 
+# A model and arms that train in seconds.
+TINY = {
+    "num_layers": 5,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 64,
+    "context_length": 32,
+}
+TINY_ARMS: dict[str, Any] = {
+    "vanilla": {},
+    "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
+}
+
+
+def write_corpus(file: Path, documents: int = 500) -> None:
+    """Documents of sentences whose words are drawn from twelve."""
+    draw = random.Random(0)
+    words = ["depth", "token", "layer", "router", "step", "loss", "word", "page", "tree", "rain", "road", "stone"]
+    with file.open("w", encoding="utf-8") as stream:
+        for _ in range(documents):
+            sentences = (" ".join(draw.choices(words, k=12)).capitalize() + ". " for _ in range(6))
+            stream.write(json.dumps({"text": "".join(sentences)}) + "\n")
+
+
 ARMS = ("vanilla", "recursive", "mor")
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -25,20 +24,7 @@ from pretrain.errors import RecipeError, RunError
 from pretrain.recipe.recipe import load_recipe
 from pretrain.records.finished import Part, parts
 from pretrain.records.run_folder import RunFolder
-from tests.pretrain.comparison.synthetic import change, write_run
-
-MODEL = {
-    "num_layers": 5,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 64,
-    "context_length": 32,
-}
-ARMS = {
-    "vanilla": {},
-    "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
-}
+from tests.pretrain.comparison.synthetic import TINY, TINY_ARMS, change, write_corpus, write_run
 
 
 class Trainer:
@@ -86,10 +72,7 @@ class Trainer:
 def corpus(tmp_path_factory):
     """A folder with a corpus of lines and the data set made from it."""
     folder = tmp_path_factory.mktemp("corpus")
-    draw = np.random.default_rng(0)
-    words = ["depth", "token", "layer", "router", "step", "loss", "word", "page", "tree", "rain", "road", "stone"]
-    lines = [json.dumps({"text": " ".join(draw.choice(words, 60))}) for _ in range(400)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_corpus(folder / "corpus.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         data_room.prepare_data(experiment(), Console(file=io.StringIO()))
@@ -112,12 +95,12 @@ def experiment(**changes) -> Experiment:
         "launch": {"launcher": "python"},
         "base": {
             "seed": 1,
-            "model": MODEL,
+            "model": TINY,
             "budget": {"flops": 2e10},
             "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32},
             "precision": "fp32",
         },
-        "arms": ARMS,
+        "arms": TINY_ARMS,
         "evaluation": {"suites": []},
     }
     return Experiment.model_validate({**values, **changes})
@@ -180,12 +163,12 @@ def test_a_plan_takes_the_tokenizers_vocabulary_and_spends_the_budget(prepared):
 def test_arms_that_cannot_be_compared_are_refused(prepared):
     with pytest.raises(RecipeError, match="vocabularies of 300 and 400"):
         plan_experiment(experiment(arms={"vanilla": {}, "other": {"model": {"vocab_size": 400}}}))
-    base = {"seed": 1, "model": MODEL, "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32}}
+    base = {"seed": 1, "model": TINY, "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32}}
     arms = {"vanilla": {"budget": {"flops": 2e10}}, "other": {"budget": {"steps": 10}}}
     with pytest.raises(RecipeError, match="budgets in flops and in steps"):
         plan_experiment(experiment(base=base, arms=arms))
     with pytest.raises(RecipeError, match=r"arm 'vanilla': .*'optimm'.*'optim'"):
-        plan_experiment(experiment(base={"model": MODEL, "optimm": {}}))
+        plan_experiment(experiment(base={"model": TINY, "optimm": {}}))
 
 
 def test_what_is_done_is_not_done_again(trainer, prepared):
