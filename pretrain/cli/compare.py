@@ -68,7 +68,6 @@ def _report(experiment: Experiment, file: str) -> None:
     """Print the results before the report is drawn and written: they are there even when it cannot be."""
     from rich.console import Console
 
-    from data_prep.plain_text import say
     from pretrain.comparison.report.build import print_results, write_report
     from pretrain.comparison.report.results import read_results
 

@@ -1,153 +1,109 @@
-"""How far an experiment is: one bar per run and the time the rest will take, read from the runs' own metrics."""
+"""How far an experiment is: the run that is trained now and the time the rest will take, read from the runs' own
+metrics.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bars
-
-from data_prep.plain_text import cell, plain
+from data_prep.plain_text import plain
+from data_prep.terminal import ProgressBars, duration
 from pretrain.comparison import numbers
+from pretrain.comparison.planned_runs import PlannedRun
 from pretrain.errors import RunError
 from pretrain.records.fields import Fields
 from pretrain.records.run_folder import RunFolder, parse_record
 
-_PLAIN_SECONDS = 20.0
+# More than any record takes.
+_TAIL_BYTES = 1 << 17
 
 
-class Progress:
-    """Progress of several runs, whose shares of the whole are their FLOPs.
-
-    On a terminal a bar for the run and one for the experiment; elsewhere a line every twenty seconds.
+class ArmsProgress:
+    """Progress of several runs, each weighted by the FLOPs that are trained for it.
 
     Args:
-        flops: planned training FLOPs of each run, in the order they are trained.
+        runs: in the order in which they are trained.
+        bars: where progress is shown.
     """
 
-    def __init__(self, flops: list[float], console: Console) -> None:
-        self._flops = flops
-        self._console = console
+    def __init__(self, runs: list[PlannedRun], bars: ProgressBars) -> None:
+        self._runs, self._bars = runs, bars
+        self._bar: int | None = None
+        self._run: PlannedRun | None = None
         self._started = time.monotonic()
-        self._worked = 0.0
-        self._done = 0.0
-        self._share = 0.0
-        self._first_share: float | None = None
-        self._number, self._name, self._steps = -1, "", 1
-        self._printed = 0.0
-        self._offset = 0
-        self._bars = Bars(
-            TextColumn("{task.description:<24}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[detail]}", markup=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._all = self._bars.add_task("experiment", total=sum(flops), detail="")
-        self._one = self._bars.add_task("", total=1, detail="", visible=False)
+        # FLOPs of the runs that have ended; of the current run so far; and those of both that this process did not
+        # spend: trained earlier, or shared by a branch with its trunk.
+        self._ended = self._current = self._not_ours = 0.0
 
-    def __enter__(self) -> Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bars.update(self._one, visible=False)
-        self._bars.stop()
-
-    def begin(self, number: int, name: str, steps: int) -> None:
-        """Run `number` is trained from here on."""
-        self._number, self._name, self._steps = number, name, steps
-        self._offset, self._share, self._first_share = 0, 0.0, None
-        title = f"{number + 1}/{len(self._flops)} {name}"
-        self._bars.update(
-            self._one, description=plain(title), total=steps, completed=0, detail="starting", visible=True
-        )
-        if not self._console.is_terminal:
-            self.say(title)
-
-    def follow(self, run: RunFolder) -> None:
-        """Read what the run has logged since the last call."""
-        record = self._latest(run)
+    def follow(self, run: PlannedRun) -> None:
+        """Show how far `run` is, which is trained now."""
+        steps = run.plan.steps
+        if run is not self._run:
+            self._run = run
+            self._show(run, steps, 0, "starting")
+            self._bars.tell(self._title(run), now=True)
+        record = _latest(RunFolder(run.trial.folder))
         if record is None:
             return
         step = record.values["step"]
-        self._share = min(1.0, step / self._steps)
-        if self._first_share is None:
-            # What an earlier invocation trained, and what a branch has from its trunk, costs no time in this one.
-            self._first_share = self._share
-        detail = _detail(record)
-        self._bars.update(self._one, completed=step, detail=detail)
-        self._show_whole()
-        if not self._console.is_terminal and time.monotonic() - self._printed > _PLAIN_SECONDS:
-            self._printed = time.monotonic()
-            parts = [f"{self._name}: step {step} of {self._steps}", detail]
-            self.say(" · ".join([*parts, remaining] if (remaining := self._remaining()) else parts))
+        spent = min(1.0, step / steps) * run.new_flops
+        if not self._current:
+            self._not_ours += spent
+        self._current = spent
+        detail = " · ".join(part for part in (_detail(record), self._remaining()) if part)
+        self._show(run, steps, step, detail)
+        self._bars.tell(f"{run.trial.name}: step {step} of {steps} · {detail}")
 
-    def activity(self, name: str, text: str) -> None:
-        """Say what is going on in run `name` apart from training."""
-        self._bars.update(self._one, description=plain(name), completed=self._steps, detail=plain(text), visible=True)
-        if not self._console.is_terminal:
-            self.say(f"{name}: {text}")
+    def end(self, run: PlannedRun) -> None:
+        """`run` is trained, now or before."""
+        if run is not self._run or not self._current:
+            self._not_ours += run.new_flops
+        self._ended += run.new_flops
+        self._current = 0.0
 
-    def refresh(self) -> None:
-        """Keep the bars alive while a child works without telling how far it is."""
-        self._show_whole()
-
-    def end(self, number: int) -> None:
-        """Run `number` is trained; what it had before `begin` was not this process's work."""
-        if number == self._number and self._first_share is not None:
-            self._worked += (1.0 - self._first_share) * self._flops[number]
-        self._done += self._flops[number]
-        self._share, self._first_share = 0.0, None
-        self._show_whole()
+    def activity(self, run: PlannedRun, text: str) -> None:
+        """Say what happens to `run` apart from training."""
+        self._show(run, 1, 1, text)
+        self._bars.tell(f"{run.trial.name}: {text}", now=True)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
-        for line in text.split("\n"):
-            self._console.print(cell(line), soft_wrap=True)
+        """Print lines that stay."""
+        self._bars.say(text)
 
-    def _show_whole(self) -> None:
-        self._bars.update(self._all, completed=self._spent, detail=self._remaining())
+    def _title(self, run: PlannedRun) -> str:
+        return f"{self._runs.index(run) + 1}/{len(self._runs)} {run.trial.name}"
 
-    @property
-    def _spent(self) -> float:
-        return self._done + self._share * self._flops[self._number]
+    def _show(self, run: PlannedRun, total: int, done: int, detail: str) -> None:
+        if self._bar is None:
+            self._bar = self._bars.add("", total)
+        self._bars.update(self._bar, done, detail, total=total, description=self._title(run))
 
     def _remaining(self) -> str:
-        """The estimate for the whole experiment, from the FLOPs that this process has got done since it began."""
-        worked = self._worked + (self._share - (self._first_share or 0.0)) * self._flops[self._number]
-        if worked <= 0:
+        """The estimate for the whole experiment, from what this process has spent since it began."""
+        spent = self._ended + self._current
+        ours = spent - self._not_ours
+        if ours <= 0:
             return ""
-        seconds = (time.monotonic() - self._started) * (sum(self._flops) - self._spent) / worked
-        return f"experiment: about {numbers.duration(seconds)} left"
+        rest = sum(run.new_flops for run in self._runs) - spent
+        return f"experiment: about {duration((time.monotonic() - self._started) * rest / ours)} left"
 
-    def _latest(self, run: RunFolder) -> Fields | None:
-        """The newest complete training record after what was read before."""
-        try:
-            size = run.metrics_file.stat().st_size
-            if size < self._offset:
-                self._offset = 0  # a resumed run rewrote the file
-            with run.metrics_file.open("rb") as stream:
-                stream.seek(self._offset)
-                text = stream.read()
-        except OSError:
-            return None
-        complete = text[: text.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        for line in reversed(complete.splitlines(keepends=True)):
-            record = parse_record(line)
-            if record is not None and record["kind"] == "train":
-                return Fields(record, run.metrics_file)
+
+def _latest(run: RunFolder) -> Fields | None:
+    """The newest complete training record; None where there is none yet."""
+    try:
+        with run.metrics_file.open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _TAIL_BYTES))
+            lines = stream.read().splitlines(keepends=True)
+    except OSError:
         return None
+    records = (parse_record(line) for line in reversed(lines))
+    newest = next((record for record in records if record is not None and record["kind"] == "train"), None)
+    return None if newest is None else Fields(newest, run.metrics_file)
 
 
 def _detail(record: Fields) -> str:
-    """Loss and speed; the report complains of a record that does not have them, training goes on."""
+    """Loss and speed. Where the record does not have them the report complains, and training goes on."""
     try:
         loss = record.number("lm_loss", None) if "lm_loss" in record.values else record.number("loss", None)
         return f"loss {numbers.fixed(loss)} · {numbers.whole(record.amount('tokens_per_second', None))} tokens/s"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +29,8 @@ from pretrain.recipe.plan import Branch
 from pretrain.recipe.recipe import EXCLUSIVE
 from pretrain.recipe.sections import MOST_TEXT_BYTES, Listed, Name, Number, Section, Whole
 from pretrain.recipe.yaml_input import read_yaml
+from pretrain.records.finished import branch_path
+from pretrain.records.run_folder import RunFolder
 
 REPORT_FOLDER = "report"
 TRAIN_TOKENIZER = "train"
@@ -40,7 +41,7 @@ _NAMED_SO = "becomes a folder's name; use at most 100 letters, digits, '.', '_' 
 _OWN_FOLDERS = (REPORT_FOLDER, "recipes", "logs")
 _MOST_RUNS = 10_000
 
-# Keys of a recipe that the experiment decides: whether `base` may say them all the same, and where they belong.
+# Keys of a recipe that the experiment decides: whether `base` may have them nevertheless, and where they belong.
 _DECIDED = {
     "name": (False, "a run is called after its arm; rename the arm, or set the experiment's name"),
     "run_dir": (False, "a run lies in the experiment's folder; set the experiment's runs"),
@@ -149,16 +150,6 @@ class Experiment(Section):
             raise ValueError(f"{name!r} {_NAMED_SO}")
         return name
 
-    @field_validator("base", mode="before")
-    @classmethod
-    def _base_is_nested(cls, base: Any) -> Any:
-        return nest(base) if isinstance(base, dict) else base
-
-    @field_validator("arms", mode="before")
-    @classmethod
-    def _arms_are_nested(cls, arms: Any) -> Any:
-        return _nest_each(arms) if isinstance(arms, dict) else arms
-
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         self._check_arms()
@@ -195,7 +186,7 @@ class Experiment(Section):
                     raise ValueError(f"{where}: there is no arm {shorten(name)}; {nearest(name, self.arms)}")
 
     def _check_keys(self) -> None:
-        """Whatever `base` or an arm says is in its runs' recipes as written, or refused here."""
+        """What `base` or an arm says goes into the recipes of its runs unchanged; what cannot is refused here."""
         for place, values in (("base", self.base), *((f"arms.{name}", arm) for name, arm in self.arms.items())):
             for key, (base_may, why) in _DECIDED.items():
                 if _has(values, key) and not (base_may and place == "base"):
@@ -211,7 +202,7 @@ class Experiment(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.runs or f"runs/{self.name}")
+        return Path(self.runs or f"runs/{self.name}").expanduser()
 
     @property
     def report_folder(self) -> Path:
@@ -250,20 +241,20 @@ class Experiment(Section):
         for arm in arms or []:
             if arm not in self.arms:
                 raise RecipeError(f"there is no arm {shorten(arm)} in {self.name}; {nearest(arm, self.arms)}")
-        own_seed = self.base.get("seed")
         return [
-            self._trial(arm, seed, seed if seed != own_seed else None, budget)
+            self._trial(arm, seed, budget)
             for budget in sorted(self.budgets) or (None,)
-            for seed in self.seeds or (own_seed,)
+            for seed in self.seeds or (self.base.get("seed"),)
             for arm in self.arms
             if arms is None or arm in arms
         ]
 
     def recipe_values(self, trial: Trial) -> dict[str, Any]:
-        """The fields of the recipe of one run: base, then the arm's, then seed, budget, data and folder."""
+        """The fields of the recipe of one run that is no branch: base, then the arm's, then seed, budget, data and
+        folder.
+        """
         values = self._arm_values(trial.arm)
-        values["name"] = trial.folder.name if trial.trunk is None else f"{trial.trunk.name}-{trial.folder.name}"
-        values["run_dir"] = str(trial.folder)
+        values |= {"name": trial.folder.name, "run_dir": str(trial.folder)}
         data = values.get("data", {})
         if isinstance(data, dict) and "sources" not in data:
             values["data"] = {"path": str(self.data_path), **data}
@@ -271,7 +262,7 @@ class Experiment(Section):
             values["seed"] = trial.seed
         if trial.budget is not None:
             values["budget"] = {"flops": trial.budget}
-            if trial.trunk is None and self._branches(trial.arm):
+            if self._branches(trial.arm):
                 values["budget"]["branches"] = sorted(self.budgets)[:-1]
         return values
 
@@ -284,14 +275,16 @@ class Experiment(Section):
         kind = schedule.get("kind", "wsd") if isinstance(schedule, dict) else "wsd"
         return len(self.budgets) > 1 and kind == "wsd"
 
-    def _trial(self, arm: str, seed: int | None, named_seed: int | None, budget: float | None) -> Trial:
-        if budget is None or not self._branches(arm):
-            return Trial(arm, seed, budget, self.folder / _run_name(arm, named_seed, budget))
-        trunk = self.folder / _run_name(arm, named_seed, None)
-        if budget == max(self.budgets):
-            return Trial(arm, seed, budget, trunk)
-        # Where `pretrain.training.run` puts the branches of a run.
-        return Trial(arm, seed, budget, trunk / "branches" / _amount(budget), trunk)
+    def _trial(self, arm: str, seed: int | None, budget: float | None) -> Trial:
+        """The run and its folder, which is named by what differs from the arm and so stays when seeds are added."""
+        branch = None if budget is None else Branch(budget, start=0, steps=0)
+        branches = self._branches(arm)
+        own_budget = [] if branch is None or branches else [branch.name]
+        own_seed = [] if seed == self.base.get("seed") else [f"seed{seed}"]
+        folder = self.folder / "-".join([arm, *own_budget, *own_seed])
+        if branch is not None and branches and budget != max(self.budgets):
+            return Trial(arm, seed, budget, branch_path(RunFolder(folder), branch), folder)
+        return Trial(arm, seed, budget, folder)
 
 
 @dataclass(frozen=True)
@@ -312,19 +305,6 @@ class Trial:
     def name(self) -> str:
         """Its folder, as tables and logs call it."""
         return self.folder.name if self.trunk is None else f"{self.trunk.name}/{self.folder.name}"
-
-
-def _amount(budget: float) -> str:
-    return Branch(budget, start=0, steps=0).name
-
-
-def _run_name(arm: str, seed: int | None, budget: float | None) -> str:
-    parts = [arm]
-    if budget is not None:
-        parts.append(_amount(budget))
-    if seed is not None:
-        parts.append(f"seed{seed}")
-    return "-".join(parts)
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
@@ -355,46 +335,31 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise RecipeError(f"{path}: {error}.") from None
 
 
-def nest(values: dict[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1, "a": {"c": 2}}` as nested dictionaries.
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's values with `base` and arms in nested form; an arm that is empty differs in nothing."""
+    nested = dict(values)
+    if isinstance(values.get("base"), dict):
+        nested["base"] = _nest(values["base"])
+    if isinstance(arms := values.get("arms"), dict):
+        nested["arms"] = {name: _nest({} if arm is None else arm) for name, arm in arms.items()}
+    return nested
+
+
+def _nest(value: Any) -> Any:
+    """`{"a.b": 1, "a": {"c": 2}}` as nested dictionaries; anything but a dictionary as it is.
 
     Raises:
         ValueError: when two keys say the same, or one lies below the value of another.
     """
+    if not isinstance(value, dict):
+        return value
     nested: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            value = nest(value)
+    for key, inner in value.items():
+        branch = _nest(inner)
         for part in reversed(str(key).split(".")):
-            value = {part: value}
-        for place in _shared(nested, value):
-            raise ValueError(f"'{place}' is given twice, dotted and nested; keep one")
-        nested = _merge(nested, value)
+            branch = {part: branch}
+        nested = _merge(nested, branch, once=True)
     return nested
-
-
-def _shared(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
-    """Dotted places at which both have a value of their own."""
-    for key in one.keys() & other.keys():
-        if isinstance(one[key], dict) and isinstance(other[key], dict):
-            yield from (f"{key}.{place}" for place in _shared(one[key], other[key]))
-        else:
-            yield plain(key)
-
-
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """An experiment's values with `base` and arms in nested form."""
-    nested = dict(values)
-    if isinstance(values.get("base"), dict):
-        nested["base"] = nest(values["base"])
-    if isinstance(values.get("arms"), dict):
-        nested["arms"] = _nest_each(values["arms"])
-    return nested
-
-
-def _nest_each(arms: dict[Any, Any]) -> dict[Any, Any]:
-    """An arm may differ in nothing."""
-    return {name: nest(arm) if isinstance(arm, dict) else {} if arm is None else arm for name, arm in arms.items()}
 
 
 def _has(values: dict[str, Any], key: str) -> bool:
@@ -406,12 +371,21 @@ def _has(values: dict[str, Any], key: str) -> bool:
     return True
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A new dictionary: `over` laid upon `under`, dictionaries merged, anything else replaced."""
+def _merge(under: dict[str, Any], over: dict[str, Any], once: bool = False, above: str = "") -> dict[str, Any]:
+    """A new dictionary: `over` laid upon `under`, dictionaries merged, anything else replaced.
+
+    Args:
+        once: nothing may be replaced; `above` is where the two stand, for the message.
+
+    Raises:
+        ValueError: with `once`, where both have a value of their own.
+    """
     merged = copy.deepcopy(under)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+            merged[key] = _merge(merged[key], value, once, f"{above}{key}.")
+        elif once and key in merged:
+            raise ValueError(f"'{plain(above + key)}' is given twice, dotted and nested; keep one")
         else:
             merged[key] = copy.deepcopy(value)
     return merged

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.console import Console
 from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.json_input import read_json
-from data_prep.locks import lock
+from data_prep.locks import locked
 from data_prep.plain_text import cell
 from data_prep.reading.manifest import FILE_NAME
 from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment
@@ -23,7 +22,7 @@ _RECORD = "prepared_from.json"
 
 
 def prepare_data(experiment: Experiment, console: Console) -> None:
-    """Make the data set folder of `experiment` exist: train a tokenizer where one is wanted, then tokenize.
+    """Make the data set folder of `experiment` exist: train a tokenizer if the experiment asks for one, then tokenize.
 
     Several processes may call this for one experiment; the first does the work and the others wait.
 
@@ -44,8 +43,7 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
             f"{path}: no data set there (no {FILE_NAME}) and data.corpus names no text to prepare it from; "
             "prepare it with `mor prep tokenize`, or set data.corpus."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.with_name(f".{path.name}.lock")):
+    with locked(path.with_name(f".{path.name}.lock"), f"{path}: another process is preparing this data set"):
         if (path / FILE_NAME).is_file():
             _refuse_other_text(experiment, wanted)
             return
@@ -84,7 +82,7 @@ def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> Non
         return  # prepared by hand: the folder is what the experiment asks for
     found = read_json(record)
     if not isinstance(found, dict):
-        raise DataError(f"{record}: is not a JSON object. Remove {experiment.data_path} to prepare the data anew.")
+        raise DataError(f"{record}: is not a JSON object. Remove {experiment.data_path} to prepare the data again.")
     for key, value in wanted.items():
         if found.get(key) != value:
             raise RecipeError(
@@ -95,7 +93,7 @@ def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> Non
 
 
 def _shares(experiment: Experiment) -> list[str]:
-    # The tokenizer must not see held-out documents either, so both commands get the same shares.
+    # The same shares for both commands, so that the tokenizer is trained without the held-out documents.
     return ["--validation", str(experiment.data.validation), "--test", str(experiment.data.test)]
 
 
@@ -105,11 +103,3 @@ def _data_prep(arguments: list[str]) -> None:
         raise RunError(
             f"data preparation ended with status {status}; its message stands above. The same command continues."
         )
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Wait until no other process is inside."""
-    with file.open("w") as stream:
-        lock(stream, wait=True)
-        yield

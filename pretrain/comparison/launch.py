@@ -3,8 +3,8 @@ can save.
 
 A terminal sends Ctrl-C to every process of its foreground group at once, and DeepSpeed's launcher answers it by
 killing its ranks. So children get a group (session) of their own, and the first Ctrl-C or SIGTERM reaches the ranks
-alone, which finish their step, write a checkpoint and end. A second one ends everything at once, and so does the end of
-this process, whatever it dies of (see `supervise`).
+alone, which finish their step, write a checkpoint and end. A second signal ends
+everything at once. The children also end with this process, however it ends (see `supervise`).
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
             stdout=output,
             stderr=None if output is None else subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(),
+            # Without the rank that this process may have been given; unbuffered, for the log.
+            env={**clean_environment(), "PYTHONUNBUFFERED": "1"},
         )
-        # Nothing of the child survives this call.
+        # The child and all that it started end with this call.
         stack.callback(_end, child)
         forwarded = 0
         while True:
@@ -128,7 +129,7 @@ def last_lines(log: Path, count: int = 15) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return "\n".join(line for line in lines[-count:])
+    return "\n".join(lines[-count:])
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -141,16 +142,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.stdin.close()
 
 
-def _environment() -> dict[str, str]:
-    """The child's variables: no rank that this process may itself have been given, and unbuffered output for the
-    log.
-    """
-    return {**clean_environment(), "PYTHONUNBUFFERED": "1"}
-
-
 def _ranks(supervisor: int) -> list[psutil.Process]:
-    """The ranks below `supervisor`: the first processes on each branch to which a rank was given; the supervised
-    command where none was.
+    """The ranks below `supervisor`: on each branch of the process tree the topmost process with a rank; the supervised
+    command where no process has one.
     """
     try:
         root = psutil.Process(supervisor)
@@ -172,7 +166,7 @@ def _has_rank(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def _counting_signals() -> Iterator[list[int]]:
-    """Collect signals that ask to stop in a list instead of dying of them."""
+    """Collect the signals that ask to stop in a list; this process goes on."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,6 @@
 """How numbers are written: for people, with the same digits in every table.
 
-What was not measured is a dash; what was measured and is no finite number is said to be so.
+What was not measured is a dash; a value that is not finite is written as "not finite".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def power_of_ten(value: float, digits: int = 3) -> str:
 
 @_number
 def fixed(value: float, digits: int = 3) -> str:
-    """Fixed decimals with a real minus sign; none of a large number, of which a huge one is a power of ten."""
+    """Fixed decimals with a real minus sign; large numbers have no decimals, and huge ones are powers of ten."""
     if abs(value) >= 1e15:
         return power_of_ten(value)
     if abs(value) >= 10_000:
@@ -91,19 +91,6 @@ def accuracy(share: float | None, error: float | None) -> str:
 @_number
 def gibibytes(value: float) -> str:
     return f"{value / 2**30:.2f} GiB"
-
-
-@_number
-def duration(seconds: float) -> str:
-    """`95` as `1 min 35 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole / 86400:.1f} days"
 
 
 @_number

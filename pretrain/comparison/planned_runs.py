@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -19,7 +19,7 @@ from pretrain.errors import RecipeError, RunError, UserError
 from pretrain.evaluation.suites import check_suites
 from pretrain.recipe.plan import Plan, make_plan
 from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
-from pretrain.records.finished import changed_keys
+from pretrain.records.finished import changed_keys, parts
 from pretrain.records.run_folder import RunFolder
 
 
@@ -38,12 +38,17 @@ class PlannedRun:
         """Steps that are trained for this run alone: all, or a branch's decay."""
         return self.plan.learning_rate.decay if self.trial.trunk is not None else self.plan.steps
 
+    @property
+    def new_flops(self) -> float:
+        """Training FLOPs of these steps."""
+        return self.plan.training_flops * self.new_steps / self.plan.steps
+
 
 def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[PlannedRun]:
     """Resolve every run of the experiment (or of some arms).
 
     Raises:
-        RecipeError: for an evaluation suite that does not exist; a recipe that cannot be, naming the arm; or arms that
+        RecipeError: for an evaluation suite that does not exist; an impossible recipe, naming the arm; or arms that
             do not share what makes their losses comparable.
     """
     try:
@@ -51,20 +56,25 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
     except UserError as error:
         raise RecipeError(f"evaluation.suites: {error}") from None
     vocabulary = vocab_size(experiment)
-    planned: list[PlannedRun] = []
-    for trial in experiment.trials(arms):
+    trials = experiment.trials(arms)
+    by_folder = {trial.folder: trial for trial in trials}
+    found: dict[Trial, PlannedRun] = {}
+    for trial in trials:
+        if trial.trunk is not None:
+            continue  # comes with its trunk
         values = experiment.recipe_values(trial)
         model = values.get("model", {})
         if vocabulary is not None and isinstance(model, dict):
             values["model"] = {"vocab_size": vocabulary, **model}
         recipe = build_recipe(values, where=f"arm '{trial.arm}'")
         try:
-            plan = make_plan(recipe)
+            for part in parts(recipe):
+                own = by_folder[part.folder.path]
+                plan = make_plan(part.recipe)
+                found[own] = PlannedRun(own, experiment.label(own.arm), part.recipe, recipe.network, plan)
         except RecipeError as error:
             raise RecipeError(f"arm '{trial.arm}': {error}") from None
-        planned.append(PlannedRun(trial, experiment.label(trial.arm), recipe, recipe.network, plan))
-    by_folder = {run.trial.folder: run for run in planned}
-    planned = [_as_branch(run, by_folder[run.trial.trunk]) if run.trial.trunk is not None else run for run in planned]
+    planned = [found[trial] for trial in trials]
     _refuse_unlike(planned)
     return planned
 
@@ -75,11 +85,11 @@ def other_recipe(run: PlannedRun) -> str | None:
     try:
         found = load_recipe(folder.recipe_file)
     except RecipeError as error:
-        return f"{error} Remove {folder} to train this arm anew."
+        return f"{error} Remove {folder} to train this arm again."
     for key, (before, now) in changed_keys(found, run.recipe).items():
         return (
             f"{folder}: was begun with another recipe ({key} was {plain(repr(before))}, the experiment says "
-            f"{plain(repr(now))}); remove that folder to train it anew, or keep it and give the experiment a name of "
+            f"{plain(repr(now))}); remove that folder to train it again, or keep it and give the experiment a name of "
             "its own (name=NAME)."
         )
     return None
@@ -89,13 +99,6 @@ def jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
     """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
     own = [run for run in planned if run.trial.trunk is None]
     return [[run, *(other for other in planned if other.trial.trunk == run.trial.folder)] for run in own]
-
-
-def _as_branch(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
-    """A branch warms up with its trunk, of which it is the beginning."""
-    schedule = run.recipe.schedule.model_copy(update={"warmup": trunk.plan.learning_rate.warmup})
-    recipe = run.recipe.model_copy(update={"schedule": schedule})
-    return replace(run, recipe=recipe, plan=make_plan(recipe))
 
 
 def vocab_size(experiment: Experiment) -> int | None:
@@ -141,22 +144,21 @@ def _refuse_unlike(planned: list[PlannedRun]) -> None:
     """Arms of one vocabulary, one text and one unit of budget: nats per token of two vocabularies do not compare."""
     first = planned[0]
     for run in planned[1:]:
+        both = f"arms '{first.trial.arm}' and '{run.trial.arm}'"
         if run.network.vocab_size != first.network.vocab_size:
             raise RecipeError(
-                f"arms '{first.trial.arm}' and '{run.trial.arm}' have vocabularies of {first.network.vocab_size} "
-                f"and {run.network.vocab_size}; "
-                "leave model.vocab_size out, so that both take the tokenizer's."
+                f"{both} have vocabularies of {first.network.vocab_size} and {run.network.vocab_size}; leave "
+                "model.vocab_size out, so that both take the tokenizer's."
             )
         if _texts(run.recipe) != _texts(first.recipe):
             raise RecipeError(
-                f"arms '{first.trial.arm}' and '{run.trial.arm}' read different data sets, so they are validated on "
-                "different text; mix the same ones, with other weights."
+                f"{both} read different data sets, so they are validated on different text; mix the same data sets, "
+                "with other weights."
             )
         if run.recipe.budget.unit != first.recipe.budget.unit:
             raise RecipeError(
-                f"arms '{first.trial.arm}' and '{run.trial.arm}' have budgets in {first.recipe.budget.unit} and in "
-                f"{run.recipe.budget.unit}; "
-                "give both the same unit."
+                f"{both} have budgets in {first.recipe.budget.unit} and in {run.recipe.budget.unit}; give both the "
+                "same unit."
             )
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from data_prep.files import write_text
 from data_prep.reading.manifest import read_manifest
+from data_prep.terminal import ProgressBars
 from pretrain.comparison import numbers
-from pretrain.comparison.arms_progress import Progress
+from pretrain.comparison.arms_progress import ArmsProgress
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.experiment_data import prepare_data
 from pretrain.comparison.launch import Interrupted, evaluation_arguments, last_lines, run_child, training_command
@@ -58,10 +59,10 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
     console.print(plan_table(planned))
     failures: list[Failure] = []
     to_train = jobs(planned)
-    ordered = [run for job in to_train for run in job]
-    with Progress([run.plan.training_flops * run.new_steps / run.plan.steps for run in ordered], console) as progress:
+    with ProgressBars(every=20.0) as bars:
+        progress = ArmsProgress([run for job in to_train for run in job], bars)
         for job in to_train:
-            failure = _train(experiment, job, ordered, progress)
+            failure = _train(experiment, job, progress)
             for run in job:
                 failure = failure or _evaluate(experiment, run, progress)
             if failure is not None:
@@ -84,69 +85,48 @@ def _refuse_other_run(run: PlannedRun) -> None:
         and folder.plan().get("data_manifest") != read_manifest(Path(data)).digest()
     ):
         raise RunError(
-            f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm anew, "
+            f"{folder}: was trained on other data than {data} holds now; remove that folder to train this arm again, "
             "or give the experiment a name of its own (name=NAME)."
         )
 
 
-def _train(
-    experiment: Experiment, job: list[PlannedRun], ordered: list[PlannedRun], progress: Progress
-) -> Failure | None:
+def _train(experiment: Experiment, job: list[PlannedRun], progress: ArmsProgress) -> Failure | None:
+    """Train a run and then its branches, in one process, unless all of them are trained."""
     run = job[0]
-    folder = RunFolder(run.trial.folder)
-    following = _Following(job, ordered, progress)
-    if not following.unfinished:
+    unfinished = [part for part in job if not has_finished(part.recipe)]
+    for part in job:
+        if part not in unfinished:
+            progress.end(part)
+    if not unfinished:
         progress.say(f"{run.trial.name}: trained already")
         return None
+
+    def tick() -> None:
+        while unfinished:
+            current = unfinished[0]
+            progress.follow(current)
+            if not has_finished(current.recipe):
+                return
+            progress.say(_trained(current))
+            progress.end(unfinished.pop(0))
+
+    folder = RunFolder(run.trial.folder)
     recipe_file = experiment.folder / "recipes" / f"{folder.name}.yaml"
     write_text(recipe_file, run.recipe.to_yaml())
-    # Not in the run folder, which the trainer wants to find empty or its own.
+    # Not in the run folder, which the trainer expects to be empty or its own.
     log = experiment.folder / "logs" / f"{folder.name}-training.log"
     try:
-        status = run_child(training_command(experiment.launch, recipe_file), log, following.tick)
+        status = run_child(training_command(experiment.launch, recipe_file), log, tick)
     except Interrupted:
         step = folder.status().get("step", 0)
         progress.say(f"{run.trial.name}: stopped at step {step} of {run.plan.steps}")
         raise
-    following.tick()
-    if not following.unfinished:
+    tick()
+    if not unfinished:
         return None
-    last = RunFolder(following.unfinished[0].trial.folder)
-    if last.status().get("state") == "stopped":
+    if RunFolder(unfinished[0].trial.folder).status().get("state") == "stopped":
         raise Interrupted
     return Failure(run.trial.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
-
-
-class _Following:
-    """Shows the progress of a run and then of its branches, which one process trains one after another."""
-
-    def __init__(self, job: list[PlannedRun], ordered: list[PlannedRun], progress: Progress) -> None:
-        self._ordered, self._progress = ordered, progress
-        self._shown: PlannedRun | None = None
-        self.unfinished = list(job)
-        self._leave_finished()
-
-    def tick(self) -> None:
-        if not self.unfinished:
-            return
-        current = self.unfinished[0]
-        if current is not self._shown:
-            self._shown = current
-            self._progress.begin(self._ordered.index(current), current.trial.name, current.plan.steps)
-        self._progress.follow(RunFolder(current.trial.folder))
-        self._leave_finished()
-
-    def _leave_finished(self) -> None:
-        while self.unfinished:
-            run = self.unfinished[0]
-            folder = RunFolder(run.trial.folder)
-            if not has_finished(run.recipe):
-                return
-            del self.unfinished[0]
-            if run is self._shown:
-                self._progress.follow(folder)
-                self._progress.say(_trained(run))
-            self._progress.end(self._ordered.index(run))
 
 
 def _trained(run: PlannedRun) -> str:
@@ -156,7 +136,7 @@ def _trained(run: PlannedRun) -> str:
     return f"{text}; {record.problem}" if record.problem else text
 
 
-def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Failure | None:
+def _evaluate(experiment: Experiment, run: PlannedRun, progress: ArmsProgress) -> Failure | None:
     """Run `mor eval` for the suites whose stored results are not what it would compute now; returns the first failure,
     which does not stop the others.
     """
@@ -167,12 +147,12 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: Progress) -> Fa
     }
     missing = [suite for suite in chosen if not is_current(folder, suite, chosen[suite])]
     if missing:
-        progress.activity(run.trial.name, f"evaluating: {', '.join(missing)}")
+        progress.activity(run, f"evaluating: {', '.join(missing)}")
     failure = None
     for arguments in evaluation_arguments(settings, folder.path, missing):
         command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
         log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
-        status = run_child(command, log, progress.refresh)
+        status = run_child(command, log)
         if status != 0:
             reason = f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
             failure = failure or Failure(run.trial.name, reason)

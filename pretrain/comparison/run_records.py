@@ -6,11 +6,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.plain_text import plain
+from data_prep.terminal import duration
 from mor_model.config import ModelConfig
 from mor_model.errors import ConfigError
 from mor_model.flops import count_parameters, kv_bytes_per_token
@@ -37,16 +40,13 @@ class Curve:
 
     def at_tokens(self, tokens: float) -> float | None:
         """The value at `tokens` by linear interpolation; None outside what was measured."""
-        for index in range(1, len(self.tokens)):
-            left, right = self.tokens[index - 1], self.tokens[index]
-            if left <= tokens <= right:
-                share = (tokens - left) / (right - left) if right > left else 1.0
-                return self.values[index - 1] + share * (self.values[index] - self.values[index - 1])
-        return None
+        if not self.tokens or not self.tokens[0] <= tokens <= self.tokens[-1]:
+            return None
+        return float(np.interp(tokens, self.tokens, self.values))
 
     def flops_at(self, tokens: float) -> float | None:
         """Training FLOPs spent when `tokens` had been seen; None outside what was measured."""
-        return Curve(self.tokens, self.flops, self.flops).at_tokens(tokens)
+        return replace(self, values=self.flops).at_tokens(tokens)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ class RunRecord:
         shares = self.depths.get(looked_at)
         return sum(depth * share for depth, share in enumerate(shares)) if shares else None
 
+    def time_for(self, tokens: float | None) -> str:
+        """How long training on so many tokens takes at the run's own speed, in words."""
+        return duration(tokens / self.tokens_per_second) if tokens and self.tokens_per_second else numbers.MISSING
+
     def score(self, task: str, metric: str) -> Score | None:
         return next((score for score in self.scores if score.task == task and score.metric == metric), None)
 
@@ -136,10 +140,10 @@ def read_run(trial: Trial, label: str, suites: Sequence[str] = ()) -> RunRecord:
     try:
         status = run.status()
         record = RunRecord(trial, label, status.get("state", "absent"), None, **_training_files(run))
-        record = dataclasses.replace(record, **_evaluation_files(run, record.depths))
+        record = replace(record, **_evaluation_files(run, record.depths))
     except (RunError, ConfigError) as error:
         return RunRecord(trial, label, "unreadable", plain(f"{run}: {str(error).removeprefix(f'{run}: ')}"))
-    return dataclasses.replace(record, state=plain(record.state), problem=_problem(run, status, record, suites))
+    return replace(record, state=plain(record.state), problem=_problem(run, status, record, suites))
 
 
 def _training_files(run: RunFolder) -> dict[str, Any]:
@@ -158,11 +162,9 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
         "parameters": dataclasses.asdict(count_parameters(config)),
         "kv_bytes": kv_bytes_per_token(config),
     }
-    train = _records(run, "train") if run.metrics_file.is_file() else []
+    train = [list(records.values())[-1] for records in _by_step(run, "train")] if run.metrics_file.is_file() else []
     if train:
-        train = _by_step(train)
-        # The first steps pay for warming up (compilation, caches, page faults) and would pull the median of a short
-        # run.
+        # The first steps are slow (compilation, caches, page faults) and would distort the median of a short run.
         steady = train[len(train) // 10 :]
         last = train[-1]
         found |= {
@@ -180,10 +182,15 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def _records(run: RunFolder, kind: str) -> list[Fields]:
-    return [
-        Fields(record, f"{run.metrics_file}: {kind} record of step {record['step']}") for record in run.metrics(kind)
-    ]
+def _by_step(run: RunFolder, kind: str) -> list[dict[str, Fields]]:
+    """For every step in order, its records by source. Of one logged twice (a resumed run repeats the steps after its
+    checkpoint) the later.
+    """
+    found: dict[int, dict[str, Fields]] = {}
+    for record in run.metrics(kind):
+        step, source = record["step"], str(record.get("source"))
+        found.setdefault(step, {})[source] = Fields(record, f"{run.metrics_file}: {kind} record of step {step}")
+    return [found[step] for step in sorted(found)]
 
 
 def _training_loss(record: Fields) -> float:
@@ -193,13 +200,11 @@ def _training_loss(record: Fields) -> float:
 
 def _validation(run: RunFolder) -> dict[str, Any]:
     """One curve per routing, and what was read. Several sources of one step are averaged by the tokens evaluated."""
-    by_step: dict[int, dict[str, Fields]] = {}
-    for record in _records(run, "validation"):
-        by_step.setdefault(record.values["step"], {})[str(record.values.get("source"))] = record
+    by_step = _by_step(run, "validation")
     curves = {}
     for routing in ("causal", "topk"):
         key, rows, values = f"loss_{routing}", [], []
-        for _, sources in sorted(by_step.items()):
+        for sources in by_step:
             parts = [record for record in sources.values() if key in record.values]
             if not parts:
                 continue
@@ -208,7 +213,7 @@ def _validation(run: RunFolder) -> dict[str, Any]:
             values.append(sum(weight * part.number(key) for weight, part in zip(weights, parts)) / sum(weights))
         if rows:
             curves[routing] = _curve(rows, values)
-    last = by_step[max(by_step)] if by_step else {}
+    last = by_step[-1] if by_step else {}
     read = (f"{name}: {numbers.whole(record.amount('tokens_evaluated', None))} tokens" for name, record in last.items())
     data = run.plan().get("data_manifest")
     # That of a mixture depends on the order of its sources too.
@@ -257,14 +262,6 @@ def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: 
     if missing := [suite for suite in suites if suite not in record.evaluated]:
         problems.append(f"trained, but not evaluated on {', '.join(missing)}")
     return plain(f"{run}: {'; '.join(problems)}.") if problems else None
-
-
-def _by_step(records: list[Fields]) -> list[Fields]:
-    """Records in order of steps; of a step logged twice (a resumed run repeats the steps after its checkpoint) the
-    later one.
-    """
-    latest = {record.values["step"]: record for record in records}
-    return [latest[step] for step in sorted(latest)]
 
 
 def _curve(records: list[Fields], values: list[float]) -> Curve:

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.plain_text import plain
 from pretrain.records.fields import Fields
 
-# Figures that divide by a size of the text. The evaluation leaves them null where the tokens do not hold all of it.
+# Figures that are divided by a size of the text; null in the evaluation if the tokens do not hold all of the text.
 _NEED_WHOLE_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -20,7 +20,7 @@ class Score:
     Attributes:
         value: the number, nan when it is not finite; stderr: its standard error over the examples, None where the
             evaluation gave none.
-        n: examples; routing: `causal` or `topk`; chance: what guessing would score, None where that means nothing.
+        n: examples; routing: `causal` or `topk`; chance: what guessing would score, None where guessing has no score.
         higher_is_better: which way is good.
         headline: whether this is the one figure that stands for its suite.
         text: what was read, for scores of one task to be compared only where it is the same; empty where the evaluation
@@ -110,5 +110,5 @@ def _text(result: Fields, n: float | None) -> str:
 
 
 def _known(value: float | None) -> float | None:
-    """None for what is not finite: a standard error that is not finite says as little as none."""
+    """None for a value that is not finite: such a standard error says nothing."""
     return value if value is not None and math.isfinite(value) else None

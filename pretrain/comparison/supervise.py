@@ -1,4 +1,4 @@
-"""Run a command, and end all it started when the process that asked for it is gone, however that ended.
+"""Run a command, and end everything it started when the process that asked for it has ended, however it ended.
 
     python supervise.py COMMAND...
 
@@ -35,5 +35,5 @@ def _end_with_the_asker() -> None:
 
 
 if __name__ == "__main__":
-    # Without the interpreter's own farewell, which could wait for the thread that reads.
+    # Without Python's own shutdown, which could wait for the thread that reads.
     os._exit(main(sys.argv[1:]))

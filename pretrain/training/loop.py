@@ -326,7 +326,6 @@ class Trainer:
                 "memory_peak_bytes": max(report.peaks),
                 "memory_peak_bytes_per_rank": report.peaks,
                 "active": active,
-                "depth_share": [taken - further for taken, further in zip(active, [*active[1:], 0.0])],
                 "epochs": self.run.data.source.epochs(state.position),
                 "samples": drawn,
                 "source_share": {name: count / sum(drawn.values()) for name, count in drawn.items()},

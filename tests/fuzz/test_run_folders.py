@@ -7,13 +7,15 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from data_prep.terminal import ProgressBars
 from pretrain.cli.runs import describe
-from pretrain.comparison.arms_progress import Progress
+from pretrain.comparison.arms_progress import ArmsProgress
 from pretrain.comparison.experiment import Trial
 from pretrain.comparison.report.build import print_results, write_report
 from pretrain.comparison.report.results import Results, read_results
@@ -58,16 +60,17 @@ def mutation(run: Path, source: random.Random) -> tuple[str, bytes]:
 def test_one_run_folder_never_hides_the_others(good: Path, tmp_path: Path, count: int) -> None:
     """Each reader says what is wrong with the folder, as a row or a problem, and raises nothing."""
     run = Path(shutil.copytree(good, tmp_path / "mor"))
+    trial = Trial("mor", 1, None, run)
+    planned: Any = SimpleNamespace(trial=trial, plan=SimpleNamespace(steps=10), new_flops=1.0)
 
     def use(mutated: tuple[str, bytes]) -> tuple[list[str], Any]:
         name, content = mutated
         (run / name).write_bytes(content)
         try:
             row = describe(RunFolder(run), "mor")
-            record = read_run(Trial("mor", 1, None, run), "mor", ("perplexity",))
-            with Progress([1.0], Console(file=io.StringIO())) as progress:
-                progress.begin(0, "mor", 10)
-                progress.follow(RunFolder(run))
+            record = read_run(trial, "mor", ("perplexity",))
+            with ProgressBars() as bars:
+                ArmsProgress([planned], bars).follow(planned)
             return row, record
         finally:
             shutil.copyfile(good / name, run / name)

@@ -21,7 +21,7 @@ from pretrain.errors import RunError
 
 
 def write_report(results: Results, experiment_file: str) -> Path:
-    """Write index.html, report.md and report.csv into the experiment's report folder, whatever part of its runs exists.
+    """Write index.html, report.md and report.csv into the experiment's report folder; not all of its runs need exist.
 
     Returns:
         The path of index.html.
@@ -49,14 +49,13 @@ def write_report(results: Results, experiment_file: str) -> Path:
 
 def print_results(results: Results, console: Console) -> None:
     """The short form for a terminal: a line per arm, what is missing and what does not compare."""
-    budget = results.main_budget
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
     for head in ("stored", "tokens", "FLOPs", "test loss", "bits/byte", "against", "tokens/s"):
         table.add_column(head, justify="right", no_wrap=True)
-    reference = results.reference(budget)
-    alike = results.different_texts(budget, HELD_OUT) is None
-    for arm in results.arms(budget):
+    reference = results.reference(results.main_budget)
+    alike = results.different_texts(HELD_OUT) is None
+    for arm in results.main_arms:
         loss, bits = (arm.mean_score(HELD_OUT, metric)[0] if alike else None for metric in ("loss", "bits_per_byte"))
         found = test_difference(results, arm, reference) if reference is not None else None
         run = arm.first
@@ -71,5 +70,5 @@ def print_results(results: Results, console: Console) -> None:
             numbers.whole(run.tokens_per_second),
         )
     console.print(table)
-    for problem in [*results.problems, *refusals(results, budget)]:
+    for problem in [*results.problems, *refusals(results)]:
         console.print(cell(f"incomplete: {problem}", style="yellow"), soft_wrap=True)

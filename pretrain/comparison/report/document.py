@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from pretrain.comparison import numbers
 from pretrain.comparison.report import tables, views
@@ -27,11 +25,10 @@ Block = Picture | Table | dict[str, str] | str
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, sentences, then pictures, tables, name-value lists and commands."""
+    """A heading, then pictures, tables, name-value lists and commands."""
 
     title: str
     blocks: list[Block]
-    paragraphs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,7 @@ def compose(results: Results, experiment_file: str) -> Document:
         experiment_file: path that the commands to reproduce name.
     """
     experiment = results.experiment
-    budget = results.main_budget
-    arms = results.arms(budget)
+    arms = results.main_arms
     return Document(
         title=experiment.title or experiment.name,
         subtitle=_subtitle(results),
@@ -69,72 +65,69 @@ def compose(results: Results, experiment_file: str) -> Document:
 
 
 def _measurements(results: Results) -> list[Section]:
-    budget = results.main_budget
-    test = [tables.test_table(results, budget, task) for task in tables.loss_tasks(results, budget)]
-    losses: list[Block | None] = [loss_picture(results, budget), *test, tables.routing_table(results, budget)]
-    budgets = [budget_picture(results, views.validation_loss), views.budgets_table(results)]
-    at_equal_tokens = views.equal_tokens_table(results, budget)
-    tokens = [at_equal_tokens, tokens_picture(results, budget)] if at_equal_tokens is not None else []
-    few_shot: list[Block | None] = [few_shot_picture(results, budget)]
-    if few_shot[0] is not None:
-        few_shot.append(tables.few_shot_table(results, budget))
-    few_shot.append(tables.skipped_table(results))
-    sections = [
-        Section("Loss", _present(losses)),
-        Section("Every budget", _present(budgets)),
-        Section("At equal tokens", _present(tokens)),
-        Section("Size and cost", [tables.size_table(results, budget), tables.budget_table(results, budget)]),
-        Section("Depth", _present([depth_picture(results, budget)])),
-        Section("Few-shot tasks", _present(few_shot)),
-        Section("The paper's results", _present([views.paper_table(results, budget)])),
-        Section("Speed and memory", [tables.speed_table(results, budget)]),
-    ]
-    return [section for section in sections if section.blocks]
+    at_equal_tokens = views.equal_tokens_table(results)
+    few_shot = few_shot_picture(results)
+    test = [tables.test_table(results, task) for task in tables.loss_tasks(results)]
+    found: dict[str, list[Block | None]] = {
+        "Loss": [loss_picture(results), *test, tables.routing_table(results)],
+        "Every budget": [budget_picture(results), views.budgets_table(results)],
+        "At equal tokens": [at_equal_tokens, tokens_picture(results) if at_equal_tokens else None],
+        "Size and cost": [tables.size_table(results), tables.budget_table(results)],
+        "Depth": [depth_picture(results)],
+        "Few-shot tasks": [
+            few_shot,
+            tables.few_shot_table(results) if few_shot else None,
+            tables.skipped_table(results),
+        ],
+        "The paper's results": [views.paper_table(results)],
+        "Speed and memory": [tables.speed_table(results)],
+    }
+    present = {title: [block for block in blocks if block is not None] for title, blocks in found.items()}
+    return [Section(title, blocks) for title, blocks in present.items() if blocks]
 
 
 def _how(results: Results, experiment_file: str) -> Section:
     facts = _facts(results)
-    commands = "\n".join(
-        [
-            f"mor compare run {experiment_file}      # data, training, evaluation, this report",
-            f"mor compare report {experiment_file}   # this report again, from the run folders",
-        ]
+    commands = (
+        f"mor compare run {experiment_file}      # data, training, evaluation, this report\n"
+        f"mor compare report {experiment_file}   # this report again, from the run folders"
     )
-    blocks: list[Block] = [facts, commands] if facts else [commands]
-    return Section("How it was made", blocks)
+    return Section("How it was made", [facts, commands] if facts else [commands])
 
 
 def _facts(results: Results) -> dict[str, str]:
     run = next((record for record in results.records if record.environment), None)
     if run is None:
         return {}
-    environment = run.environment
+    environment, plan = run.environment, run.plan
+    launcher, zero_stage = environment.get("launcher"), environment.get("zero_stage")
     facts = {
-        "Commit": _text(environment.get("commit")),
-        "Versions": ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items()),
-        "Machine": ", ".join(_text(environment.get(key)) for key in ("device", "host") if environment.get(key)),
-        "Ranks": ", ".join(
-            part
-            for part in (
-                f"{environment['world_size']}" if environment.get("world_size") else "",
-                f"launched by {environment['launcher']}" if environment.get("launcher") else "",
-                f"{environment['precision']}" if environment.get("precision") else "",
-                f"ZeRO stage {environment['zero_stage']}" if environment.get("zero_stage") is not None else "",
-            )
-            if part
+        "Commit": _listed(environment.get("commit")),
+        "Versions": _listed(*(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())),
+        "Machine": _listed(environment.get("device"), environment.get("host")),
+        "Ranks": _listed(
+            environment.get("world_size"),
+            f"launched by {launcher}" if launcher else None,
+            environment.get("precision"),
+            None if zero_stage is None else f"ZeRO stage {zero_stage}",
         ),
-        "Sequence length": f"{run.plan.get('sequence_length')} tokens, "
-        f"{numbers.whole(run.plan.get('tokens_per_step'))} tokens per step",
-        "Seeds": ", ".join(str(seed) for seed in results.seeds if seed is not None),
-        "Data": f"manifest {_text(run.plan.get('data_manifest'))[:16]}, "
-        f"tokenizer {_text(run.plan.get('tokenizer_fingerprint'))[:16]}",
-        "Runs": ", ".join(record.trial.name for record in results.records),
+        "Sequence length": f"{plan.get('sequence_length')} tokens, "
+        f"{numbers.whole(plan.get('tokens_per_step'))} tokens per step",
+        "Seeds": _listed(*results.seeds),
+        "Data": f"manifest {_listed(plan.get('data_manifest'))[:16]}, "
+        f"tokenizer {_listed(plan.get('tokenizer_fingerprint'))[:16]}",
+        "Runs": _listed(*(record.trial.name for record in results.records)),
     }
     return {name: text for name, text in facts.items() if text}
 
 
+def _listed(*parts: object) -> str:
+    """What there is, in a row."""
+    return ", ".join(str(part) for part in parts if part not in (None, ""))
+
+
 def _subtitle(results: Results) -> str:
-    arms = results.arms(results.main_budget)
+    arms = results.main_arms
     if not arms:
         return f"{len(results.experiment.arms)} arms, none finished yet"
     flops = [arm.first.counted_flops for arm in arms if arm.first.counted_flops]
@@ -147,11 +140,3 @@ def _subtitle(results: Results) -> str:
 
 def _counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' if count > 1 else ''}"
-
-
-def _present(blocks: Sequence[Block | None]) -> list[Block]:
-    return [block for block in blocks if block is not None]
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)

@@ -1,7 +1,6 @@
 """How pictures are drawn: SVG by matplotlib, in colours that the page's style sheet decides.
 
-Every colour here is a stand-in that becomes a CSS variable, so that one drawing serves light, dark and print. Each
-picture is drawn twice, wide and narrow, and the page shows the one that can be read at its width.
+Every colour here is a stand-in that becomes a CSS variable, so that one drawing serves light, dark and print.
 """
 
 from __future__ import annotations
@@ -22,27 +21,7 @@ INK, FAINT, RULE, PAPER = "#b00001", "#b00002", "#b00003", "#b00004"
 _VARIABLES = {INK: "--ink", FAINT: "--faint", RULE: "--rule", PAPER: "--paper"}
 _VARIABLES |= {f"#a0000{i}": f"--arm-{i + 1}" for i in range(ARM_COLOURS)}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_WIDE, _NARROW = 840, 380
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure: SVG for wide and narrow pages, a title, a caption, and what it shows in words for those who cannot
-    see it.
-    """
-
-    title: str
-    caption: str
-    alternative: str
-    wide: str
-    narrow: str
-
-
-def make_picture(title: str, caption: str, alternative: str, draw: Callable[[int], Figure]) -> Picture:
-    with matplotlib.rc_context(_STYLE):
-        return Picture(
-            title, caption, alternative, _svg(draw(_WIDE), f"{title}-wide"), _svg(draw(_NARROW), f"{title}-narrow")
-        )
+_WIDTH = 840
 
 
 _STYLE: dict[Any, Any] = {
@@ -71,9 +50,24 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def new_figure(width: int, height: int) -> Figure:
-    # One unit of the drawing is one CSS pixel at the width the picture is made for.
-    return Figure(figsize=(width / 72, height / 72), dpi=72)
+@dataclass(frozen=True)
+class Picture:
+    """One figure: a title, a caption, what it shows in words for those who cannot see it, and how it is drawn."""
+
+    title: str
+    caption: str
+    alternative: str
+    draw: Callable[[], Figure]
+
+    @property
+    def svg(self) -> str:
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.title}):
+            return _svg(self.draw())
+
+
+def new_figure(height: int) -> Figure:
+    # One unit of the drawing is one CSS pixel in a wide window.
+    return Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
 
 
 def arm_colour(index: int) -> str:
@@ -85,23 +79,19 @@ def marker(index: int) -> str:
 
 
 def name_legend(legend: Legend, labels: Sequence[str]) -> None:
-    """Write the names afterwards: a legend leaves those out that begin with an underscore."""
+    """Write the names afterwards, because matplotlib leaves out those that begin with an underscore."""
     for text, label in zip(legend.get_texts(), labels):
         text.set_text(label)
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _svg(figure: Figure) -> str:
     """The drawing as an inline SVG element: colours as CSS variables, no size of its own, ids that are its own."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     # A style element inside the drawing would be one for the whole page; style.css says the same.
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
     # Ids such as line2d_7 are alike in every drawing and referred to by nothing.

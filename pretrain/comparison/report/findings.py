@@ -1,5 +1,5 @@
-"""What was measured, in plain sentences: differences with their uncertainty, and no claim beyond what the runs can
-carry.
+"""What was measured, in plain sentences: differences with their uncertainty, and no claim beyond what the runs
+support.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from pretrain.comparison.report.tables import HELD_OUT, few_shot_scores, refusal
 
 def findings(results: Results) -> list[str]:
     """The summary of a report, most important first; says what is missing rather than leaving it out."""
-    budget = results.main_budget
-    arms = results.arms(budget)
+    arms = results.main_arms
     if not arms:
         return ["No arm has finished training yet, so there is nothing to compare."]
     sentences = []
-    reference = results.reference(budget)
+    reference = results.reference(results.main_budget)
     if reference is None:
         sentences.append(
             f"{results.label(results.experiment.reference_arm)}, the arm to compare with, has not finished."
         )
     else:
-        sentences += [_against(results, arm, reference) for arm in arms if arm.name != reference.name]
-    if reference is not None:
-        sentences += [_smaller_budgets(results, arm.name) for arm in arms if arm.name != reference.name]
-    sentences += refusals(results, budget)
+        others = [arm for arm in arms if arm.name != reference.name]
+        sentences += [_against(results, arm, reference) for arm in others]
+        sentences += [_smaller_budgets(results, arm.name) for arm in others]
+    sentences += refusals(results)
     sentences += [_not_finite(arm) for arm in arms]
-    sentences += [_few_shot(results)] if few_shot_scores(results, budget) else []
+    sentences += [_few_shot(results)] if few_shot_scores(results) else []
     sentences += [_cut(arm) for arm in arms] + [_lost(arm) for arm in arms]
     sentences += [_depth(arm) for arm in arms]
     if len(arms) > 1:
@@ -130,7 +129,7 @@ def _losses_not_finite(arm: Arm) -> Iterator[str]:
 
 
 def _not_finite(arm: Arm) -> str:
-    """Says which figures are no numbers, and how many likelihoods made them so."""
+    """Which figures are not finite, and because of how many examples."""
     losses = list(dict.fromkeys(_losses_not_finite(arm)))
     tasks = {
         score.task: score.not_finite
@@ -216,7 +215,7 @@ def _depth(arm: Arm) -> str:
 def _few_shot(results: Results) -> str:
     above: list[str] = []
     at_chance: list[str] = []
-    for task, scores in few_shot_scores(results, results.main_budget).items():
+    for task, scores in few_shot_scores(results).items():
         finite = [score for score in scores if score is not None and math.isfinite(score.value)]
         known = [wilson_interval(s.value, s.n or 0)[0] - s.chance for s in finite if s.chance is not None]
         if known:

@@ -27,7 +27,7 @@ def markdown(document: Document) -> str:
 
 
 def _section(section: Section) -> list[str]:
-    parts = [f"## {section.title}", *map(markdown_text, section.paragraphs)]
+    parts = [f"## {section.title}"]
     for block in section.blocks:
         if isinstance(block, Picture):
             parts.append(f"*{block.title}* (drawn in index.html): {markdown_text(block.alternative)}.")

@@ -50,15 +50,18 @@ class Arm:
         values = [value for run in self.runs if (value := getter(run)) is not None]
         return mean_and_spread(values) if values else (None, None)
 
-    def mean_score(self, task: str, metric: str) -> tuple[float | None, float | None, int]:
-        """Mean over seeds, its spread (standard deviation over seeds, or the standard error over examples of a
-        single run), and the number of seeds.
+    def mean_score(self, task: str, metric: str) -> tuple[float | None, float | None]:
+        """Mean over seeds and its spread: standard deviation over seeds, of a single run the standard error over
+        examples.
         """
         scores = [score for run in self.runs if (score := run.score(task, metric)) is not None]
-        if not scores:
-            return None, None, 0
-        mean, spread = mean_and_spread([score.value for score in scores])
-        return mean, scores[0].stderr if len(scores) == 1 else spread, len(scores)
+        if len(scores) == 1:
+            return scores[0].value, scores[0].stderr
+        return mean_and_spread([score.value for score in scores]) if scores else (None, None)
+
+    def validation_loss(self, routing: str) -> tuple[float | None, float | None]:
+        """Mean over seeds of the validation loss at the end of training, and its spread."""
+        return self.mean(lambda run: run.final_validation(routing))
 
     def texts(self, task: str) -> set[str]:
         """What the runs read for a task, or for `VALIDATION`; see `Score.text`."""
@@ -78,6 +81,15 @@ class Results:
     def budgets(self) -> list[float | None]:
         """Budgets in the experiment's own order; [None] when the recipe holds the only one."""
         return list(dict.fromkeys(record.trial.budget for record in self.records))
+
+    @property
+    def common_budgets(self) -> list[float]:
+        """Budgets at which validation losses can be laid beside each other: none with fewer than two budgets, or where
+        arms were validated on different texts.
+        """
+        budgets = sorted(budget for budget in self.budgets if budget is not None)
+        alike = not any(self.different_texts(VALIDATION, self.arms(budget)) for budget in budgets)
+        return budgets if alike and len(budgets) > 1 else []
 
     @property
     def main_budget(self) -> float | None:
@@ -106,17 +118,22 @@ class Results:
         """The arms with at least one finished run at `budget`, in the experiment's order."""
         return [arm for name in self.experiment.arms if (arm := self.arm(name, budget)).runs]
 
+    @property
+    def main_arms(self) -> list[Arm]:
+        """The arms that finished at the main budget."""
+        return self.arms(self.main_budget)
+
     def reference(self, budget: float | None) -> Arm | None:
         """The arm that others are compared with, None where it did not finish."""
         arm = self.arm(self.experiment.reference_arm, budget)
         return arm if arm.runs else None
 
-    def different_texts(self, budget: float | None, task: str) -> str | None:
-        """Which arms read what, where they did not all read the same text for `task`; None where they did. Their
-        figures are then figures of different things.
+    def different_texts(self, task: str, arms: list[Arm] | None = None) -> str | None:
+        """Which arms (by default the main ones) read what, where they did not all read the same text for `task`; None
+        where they did. Their figures are then figures of different things.
         """
         read: dict[str, list[str]] = {}
-        for arm in self.arms(budget):
+        for arm in self.main_arms if arms is None else arms:
             for text in sorted(arm.texts(task)):
                 read.setdefault(text, []).append(arm.label)
         if len(read) < 2:

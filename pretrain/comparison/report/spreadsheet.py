@@ -1,4 +1,4 @@
-"""The report as one long table: a line per number, for whoever wants to compute with it."""
+"""The report as one long table: a line per number, to compute with."""
 
 from __future__ import annotations
 

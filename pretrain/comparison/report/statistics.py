@@ -15,8 +15,8 @@ _Z95 = float(ndtri(_TWO_SIDED_95))
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` (other minus reference) with the half-width of its 95 % interval; None where nothing is known of the
-    spread.
+    """`value` (other minus reference) with the half-width of its 95 % interval; None where the spread
+    is not known.
 
     `over` says what the interval covers: `examples` (the test texts) or `seeds`.
     """
@@ -44,7 +44,7 @@ def difference_of_scores(
 ) -> Difference:
     """Difference of two means over examples, taken as independent.
 
-    Both arms answer the same examples, and their errors go together; so the interval is wider than need be, never too
+    Both arms answer the same examples, so their errors are correlated and the interval is too wide rather than too
     narrow.
     """
     half = None if stderr is None or reference_stderr is None else _Z95 * math.hypot(stderr, reference_stderr)
@@ -71,7 +71,7 @@ def difference_of_pairs(
         return Difference(ratio, None, "examples")
     residuals = math.hypot(*(gap - ratio * weight for gap, weight in zip(gaps, weights, strict=True)))
     half = float(stdtrit(n - 1, _TWO_SIDED_95)) * residuals * math.sqrt(n / (n - 1)) / total
-    # Gaps that are all alike, up to rounding, say nothing of how far another one would be.
+    # Gaps that are all equal, up to rounding, give no estimate of the spread.
     return Difference(ratio, half if half > 1e-9 * abs(ratio) else None, "examples")
 
 
@@ -93,14 +93,14 @@ def difference_of_seeds(values: dict[int | None, float], references: dict[int | 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of `n` examples (Wilson 1927): sound at 0 and 1 and for few examples, where share plus
-    or minus two standard errors is not. (0, 1) without examples, or for what is no share (not finite, say).
+    or minus two standard errors is not. (0, 1) without examples, or for a value that is not a share.
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     if n < 1 or not 0 <= share <= 1:
         return 0.0, 1.0
-    z2 = _Z95**2 / n
-    middle = (share + z2 / 2) / (1 + z2)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:

@@ -4,16 +4,29 @@ what to expect.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.flops import count_parameters, flops_per_token
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.planned_runs import plan_experiment
+from pretrain.comparison.report.build import print_results
+from pretrain.comparison.report.document import compose
+from pretrain.comparison.report.findings import findings
+from pretrain.comparison.report.markdown import markdown
+from pretrain.comparison.report.results import Results, read_results
+from pretrain.comparison.report.spreadsheet import spreadsheet
 
 SMALL = {
     "vocab_size": 8192,
@@ -24,6 +37,81 @@ SMALL = {
     "intermediate_size": 512,
     "context_length": 256,
 }
+
+
+# A model and arms that train in seconds.
+TINY = {
+    "num_layers": 5,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 64,
+    "context_length": 32,
+}
+TINY_ARMS: dict[str, Any] = {
+    "vanilla": {},
+    "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
+}
+
+
+def write_corpus(file: Path, documents: int = 500) -> None:
+    """Documents of sentences whose words are drawn from twelve."""
+    draw = random.Random(0)
+    words = ["depth", "token", "layer", "router", "step", "loss", "word", "page", "tree", "rain", "road", "stone"]
+    with file.open("w", encoding="utf-8") as stream:
+        for _ in range(documents):
+            sentences = (" ".join(draw.choices(words, k=12)).capitalize() + ". " for _ in range(6))
+            stream.write(json.dumps({"text": "".join(sentences)}) + "\n")
+
+
+ARMS = ("vanilla", "recursive", "mor")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says, without its pictures being drawn: `text` the findings, `rows` those of the spreadsheet."""
+
+    results: Results
+    text: str
+    markdown: str
+    rows: list[dict[str, str]]
+
+    @property
+    def terminal(self) -> str:
+        stream = io.StringIO()
+        print_results(self.results, Console(file=stream, width=200))
+        return stream.getvalue()
+
+    def table(self, title: str) -> dict[str, list[str]]:
+        """The rows of the table whose title begins so, by their first cell; `Arm` or `Task` is its head."""
+        lines = self.markdown.split(f"**{title}")[1].split("\n\n")[1].splitlines()
+        split = (re.split(r"(?<!\\)\|", line.strip("|")) for line in lines if "---" not in line)
+        return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in split}
+
+
+def report(made: Experiment) -> Report:
+    results = read_results(made)
+    text = markdown(compose(results, "recipes/small.yaml"))
+    rows = list(csv.DictReader(io.StringIO(spreadsheet(results))))
+    return Report(results, " ".join(findings(results)), text, rows)
+
+
+def change(file: Path, how: Callable[[Any], None]) -> None:
+    content = json.loads(file.read_text())
+    how(content)
+    file.write_text(json.dumps(content))
+
+
+def write_runs(root: Path, losses: Sequence[float] = (4.02, 4.11, 4.06), **settings: Any) -> None:
+    """A run of each arm, with these losses."""
+    for arm, loss in zip(ARMS, losses):
+        write_run(root / arm, arm, final_loss=loss, **settings)
+
+
+def write_seeds(root: Path, arm: str, losses: dict[int, float]) -> None:
+    """A run of one arm for each of these seeds."""
+    for seed, loss in losses.items():
+        write_run(root / (arm if seed == 1 else f"{arm}-seed{seed}"), arm, seed=seed, final_loss=loss)
 
 
 def network(arm: str) -> ModelConfig:
@@ -77,99 +165,66 @@ def write_run(
     config = config or network(arm)
     length = config.context_length
     per_token = flops_per_token(config, length)
-    tokens_per_step = sequences * length
-    steps = math.ceil(budget / (per_token.training * tokens_per_step))
-    counts = count_parameters(config)
+    per_step = sequences * length
+    steps = math.ceil(budget / (per_token.training * per_step))
+    reached = int(steps * until)
+    plan = {
+        "steps": steps,
+        "tokens_per_step": per_step,
+        "sequence_length": length,
+        "tokens": steps * per_step,
+        "flops_per_token_forward": per_token.forward,
+        "training_flops": per_token.training * steps * per_step,
+        "parameters": vars(count_parameters(config)),
+        "decay_steps": steps // 5,
+        "tokenizer_fingerprint": "f" * 16,
+        "data_manifest": "d" * 16,
+    }
     _json(folder / "model.json", config.to_dict())
-    _json(
-        folder / "plan.json",
-        {
-            "steps": steps,
-            "tokens_per_step": tokens_per_step,
-            "sequence_length": length,
-            "tokens": steps * tokens_per_step,
-            "flops_per_token_forward": per_token.forward,
-            "training_flops": per_token.training * steps * tokens_per_step,
-            "parameters": vars(counts),
-            "decay_steps": steps // 5,
-            "tokenizer_fingerprint": "f" * 16,
-            "data_manifest": "d" * 16,
-        },
-    )
-    _json(
-        folder / "environment.json",
-        {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "commit": "0123abcd", "world_size": 2},
-    )
+    _json(folder / "plan.json", plan)
+    versions = {"torch": "2.13.0", "deepspeed": "0.19.8"}
+    _json(folder / "environment.json", {"versions": versions, "commit": "0123abcd", "world_size": 2})
     (folder / "recipe.yaml").write_text(f"name: {folder.name}\nseed: {seed}\n", encoding="utf-8")
-    _write_metrics(
-        folder, config, steps, int(steps * until), tokens_per_step, per_token.training, final_loss, leak, seed
-    )
+    records = _metrics(random.Random(f"{seed}{folder.name}"), config, plan, reached, final_loss, leak)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records), encoding="utf-8")
     if evaluate:
         _write_evaluation(folder / "evaluation", config, final_loss, leak, seed, few_shot)
-    _json(
-        folder / "status.json",
-        {"state": state, "step": int(steps * until), "steps": steps, **({"reason": reason} if reason else {})},
-    )
+    ended = {"state": state, "step": reached, "steps": steps}
+    _json(folder / "status.json", ended | ({"reason": reason} if reason else {}))
     return folder
 
 
-def _write_metrics(
-    folder: Path,
-    config: ModelConfig,
-    steps: int,
-    until: int,
-    tokens_per_step: int,
-    flops: float,
-    final: float,
-    leak: float,
-    seed: int,
-) -> None:
-    noise = random.Random(f"{seed}{folder.name}")
+def _metrics(
+    noise: random.Random, config: ModelConfig, plan: dict[str, Any], reached: int, final: float, leak: float
+) -> Iterator[dict[str, Any]]:
+    steps, flops = plan["steps"], 3 * plan["flops_per_token_forward"]
     routed = config.router is not None
-
-    def law(step: float) -> float:
+    for step in range(1, reached + 1):
         share = step / steps
-        return final + 5.0 * math.exp(-9 * share) + 0.9 * (1 - share) ** 2
-
-    lines: list[dict[str, Any]] = []
-    for step in range(1, until + 1):
-        tokens = step * tokens_per_step
-        if step % max(5, steps // 200) == 0 or step == until:
-            lines.append(
-                {
-                    "kind": "train",
-                    "step": step,
-                    "tokens": tokens,
-                    "flops": tokens * flops,
-                    "flops_planned": tokens * flops,
-                    "loss": law(step) + noise.gauss(0, 0.05) + 0.01,
-                    "lm_loss": law(step) + noise.gauss(0, 0.05),
-                    "aux": {},
-                    "grad_norm": 1.0,
-                    "lr": 1e-3,
-                    "tokens_per_second": 2.0e10 / flops * noise.uniform(0.97, 1.03),
-                    "mfu": 0.4,
-                    "step_seconds": tokens_per_step * flops / 2.0e10,
-                    "memory_peak_bytes": 1.1e9,
-                    "active": list(config.capacities) if routed else [1.0] * config.recursions,
-                }
-            )
-        if step % max(1, steps // 12) == 0 or step == until:
-            lines.append(
-                {
-                    "kind": "validation",
-                    "step": step,
-                    "tokens": tokens,
-                    "flops": tokens * flops,
-                    "split": "validation",
-                    "source": "docs",
-                    "loss_causal": law(step),
-                    "loss_topk": law(step) - (leak if routed else 0.0),
-                    "routing_default": "causal",
-                    "tokens_evaluated": 16384,
-                }
-            )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        loss = final + 5.0 * math.exp(-9 * share) + 0.9 * (1 - share) ** 2
+        tokens = step * plan["tokens_per_step"]
+        place = {"step": step, "tokens": tokens, "flops": tokens * flops}
+        if step % max(5, steps // 200) == 0 or step == reached:
+            yield {
+                "kind": "train",
+                **place,
+                "loss": loss + noise.gauss(0, 0.05) + 0.01,
+                "lm_loss": loss + noise.gauss(0, 0.05),
+                "grad_norm": 1.0,
+                "tokens_per_second": 2.0e10 / flops * noise.uniform(0.97, 1.03),
+                "step_seconds": plan["tokens_per_step"] * flops / 2.0e10,
+                "memory_peak_bytes": 1.1e9,
+                "active": list(config.capacities) if routed else [1.0] * config.recursions,
+            }
+        if step % max(1, steps // 12) == 0 or step == reached:
+            yield {
+                "kind": "validation",
+                **place,
+                "source": "docs",
+                "loss_causal": loss,
+                "loss_topk": loss - (leak if routed else 0.0),
+                "tokens_evaluated": 16384,
+            }
 
 
 def _json(file: Path, value: Any) -> None:
@@ -214,21 +269,11 @@ def _write_evaluation(folder: Path, config: ModelConfig, final: float, leak: flo
     _suite(folder, "routing", {"routing": routing}, "loss_causal")
     if not few_shot:
         return
-    for task, chance, n in (
-        ("blimp", 0.5, 6700),
-        ("lambada", 0.0, 1000),
-        ("hellaswag", 0.25, 1000),
-        ("arc_easy", 0.25, 570),
-    ):
+    few = {"blimp": (0.5, 6700), "lambada": (0.0, 1000), "hellaswag": (0.25, 1000), "arc_easy": (0.25, 570)}
+    for task, (chance, n) in few.items():
         accuracy = chance + (0.02 if task == "arc_easy" else 0.08) + noise.uniform(-0.02, 0.02)
-        stderr = math.sqrt(accuracy * (1 - accuracy) / n)
-        result = {
-            "metrics": {"acc": accuracy},
-            "stderr": {"acc": stderr},
-            "n": n,
-            "routing": "causal",
-            "chance": chance,
-        }
+        stderr = {"acc": math.sqrt(accuracy * (1 - accuracy) / n)}
+        result = {"metrics": {"acc": accuracy}, "stderr": stderr, "n": n, "routing": "causal", "chance": chance}
         _suite(folder, task, {task: {**result, "higher_is_better": {"acc": True}}}, "acc")
     missing = [{"task": "mmlu", "why": "no data on this machine", "how": "set MOR_SHARED_DATA to a folder with eval/."}]
     _suite(folder, "mmlu", {}, "acc", missing)

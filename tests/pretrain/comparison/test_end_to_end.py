@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from mor_model.config import ModelConfig
 from mor_model.flops import flops_per_sequence
+from tests.pretrain.comparison.synthetic import TINY, TINY_ARMS, write_corpus
 
 EXPERIMENT = {
     "name": "small",
@@ -24,24 +24,14 @@ EXPERIMENT = {
     "launch": {"launcher": "deepspeed", "ranks": 2},
     "base": {
         "seed": 1,
-        "model": {
-            "num_layers": 5,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "intermediate_size": 64,
-            "context_length": 32,
-        },
+        "model": TINY,
         "batch": {"sequences": 8, "micro_batch": 4, "sequence_length": 32},
         "precision": "fp32",
         "logging": {"every": 2},
         "evaluation": {"every": 0.25, "sequences": 8},
     },
     "budgets": [6e9, 12e9],
-    "arms": {
-        "vanilla": {},
-        "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
-    },
+    "arms": TINY_ARMS,
     "evaluation": {"suites": ["perplexity", "routing", "own"], "limit": 5},
 }
 
@@ -59,11 +49,7 @@ def rows(folder: Path) -> dict[tuple[str, str, str], float]:
 
 @pytest.mark.slow
 def test_an_experiment_survives_ctrl_c_and_ends_in_a_report(tmp_path):
-    draw = np.random.default_rng(0)
-    words = ["depth", "token", "layer", "router", "step", "loss", "word", "page", "tree", "rain", "road", "stone"]
-    texts = [" ".join(draw.choice(words, 12)).capitalize() + ". " for _ in range(3000)]
-    lines = [json.dumps({"text": "".join(texts[i : i + 6])}) for i in range(0, 3000, 6)]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_corpus(tmp_path / "corpus.jsonl")
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT, sort_keys=False), encoding="utf-8")
 
     run = tmp_path / "runs/small/vanilla"

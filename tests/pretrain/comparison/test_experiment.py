@@ -58,9 +58,8 @@ def test_smaller_budgets_branch_off_the_largest_run(write):
         "mor-seed4",
     ]
     assert [trial.trunk for trial in trials] == [trials[2].folder, trials[3].folder, None, None]
-    branch, trunk = experiment.recipe_values(trials[1]), experiment.recipe_values(trials[3])
-    assert trunk["budget"] == {"flops": 2.5e13, "branches": [1e13]} and branch["budget"] == {"flops": 1e13}
-    assert trunk["seed"] == branch["seed"] == 4
+    trunk = experiment.recipe_values(trials[3])
+    assert trunk["budget"] == {"flops": 2.5e13, "branches": [1e13]} and trunk["seed"] == 4
 
 
 def test_budgets_are_runs_of_their_own_without_a_decay_to_branch(write):
@@ -84,34 +83,12 @@ def test_a_run_keeps_its_folder_when_seeds_are_added(write):
 
 
 def test_overrides_are_applied_before_checking(write):
-    experiment = load_experiment(write(MINIMAL), ["data.corpus=books/*.jsonl", "base.optim.lr=5e-4", "runs=elsewhere"])
+    experiment = load_experiment(
+        write(MINIMAL), ["data.corpus=books/*.jsonl", "base.optim.lr=5e-4", "runs=~/elsewhere"]
+    )
     assert experiment.data.corpus == "books/*.jsonl"
     assert experiment.recipe_values(experiment.trials()[0])["optim"]["lr"] == 5e-4
-    assert experiment.trials()[0].folder == Path("elsewhere/vanilla")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("evalutaion: {suites: [own]}", ["evalutaion", "did you mean 'evaluation'?"]),
-        ("evaluation: {suits: [own]}", ["evaluation.suits", "did you mean 'evaluation.suites'?"]),
-        ("launch: {rank: 2}", ["launch.rank", "did you mean 'launch.ranks'?"]),
-        ("launch: {launcher: python, ranks: 2}", ["launch", "one process, not 2"]),
-        ("reference: vanila", ["vanila", "did you mean 'vanilla'?"]),
-        ("labels: {mr: MoR}", ["mr", "did you mean 'mor'?"]),
-        ("budgets: [1e13]", ["budgets", "base.budget is given too"]),
-        ("seeds: [1, 1]", ["each value once"]),
-        ("seeds: [one]", ["seeds.0"]),
-        ("name: other", ["stands twice"]),
-        ("data: {path: a}\nbase: {data.path: b}", ["stands twice"]),
-    ],
-)
-def test_a_wrong_experiment_is_refused_in_one_sentence(write, change, words):
-    with pytest.raises(RecipeError) as caught:
-        load_experiment(write(MINIMAL + change + "\n"))
-    for word in words:
-        assert word in str(caught.value)
-    assert caught.value.args[0].startswith(str(write(MINIMAL))) and "Traceback" not in str(caught.value)
+    assert experiment.trials()[0].folder == Path.home() / "elsewhere" / "vanilla"
 
 
 @pytest.mark.parametrize("name", ["report", "a/b", "-x"])
@@ -125,11 +102,6 @@ def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
         load_experiment(tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="did you mean 'mor'"):
         load_experiment(write(MINIMAL)).trials(["mro"])
-
-
-def test_overrides_without_a_value_are_refused(write):
-    with pytest.raises(RecipeError, match=r"section\.key=value"):
-        load_experiment(write(MINIMAL), ["data.corpus"])
 
 
 # What an arm that differs in one key of a recipe says.
@@ -227,34 +199,31 @@ def test_arms_that_mix_other_data_sets_are_refused(write):
     ("override", "message"),
     [
         ("base.optim.lr=[", "cannot be read as YAML"),
+        ("evalutaion={suites: [own]}", "'evalutaion'; did you mean 'evaluation'"),
+        ("evaluation.suits=[own]", r"'evaluation\.suits'; did you mean 'evaluation\.suites'"),
+        ("launch.rank=2", r"'launch\.rank'; did you mean 'launch\.ranks'"),
+        ("launch={launcher: python, ranks: 2}", "launch: .*one process, not 2"),
+        ("reference=vanila", "'vanila'; did you mean 'vanilla'"),
+        ("labels={mr: MoR}", "'mr'; did you mean 'mor'"),
+        ("budgets=[1e13]", r"budgets: base\.budget is given too"),
+        ("seeds=[1, 1]", "each value once"),
         ("base.data=text", "arm 'vanilla': data: must be a section"),
         ("base.model=text", "arm 'vanilla': model: must be a section"),
-        ("base.schedule=text", "arm 'vanilla': schedule: must be a section"),
-        ("base.deepspeed=zero3", "arm 'vanilla': deepspeed: must be a section"),
         ("base=text", "base: must be a section"),
         ("arms=[a, b]", "arms: must be a section"),
         ("arms.mor=text", r"arms\.mor: must be a section"),
         ("evaluation=own", "evaluation: must be a section"),
         ("evaluation.suites=own", r"evaluation\.suites: must be a list"),
         ("evaluation.limit=ten", r"evaluation\.limit: must be a whole number \(given: 'ten'\)"),
-        ("evaluation.limit=true", r"evaluation\.limit: must be a whole number"),
-        ("evaluation.limit=1.5", r"evaluation\.limit: must be a whole number"),
         ("evaluation.text_bytes='500'", r"evaluation\.text_bytes: must be a whole number"),
-        ("evaluation.hub='yes'", r"evaluation\.hub: must be true or false"),
-        ("data.validation='0.1'", r"data\.validation: must be a number"),
         ("evaluation.suites=[perplexty]", "'perplexty' is unknown; did you mean 'perplexity'"),
         ("reference=''", "reference: there is no arm ''"),
         ("runs=''", "runs: must not be empty"),
         ("base.data.path=''", r"arm 'vanilla': data\.path: must not be empty"),
         ("base.budget.flops=1e30", r"arm 'vanilla': budget\.flops: would be .* steps"),
         ("seeds=3", "seeds: must be a list"),
-        ("seeds=[1.5]", r"seeds\.0: must be a whole number"),
         ("budgets=[.inf]", r"budgets\.0: must be a finite number"),
         ("launch.ranks=1000000000000000000000000000000", r"launch\.ranks: must be less than or equal to"),
-        ('labels.mor="\\ud800"', "text holds a null character or a lone surrogate"),
-        ("labels.mor=\udc80", "cannot be read as YAML"),
-        ("name=a #b", "reads what follows '#' as a comment"),
-        ("seeds=[1" + "0" * 5000 + "]", "more than 40 digits"),
     ],
 )
 def test_an_override_of_the_wrong_kind_is_refused_with_its_place(override, message, write):

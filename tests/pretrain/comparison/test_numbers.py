@@ -31,10 +31,6 @@ from pretrain.comparison import numbers
         (numbers.accuracy(0.5, 0.05), "50.0 ± 5.0"),
         (numbers.accuracy(0.0, 0.0), "0.0"),
         (numbers.gibibytes(3 * 2**29), "1.50 GiB"),
-        (numbers.duration(59.6), "1 min 00 s"),
-        (numbers.duration(95), "1 min 35 s"),
-        (numbers.duration(7260), "2 h 01 min"),
-        (numbers.duration(4 * 86400), "4.0 days"),
         (numbers.whole(1234567.4), "1 234 567"),
     ],
 )
@@ -52,7 +48,6 @@ def test_a_number_that_is_not_finite_is_said_to_be_so(value):
         numbers.signed,
         numbers.percent,
         numbers.gibibytes,
-        numbers.duration,
         numbers.whole,
     ):
         written.append(write(value))

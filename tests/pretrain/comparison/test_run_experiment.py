@@ -1,67 +1,78 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import re
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from data_prep.errors import DataError
+from data_prep.reading.manifest import read_manifest
+from data_prep.terminal import ProgressBars
 from pretrain.comparison import experiment_data as data_room
 from pretrain.comparison import run_experiment as runner
-from pretrain.comparison.arms_progress import Progress
+from pretrain.comparison.arms_progress import ArmsProgress
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.launch import Interrupted
 from pretrain.comparison.planned_runs import plan_experiment
 from pretrain.errors import RecipeError, RunError
-from pretrain.records.run_folder import RunFolder
-
-ROOT = Path(__file__).resolve().parents[3]
-MODEL = {
-    "num_layers": 5,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 64,
-    "context_length": 32,
-}
-ARMS = {
-    "vanilla": {},
-    "mor": {"model": {"sharing": "middle_cycle", "recursions": 3, "router": {"kind": "expert_choice"}}},
-}
-# Trains nothing: writes what a trainer would leave, and a line into a list of calls.
-TRAINER = """
-import sys, pathlib, json
-sys.path.insert(0, {root!r})
 from pretrain.recipe.recipe import load_recipe
-from pretrain.records.finished import parts
-from tests.pretrain.comparison.synthetic import write_run
-recipe = load_recipe(sys.argv[1])
-with open({calls!r}, "a") as calls:
-    calls.write(recipe.name + "\\n")
-if recipe.name in {broken!r}:
-    sys.exit("no more memory")
-for part in parts(recipe):
-    folder, amount = part.folder.path, part.recipe.budget.amount
-    write_run(folder, "any", config=recipe.network, budget=amount, sequences=recipe.batch.sequences, evaluate=False)
-    (folder / "recipe.yaml").write_text(part.recipe.to_yaml())
-    file = folder / "plan.json"
-    file.write_text(json.dumps({{**json.loads(file.read_text()), "data_manifest": {digest!r}}}))
-"""
+from pretrain.records.finished import Part, parts
+from pretrain.records.run_folder import RunFolder
+from tests.pretrain.comparison.synthetic import TINY, TINY_ARMS, change, write_corpus, write_run
+
+
+class Trainer:
+    """Stands in for the training command: writes what a trainer would leave, or ends with `status`, and keeps a list
+    of the recipes it was called with. Evaluation commands are kept in `evaluations`.
+    """
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.calls: list[str] = []
+        self.evaluations: list[list[str]] = []
+        self.broken: dict[str, int] = {}
+        self.evaluation_status = 0
+        self.finite = True
+
+    def __call__(self, command: list[str], log: Path, tick: Callable[[], None] = lambda: None) -> int:
+        if "eval" in command:
+            self.evaluations.append(command[command.index("eval") + 1 :])
+            return self.evaluation_status
+        recipe = load_recipe(command[command.index("train") + 1])
+        self.calls.append(recipe.name)
+        if recipe.name in self.broken:
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("no more memory\n")
+            return self.broken[recipe.name]
+        for part in parts(recipe):
+            tick()
+            self._write(part)
+        return 0
+
+    def _write(self, part: Part) -> None:
+        recipe, folder = part.recipe, part.folder
+        size = {"budget": recipe.budget.amount, "sequences": recipe.batch.sequences}
+        write_run(folder.path, "any", config=recipe.network, evaluate=False, **size)
+        folder.recipe_file.write_text(recipe.to_yaml())
+        change(folder.plan_file, lambda plan: plan.update(data_manifest=self.digest))
+        if not self.finite:  # records have null there
+            text = folder.metrics_file.read_text()
+            folder.metrics_file.write_text(
+                re.sub(r'"(loss|lm_loss|loss_causal|loss_topk)": [^,]*', r'"\1": null', text)
+            )
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A folder with a corpus of lines and the data set made from it."""
     folder = tmp_path_factory.mktemp("corpus")
-    draw = np.random.default_rng(0)
-    words = ["depth", "token", "layer", "router", "step", "loss", "word", "page", "tree", "rain", "road", "stone"]
-    lines = [json.dumps({"text": " ".join(draw.choice(words, 60))}) for _ in range(400)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_corpus(folder / "corpus.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         data_room.prepare_data(experiment(), Console(file=io.StringIO()))
@@ -84,32 +95,22 @@ def experiment(**changes) -> Experiment:
         "launch": {"launcher": "python"},
         "base": {
             "seed": 1,
-            "model": MODEL,
+            "model": TINY,
             "budget": {"flops": 2e10},
             "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32},
             "precision": "fp32",
         },
-        "arms": ARMS,
+        "arms": TINY_ARMS,
         "evaluation": {"suites": []},
     }
     return Experiment.model_validate({**values, **changes})
 
 
 @pytest.fixture
-def trainer(prepared, monkeypatch):
-    """Replaces the training command; returns a function that lists the recipes it was called with."""
-    from data_prep.reading.manifest import read_manifest
-
-    calls = prepared / "calls"
-    script = prepared / "trainer.py"
-
-    def write(broken: tuple[str, ...] = ()) -> None:
-        digest = read_manifest(prepared / "data").digest()
-        script.write_text(TRAINER.format(root=str(ROOT), calls=str(calls), broken=broken, digest=digest))
-
-    write()
-    monkeypatch.setattr(runner, "training_command", lambda launch, recipe: [sys.executable, str(script), str(recipe)])
-    return type("Trainer", (), {"calls": lambda self: calls.read_text().split(), "write": staticmethod(write)})()
+def trainer(prepared, monkeypatch) -> Trainer:
+    made = Trainer(read_manifest(prepared / "data").digest())
+    monkeypatch.setattr(runner, "run_child", made)
+    return made
 
 
 def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch):
@@ -126,7 +127,7 @@ def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch)
     text = manifest.read_text()
     manifest.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(data_room, "lock", lambda *_, **__: manifest.write_text(text))
+        patch.setattr(data_room, "locked", lambda *_: (manifest.write_text(text), contextlib.nullcontext())[1])
         with pytest.raises(RecipeError, match="name=NAME"):
             data_room.prepare_data(other, quiet)
     for damaged in ("{", "[]"):
@@ -136,13 +137,13 @@ def test_data_are_prepared_once_and_other_text_is_refused(prepared, monkeypatch)
 
 
 def test_a_tokenizer_of_other_settings_is_not_taken_for_data_that_are_prepared_anew(prepared):
-    shutil.rmtree(prepared / "data")
-    for vocab_size in (310, 310, 300):
-        wanted = experiment(data={"corpus": "corpus.jsonl", "path": "data", "vocab_size": vocab_size})
-        data_room.prepare_data(wanted, Console(file=io.StringIO()))
-        manifest = json.loads((prepared / "data" / "manifest.json").read_text())
-        assert manifest["tokenizer"]["vocab_size"] == vocab_size
+    for vocab_size, trained in ((300, False), (310, True)):
         shutil.rmtree(prepared / "data")
+        data = {"corpus": "corpus.jsonl", "path": "data", "vocab_size": vocab_size, "test": 0.05}
+        shown = io.StringIO()
+        data_room.prepare_data(experiment(data=data), Console(file=shown))
+        assert ("Training a tokenizer" in shown.getvalue()) == trained
+        assert read_manifest(prepared / "data").tokenizer.vocab_size == vocab_size
 
 
 def test_data_without_a_corpus_are_asked_for(tmp_path, monkeypatch):
@@ -161,32 +162,32 @@ def test_a_plan_takes_the_tokenizers_vocabulary_and_spends_the_budget(prepared):
 
 def test_arms_that_cannot_be_compared_are_refused(prepared):
     with pytest.raises(RecipeError, match="vocabularies of 300 and 400"):
-        plan_experiment(experiment(arms={"vanilla": {}, "other": {"model.vocab_size": 400}}))
-    base = {"seed": 1, "model": MODEL, "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32}}
-    arms = {"vanilla": {"budget.flops": 2e10}, "other": {"budget.steps": 10}}
+        plan_experiment(experiment(arms={"vanilla": {}, "other": {"model": {"vocab_size": 400}}}))
+    base = {"seed": 1, "model": TINY, "batch": {"sequences": 4, "micro_batch": 4, "sequence_length": 32}}
+    arms = {"vanilla": {"budget": {"flops": 2e10}}, "other": {"budget": {"steps": 10}}}
     with pytest.raises(RecipeError, match="budgets in flops and in steps"):
         plan_experiment(experiment(base=base, arms=arms))
     with pytest.raises(RecipeError, match=r"arm 'vanilla': .*'optimm'.*'optim'"):
-        plan_experiment(experiment(base={"model": MODEL, "optimm": {}}))
+        plan_experiment(experiment(base={"model": TINY, "optimm": {}}))
 
 
 def test_what_is_done_is_not_done_again(trainer, prepared):
     assert runner.run_experiment(experiment()) == []
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     assert runner.run_experiment(experiment()) == []
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     assert runner.run_experiment(experiment(seeds=[1, 2]), ["mor"]) == []
-    assert trainer.calls() == ["vanilla", "mor", "mor-seed2"]
+    assert trainer.calls == ["vanilla", "mor", "mor-seed2"]
 
 
 def test_a_failed_arm_does_not_keep_the_others_from_running(trainer, prepared):
-    trainer.write(broken=("vanilla",))
+    trainer.broken = {"vanilla": 1}
     failures = runner.run_experiment(experiment())
     assert [failure.run for failure in failures] == ["vanilla"] and "no more memory" in failures[0].why
-    assert trainer.calls() == ["vanilla", "mor"]
-    trainer.write()
+    assert trainer.calls == ["vanilla", "mor"]
+    trainer.broken = {}
     assert runner.run_experiment(experiment()) == []
-    assert trainer.calls() == ["vanilla", "mor", "vanilla"]
+    assert trainer.calls == ["vanilla", "mor", "vanilla"]
 
 
 def test_smaller_budgets_are_trained_by_the_process_of_the_largest(trainer, prepared):
@@ -198,9 +199,10 @@ def test_smaller_budgets_are_trained_by_the_process_of_the_largest(trainer, prep
     trunk, branch = planned[2], planned[0]
     assert branch.plan.learning_rate.warmup == trunk.plan.learning_rate.warmup
     assert trunk.plan.branches[0].steps == branch.plan.steps
+    assert branch.recipe.budget.amount == 2e10 and branch.recipe.seed == 1
     assert branch.new_steps == branch.plan.learning_rate.decay < branch.plan.steps
     assert runner.run_experiment(made) == []
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     assert all(RunFolder(run.trial.folder).status()["state"] == "finished" for run in planned)
 
 
@@ -211,35 +213,25 @@ def test_a_run_of_another_recipe_or_of_other_data_is_not_taken_for_this_one(trai
     with pytest.raises(RunError, match=r"vanilla: was begun with another recipe \(optim\.lr was 0\.003.*0\.0001"):
         runner.run_experiment(experiment(base=base))
     runner.run_experiment(experiment(base={**made.base, "logging": {"every": 1}}))
-    assert trainer.calls() == ["vanilla", "mor"]
+    assert trainer.calls == ["vanilla", "mor"]
     plan = made.folder / "vanilla" / "plan.json"
     plan.write_text(plan.read_text().replace('"data_manifest": "', '"data_manifest": "0'))
     with pytest.raises(RunError, match="trained on other data"):
         runner.run_experiment(made)
 
 
-def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared, monkeypatch):
+def test_a_run_that_was_stopped_ends_the_experiment(trainer, prepared):
     made = experiment()
     runner.run_experiment(made)
     status = made.folder / "vanilla" / "status.json"
     status.write_text('{"state": "stopped", "step": 3, "steps": 9}')
-    monkeypatch.setattr(runner, "training_command", lambda *_: [sys.executable, "-c", "raise SystemExit(75)"])
+    trainer.broken = {"vanilla": 75}
     with pytest.raises(Interrupted):
         runner.run_experiment(made)
 
 
-def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared, monkeypatch):
+def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, prepared):
     """Results of other settings are not taken for these; one that fails does not stop the others."""
-    commands, status = [], 0
-    original = runner.run_child
-
-    def run_child(command, log, tick=lambda: None):
-        if "eval" not in command:
-            return original(command, log, tick)
-        commands.append(command[command.index("eval") + 1 :])
-        return status
-
-    monkeypatch.setattr(runner, "run_child", run_child)
     made = experiment(evaluation={"suites": ["perplexity", "own", "lambada"], "limit": 7, "text_bytes": 900})
     runner.run_experiment(made, ["vanilla"])
     run = made.folder / "vanilla"
@@ -247,7 +239,7 @@ def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, 
         [str(run), "--suite=perplexity", "--text-bytes=900"],
         [str(run), "--suite=own", "--suite=lambada", "--limit=7", "--text-bytes=900"],
     ]
-    assert commands == wanted
+    assert trainer.evaluations == wanted
     (run / "weights").mkdir()
     (run / "weights" / "model.safetensors").touch()
     (run / "evaluation").mkdir()
@@ -255,10 +247,10 @@ def test_a_result_holds_only_when_it_is_what_evaluating_now_would_give(trainer, 
         settings = {"limit": limit, "text_bytes": 300}
         content = {"suite": suite, "tasks": {}, "skipped": [], "settings": settings}
         (run / "evaluation" / f"{suite}.json").write_text(json.dumps(content))
-    commands.clear()
-    status = 2
+    trainer.evaluations.clear()
+    trainer.evaluation_status = 2
     (failure,) = runner.run_experiment(made, ["vanilla"])
-    assert commands == wanted and "status 2" in failure.why
+    assert trainer.evaluations == wanted and "status 2" in failure.why
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prepared, monkeypatch):
@@ -269,46 +261,36 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(prep
 
 
 def test_a_loss_that_is_not_finite_is_followed_and_said(trainer, prepared, capsys):
-    """Records have null there."""
     made = experiment()
-    script = prepared / "trainer.py"
-    script.write_text(
-        script.read_text()
-        + """
-    file = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for record in lines:
-        record.update({name: None for name in ("loss", "lm_loss", "loss_causal", "loss_topk") if name in record})
-    file.write_text("".join(json.dumps(line) + "\\n" for line in lines))
-"""
-    )
+    trainer.finite = False
     assert runner.run_experiment(made, ["vanilla"]) == []
     shown = capsys.readouterr().err
     assert "validation loss not finite" in shown and "ended with a training loss that is not finite" in shown
-    output = io.StringIO()
-    with Progress([1.0], Console(file=output, width=200)) as progress:
-        progress.begin(0, "first", 10)
-        progress.follow(RunFolder(made.folder / "vanilla"))
-    assert "loss not finite" in output.getvalue()
+    (planned,) = plan_experiment(made, ["vanilla"])
+    with ProgressBars(every=0.0) as bars:
+        ArmsProgress([planned], bars).follow(planned)
+    assert "loss not finite" in capsys.readouterr().err
 
 
-def test_the_estimate_counts_only_what_this_process_did(tmp_path, monkeypatch):
+def test_the_estimate_counts_only_what_this_process_did(prepared, monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("pretrain.comparison.arms_progress.time.monotonic", lambda: now[0])
-    output = io.StringIO()
-    run = RunFolder(tmp_path)
+    runs = plan_experiment(experiment())
+    metrics = RunFolder(runs[0].trial.folder).metrics_file
+    metrics.parent.mkdir(parents=True)
 
-    def log(step: int) -> None:
-        with run.metrics_file.open("a") as stream:
-            stream.write(json.dumps({"kind": "train", "step": step, "loss": 2.0, "tokens_per_second": 1.0}) + "\n")
+    def log(share: float) -> None:
+        record = {"kind": "train", "step": round(share * runs[0].plan.steps), "loss": 2.0, "tokens_per_second": 1.0}
+        metrics.write_text(json.dumps(record) + "\n" + '{"kind": "train", "st')
 
-    with Progress([100.0, 300.0], Console(file=output, width=200)) as progress:
-        progress.begin(0, "first", 10)
-        log(6)  # of which nothing is this process's work
-        progress.follow(run)
-        now[0] = 120.0
-        log(8)
+    with ProgressBars(every=0.0) as bars:
+        progress = ArmsProgress(runs, bars)
+        log(0.6)  # of which nothing is this process's work
+        progress.follow(runs[0])
+        log(0.8)
         now[0] = 130.0
-        progress.follow(run)
-    # 20 FLOPs took 30 s, so 320 more take 480 s.
-    assert "step 8 of 10" in output.getvalue() and "about 8 min 00 s left" in output.getvalue()
+        progress.follow(runs[0])
+    # A fifth of one arm took 30 s, so six fifths take 180 s.
+    shown = capsys.readouterr().err
+    assert "1/2 vanilla" in shown and f"step {round(0.8 * runs[0].plan.steps)} of" in shown
+    assert "about 3 min left" in shown and "3 min left" not in shown.splitlines()[1]

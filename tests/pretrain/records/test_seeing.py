@@ -188,8 +188,7 @@ def test_records_say_what_each_rank_and_each_source_did(profiled: tuple[Path, st
         assert len(record["memory_bytes_per_rank"]) == 2
         assert all(0 < n <= p for n, p in zip(record["memory_bytes_per_rank"], record["memory_peak_bytes_per_rank"]))
         assert record["lr_groups"] == [record["lr"]] * 2
-        assert sum(record["depth_share"]) == pytest.approx(1.0)
-        assert record["depth_share"] == pytest.approx([11 / 32, 11 / 32, 10 / 32])
+        assert record["active"] == pytest.approx([1, 21 / 32, 10 / 32])
         assert record["source_share"] == {"data": 1.0}
         ratio = record["hardware_flops_per_second"] / record["flops_per_second"]
         assert ratio == pytest.approx(count.hardware("recursion") / count.training) and ratio > 1.05
@@ -214,7 +213,7 @@ def test_mirrors_hold_the_records_under_one_identity(profiled: tuple[Path, str],
     board.Reload()
     losses = [(event.step, event.value) for event in board.Scalars("train/lm_loss")]
     assert losses == [(r["step"], pytest.approx(r["lm_loss"])) for r in metrics(run, "train")]
-    assert {"validation/a/loss_causal", "train/parts/data", "train/depth_share/1"} <= set(board.Tags()["scalars"])
+    assert {"validation/a/loss_causal", "train/parts/data", "train/active/1"} <= set(board.Tags()["scalars"])
     identity = (run / "wandb_id").read_text(encoding="utf-8")
     before = sorted((run / "wandb").glob(f"offline-run-*-{identity}"))
     assert len(before) == 1 and (before[0] / f"run-{identity}.wandb").stat().st_size > 0
