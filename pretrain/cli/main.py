@@ -13,7 +13,7 @@ from pretrain.errors import UserError
 
 _COMMANDS = {
     "prep": ("data_prep.cli", "Corpora to shards: tokenize, train a tokenizer, inspect, verify."),
-    "train": ("pretrain.cli.train", "Train one recipe."),
+    "train": ("pretrain.train", "Train one recipe."),
     "eval": ("pretrain.cli.eval", "Perplexity, few-shot suites and routing analysis of a run."),
     "generate": ("pretrain.cli.generate", "Continue a prompt, showing each token's depth."),
     "compare": ("pretrain.cli.compare", "Plan, run and report a FLOPs-matched comparison."),
