@@ -49,9 +49,7 @@ def test_a_recipe_is_trained_and_then_evaluated(recipe):
     following = evaluate.command({"tiny": "17"})
     assert "--dependency=afterok:17" in following and "--nodes=1" in following
     assert following[-1] == "--suite=perplexity"
-
-
-def test_where_requeueing_is_forbidden_training_is_a_chain(recipe):
+    # Where requeueing is forbidden, training is a chain.
     train, evaluate = plan_recipe(str(recipe), [], Cluster(requeue=False, chain=5), None)
     assert {"--no-requeue", "--array=1-5%1"} <= set(train.command({}))
     assert "--dependency=afterany:17" in evaluate.command({"tiny": "17"})
@@ -124,9 +122,12 @@ def sbatch(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
 
 
-def test_where_logs_cannot_be_written_nothing_is_submitted(recipe, sbatch):
+def test_without_slurm_or_a_place_for_logs_nothing_is_submitted(recipe, sbatch, monkeypatch):
     steps = plan_recipe(str(recipe), [f"run_dir={recipe}/below/a/file"], Cluster(), None)
     with pytest.raises(RunError, match=r"file\.logs: cannot be written"):
+        submit(steps, Cluster(), dry_run=False, say=pytest.fail)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LaunchError, match="--local"):
         submit(steps, Cluster(), dry_run=False, say=pytest.fail)
 
 
@@ -136,12 +137,6 @@ def test_a_job_that_cannot_be_remembered_is_submitted_all_the_same(recipe, sbatc
     numbers = submit(plan_recipe(str(recipe), [], Cluster(), None), Cluster(), dry_run=False, say=said.append)
     assert set(numbers.values()) == {"17"}
     assert "is submitted, but mor jobs will not know it" in said[0]
-
-
-def test_without_slurm_nothing_is_submitted(recipe, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(LaunchError, match="--local"):
-        submit(plan_recipe(str(recipe), [], Cluster(), None), Cluster(), dry_run=False, say=print)
 
 
 @pytest.mark.parametrize(
