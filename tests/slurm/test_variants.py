@@ -49,6 +49,8 @@ def test_every_rank_trains_in_apptainer(cluster, recipes, undisturbed, tmp_path,
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert losses(run) == undisturbed
     assert json.loads((run / "environment.json").read_text())["launcher"] == launcher
+    if launcher == "deepspeed":
+        assert (run.parent / f".{run.name}.hostfile").read_text() == "node1 slots=1\nnode2 slots=1\n"
     ranks = sorted(call.split()[0] for call in lines(calls) if "pretrain.cluster.rank" in call)
     assert ranks == ["0", "1"]
 
