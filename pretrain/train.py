@@ -28,64 +28,44 @@ from pretrain.ranks.signals import EXIT_FAILED, EXIT_FINISHED, EXIT_USER
 from pretrain.recipe.recipe import load_recipe
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = "train") -> int:
     """Train as the command line says; returns the exit code. A message for a person is printed once, without a
-    traceback.
+    traceback, and begins with the name of the `program`.
     """
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments, program)
     ranks: Ranks | None = None
     try:
         ranks = prepare_environment()
-        return train(
-            options.config,
-            options.overrides,
-            ranks,
-            run_dir=options.run_dir,
-            print_only=options.print,
-            dry_run=options.dry_run,
-            profile=options.profile,
-        )
+        return _train(options, ranks)
     except (UserError, DataError, ConfigError) as error:
         # The first rank of every node speaks: a missing file may be missing on one node alone.
         if ranks is None or ranks.local_rank == 0:
             place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
             with contextlib.suppress(OSError):
-                say(f"train{place}: {error}", error=True)
+                say(f"{program}{place}: {error}", error=True)
         return EXIT_FAILED if isinstance(error, MeetingError) else EXIT_USER
 
 
-def train(
-    config: str,
-    overrides: list[str],
-    ranks: Ranks,
-    *,
-    run_dir: str | None = None,
-    print_only: bool = False,
-    dry_run: bool = False,
-    profile: str | None = None,
-) -> int:
-    """Run one recipe on this rank; returns the exit code.
+def app(args: list[str], prog_name: str) -> NoReturn:
+    """`mor train`: train in this process, and end it."""
+    leave(main(args, prog_name))
 
-    Args:
-        profile: steps to profile, such as `5-7`.
 
-    Raises:
-        UserError, DataError, ConfigError: one sentence for a person, before or during training.
-    """
-    recipe = load_recipe(config, overrides)
-    if run_dir:
+def _train(options: argparse.Namespace, ranks: Ranks) -> int:
+    recipe = load_recipe(options.config, options.overrides)
+    if options.run_dir:
         # Not as an override, whose value is YAML: 'run #2' would be the folder 'run'.
-        recipe = recipe.model_copy(update={"run_dir": run_dir})
-    if print_only:
+        recipe = recipe.model_copy(update={"run_dir": options.run_dir})
+    if options.print:
         if ranks.rank == 0:
             print(recipe.to_yaml(), end="", flush=True)
         return EXIT_FINISHED
     from pretrain.records.profiling import parse_steps
     from pretrain.training.prepare import prepare
 
-    profiled = parse_steps(profile) if profile is not None else None
+    profiled = parse_steps(options.profile) if options.profile is not None else None
     prepared = prepare(recipe, ranks)
-    if dry_run:
+    if options.dry_run:
         from pretrain.training.dry_run import describe
 
         if ranks.rank == 0:
@@ -100,17 +80,28 @@ def train(
     return execute(prepared, ranks, profiled)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train one recipe on this rank.")
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe file (YAML)")
+def _parse(arguments: list[str], program: str) -> argparse.Namespace:
+    """The command line of every form of start: RECIPE comes first, or is named by `--config`."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Train RECIPE, or continue where it stopped.",
+        epilog="On several devices: deepspeed pretrain/train.py --config RECIPE",
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="recipe file (YAML) and changes")
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe file, where it is not the first word")
     parser.add_argument("--run-dir", metavar="FOLDER", help="run folder, instead of the recipe's")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, estimate memory and time, and stop")
-    parser.add_argument("--profile", metavar="STEPS", help="profile these steps (5-7, counted from 1)")
+    parser.add_argument("--profile", metavar="STEPS", help="profile these steps (5-7, counted from 1) into RUN/profile")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values to replace")
-    return parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    words = [options.config, *options.words] if options.config else options.words
+    if not words:
+        parser.error("the recipe file is missing")
+    options.config, *options.overrides = words
+    return options
 
 
 def leave(code: int) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from pretrain.cluster.profiles import Profile
+    from pretrain.cluster.clusters import Cluster
 
 app = typer.Typer(add_completion=False)
 _MARKS = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "broken": ("XX", "red")}
-# Of a larger cluster only the nodes that are not sound have a line: the page stays one page.
+# On a larger cluster only nodes that are not fit have a line, so that the report stays one page.
 _EACH_HAS_A_LINE = 16
 _MEASURED = {
     "matmul_tflops": "matrix product, TFLOP/s:",
@@ -28,17 +28,18 @@ _MEASURED = {
 @app.command()
 def doctor(
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="Also examine a cluster's nodes, by a job of a few minutes.")
-    ] = False,
-    profile: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Cluster of ~/.config/mor/clusters.yaml (default: the file's)."),
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also examine nodes of this cluster of ~/.config/mor/clusters.yaml, by a job of a few minutes; "
+            "`default` is the file's default.",
+        ),
     ] = None,
-    nodes: Annotated[Optional[int], typer.Option(min=1, help="Nodes to examine (default: the profile's).")] = None,  # noqa: UP045
-    gpus_per_node: Annotated[Optional[int], typer.Option(min=0, help="GPUs of each node to examine.")] = None,  # noqa: UP045
-    partition: Annotated[Optional[str], typer.Option(help="Their partition.")] = None,  # noqa: UP045
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to examine [default: the cluster's].")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each node to examine.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Their partition.")] = None,
 ) -> None:
-    """Look at this machine; exits with 1 when something is broken without which training fails."""
+    """Examine this machine; exits with 1 if something that training needs is broken."""
     from rich.console import Console
 
     from data_prep.plain_text import cell
@@ -51,35 +52,37 @@ def doctor(
         console.print(_marked(finding.state, f"{finding.name:<{width}}  {finding.detail}"))
         if finding.advice:
             console.print(cell(f"    {'':<{width}}  -> {finding.advice}"))
-    sound = not any(finding.state == "broken" for finding in findings)
-    if cluster:
-        from pretrain.cluster.profiles import load_profile
+    works = not any(finding.state == "broken" for finding in findings)
+    if cluster is not None:
+        from pretrain.cluster.clusters import load_cluster
 
-        chosen = load_profile(profile, nodes=nodes, gpus_per_node=gpus_per_node, partition=partition)
-        sound = _examine_cluster(console, chosen) and sound
-    if not sound:
+        chosen = load_cluster(cluster, nodes=nodes, gpus_per_node=gpus_per_node, partition=partition)
+        works = _examine_cluster(console, chosen) and works
+    if not works:
         raise typer.Exit(1)
 
 
-def _examine_cluster(console: Console, profile: Profile) -> bool:
+def _examine_cluster(console: Console, cluster: Cluster) -> bool:
     """Print one page about the nodes of a job; whether all are fit to train together."""
     import shutil
     from pathlib import Path
 
     from data_prep.plain_text import cell
     from pretrain.cluster.health import examine_cluster, judge
-    from pretrain.cluster.submit import Shape, job_environment, slurm_options
+    from pretrain.cluster.submit import job_environment, slurm_options
     from pretrain.errors import LaunchError
 
     if not shutil.which("srun"):
         raise LaunchError("--cluster: there is no srun here; run this on a cluster's login node.")
-    # The examination takes minutes, whatever the profile's jobs take.
-    options = list(slurm_options(Shape.of(profile), profile.model_copy(update={"time": None}), tasks=False))
+    # The examination takes minutes, whatever the time limit of the cluster's jobs is.
+    options = slurm_options(
+        cluster.model_copy(update={"time": None}), nodes=cluster.nodes, gpus=cluster.gpus_per_node, tasks=None
+    )
     folder = Path.cwd() / f".health-{time.time_ns()}"
     console.print()
-    console.print(cell(f"{profile.nodes} nodes: srun {' '.join(options)}"))
+    console.print(cell(f"{cluster.nodes} nodes: srun {' '.join(options)}"))
     try:
-        reports, said = examine_cluster(folder, options, profile.nodes, job_environment(profile))
+        reports, printed = examine_cluster(folder, options, cluster.nodes, job_environment(cluster))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     problems = judge(reports, list(reports))
@@ -92,14 +95,14 @@ def _examine_cluster(console: Console, profile: Profile) -> bool:
         found = [report[key] for report in reports.values() if key in report]
         if found and len(reports) > 1:
             console.print(f"    {name} from {min(found):.3g} to {max(found):.3g}")
-    if len(reports) < profile.nodes:
-        missing = f"{len(reports)} of {profile.nodes} nodes wrote a report into {folder.parent}; srun said:"
+    if len(reports) < cluster.nodes:
+        missing = f"{len(reports)} of {cluster.nodes} nodes wrote a report into {folder.parent}; srun printed:"
         console.print(_marked("broken", missing))
-        for line in said.strip().splitlines():
+        for line in printed.strip().splitlines():
             console.print(cell(f"    {line}"))
     fit = len(reports) - len(problems)
-    console.print(f"{fit} of {profile.nodes} nodes are fit to train together.")
-    return fit == profile.nodes
+    console.print(f"{fit} of {cluster.nodes} nodes are fit to train together.")
+    return fit == cluster.nodes
 
 
 def _marked(state: str, text: str) -> Text:
@@ -110,7 +113,7 @@ def _marked(state: str, text: str) -> Text:
 
 
 def _facts(report: dict[str, Any]) -> str:
-    """What was found of one node, for a person."""
+    """A node's report in one line."""
     facts = [f"{report['cores']} cores", f"{report['gpus']} GPUs {', '.join(report['gpu_names'])}".strip()]
     if "gpu_free_share" in report:
         facts.append(f"{report['gpu_free_share']:.0%} of their memory free")

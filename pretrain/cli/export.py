@@ -1,4 +1,4 @@
-"""`mor export`: a run's weights in the form that other libraries load."""
+"""`mor export`: a run's weights in the format of other libraries."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run folder that `mor train` wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
-    to: Annotated[str, typer.Option(help="Form of the export; hf is Hugging Face transformers.")] = "hf",
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format; hf is Hugging Face transformers.")] = "hf",
 ) -> None:
     """Write the model of RUN to OUT: weights, configuration, tokenizer and, where needed, modelling code."""
     from pretrain.errors import RunError, UserError
     from pretrain.records.run_folder import RunFolder, require_writable
 
     if to != "hf":
-        raise UserError(f"--to {to}: not a form of export; hf is the one there is.")
+        raise UserError(f"--to {to}: not a format; hf is the only one.")
     folder = RunFolder.existing(run)
     if not folder.weights.is_dir():
         raise RunError(f"{folder}: holds no weights/ yet; `mor train` writes them when the run finishes.")

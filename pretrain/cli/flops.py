@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,30 +16,29 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def flops(
-    recipe: Annotated[Optional[str], typer.Argument(help="Recipe file; its model is counted.")] = None,  # noqa: UP045
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="Changes to the recipe: section.key=value.")] = None,  # noqa: UP045
+    recipe: Annotated[str | None, typer.Argument(help="Recipe file whose model is counted.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: section.key=value.")] = None,
     preset_name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--preset", help=f"Instead of a recipe, a named size ({', '.join(PRESETS)}): all its variants."),
+        str | None,
+        typer.Option("--preset", help=f"Instead of a recipe, all variants of a named size ({', '.join(PRESETS)})."),
     ] = None,
     recursions: Annotated[int, typer.Option(help="Recursions of the preset's recursive and MoR variants.")] = 3,
 ) -> None:
     """Count parameters, FLOPs per token and key-value bytes per token."""
-    if (recipe is None) == (preset_name is None):
-        raise UserError(f"give either a recipe file or --preset with one of {', '.join(PRESETS)}.")
-    if recipe is not None:
+    if recipe is not None and preset_name is None:
         from pretrain.recipe.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         _print_counts({loaded.name: (loaded.network, loaded.batch.sequence_length)})
-        return
-    assert preset_name is not None
-    configs = {
-        "vanilla": preset(preset_name),
-        f"recursive R={recursions}": preset(preset_name, "recursive", recursions),
-        f"MoR R={recursions}": preset(preset_name, "mor", recursions),
-    }
-    _print_counts({name: (config, config.context_length) for name, config in configs.items()})
+    elif recipe is None and preset_name is not None:
+        configs = {
+            "vanilla": preset(preset_name),
+            f"recursive R={recursions}": preset(preset_name, "recursive", recursions),
+            f"MoR R={recursions}": preset(preset_name, "mor", recursions),
+        }
+        _print_counts({name: (config, config.context_length) for name, config in configs.items()})
+    else:
+        raise UserError(f"give either a recipe file or --preset with one of {', '.join(PRESETS)}.")
 
 
 def _print_counts(models: dict[str, tuple[ModelConfig, int]]) -> None:

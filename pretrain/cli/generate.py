@@ -22,19 +22,17 @@ _COLOURS = ("grey58", "cyan", "green", "yellow", "magenta", "red", "blue", "brig
 def generate(
     run: Annotated[str, typer.Argument(help="Run folder that `mor train` wrote.", show_default=False)],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for several.")
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat the option for several.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, samples.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0 among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the tokens that together hold this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="What is drawn when sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above 0: sample.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens (0: all).")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens with this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     depth: Annotated[
-        int | None, typer.Option(min=1, help="Every token takes so many recursion steps; routers are ignored.")
+        int | None, typer.Option(min=1, help="Recursion steps of every token; routers are ignored.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the accelerator where there is one, unless given.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the GPU if there is one].")] = None,
 ) -> None:
     """Continue each prompt with the model of RUN."""
     from pretrain.errors import RunError, UserError
@@ -54,7 +52,7 @@ def generate(
 
     tokenizer = load_tokenizer(folder.tokenizer)
     model = load_model(folder.weights, device=_device(device))
-    # A document begins after an END_OF_DOCUMENT, so an empty prompt asks for a new document.
+    # A document begins after an END_OF_DOCUMENT, so an empty prompt means a new document.
     prompts = [tokenizer.encode(text) or [tokenizer.eod_id] for text in prompt]
     console = Console(highlight=False)
     with console.status(f"Generating up to {max_new_tokens} tokens"):
@@ -94,10 +92,9 @@ def _device(name: str | None) -> torch.device:
 
 
 def spell(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], depths: list[int]) -> list[tuple[str, int]]:
-    """Text that each generated token adds, with its depth.
+    """Text that each generated token adds, with its depth; END_OF_DOCUMENT adds none.
 
-    A token may hold part of a character; its text then appears with the token that completes it. END_OF_DOCUMENT adds
-    none.
+    A token may hold part of a character; its text then appears with the token that completes it.
     """
     pieces = []
     shown = tokenizer.decode(prompt)
@@ -124,7 +121,7 @@ def _coloured(prompt: str, pieces: list[tuple[str, int]]) -> Text:
 
 
 def _legend(depths: list[int], recursions: int) -> Text:
-    """Which colour is which depth, and how many of the tokens took it."""
+    """The colour of each depth, and the share of tokens that took it."""
     from rich.text import Text
 
     counts = Counter(depths)

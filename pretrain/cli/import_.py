@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 
 @app.callback()
 def import_() -> None:
-    """Bring a checkpoint of another library in."""
+    """Import a checkpoint of another library."""
 
 
 @app.command()
@@ -28,10 +28,10 @@ def hf(
         typer.Option(help="Folder to make; it gets weights/ and, if there is one, tokenizer/.", show_default=False),
     ],
     variant: Annotated[
-        str, typer.Option(help="vanilla: as it is. recursive, mor: layers shared, to be trained further.")
+        str, typer.Option(help="vanilla: unchanged. recursive, mor: with shared layers, to be trained further.")
     ] = "vanilla",
-    recursions: Annotated[int, typer.Option(min=2, help="Recursions of the last two.")] = 3,
-    sharing: Annotated[str, typer.Option(help="Which layers they share.")] = "middle_cycle",
+    recursions: Annotated[int, typer.Option(min=2, help="Recursions of recursive and mor.")] = 3,
+    sharing: Annotated[str, typer.Option(help="Which layers recursive and mor share.")] = "middle_cycle",
     initialization: Annotated[
         str, typer.Option(help="Shared layers start from layers at even steps (stepwise) or from the mean (average).")
     ] = "stepwise",
@@ -45,7 +45,7 @@ def hf(
     if variant not in ("vanilla", "recursive", "mor"):
         raise UserError(f"--variant {variant}: not one of vanilla, recursive, mor.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; name a folder that does not.")
+        raise UserError(f"{out}: exists already; name a new folder.")
 
     require_writable(out.parent)
 
@@ -71,7 +71,7 @@ def hf(
         for file in present:
             shutil.copyfile(file, out / "tokenizer" / file.name)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-        shutil.rmtree(out, ignore_errors=True)  # which was absent or empty, and half a model is none
+        shutil.rmtree(out, ignore_errors=True)  # it was absent or empty
         raise RunError(f"{out}: not written ({error}); make room, or choose another folder.") from None
     count = count_parameters(config)
     say(f"{out / 'weights'}: {count.total_stored / 1e6:,.1f} M parameters, {len(config.schedule.applications)} layers")

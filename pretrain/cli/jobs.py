@@ -5,42 +5,40 @@ from __future__ import annotations
 import functools
 import math
 import time
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def jobs(
-    everything: Annotated[bool, typer.Option("--all", help="Also jobs that ended more than a day ago.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also jobs submitted more than a day ago.")] = False,
     follow: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=1, help="Show them again every so many seconds, until all have ended."),
+        float | None, typer.Option(min=1, help="Show them again every FOLLOW seconds, until all have ended.")
     ] = None,
 ) -> None:
     """Show state, step, loss, time left and log of the jobs that `mor submit` sent."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    while True:
-        alive = _show(console, everything)
-        if follow is None or not alive:
-            return
+    while _show(console, everything) and follow is not None:
         time.sleep(follow)
 
 
-def _show(console: object, everything: bool) -> bool:
+def _show(console: Console, everything: bool) -> bool:
     """Print the table; whether a job has not ended yet."""
-    from rich.console import Console
     from rich.table import Table
 
     from data_prep.plain_text import cell, say
+    from data_prep.terminal import duration
     from pretrain.cluster.job_records import remembered
     from pretrain.cluster.jobs import view_jobs
 
-    assert isinstance(console, Console)
     everyone = remembered(functools.partial(say, error=True))
     recent = [record for record in everyone if everything or record.time > time.time() - 86400]
     views = view_jobs(recent)
@@ -55,17 +53,8 @@ def _show(console: object, everything: bool) -> bool:
         progress += f" of branch {view.branch}" if view.branch else ""
         state = f"{view.state} ({view.reason})" if view.reason and view.state != "RUNNING" else view.state
         loss = "" if view.loss is None else f"{view.loss:.4f}" if math.isfinite(view.loss) else "not finite"
-        left = _duration(view.remaining) if view.remaining is not None else ""
+        left = duration(view.remaining) if view.remaining is not None else ""
         row = (view.record.job, view.record.name, state, progress, loss, left, view.record.log)
         table.add_row(*map(cell, row))
     console.print(table)
     return any(view.state in ("PENDING", "RUNNING", "COMPLETING") for view in views)
-
-
-def _duration(seconds: float) -> str:
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2880 else f"{minutes // 1440} d {minutes // 60 % 24} h"
-    )

@@ -13,7 +13,7 @@ from pretrain.errors import UserError
 
 _COMMANDS = {
     "prep": ("data_prep.cli", "Corpora to shards: tokenize, train a tokenizer, inspect, verify."),
-    "train": ("pretrain.cli.train", "Train one recipe."),
+    "train": ("pretrain.train", "Train one recipe."),
     "eval": ("pretrain.cli.eval", "Perplexity, few-shot suites and routing analysis of a run."),
     "generate": ("pretrain.cli.generate", "Continue a prompt, showing each token's depth."),
     "compare": ("pretrain.cli.compare", "Plan, run and report a FLOPs-matched comparison."),
@@ -21,9 +21,9 @@ _COMMANDS = {
     "jobs": ("pretrain.cli.jobs", "Follow submitted jobs."),
     "runs": ("pretrain.cli.runs", "List run folders with state, progress and last loss."),
     "export": ("pretrain.cli.export", "Write a run's weights for Hugging Face transformers."),
-    "import": ("pretrain.cli.import_", "Bring a Hugging Face Llama checkpoint in."),
+    "import": ("pretrain.cli.import_", "Import a Hugging Face Llama checkpoint."),
     "flops": ("pretrain.cli.flops", "Parameters, FLOPs and key-value bytes of a model."),
-    "doctor": ("pretrain.cli.doctor", "What of this machine works, and what to do about the rest."),
+    "doctor": ("pretrain.cli.doctor", "What works on this machine, and what to do about the rest."),
 }
 
 
@@ -40,7 +40,7 @@ def usage() -> str:
             "Commands:",
             *lines,
             "",
-            "`mor COMMAND --help` says what a command takes; `mor --version` names the version.",
+            "`mor COMMAND --help` describes a command; `mor --version` prints the version.",
         ]
     )
 

@@ -1,1 +1,1 @@
-"""Slurm: what runs inside a job, what submits and follows jobs, and what tells whether nodes are sound."""
+"""Slurm: what runs inside a job, what submits and follows jobs, and what examines nodes and machines."""

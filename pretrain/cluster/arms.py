@@ -1,4 +1,4 @@
-"""An experiment as Slurm sees it: its arms and folders, and its text and recipe files made ready for training jobs."""
+"""An experiment for batch scripts: list its arms and folders, or prepare its text and its runs' recipe files."""
 
 from __future__ import annotations
 

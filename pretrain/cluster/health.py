@@ -1,8 +1,8 @@
-"""Are these nodes fit to train together? Each writes what it finds into a shared folder; the odd ones out are named.
+"""Are these nodes fit to train together? Each writes a report into a shared folder, and those that differ are named.
 
-Per node: GPUs seen, their memory free, the speed of a matrix product, the clock against the file server's, and the
-speed of all-reduces, with all nodes and with each neighbour alone. A node that writes nothing is gone, or does not see
-the shared file system.
+A report holds: the GPUs that torch sees, their free memory, the speed of a matrix product, the node's clock minus the
+file server's, and the speed of all-reduces, with all nodes and with each neighbour alone. A node without a report is
+gone, or does not see the shared file system.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +28,24 @@ if TYPE_CHECKING:
     from pretrain.cluster.slurm_job import Job
 
 _SLOWEST = 0.6  # of the median speed
-_LEAST_OF_PEAK = 0.5  # a sound GPU's matrix product reaches some 80 % of what its vendor promises
+_LEAST_OF_PEAK = 0.5  # of the vendor's figure; a healthy GPU's matrix product reaches about 80 %
 _LEAST_FREE = 0.9  # of a GPU's memory
 _LARGEST_SKEW = 5.0  # seconds
-_MINUTES = 5
+# A node that fails must not end the examination of the others.
+_OPTIONS = ["--time=5", "--kill-on-bad-exit=0"]
 _REDUCED_BYTES = 64 * 2**20
-# Each node alone first: an all-reduce with a broken node fails on the sound ones too.
+# Each node alone first: an all-reduce with a broken node fails on the others too.
 _KINDS = ("alone", "together")
 
 
 def check_nodes(job: Job) -> dict[str, str]:
-    """Examine the nodes of a job from its first node; returns what is wrong by host, empty when all is well."""
+    """Examine the nodes of a job from its first node; returns what is wrong, by host."""
     folder = Path.cwd() / f".health-{job.identity}-{job.restarts}"
     folder.mkdir()
     try:
         for kind in _KINDS:
             command = job.inside([job.python, "-m", "pretrain.cluster.health", kind, str(folder)])
-            # A node that fails must not end the others' examination.
-            job.step(command, per_node=1, options=[f"--time={_MINUTES}", "--kill-on-bad-exit=0"])
+            job.step(command, per_node=1, options=_OPTIONS)
             if bad := judge(read_reports(folder), job.hosts):
                 return bad
         return {}
@@ -53,13 +54,13 @@ def check_nodes(job: Job) -> dict[str, str]:
 
 
 def examine_cluster(
-    folder: Path, options: list[str], nodes: int, environ: dict[str, str]
+    folder: Path, options: Sequence[str], nodes: int, environ: dict[str, str]
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Run the examination as jobs of their own with these options of srun; reports by host, and what srun said."""
+    """Examine `nodes` nodes by jobs with these options of srun; returns the reports by host, and what srun printed."""
     folder.mkdir(parents=True)
     said = ""
     for kind in _KINDS:
-        command = ["srun", "--ntasks-per-node=1", f"--time={_MINUTES}", "--kill-on-bad-exit=0", *options]
+        command = ["srun", "--ntasks-per-node=1", *_OPTIONS, *options]
         command += [sys.executable, "-m", "pretrain.cluster.health", kind, str(folder)]
         said = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True).stderr
         reports = read_reports(folder)
@@ -69,7 +70,7 @@ def examine_cluster(
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the nodes have written, by host name as Slurm knows it."""
+    """The nodes' reports, by host name as Slurm knows it."""
     reports = {}
     for file in sorted(folder.glob("*.json")):
         with contextlib.suppress(ValueError):
@@ -78,11 +79,9 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str]:
-    """What is wrong with which host, judged by what most of them have."""
-    problems: dict[str, list[str]] = {host: [] for host in hosts}
-    for host in hosts:
-        if host not in reports:
-            problems[host].append(f"wrote no report: it does not answer, or does not see {Path.cwd()}")
+    """What is wrong, by host: no report, or a report that differs from most of the others."""
+    missing = f"wrote no report: it does not answer, or does not see {Path.cwd()}"
+    problems: dict[str, list[str]] = {host: [] if host in reports else [missing] for host in hosts}
     here = {host: report for host, report in reports.items() if host in problems}
     for key, name in (("gpus", "GPUs"), ("gpu_names", "kinds of GPU")):
         found = [json.dumps(report[key]) for report in here.values()]
@@ -90,7 +89,7 @@ def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str
         for host, report in here.items():
             if json.dumps(report[key]) != usual:
                 problems[host].append(f"{name}: {json.dumps(report[key])} where the others have {usual}")
-    # An all-reduce of all nodes is as slow for every one of them as the slowest makes it, so it tells nothing here.
+    # Every node is as slow as the slowest in an all-reduce of all nodes, so that one is not compared.
     for key, name, unit in (("matmul_tflops", "matrix product", "TFLOP/s"), ("pair_gbytes", "all-reduce", "GB/s")):
         speeds = {host: report[key] for host, report in here.items() if report.get(key)}
         usual_speed = statistics.median_high(speeds.values()) if speeds else 0.0
@@ -98,7 +97,7 @@ def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str
             if speed < _SLOWEST * usual_speed:
                 problems[host].append(f"{name} at {speed:.3g} {unit} where the others reach {usual_speed:.3g}")
     skews = [report["skew"] for report in here.values()]
-    # The file server's own clock may be the one that is off, so most nodes decide; of two, the one nearer to it.
+    # The file server's clock may be the wrong one, so the median decides; of two nodes, the one nearer to the server.
     middle = min(statistics.median_low(skews), statistics.median_high(skews), key=abs) if skews else 0.0
     for host, report in here.items():
         if report.get("error"):
@@ -107,21 +106,20 @@ def judge(reports: dict[str, dict[str, Any]], hosts: list[str]) -> dict[str, str
             problems[host].append(f"Slurm gave it {report['gpus_given']} GPUs and torch sees {report['gpus']}")
         reached, promised = report.get("matmul_tflops", math.inf), report.get("peak_tflops", 0.0)
         if reached < _LEAST_OF_PEAK * promised:
-            problems[host].append(f"matrix product at {reached:.3g} TFLOP/s where its GPU promises {promised:.3g}")
+            problems[host].append(f"matrix product at {reached:.3g} of the {promised:.3g} TFLOP/s of its GPU")
         if abs(report["skew"] - middle) > _LARGEST_SKEW:
             problems[host].append(f"its clock is {report['skew'] - middle:+.0f} s off")
         if report.get("gpu_free_share", 1.0) < _LEAST_FREE:
-            problems[host].append(
-                f"only {report['gpu_free_share']:.0%} of a GPU's memory is free: another process uses it"
-            )
+            free = f"only {report['gpu_free_share']:.0%} of a GPU's memory is free"
+            problems[host].append(f"{free}: another process uses it")
     return {host: "; ".join(found) for host, found in problems.items() if found}
 
 
 def examine(kind: str, folder: Path) -> None:
-    """Look at this node `alone`, or at its all-reduce `together` with the others, and write FOLDER/<host>.json."""
+    """Examine this node `alone`, or its all-reduce `together` with the others, and write FOLDER/<host>.json."""
     from pretrain.ranks.environment import prepare_environment
 
-    # Read before the environment is prepared, which settles on the CPU where a GPU has gone missing.
+    # Before the environment is prepared, which chooses the CPU if a GPU is missing.
     wants_gpus = os.environ.get("DS_ACCELERATOR") != "cpu"
     given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if wants_gpus else 0
     ranks = prepare_environment()
@@ -137,16 +135,17 @@ def examine(kind: str, folder: Path) -> None:
 
 
 def all_reduce_speeds(rank: int, nodes: int, *, gpu: bool, size: int = _REDUCED_BYTES) -> dict[str, float]:
-    """Bytes of a buffer over the time of its all-reduce, the best of three, in 1e9 bytes a second.
+    """Size of a buffer divided by the time of its all-reduce, the best of three, in 1e9 bytes a second. (A ring moves
+    2 (p - 1) / p times the buffer in and out of each of p nodes.)
 
     Args:
-        rank, nodes: this node's number and how many there are; the process group's variables are set.
-        gpu: whether the buffer lives on the first GPU (NCCL) or in memory (gloo).
+        rank, nodes: this node's number and the number of nodes; the process group's variables are set.
+        gpu: whether the buffer is on the first GPU (NCCL) or in memory (gloo).
         size: of the buffer, in bytes.
 
     Returns:
-        `reduce_gbytes` with all nodes, the same for all; `pair_gbytes`, the better of those with the nodes before and
-        after this one, which is low only where this node itself is slow (or both its neighbours are).
+        `reduce_gbytes` with all nodes; `pair_gbytes`, the better of those with the nodes before and after this one,
+        which is low only if this node is slow, or both its neighbours are.
     """
     import torch
     import torch.distributed as dist
@@ -179,7 +178,7 @@ def all_reduce_speeds(rank: int, nodes: int, *, gpu: bool, size: int = _REDUCED_
 
 
 def pairings(nodes: int) -> list[list[tuple[int, int]]]:
-    """Neighbours of a ring of nodes, in turns of pairs that have no node in common."""
+    """Neighbours in a ring of nodes, in turns of pairs that have no node in common."""
     ring = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else 1)]
     odd = ring[-1:] if nodes % 2 and nodes > 1 else []
     paired = ring[: len(ring) - len(odd)]
@@ -201,7 +200,7 @@ def _alone(folder: Path, host: str) -> dict[str, Any]:
 
             report["peak_tflops"] = (peak_flops(devices[0]) or 0.0) / 1e12
         report["matmul_tflops"] = min(_matmul_tflops(device) for device in devices)
-    except Exception as error:  # whatever fails on a node is its finding
+    except Exception as error:  # any failure belongs into the report
         report["error"] = _first_line(error)
     return report
 
@@ -220,15 +219,14 @@ def _clock_skew(folder: Path, host: str) -> float:
 def _matmul_tflops(device: Any) -> float:
     import torch
 
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    on_gpu = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (768, torch.float32)
     left = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
+    best = math.inf
     for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         start = time.perf_counter()
         left @ left
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12

@@ -1,4 +1,4 @@
-"""What was submitted from here, remembered after Slurm has forgotten it: one JSON object a line."""
+"""The jobs that were submitted from here, also after Slurm has forgotten them: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_prep.json_input import parse_json
 def _usable(text: str) -> str:
     if "\0" in text:
         raise ValueError("holds a character that no path has")
-    os.fsencode(text)  # as above, of lone surrogates
+    os.fsencode(text)  # raises a ValueError for lone surrogates
     return text
 
 
@@ -45,23 +45,19 @@ class Record:
     overrides: list[str] = dataclasses.field(default_factory=list)
 
 
-def records_file() -> Path:
-    """Where submitted jobs are remembered; MOR_JOBS names another file."""
+def _records_file() -> Path:
+    """MOR_JOBS names another file."""
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return Path(os.environ.get("MOR_JOBS") or folder / "mor" / "jobs.jsonl")
 
 
 def remember(record: Record) -> None:
-    """Add a job.
-
-    Raises:
-        OSError: as the file system says.
-    """
-    file = records_file()
+    """Add a job; raises OSError where that cannot be written."""
+    file = _records_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(dataclasses.asdict(record)).encode()
     with file.open("a+b") as stream:
-        # What a full disk has left of an earlier line must not spoil this one.
+        # A full disk may have left half a line, which must not spoil this one.
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             line = line if stream.read(1) == b"\n" else b"\n" + line
@@ -69,8 +65,8 @@ def remember(record: Record) -> None:
 
 
 def remembered(say: Callable[[str], None]) -> list[Record]:
-    """All jobs, the oldest first. Lines that are no records are left out, and `say` is told where the first one is."""
-    file = records_file()
+    """All jobs, the oldest first. Damaged lines are left out, and `say` is told which is the first."""
+    file = _records_file()
     try:
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Submitted jobs as Slurm and their run folders see them: state, step, loss, time left."""
+"""What Slurm and the run folders say about submitted jobs: state, step, loss, time left."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from pretrain.records.finished import Part, begun_with, parts
 from pretrain.records.run_folder import RunFolder, parse_record
 
 _TAIL_BYTES = 65536
+# The state of an array is the first of these that one of its elements has.
+_STATES = ["RUNNING", "COMPLETING", "PENDING", "FAILED", "TIMEOUT", "NODE_FAIL", "COMPLETED", "CANCELLED"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class JobView:
     """One line of `mor jobs`.
 
     Attributes:
-        step, steps, loss: of the part of the run that is trained now, None for what does not train; a loss that is not
-            finite is nan. branch: its name, None for the trunk.
+        step, steps, loss: of the part of the run that is trained now, None for jobs that do not train; a loss that is
+            not finite is nan. branch: the name of that part, None for the trunk.
         remaining: seconds until the run and all its branches are finished.
     """
 
@@ -43,7 +45,7 @@ class JobView:
 
 @dataclass(frozen=True)
 class _Progress:
-    """How far a part of a run has come: steps done, loss (nan: not finite) and seconds a step where they are known."""
+    """How far a part of a run has come: steps, loss (nan: not finite) and seconds per step, None if unknown."""
 
     step: int
     loss: float | None
@@ -75,15 +77,15 @@ def _view(record: Record, states: dict[str, tuple[str, str]]) -> JobView:
         steps = (part.steps - done.step for part, done in zip(everything, progress) if part in left)
         remaining = seconds * sum(steps)
     if not state:
-        # Slurm forgets finished jobs after minutes; the run does not.
+        # Slurm forgets finished jobs after minutes; the run folder does not.
         state = "COMPLETED" if not left else "GONE" if status["state"] == "running" else "ENDED"
         reason = "" if not left else status.get("reason") or status["state"]
     return JobView(record, state, reason, now.step, current.steps, now.loss, remaining, current.name)
 
 
 def _recipe(record: Record, run: str) -> Recipe:
-    """What the job was submitted to train. Where that is gone, not prepared yet, or another run by now, what the run
-    was begun with.
+    """What the job was submitted to train; if that file is gone, not written yet, or describes another run by now, what
+    the run was begun with.
     """
     if record.recipe is not None and Path(record.recipe).is_file():
         recipe = load_recipe(record.recipe, record.overrides).model_copy(update={"run_dir": run})
@@ -96,7 +98,7 @@ def _recipe(record: Record, run: str) -> Recipe:
 def _progress(part: Part) -> _Progress:
     status = part.folder.status()
     if status["state"] == "absent":
-        # A branch's folder begins with the trunk's records, which go beyond where the branch leaves.
+        # A branch's folder begins with the trunk's records, which may go beyond the step where the branch leaves.
         return _Progress(part.start, None, None)
     last = Fields(_last_training_record(part.folder.metrics_file), part.folder.metrics_file)
     step = last.values.get("step", status.get("step", part.start))
@@ -104,7 +106,7 @@ def _progress(part: Part) -> _Progress:
 
 
 def _last_training_record(metrics: Path) -> dict[str, Any]:
-    """The newest training record of metrics.jsonl, read from its end; empty where there is none."""
+    """The newest training record of metrics.jsonl, read from its end; empty if there is none."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(0, os.SEEK_END)
@@ -116,24 +118,21 @@ def _last_training_record(metrics: Path) -> dict[str, Any]:
 
 
 def _slurm_states(numbers: list[str]) -> dict[str, tuple[str, str]]:
-    """State and reason by job number; of an array, those of its liveliest element."""
+    """State and reason by job number."""
     if not numbers or not shutil.which("squeue"):
         return {}
-    # One unknown number would make squeue refuse them all, so it is asked about everything of this user's.
+    # squeue refuses a list with one unknown number, so it is asked about all jobs of this user.
     command = ["squeue", "--me", "--noheader", "--states=all", "--array", "--format=%F|%T|%r"]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    order = ["RUNNING", "COMPLETING", "PENDING", "FAILED", "TIMEOUT", "NODE_FAIL", "COMPLETED", "CANCELLED"]
     states: dict[str, tuple[str, str]] = {}
-    for line in shown.splitlines():
-        number, *more = line.split("|", 2)
-        if len(more) != 2:
-            continue
-        state, reason = more
-        rank = order.index(state) if state in order else len(order)
-        known = states.get(number)
-        if known is None or rank < (order.index(known[0]) if known[0] in order else len(order)):
+    for number, state, reason in (line.split("|", 2) for line in shown.splitlines() if line.count("|") >= 2):
+        if number not in states or _liveliness(state) < _liveliness(states[number][0]):
             states[number] = (state, "" if reason == "None" else reason)
     return states
+
+
+def _liveliness(state: str) -> int:
+    return _STATES.index(state) if state in _STATES else len(_STATES)

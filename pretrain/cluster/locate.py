@@ -1,5 +1,5 @@
-"""A recipe's run and whether it is finished, for a batch script that may itself run outside the container the recipe is
-read in.
+"""A recipe's run folder, and whether its run is finished: for a batch script, which may run outside the container that
+the recipe is read in.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from pathlib import Path
 from data_prep.plain_text import say
 from mor_model.errors import ConfigError
 from pretrain.errors import UserError
-from pretrain.ranks.signals import EXIT_USER
+from pretrain.ranks.signals import EXIT_FINISHED, EXIT_USER
 from pretrain.recipe.recipe import load_recipe
 from pretrain.records.finished import unfinished
 
 
 def main(arguments: list[str]) -> int:
-    """Print the absolute run folder of RECIPE [section.key=value ...], and whether it and its branches are finished, as
-    a JSON object; returns the exit code.
-    """
+    """Print `run` and `finished` of RECIPE [section.key=value ...] as a JSON object; returns the exit code."""
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
         found = {"run": str(Path(recipe.run_folder).resolve()), "finished": not unfinished(recipe)}
@@ -27,7 +25,7 @@ def main(arguments: list[str]) -> int:
         say(f"train: {error}", error=True)
         return EXIT_USER
     print(json.dumps(found))
-    return 0
+    return EXIT_FINISHED
 
 
 if __name__ == "__main__":

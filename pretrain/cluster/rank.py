@@ -1,7 +1,7 @@
-"""A rank under srun: polite ends count as success there, because srun kills the other ranks at the first other code.
+"""A rank under srun. A stop with a checkpoint ends with 0 here, because srun kills all ranks at the first other code.
 
-The code that a rank really ended with is first written into MOR_EXIT_CODE_FILE.<rank>: by rank 0 always, by the others
-only where it is 2, which another start would end with too.
+The rank's own exit code is first written into MOR_EXIT_CODE_FILE.<rank>: by rank 0 always, by the others only if it is
+2, because another start would end the same way.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pretrain.train import main as train
 def main(arguments: list[str]) -> int:
     """Train as `pretrain/train.py` does."""
     code = train(arguments)
-    # RANK is not set where the launcher's own variables could not be used.
+    # RANK is not set if the launcher's own variables could not be used.
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     if rank == "0" or code == EXIT_USER:
-        # On a full disk there is no such file, and srun's code has to do.
+        # On a full disk there is no such file, and the job uses srun's code.
         with contextlib.suppress(OSError):
             write_text(f"{os.environ['MOR_EXIT_CODE_FILE']}.{rank}", str(code))
     return EXIT_FINISHED if code in (EXIT_AGAIN, EXIT_HELD) else code

@@ -1,4 +1,4 @@
-"""A job that is started again and again without getting anywhere is a crash loop, and stops with its history."""
+"""A job that is started again and again without progress is a crash loop, and stops with its history."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _LATEST = re.compile(r"step-(\d{1,18})\s*")
 _RESULTS = ("evaluation/*.json", "evaluation/step-*/*.json", ".work/piece-*.json")
 # A run, its branches, and the runs of an experiment with theirs.
 _RUNS = ("", "branches/*/", "*/", "*/branches/*/")
-_KEYS = ("reached", "cause", "time")
 
 
 def trained(run: Path) -> str:
-    """How far a run has come, its branches included: what `note_start` calls `reached`."""
-    steps = [(folder.parent.name, reached_step(folder)) for folder in sorted(run.glob("branches/*/checkpoints"))]
+    """How far a run and its branches have come: what `note_start` calls `reached`."""
+    steps = [(folder.parent.name, _reached_step(folder)) for folder in sorted(run.glob("branches/*/checkpoints"))]
     branches = "".join(f", or after step {step} of branch {plain(name)}" for name, step in steps)
-    return f"a checkpoint after step {reached_step(run / 'checkpoints')}{branches}"
+    return f"a checkpoint after step {_reached_step(run / 'checkpoints')}{branches}"
 
 
-def reached_step(checkpoints: Path) -> int:
+def _reached_step(checkpoints: Path) -> int:
     """Step of the newest checkpoint of a folder of checkpoints; 0 before the first."""
     try:
         match = _LATEST.fullmatch((checkpoints / "latest").read_text(encoding="utf-8"))
@@ -51,13 +50,13 @@ def written(folders: Iterable[Path]) -> str:
     return f"anything new after {len(times)} checkpoints, results and finished pieces{last}"
 
 
-def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: Callable[[str], None]) -> str | None:
-    """Write this start into `file`; says why it must not happen if it is one too many.
+def note_start(file: Path, what: str, reached: str, job: str, say: Callable[[str], None]) -> str | None:
+    """Write this start into `file`; returns why it must not happen if it is one too many.
 
     Args:
-        what: what is started, for the message; reached: how far it has come, as `trained` and `written` say it.
-        job: what all automatic restarts of one submission share; a new one, by a person's hand, counts from zero.
-        cause: why the job is started now, for the history.
+        what: what is started, for the message.
+        reached: how far it has come, as `trained` and `written` say it.
+        job: shared by all automatic restarts of one submission; another submission counts from zero.
         say: told when the file is damaged.
 
     Raises:
@@ -68,7 +67,7 @@ def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: C
     except DataError as error:
         say(f"{error} Starts are counted anew.")
         starts = []
-    starts.append({"reached": reached, "cause": cause, "time": _utc(time.time())})
+    starts.append({"reached": reached, "time": _utc(time.time())})
     try:
         write_json(file, {"job": job, "starts": starts})
     except OSError as error:
@@ -77,9 +76,9 @@ def note_start(file: Path, what: str, reached: str, job: str, cause: str, say: C
     fruitless = next(moved, len(starts))
     if fruitless <= STARTS_WITHOUT_PROGRESS:
         return None
-    history = "; ".join(f"{start['time']} {start['cause']}" for start in starts[-fruitless:])
     return (
-        f"{what}: started {fruitless} times without {reached} ({history}). "
+        f"{what}: started {fruitless} times without {reached} "
+        f"({', '.join(start['time'] for start in starts[-fruitless:])}). "
         "Find the reason in the log above (for training also in RUN/stacks), then submit again."
     )
 
@@ -95,16 +94,16 @@ def _read(file: Path, job: str) -> list[dict[str, str]]:
         DataError: the file is not what `note_start` writes.
     """
     try:
-        record = read_json(file, maximum_bytes=1 << 24)
+        match read_json(file, maximum_bytes=1 << 24):
+            case {"job": str(named), "starts": [*starts]} if all(map(_is_start, starts)):
+                return starts if named == job else []
     except FileNotFoundError:
         return []
-    if not isinstance(record, dict) or not isinstance(record.get("job"), str):
-        raise DataError(f"{file}: is damaged: it is no object with a job.")
-    starts = record.get("starts")
-    if not isinstance(starts, list) or not all(_is_start(start) for start in starts):
-        raise DataError(f"{file}: is damaged: starts is no list of {', '.join(_KEYS)}.")
-    return starts if record["job"] == job else []
+    raise DataError(f"{file}: is damaged: it does not hold a job and its starts.")
 
 
 def _is_start(start: object) -> bool:
-    return isinstance(start, dict) and all(isinstance(t := start.get(key), str) and t == plain(t) for key in _KEYS)
+    match start:
+        case {"reached": str(reached), "time": str(moment)}:
+            return plain(reached) == reached and plain(moment) == moment
+    return False

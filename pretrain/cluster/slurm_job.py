@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,18 +18,23 @@ from data_prep.errors import DataError
 from data_prep.json_input import parse_json
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
-from pretrain.ranks.environment import read_integer
+from pretrain.ranks.environment import clean_environment, read_integer
 from pretrain.ranks.hostlist import expand_hostlist
-from pretrain.ranks.signals import EXIT_AGAIN
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_USER
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
+_LONGEST_END = 120.0  # seconds
 
 
 class Job:
-    """The Slurm job this process is the batch script of."""
+    """The Slurm job that this process is the batch script of.
 
-    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
-        """Raises LaunchError outside a Slurm job, or when a number that Slurm tells it is not one."""
+    Raises:
+        LaunchError: outside a Slurm job, or when a variable of Slurm's is not a number.
+    """
+
+    def __init__(self) -> None:
+        environ = os.environ
         if "SLURM_JOB_ID" not in environ:
             raise LaunchError("This runs inside a Slurm job: sbatch slurm/train.sbatch RECIPE, or mor submit RECIPE.")
         self.environ = environ
@@ -40,14 +45,14 @@ class Job:
         self.python = "python" if environ.get("MOR_CONTAINER") else sys.executable
         self.announced: signal.Signals | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        # What ends the child politely: ranks take USR1 as often as it comes, any other command a Ctrl-C.
+        # What asks the child to stop: USR1 for ranks, which may get it several times, Ctrl-C for other commands.
         self._polite = signal.SIGUSR1
         self._through_srun = False
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._pass_on)
 
     def number(self, name: str, default: str) -> int:
-        """One of the numbers that Slurm tells the job."""
+        """A whole number from one of Slurm's variables."""
         return read_integer(name, self.environ.get(name) or default)
 
     @property
@@ -60,35 +65,52 @@ class Job:
         """Tasks the job was asked to have; 1 where nobody said."""
         return self.number("SLURM_NTASKS", "1")
 
-    def environment_for_sbatch(self) -> dict[str, str]:
-        """This job's variables without what describes this job, for a job that it submits."""
-        kept = ("SLURM_CONF",)
-        described = ("SLURM", "SBATCH")
-        return {name: value for name, value in self.environ.items() if name in kept or not name.startswith(described)}
-
     def step(self, command: list[str], *, per_node: int | None = None, options: list[str] | None = None) -> int:
         """Run `command` as a job step on all nodes and return its exit code.
 
-        `per_node` is the number of tasks on each node; by default as many as the job asked for, otherwise one for each
-        GPU of a node. `options` are further ones of srun, which go before those chosen here.
+        Args:
+            per_node: tasks on each node; by default as many as the job asked for, otherwise one for each GPU of a node.
+            options: further options of srun, which override those chosen here.
         """
         chosen = per_node or self._tasks_per_node()
         own = ["--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
         if per_node:
             own.append(f"--ntasks={per_node * len(self.hosts)}")
         tasks = chosen or -(-self.tasks // len(self.hosts))
-        # Since Slurm 22.05 srun no longer takes over what sbatch was told.
+        # Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
         own.append("--overcommit" if tasks > self.cores else f"--cpus-per-task={self.cores // tasks}")
         return self._wait(["srun", *own, *(options or []), *self.container_options(), *command], signal.SIGUSR1)
 
     def alone(self, command: list[str]) -> int:
         """Run `command` once, on this node, and return its exit code."""
-        if self.container_options():
-            command = ["srun", "--nodes=1", "--ntasks=1", *self.container_options(), *command]
-        return self._wait(self.inside(command), signal.SIGINT)
+        return self._wait(self._once(command), signal.SIGINT)
+
+    def ask(self, module: str, arguments: Sequence[str], *keys: str) -> dict[str, Any]:
+        """The JSON object with `keys` that `python -m MODULE` prints, run where the project's packages are installed.
+
+        Raises:
+            LaunchError: it failed, or printed no such object.
+        """
+        command = self._once([self.python, "-m", module, *arguments])
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace")
+        if done.returncode == EXIT_USER:
+            raise LaunchError("nothing was started; the message above says why.")
+        problem = f"ended with code {done.returncode}"
+        if done.returncode == 0:
+            problem = "did not print a result"
+            with contextlib.suppress(LookupError, DataError):
+                found = parse_json(done.stdout.strip().splitlines()[-1], "the last line")
+                if isinstance(found, dict) and found.keys() >= set(keys):
+                    return found
+        raise LaunchError(f"nothing was started: `{shlex.join(command)}` {problem}; run it by hand to see why.")
+
+    def _once(self, command: list[str]) -> list[str]:
+        """`command` in the job's container, as a step of one task where srun enters the container."""
+        options = self.container_options()
+        return ["srun", "--nodes=1", "--ntasks=1", *options, *command] if options else self.inside(command)
 
     def inside(self, command: list[str]) -> list[str]:
-        """`command` as it runs in the image of MOR_CONTAINER where that is not srun's own business."""
+        """`command` in the image of MOR_CONTAINER if that is apptainer's; srun itself enters the images of enroot."""
         image = self.environ.get("MOR_CONTAINER", "")
         if not image.endswith(".sif"):
             return command
@@ -98,32 +120,31 @@ class Job:
         """Why the command ended early, for the log."""
         return f"{self.announced.name} announced the end" if self.announced else f"it ended with code {code}"
 
-    def start_again(self, code: int, purpose: str) -> int:
-        """Requeue this job and wait to be ended by that; returns the exit code where it is not allowed."""
-        say(f"{self.why(code)}; requeueing {purpose}.")
-        if not self.requeue():
-            say("Requeueing is not allowed here; for training, a chain does the same: sbatch --array=1-10%1 ...")
-            return code
-        # Slurm ends this script; returning first would count as the job's own end.
-        time.sleep(120)
-        return EXIT_AGAIN
-
-    def requeue(self, without: Sequence[str] = ()) -> bool:
-        """Ask Slurm to start this job again, elsewhere than on the nodes `without`; False where that is not allowed."""
+    def start_again(self, reason: str, code: int, without: Sequence[str] = ()) -> int:
+        """Requeue this job, for nodes other than `without`, and wait until Slurm ends it; returns `code` where Slurm
+        does not allow it.
+        """
+        say(f"{reason}; requeueing.")
         commands = [["scontrol", "requeue", self.identity]]
         if without:
-            # Only a pending job's nodes can be chosen, so this comes second; nodes left out before stay out.
-            left_out = ",".join(sorted({*self._excluded(), *without}))
-            commands.append(["scontrol", "update", f"JobId={self.identity}", f"ExcNodeList={left_out}"])
-        # Requeueing ends every process of the job, the second command's too; it has a moment's grace.
+            # Only a pending job's nodes can be chosen, so this comes second; nodes excluded earlier stay excluded.
+            excluded = ",".join(sorted({*self._excluded(), *without}))
+            commands.append(["scontrol", "update", f"JobId={self.identity}", f"ExcNodeList={excluded}"])
+        # Requeueing sends SIGTERM to every process of the job, the second command's included.
         script = " && ".join(["trap '' TERM", *map(shlex.join, commands)])
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
         if done.returncode:
             say(f"scontrol: {(done.stderr or done.stdout).strip()}")
-        return done.returncode == 0
+            say("Requeueing is not allowed here; for training, a chain does the same: sbatch --array=1-10%1 ...")
+            return code
+        # Ending before Slurm ends this script would count as the job's own end.
+        end = time.monotonic() + _LONGEST_END
+        while self.announced is not signal.SIGTERM and time.monotonic() < end:
+            time.sleep(0.1)
+        return EXIT_AGAIN
 
     def can_spare(self, hosts: Sequence[str]) -> bool:
-        """Whether the partition has nodes enough for this job without these and those left out already."""
+        """Whether the partition has enough nodes for this job without `hosts` and those excluded earlier."""
         partition = self.environ.get("SLURM_JOB_PARTITION", "")
         command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
         shown = subprocess.run(command, capture_output=True, text=True)
@@ -140,7 +161,7 @@ class Job:
             subprocess.run(["scancel", "--state=PENDING", self.array], capture_output=True)
 
     def _shown(self) -> list[str]:
-        """This job's record as Slurm shows it, in words NAME=VALUE; empty where Slurm does not answer."""
+        """This job's record in Slurm as words NAME=VALUE; empty if Slurm does not answer."""
         shown = subprocess.run(["scontrol", "--oneliner", "show", "job", self.identity], capture_output=True, text=True)
         return shown.stdout.split() if shown.returncode == 0 else []
 
@@ -179,25 +200,15 @@ class Job:
         if self._child is None:
             return
         if self._polite is signal.SIGINT and self._through_srun:
-            # srun keeps a Ctrl-C to itself; this reaches the step's processes, and not this script.
+            # srun does not pass a Ctrl-C on; this reaches the step's processes, and not this script.
             subprocess.run(["scancel", "--signal=INT", self.identity], capture_output=True)
         else:
             self._child.send_signal(self._polite)
 
 
-def said(printed: str, command: Sequence[str], *keys: str) -> dict[str, Any]:
-    """The JSON object with `keys` in the last line that `command` has printed.
-
-    Raises:
-        LaunchError: there is none.
-    """
-    with contextlib.suppress(LookupError, DataError):
-        found = parse_json(printed.strip().splitlines()[-1], "the last line")
-        if isinstance(found, dict) and found.keys() >= set(keys):
-            return found
-    raise LaunchError(
-        f"`{shlex.join(command)}` did not answer as expected; run it by hand to see why. Nothing was started."
-    )
+def environment_for_jobs() -> dict[str, str]:
+    """This process's variables for jobs that it submits: without those that describe this job or its options."""
+    return {name: value for name, value in clean_environment().items() if not name.startswith("SBATCH_")}
 
 
 def say(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.plain_text import plain
+from pretrain.cluster.clusters import Cluster
 from pretrain.cluster.job_records import Record, remember
-from pretrain.cluster.profiles import Profile
+from pretrain.cluster.slurm_job import PROJECT, environment_for_jobs
 from pretrain.errors import LaunchError, RecipeError
 from pretrain.evaluation.settings import HELD_OUT_SUITES
 from pretrain.ranks.environment import LOOPBACK, Ranks, clean_environment
@@ -27,16 +27,19 @@ from pretrain.records.run_folder import require_writable
 if TYPE_CHECKING:
     from pretrain.recipe.recipe import Recipe
 
-_SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
-# Announcements of the scripts' --signal lines; a job must be able to last longer.
-_ANNOUNCED_SECONDS = {"train": 300, "compare": 300, "prep": 120, "eval": 60}
+_SCRIPTS = PROJECT / "slurm"
 _ENOUGH_MEMORY = 1 << 60
-_TIME = re.compile(r"(?:[0-9]{1,9}-)?[0-9]{1,9}(?::[0-9]{1,9}){0,2}")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One job of a chain. `after` names steps it waits for and the condition (`afterok`, `afterany`)."""
+    """One job of a chain.
+
+    Attributes:
+        script: of slurm/, without its ending; arguments: the script's; options: sbatch's.
+        run: run folder that it trains or evaluates.
+        after: steps that it waits for, each with its condition (`afterok`, `afterany`) first.
+    """
 
     name: str
     script: str
@@ -47,7 +50,7 @@ class Step:
     after: tuple[tuple[str, str], ...] = ()
 
     def command(self, numbers: dict[str, str]) -> list[str]:
-        """The sbatch command once the numbers of earlier jobs are known (their names stand in for them before)."""
+        """The sbatch command. `numbers` are those of earlier jobs; an unknown number is replaced by its step's name."""
         words = ["sbatch", "--parsable", f"--job-name={self.name}", f"--output={self.log}", *self.options]
         if self.after:
             conditions = ",".join(f"{condition}:{numbers.get(name, name)}" for condition, name in self.after)
@@ -68,7 +71,7 @@ def is_experiment(path: str) -> bool:
     return isinstance(values, dict) and "arms" in values
 
 
-def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[str] | None) -> list[Step]:
+def plan_recipe(path: str, overrides: list[str], cluster: Cluster, suites: list[str] | None) -> list[Step]:
     """Train, then evaluate.
 
     Raises:
@@ -79,16 +82,17 @@ def plan_recipe(path: str, overrides: list[str], profile: Profile, suites: list[
 
     prepare_toolchain()
     recipe = load_recipe(path, overrides)
-    _check_recipe(recipe, profile.ranks)
-    _check_held_out(recipe, suites or HELD_OUT_SUITES)
-    logs = f"{recipe.run_folder}.logs"
-    train = _training_step(recipe.name, path, overrides, recipe.run_folder, f"{logs}/train-%j.out", profile)
-    arguments = [recipe.run_folder, *(f"--suite={suite}" for suite in suites or HELD_OUT_SUITES)]
-    return [train, _evaluation_step(f"{recipe.name}-eval", arguments, train.name, logs, profile)]
+    wanted = suites or HELD_OUT_SUITES
+    _check_recipe(recipe, cluster.ranks)
+    _check_held_out(recipe, wanted)
+    run, logs = recipe.run_folder, f"{recipe.run_folder}.logs"
+    train = _training_step(recipe.name, path, overrides, run, f"{logs}/train-%j.out", cluster)
+    arguments = [run, *(f"--suite={suite}" for suite in wanted)]
+    return [train, _evaluation_step(f"{recipe.name}-eval", arguments, train.name, logs, cluster)]
 
 
 def plan_experiment(
-    path: str, overrides: list[str], profile: Profile, suites: list[str] | None, limit: int
+    path: str, overrides: list[str], cluster: Cluster, suites: list[str] | None, limit: int
 ) -> list[Step]:
     """Prepare text and recipes, train every run (at most `limit` at once, 0 for no limit), evaluate, and report.
 
@@ -104,21 +108,18 @@ def plan_experiment(
 
     prepare_toolchain()
     experiment = load_experiment(path, overrides)
-    # A run trains the smaller budgets that branch off it too, in its own job.
+    # A run also trains the smaller budgets that branch off it, in its own job.
     runs = jobs(plan(experiment))
     for run, *_ in runs:
-        _check_recipe(run.recipe, profile.ranks, data=False)
-    logs = f"{experiment.folder}/logs"
-    name = experiment.name
-    whole_node = slurm_options(dataclasses.replace(Shape.of(profile), nodes=1), profile, tasks=False)
-    steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
+        _check_recipe(run.recipe, cluster.ranks, data=False)
+    name, logs = experiment.name, f"{experiment.folder}/logs"
     wanted = check_suites(suites or experiment.evaluation.suites)
+    whole_node = slurm_options(cluster, nodes=1, gpus=cluster.gpus_per_node, tasks=None)
+    steps = [Step(f"{name}-prepare", "compare", ("prepare", path, *overrides), whole_node, f"{logs}/prepare-%j.out")]
     for place, (run, *branches) in enumerate(runs):
-        folder = str(run.trial.folder)
         label = f"{name}-{run.trial.folder.name}"
-        step = _training_step(
-            label, str(recipe_file(experiment, run.trial.folder.name)), [], folder, f"{logs}/{label}-%j.out", profile
-        )
+        recipe = str(recipe_file(experiment, run.trial.folder.name))
+        step = _training_step(label, recipe, [], str(run.trial.folder), f"{logs}/{label}-%j.out", cluster)
         after = [("afterok", f"{name}-prepare")]
         if limit and place >= limit:
             after.append(("afterany", f"{name}-{runs[place - limit][0].trial.folder.name}"))
@@ -128,14 +129,14 @@ def plan_experiment(
             commands = evaluation_arguments(experiment.evaluation, member.trial.folder, wanted)
             for number, arguments in enumerate(commands):
                 title = f"{where}-{number + 1}" if len(commands) > 1 else where
-                steps.append(_evaluation_step(title, arguments, step.name, logs, profile))
+                steps.append(_evaluation_step(title, arguments, step.name, logs, cluster))
     ends = tuple(("afterany", step.name) for step in steps if step.script == "eval")
-    small = slurm_options(Shape(1, 0, 1), profile)
+    small = slurm_options(cluster, nodes=1, gpus=0, tasks=1)
     report = Step(f"{name}-report", "compare", ("report", path, *overrides), small, f"{logs}/report-%j.out", after=ends)
     return [*steps, report]
 
 
-def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[[str], None]) -> dict[str, str]:
+def submit(steps: list[Step], cluster: Cluster, *, dry_run: bool, say: Callable[[str], None]) -> dict[str, str]:
     """Check every step with `sbatch --test-only`, then submit the chain; returns the job number of each step.
 
     Raises:
@@ -146,10 +147,9 @@ def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[
         raise LaunchError("there is no sbatch here; log in to a cluster's login node, or use mor submit --local.")
     if not (_SCRIPTS / "train.sbatch").is_file():
         raise LaunchError(f"{_SCRIPTS} is missing; submit from a checkout of the project (pip install -e .).")
-    environ = job_environment(profile)
+    environ = job_environment(cluster)
     for step in steps:
-        alone = dataclasses.replace(step, after=())
-        test = ["sbatch", "--test-only", *alone.command({})[2:]]
+        test = ["sbatch", "--test-only", *dataclasses.replace(step, after=()).command({})[2:]]
         done = _sbatch(test, environ)
         if done.returncode:
             reason = ((done.stderr or done.stdout).strip().splitlines() or ["it gave no reason"])[-1]
@@ -163,12 +163,13 @@ def submit(steps: list[Step], profile: Profile, *, dry_run: bool, say: Callable[
             done = _sbatch(step.command(numbers), environ)
             number = done.stdout.strip().split(";")[0]
             if done.returncode or not number:
-                _take_back(numbers, environ)
+                if numbers:
+                    subprocess.run(["scancel", *numbers.values()], env=environ, capture_output=True)
                 said = plain(done.stderr.strip())
                 raise LaunchError(f"{step.name}: sbatch: {said}; the jobs before it were cancelled.")
             numbers[step.name] = number
             try:
-                remember(_record(step, numbers))
+                remember(_record(step, number))
             except OSError as error:
                 say(f"{step.name}: is submitted, but mor jobs will not know it: {error}")
         say(f"{numbers.get(step.name, 'would submit'):>12}  {shlex.join(step.command(numbers))}")
@@ -179,31 +180,27 @@ def _sbatch(command: list[str], environ: dict[str, str]) -> subprocess.Completed
     return subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace")
 
 
-def run_locally(steps: list[Step], profile: Profile, say: Callable[[str], None]) -> int:
+def run_locally(steps: list[Step], cluster: Cluster, say: Callable[[str], None]) -> int:
     """The same chain on this machine, one step after another; returns the exit code of the first that fails."""
+    may_fail = {name for step in steps for condition, name in step.after if condition == "afterany"}
     for step in steps:
-        command = _local_command(step, profile)
+        command = _local_command(step, cluster)
         say(shlex.join(command))
-        code = subprocess.call(command, env={**clean_environment(), **profile.environment})
-        if code and not any(
-            condition == "afterany" and name == step.name for s in steps for condition, name in s.after
-        ):
+        code = subprocess.call(command, env={**clean_environment(), **cluster.environment})
+        if code and step.name not in may_fail:
             say(f"{step.name} ended with code {code}; the same command continues.")
             return code
     return 0
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Nodes of a job, and GPUs and tasks of each."""
-
-    nodes: int
-    gpus_per_node: int
-    tasks_per_node: int
-
-    @classmethod
-    def of(cls, profile: Profile) -> Shape:
-        return cls(profile.nodes, profile.gpus_per_node or 0, profile.tasks_per_node or profile.gpus_per_node or 1)
+def _local_command(step: Step, cluster: Cluster) -> list[str]:
+    module = [sys.executable, "-m"]
+    if step.script == "compare" and step.arguments[0] == "prepare":
+        return [*module, "pretrain.cluster.arms", *step.arguments]
+    if step.script != "train" or cluster.ranks_per_node == 1:
+        return [*module, "pretrain.cli.main", step.script, *step.arguments]
+    launcher = [*module, "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.ranks_per_node}"]
+    return [*launcher, str(PROJECT / "pretrain" / "train.py"), "--config", *step.arguments]
 
 
 def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
@@ -238,52 +235,43 @@ def _check_held_out(recipe: Recipe, suites: Sequence[str]) -> None:
             )
 
 
-def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: str, profile: Profile) -> Step:
-    options = list(slurm_options(Shape.of(profile), profile))
-    if not profile.requeue:
-        options += ["--no-requeue", f"--array=1-{profile.chain}%1"]
-    return Step(name, "train", (recipe, *overrides), tuple(options), log, run=run)
+def _training_step(name: str, recipe: str, overrides: list[str], run: str, log: str, cluster: Cluster) -> Step:
+    options = slurm_options(cluster, nodes=cluster.nodes, gpus=cluster.gpus_per_node, tasks=cluster.ranks_per_node)
+    if not cluster.requeue:
+        options += ("--no-requeue", f"--array=1-{cluster.chain}%1")
+    return Step(name, "train", (recipe, *overrides), options, log, run=run)
 
 
-def _evaluation_step(name: str, arguments: Sequence[str], after: str, logs: str, profile: Profile) -> Step:
+def _evaluation_step(name: str, arguments: Sequence[str], after: str, logs: str, cluster: Cluster) -> Step:
     """`arguments` are those of `mor eval`, the run folder first."""
-    options = slurm_options(Shape(1, min(1, profile.gpus_per_node or 0), 1), profile)
-    # A chain's elements after the last one that trained are cancelled, which counts as neither success nor failure.
-    condition = "afterok" if profile.requeue else "afterany"
-    log, run = f"{logs}/eval-%j.out", arguments[0]
-    return Step(name, "eval", tuple(arguments), options, log, run=run, after=((condition, after),))
+    options = slurm_options(cluster, nodes=1, gpus=min(1, cluster.gpus_per_node or 0), tasks=1)
+    # Elements of a chain that are not needed are cancelled, which counts as neither success nor failure.
+    condition = "afterok" if cluster.requeue else "afterany"
+    return Step(name, "eval", tuple(arguments), options, f"{logs}/eval-%j.out", arguments[0], ((condition, after),))
 
 
-def slurm_options(shape: Shape, profile: Profile, *, tasks: bool = True) -> tuple[str, ...]:
-    """Options of sbatch and srun for a job of this shape on this cluster."""
-    options = [f"--nodes={shape.nodes}"]
-    options += [f"--ntasks-per-node={shape.tasks_per_node}"] if tasks else []
-    options += [f"--gpus-per-node={shape.gpus_per_node}"] if shape.gpus_per_node else []
-    for name in ("partition", "account", "qos", "constraint", "time"):
-        if value := getattr(profile, name):
-            options.append(f"--{name}={value}")
-    return (*options, *profile.options)
+def slurm_options(cluster: Cluster, *, nodes: int, gpus: int | None, tasks: int | None) -> tuple[str, ...]:
+    """Options of sbatch and srun for a job on this cluster, with GPUs and tasks of each node."""
+    wanted = {"nodes": nodes, "ntasks-per-node": tasks, "gpus-per-node": gpus}
+    wanted |= {name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint", "time")}
+    return (*(f"--{name}={value}" for name, value in wanted.items() if value), *cluster.options)
 
 
-def job_environment(profile: Profile) -> dict[str, str]:
+def job_environment(cluster: Cluster) -> dict[str, str]:
     """Variables of `sbatch`, which Slurm hands to the jobs."""
-    environ = {**clean_environment(), **profile.environment}
-    # The accelerator that this machine lacks is there on the nodes.
-    environ = {
-        name: value
-        for name, value in environ.items()
-        if not name.startswith("SBATCH_") and (name != "DS_ACCELERATOR" or name in profile.environment)
-    }
+    environ = environment_for_jobs()
+    # The nodes may have the accelerator that this machine lacks.
+    environ.pop("DS_ACCELERATOR", None)
+    environ |= cluster.environment
     activate = Path(sys.prefix) / "bin" / "activate"
-    setup = profile.setup or (f". {shlex.quote(str(activate))}" if activate.is_file() else "true")
-    environ |= {"MOR_SETUP": setup, "MOR_LAUNCHER": profile.launcher, "MOR_HEALTH": profile.health}
-    if profile.container:
-        environ["MOR_CONTAINER"] = profile.container
+    setup = cluster.setup or (f". {shlex.quote(str(activate))}" if activate.is_file() else "true")
+    environ |= {"MOR_SETUP": setup, "MOR_LAUNCHER": cluster.launcher, "MOR_HEALTH": cluster.health}
+    if cluster.container:
+        environ["MOR_CONTAINER"] = cluster.container
     return environ
 
 
-def _record(step: Step, numbers: dict[str, str]) -> Record:
-    number = numbers[step.name]
+def _record(step: Step, number: str) -> Record:
     trained = step.arguments if step.script == "train" else ()
     return Record(
         job=number,
@@ -295,63 +283,3 @@ def _record(step: Step, numbers: dict[str, str]) -> Record:
         recipe=str(Path(trained[0]).resolve()) if trained else None,
         overrides=list(trained[1:]),
     )
-
-
-def _take_back(numbers: dict[str, str], environ: dict[str, str]) -> None:
-    if numbers:
-        subprocess.run(["scancel", *numbers.values()], env=environ, capture_output=True)
-
-
-def _local_command(step: Step, profile: Profile) -> list[str]:
-    mor = [sys.executable, "-m", "pretrain.cli.main"]
-    if step.script == "eval":
-        return [*mor, "eval", *step.arguments]
-    if step.script == "compare":
-        kind, *rest = step.arguments
-        return [*mor, "compare", "report", *rest] if kind == "report" else _module("pretrain.cluster.arms", kind, *rest)
-    ranks = profile.tasks_per_node or profile.gpus_per_node or 1
-    script = str(_SCRIPTS.parent / "pretrain" / "train.py")
-    if ranks == 1:
-        return [sys.executable, script, "--config", *step.arguments]
-    launcher = _module("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return [*launcher, script, "--config", *step.arguments]
-
-
-def _module(*words: str) -> list[str]:
-    return [sys.executable, "-m", *words]
-
-
-def check_time(profile: Profile) -> None:
-    """Refuse a time limit that a job's own announcement of its end would use up.
-
-    Raises:
-        LaunchError: naming the shortest that makes sense.
-    """
-    if not profile.time:
-        return
-    seconds = time_limit_seconds(profile.time)
-    longest = max(_ANNOUNCED_SECONDS.values())
-    if seconds is not None and seconds < 2 * longest:
-        raise LaunchError(
-            f"--time {profile.time}: jobs write a checkpoint {longest} s before the end; give at least 10 minutes."
-        )
-
-
-def time_limit_seconds(text: str) -> float | None:
-    """Seconds of a Slurm time limit (`minutes`, `m:s`, `h:m:s`, `d-h`, `d-h:m`, `d-h:m:s`); None for no limit.
-
-    Raises:
-        LaunchError: when it is none of these.
-    """
-    if text.upper() in ("UNLIMITED", "INFINITE"):
-        return None
-    if not _TIME.fullmatch(text):
-        raise LaunchError(f"--time {plain(text)}: not a time limit; write 24:00:00, 2-12:00:00 or minutes.")
-    days, dash, rest = text.rpartition("-")
-    parts = rest.split(":")
-    numbers = [int(part) for part in parts]
-    if dash:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-        return 86400.0 * int(days) + 3600 * hours + 60 * minutes + seconds
-    hours, minutes, seconds = {1: [0, numbers[0], 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
-    return 3600.0 * hours + 60 * minutes + seconds

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, an experiment, a cluster profile or a DeepSpeed JSON, in one sentence.
+"""What is wrong with a recipe, an experiment, clusters.yaml or a DeepSpeed JSON, in one sentence.
 
 Every key and value that is repeated here comes from outside, so it is shown as `plain` text and never at full length.
 """

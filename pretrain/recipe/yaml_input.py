@@ -1,4 +1,4 @@
-"""YAML from outside and back: recipes, experiments, cluster profiles and the values of overrides.
+"""YAML from outside and back: recipes, experiments, clusters.yaml and the values of overrides.
 
 Everything that is wrong with it is one `RecipeError` that names the place. Numbers are those of YAML 1.2, as everywhere
 else: `1e-6` is a number; a key given twice is an error. Aliases and nesting are bounded, or a file of a kilobyte could

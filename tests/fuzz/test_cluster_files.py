@@ -1,4 +1,4 @@
-"""Files of submission: cluster profiles, remembered jobs, histories of starts and a run's status."""
+"""Files of submission: clusters, remembered jobs, histories of starts and a run's status."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain.cluster.clusters import Cluster, load_cluster
 from pretrain.cluster.job_records import Record, remembered
 from pretrain.cluster.jobs import view_jobs
-from pretrain.cluster.profiles import Profile, load_profile
 from pretrain.cluster.restarts import note_start
-from pretrain.cluster.submit import Shape, check_time, job_environment, slurm_options
+from pretrain.cluster.submit import job_environment, slurm_options
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.finished import unfinished
 from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
@@ -71,29 +71,28 @@ def as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, allow_unicode=False)
 
 
-def profile_of(content: str) -> Profile:
+def cluster_of(content: str) -> Cluster:
     Path("clusters.yaml").write_text(content, encoding="utf-8", errors="surrogatepass")
-    profile = load_profile(None)
-    check_time(profile)
+    cluster = load_cluster()
     for word in (
-        *slurm_options(Shape.of(profile), profile),
-        *(part for pair in job_environment(profile).items() for part in pair),
+        *slurm_options(cluster, nodes=1, gpus=None, tasks=None),
+        *(part for pair in job_environment(cluster).items() for part in pair),
     ):
         assert b"\0" not in os.fsencode(word), "no program could be started with this"
-    return profile
+    return cluster
 
 
 @counts
-def test_profiles(count):
+def test_clusters(count):
     whole = {"default": "a", "clusters": {"a": CLUSTER, "b": {}}}
 
     def make(source: random.Random) -> Any:
         return mutate_value(whole, source)
 
-    def changed(given: Any, profile: Profile) -> str | None:
+    def changed(given: Any, cluster: Cluster) -> str | None:
         chosen = given["clusters"][given["default"]] if (given or {}).get("default") is not None else {}
         for key, value in chosen.items():
-            found = getattr(profile, key)
+            found = getattr(cluster, key)
             wanted: Any = value
             if key == "time" and value is not None:
                 wanted = str(value)
@@ -105,13 +104,13 @@ def test_profiles(count):
                 return f"{key}: {found!r} for {value!r}"
         return None
 
-    drive(count, make, lambda given: profile_of(as_yaml(given)), changed=changed, used=0.05, refused=0.2)
+    drive(count, make, lambda given: cluster_of(as_yaml(given)), changed=changed, used=0.05, refused=0.2)
 
 
 @counts
-def test_profiles_as_text(count):
+def test_clusters_as_text(count):
     text = as_yaml({"default": "a", "clusters": {"a": CLUSTER}})
-    drive(count, lambda source: mutate_text(text, source), profile_of, seed="text", used=0.1, refused=0.2)
+    drive(count, lambda source: mutate_text(text, source), cluster_of, seed="text", used=0.1, refused=0.2)
 
 
 @counts
@@ -159,7 +158,7 @@ def test_histories_of_starts(count):
     def use(given: bytes) -> tuple[str | None, list[str]]:
         file.write_bytes(given)
         said: list[str] = []
-        return note_start(file, "RUN", START["reached"], "1", "restart 2", said.append), said
+        return note_start(file, "RUN", START["reached"], "1", said.append), said
 
     def changed(given: bytes, result: tuple[str | None, list[str]]) -> str | None:
         problem, said = result

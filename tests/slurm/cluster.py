@@ -68,8 +68,9 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/log/jobcomp.log
 AccountingStorageType=accounting_storage/none
 {nodes}
-PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=1 State=UP
-PartitionName=urgent Nodes={names} MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=10 State=UP
+PartitionName=gpu Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=1 State=UP
+PartitionName=urgent Nodes=node[1-2] MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=10 State=UP
+PartitionName=all Nodes=ALL MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO PriorityTier=1 State=UP
 """
 
 
@@ -207,7 +208,8 @@ def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2)
 
     Args:
         folder: its path must be short: a socket's path holds about 100 characters.
-        nodes: virtual nodes, named node1, node2, ...
+        nodes: virtual nodes, named node1, node2, ...; the partitions gpu (default) and urgent have the first two, the
+            partition all has all of them.
         cpus: processors each node claims, whatever this machine has.
         gpus: generic resources "gpu" of each node.
     """
@@ -221,18 +223,15 @@ def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2)
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
-    names = f"node[1-{nodes}]" if nodes > 1 else "node1"
     port, *ports = (free_port() for _ in range(nodes + 1))
     lines = [
         f"NodeName=node{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[index - 1]} CPUs={cpus} "
         f"RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
         for index in range(1, nodes + 1)
     ]
-    text = CONFIGURATION.format(
-        host=host, user=getpass.getuser(), folder=folder, port=port, nodes="\n".join(lines), names=names
-    )
+    text = CONFIGURATION.format(host=host, user=getpass.getuser(), folder=folder, port=port, nodes="\n".join(lines))
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={_gpu_files(folder, gpus)}\n")
+    (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={_gpu_files(folder, gpus)}\n")
     # Nothing of a surrounding job or launcher belongs to this cluster.
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
     cluster = Cluster(folder, nodes, cpus, gpus, {**environ, "SLURM_CONF": str(folder / "slurm.conf")})
@@ -250,7 +249,7 @@ def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2)
 
 
 def _all_idle(cluster: Cluster) -> str | None:
-    done = cluster.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T", check=False)
+    done = cluster.run("sinfo", "-h", "-N", "-p", "all", "-o", "%T", check=False)
     return "idle" if done.stdout.split() == ["idle"] * cluster.nodes else None
 
 

@@ -20,7 +20,7 @@ from tests.slurm.training import Recipes, log, recipe_writer, submit
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of two processors and two GPUs each, shared by the tests."""
+    """Three nodes of two processors and two GPUs each, two of them in the default partition; shared by the tests."""
     if missing := missing_programs():
         skip_or_fail(
             f"{', '.join(missing)} not installed; on Debian as root: "
@@ -29,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
     # A short path: sockets live in it.
     folder = Path(tempfile.mkdtemp(prefix="mor-slurm-", dir="/tmp"))
     try:
-        with local_cluster(folder) as running:
+        with local_cluster(folder, nodes=3) as running:
             yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -135,7 +135,7 @@ def test_the_same_chain_without_slurm(tmp_path):
 @pytest.mark.slow
 def test_the_doctor_writes_one_page_about_both_nodes(cluster, tmp_path):
     path = start_python_with(tmp_path / "python", EQUALLY_FAST)
-    done = mor(cluster, "doctor", "--cluster", "--nodes=2", PYTHONPATH=path)
+    done = mor(cluster, "doctor", "--cluster=default", "--nodes=2", PYTHONPATH=path)
     lines = done.stdout.splitlines()
     about = {line.split()[1]: line for line in lines if re.match(r"ok +node\d", line)}
     assert sorted(about) == ["node1", "node2"], done.stdout + done.stderr

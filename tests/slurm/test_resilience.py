@@ -7,6 +7,7 @@ import pytest
 from pretrain.ranks.signals import EXIT_NO_PROGRESS
 from tests.pretrain.support import losses
 from tests.slurm.cluster import Cluster
+from tests.slurm.stand_ins import start_python_with
 from tests.slurm.training import log, reached, restarted, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -68,39 +69,23 @@ def test_a_more_urgent_job_takes_the_nodes(cluster, recipes, undisturbed):
     assert losses(run) == undisturbed
 
 
-def test_a_crash_loop_stops_with_its_reason(cluster, recipes):
+def test_a_crash_loop_stops_with_its_reason(cluster, recipes, tmp_path):
     recipe, _ = recipes("crashing")
-    broken = cluster.folder / "work" / "broken"
-    broken.mkdir()
-    (broken / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(9)\n")
-    job = submit(cluster, recipe, PYTHONPATH=str(broken))
+    crash = "import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(9)\n"
+    job = submit(cluster, recipe, PYTHONPATH=start_python_with(tmp_path / "crash", crash))
     assert cluster.wait(job) == "FAILED", log(cluster, recipe)
     assert cluster.show(job)["ExitCode"] == f"{EXIT_NO_PROGRESS}:0"
     assert cluster.show(job)["Restarts"] == "3"
     assert "started 4 times without a checkpoint after step 0" in log(cluster, recipe)
 
 
-def test_what_depends_on_a_failure_does_not_run(cluster):
-    failing = cluster.submit("--output=failing.out", "--wrap=exit 3")
-    after_success = cluster.submit(
-        f"--dependency=afterok:{failing}", "--kill-on-invalid-dep=yes", "--output=never.out", "--wrap=true"
-    )
-    after_failure = cluster.submit(f"--dependency=afternotok:{failing}", "--output=always.out", "--wrap=true")
-    assert cluster.wait(after_failure) == "COMPLETED"
-    assert cluster.wait(after_success) == "CANCELLED"
-
-
-def test_a_node_that_is_not_sound_is_named_and_nothing_starts_on_it(cluster, recipes):
-    recipe, run = recipes("unsound")
-    broken = cluster.folder / "work" / "unsound"
-    broken.mkdir()
-    # node2 dies as soon as Python starts there, as with a broken mount of the environment.
-    (broken / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n    os._exit(1)\n"
-    )
-    job = submit(cluster, recipe, PYTHONPATH=str(broken), MOR_HEALTH="exclude")
+def test_a_node_that_is_not_fit_is_named_and_nothing_starts_on_it(cluster, recipes, tmp_path):
+    recipe, run = recipes("unfit")
+    # Python ends at once on node2, as with a broken mount of the environment.
+    broken = "import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n    os._exit(1)\n"
+    job = submit(cluster, recipe, PYTHONPATH=start_python_with(tmp_path / "broken", broken), MOR_HEALTH="exclude")
     assert cluster.wait(job) == "FAILED", log(cluster, recipe)
     assert "fewer than 2 other nodes" in log(cluster, recipe) and cluster.show(job)["Restarts"] == "0"
-    assert "node node2 is not sound: wrote no report" in log(cluster, recipe)
-    assert "node1 is not sound" not in log(cluster, recipe)
+    assert "node node2 is not fit: wrote no report" in log(cluster, recipe)
+    assert "node1 is not fit" not in log(cluster, recipe)
     assert not run.exists()

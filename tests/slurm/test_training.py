@@ -116,13 +116,3 @@ def test_a_chain_replaces_requeueing(cluster, recipes, undisturbed):
     assert losses(run) == undisturbed
     offline = [folder.name for folder in (run / "wandb").glob("offline-run-*")]
     assert len(offline) == 2 and len({name.rsplit("-", 1)[1] for name in offline}) == 1, "two starts, one wandb run"
-
-
-@pytest.mark.slow
-def test_the_deepspeed_launcher_trains_the_same(cluster, recipes, undisturbed):
-    recipe, run = recipes("launched")
-    job = submit(cluster, recipe, MOR_LAUNCHER="deepspeed")
-    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
-    assert json.loads((run / "environment.json").read_text())["launcher"] == "deepspeed"
-    assert (run.parent / ".launched.hostfile").read_text() == "node1 slots=1\nnode2 slots=1\n"
-    assert losses(run) == undisturbed

@@ -10,7 +10,7 @@ import pytest
 from tests.pretrain.support import ROOT, losses
 from tests.slurm.cluster import JOB_PATH
 from tests.slurm.corpus import prep_arguments
-from tests.slurm.stand_ins import make_apptainer, make_modules, make_pyxis
+from tests.slurm.stand_ins import make_apptainer, make_modules, make_pyxis, start_python_with
 from tests.slurm.test_tasks import script, shards
 from tests.slurm.training import log, submit
 
@@ -49,6 +49,8 @@ def test_every_rank_trains_in_apptainer(cluster, recipes, undisturbed, tmp_path,
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert losses(run) == undisturbed
     assert json.loads((run / "environment.json").read_text())["launcher"] == launcher
+    if launcher == "deepspeed":
+        assert (run.parent / f".{run.name}.hostfile").read_text() == "node1 slots=1\nnode2 slots=1\n"
     ranks = sorted(call.split()[0] for call in lines(calls) if "pretrain.cluster.rank" in call)
     assert ranks == ["0", "1"]
 
@@ -76,10 +78,10 @@ def test_every_rank_trains_in_enroot(cluster, recipes, undisturbed, tmp_path):
 def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_path):
     calls = tmp_path / "srun.txt"
     make_pyxis(tmp_path / "bin", calls)
-    hold, out = tmp_path / "hold", cluster.folder / "work" / "in-enroot"
-    hold.mkdir()
+    out = cluster.folder / "work" / "in-enroot"
     # Preparation waits at its first import until it is interrupted; the second start finds the gate open.
-    (hold / "sitecustomize.py").write_text(
+    hold = start_python_with(
+        tmp_path / "hold",
         "import os, pathlib, sys, time\n"
         f"gate = pathlib.Path({str(tmp_path)!r})\n"
         "if os.environ.get('INSIDE') == 'pyxis' and not (gate / 'open').exists():\n"
@@ -89,10 +91,10 @@ def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_pat
         "            time.sleep(0.1)\n"
         "    except KeyboardInterrupt:\n"
         "        (gate / 'open').touch()\n"
-        "        os._exit(130)\n"
+        "        os._exit(130)\n",
     )
     environ = {"MOR_SETUP": "true", "MOR_CONTAINER": "/images/mor.sqsh", "OMP_NUM_THREADS": "1"}
-    environ |= {"PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": str(hold)}
+    environ |= {"PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": hold}
     job = cluster.submit("--output=in-enroot.out", script("prep"), *prep_arguments(corpus, out), **environ)
     cluster.until(lambda: "yes" if (tmp_path / "waits").exists() else None, "preparation to wait")
     cluster.run("scancel", "--batch", "--signal=USR1", job)

@@ -21,7 +21,7 @@ def report(**changes):
 HOSTS = ["n1", "n2", "n3", "n4"]
 
 
-def test_equal_nodes_are_sound():
+def test_equal_nodes_are_fit():
     assert judge({host: report(matmul_tflops=690.0 + 5 * i) for i, host in enumerate(HOSTS)}, HOSTS) == {}
 
 
@@ -32,7 +32,7 @@ def test_equal_nodes_are_sound():
         ({"gpu_names": ["A100", "H200"]}, "kinds of GPU"),
         ({"gpu_free_share": 0.5}, "50% of a GPU's memory"),
         ({"matmul_tflops": 300.0}, "matrix product at 300"),
-        ({"matmul_tflops": 480.0, "peak_tflops": 989.0}, "promises 989"),
+        ({"matmul_tflops": 480.0, "peak_tflops": 989.0}, "of the 989 TFLOP/s of its GPU"),
         ({"gpus": 8, "gpus_given": 9}, "Slurm gave it 9 GPUs and torch sees 8"),
         ({"pair_gbytes": 5.0}, "all-reduce at 5"),
         ({"skew": 90.0}, "clock is +90 s off"),
@@ -73,7 +73,7 @@ from pretrain.cluster.health import all_reduce_speeds
 rank, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 really = dist.all_reduce
 def slowly(*arguments, **named):
-    time.sleep(0.5)
+    time.sleep(0.3)
     return really(*arguments, **named)
 if rank == 1:
     dist.all_reduce = slowly
@@ -91,7 +91,7 @@ def test_a_slow_link_shows_only_at_its_own_node():
     ]
     speeds = [json.loads(node.communicate(timeout=200)[0].splitlines()[-1]) for node in nodes]
     # Half the time that the slow node takes: another begins to wait a little after it, and is no faster for that.
-    slowest = 2**16 / 0.25 / 1e9
+    slowest = 2**16 / 0.15 / 1e9
     assert [speed["pair_gbytes"] <= slowest for speed in speeds] == [False, True, False, False], speeds
     # With all nodes together everybody waits for the slow one.
     assert all(speed["reduce_gbytes"] <= slowest for speed in speeds), speeds
@@ -99,22 +99,17 @@ def test_a_slow_link_shows_only_at_its_own_node():
     assert "all-reduce at" in found["n2"]
 
 
-def test_the_gpus_that_slurm_gave_are_counted(tmp_path):
-    environ = {**clean_environment(), "SLURMD_NODENAME": "here", "SLURM_GPUS_ON_NODE": "99"}
-    environ.pop("DS_ACCELERATOR", None)
-    for accelerator, given in ({}, 99), ({"DS_ACCELERATOR": "cpu"}, 0):
-        command = [sys.executable, "-m", "pretrain.cluster.health", "alone", str(tmp_path)]
-        subprocess.run(command, env={**environ, **accelerator}, check=True)
-        assert read_reports(tmp_path)["here"]["gpus_given"] == given
-
-
 def test_a_node_that_says_nothing_is_named():
     problems = judge({host: report() for host in HOSTS[:3]}, HOSTS)
     assert list(problems) == ["n4"] and "wrote no report" in problems["n4"]
 
 
-def test_this_machine_examines_itself(tmp_path):
-    environ = {**clean_environment(), "SLURMD_NODENAME": "here"}
+@pytest.mark.parametrize(("accelerator", "given"), [(None, 99), ("cpu", 0)])
+def test_this_machine_examines_itself(tmp_path, accelerator, given):
+    environ = {**clean_environment(), "SLURMD_NODENAME": "here", "SLURM_GPUS_ON_NODE": "99"}
+    environ.pop("DS_ACCELERATOR", None)
+    environ |= {"DS_ACCELERATOR": accelerator} if accelerator else {}
     subprocess.run([sys.executable, "-m", "pretrain.cluster.health", "alone", str(tmp_path)], env=environ, check=True)
     found = read_reports(tmp_path)["here"]
     assert found["matmul_tflops"] > 0 and abs(found["skew"]) < 5 and "error" not in found
+    assert found["gpus_given"] == given

@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
-from pretrain.cli.eval import app as mor_eval
 from pretrain.cluster import rank
-from pretrain.cluster.job import choose_port, outcome, read_words
+from pretrain.cluster.job import choose_port, outcome, read_codes
+from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS
 from pretrain.cluster.tasks import evaluation_arguments
 from pretrain.errors import LaunchError
 from pretrain.ranks.environment import clean_environment, rendezvous_port
-from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_USER
+from pretrain.ranks.signals import EXIT_AGAIN, EXIT_FAILED, EXIT_FINISHED, EXIT_HELD, EXIT_NO_PROGRESS, EXIT_USER
 from pretrain.recipe.recipe import Recipe, build_recipe, load_recipe
 from pretrain.records.finished import parts
 from tests.pretrain.support import ROOT, recipe_values, tiny_model, write_recipe
@@ -31,10 +30,14 @@ echo "srun $*" >>{calls}
 for word in $WORDS; do printf %s "${{word#*=}}" >"$MOR_EXIT_CODE_FILE.${{word%%=*}}"; done
 exit ${{CODE:-0}}
 """
-# Nothing may be requeued here, or the script would wait to be ended.
+# Requeueing is refused, or ends the job's script as Slurm does.
 SCONTROL = """#!/bin/sh
 echo "scontrol $*" >>{calls}
-case "$*" in *show*) echo JobState=RUNNING ;; *) exit 1 ;; esac
+case "$*" in *show*) echo JobState=RUNNING; exit ;; esac
+[ "$REQUEUE" = allowed ] || exit 1
+read -r _ name _ parent _ </proc/$PPID/stat
+[ "$name" = "(sh)" ] || parent=$PPID
+kill -TERM $parent
 """
 SCANCEL = """#!/bin/sh
 echo "scancel $*" >>{calls}
@@ -187,59 +190,71 @@ def test_ranks_leave_their_codes_where_the_job_reads_them(tmp_path, monkeypatch)
     assert rank.main([]) == 2
     for name, text in ((".a[1].exit-code.5", ""), (".a[1].exit-code.6", "x"), (".a[1].exit-code.7", "\xff")):
         (tmp_path / name).write_text(text, encoding="latin-1")
-    assert read_words(prefix) == {0: 75, 2: 2, 4: 2}
+    assert read_codes(prefix) == {0: 75, 2: 2, 4: 2}
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("MOR_EXIT_CODE_FILE", str(Path(__file__) / "below-a-file"))
     assert rank.main([]) == 2, "a disk that takes nothing changes no exit code"
 
 
-@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_CPUS_ON_NODE"])
-@pytest.mark.parametrize("text", ["x", "9" * 5000])
+@pytest.mark.parametrize(("name", "text"), [("SLURM_RESTART_COUNT", "x"), ("SLURM_CPUS_ON_NODE", "9" * 5000)])
 def test_a_number_that_slurm_does_not_set_is_named(started, recipe, name, text):
     assert started("train", recipe, **{**FOUR_TASKS, name: text}) == ([], EXIT_USER)
 
 
 def test_the_meeting_place_is_free(monkeypatch):
     environ = {"SLURM_JOB_ID": "17"}
-    own = rendezvous_port(environ)
+    assert choose_port(environ) == rendezvous_port(environ)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         taken = other.getsockname()[1]
-        with pytest.raises(LaunchError, match=f"MASTER_PORT={taken} is taken on"):
-            choose_port({**environ, "MASTER_PORT": str(taken)})
         monkeypatch.setattr("pretrain.cluster.job.rendezvous_port", lambda environ: taken)
         assert choose_port(environ) != taken
-    monkeypatch.undo()
-    assert choose_port({**environ, "MASTER_PORT": str(own)}) == own
-    for wrong in ("", "0", "65536", "9" * 5000, "x", "\u0661"):
-        with pytest.raises(LaunchError, match="is not a port"):
-            choose_port({"MASTER_PORT": wrong})
 
 
-def test_every_option_of_mor_eval_reaches_it_and_its_values_are_no_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
-    options = [
-        p for p in typer.main.get_command(mor_eval).params if p.name not in ("runs", "suite", "markdown", "help")
-    ]
-    assert len(options) >= 6
-    for option in options:
-        (name,) = option.opts
-        words = [name] if option.is_flag else [name, "there"]
-        assert evaluation_arguments(["a", *words, "b"]) == (
-            ["a", "b"],
-            ["perplexity", "own", "routing"],
-            ["=".join(words)],
-        )
-    assert evaluation_arguments(["-s", "own", "a", "--suite=blimp", "--data=there"])[:2] == (["a"], ["own", "blimp"])
-    for wrong in (["--limit=3"], ["a", "--lim", "3"], ["a", "--markdown", "there"], ["a", "--data"]):
+def test_runs_suites_and_other_options_of_an_evaluation():
+    assert evaluation_arguments(["a", "b", "--depth=2", "--hub"]) == (
+        ["a", "b"],
+        ["perplexity", "own", "routing"],
+        ["--depth=2", "--hub"],
+    )
+    given = ["a", "-s", "own", "--limit", "3", "--suite=blimp"]
+    assert evaluation_arguments(given) == (["a"], ["own", "blimp"], ["--limit", "3"])
+    for wrong in (["--limit=3", "a"], [], ["a", "--markdown=table.md"]):
         with pytest.raises(LaunchError, match=r"^eval: "):
             evaluation_arguments(wrong)
 
 
-@pytest.mark.parametrize("killed", ["", "137"])
-def test_a_killed_evaluation_is_no_success(started, killed):
-    calls, code = started("eval", "run", "-s", "own", **FOUR_TASKS, MOR_CONTAINER="/mor.sqsh", CODE=killed or "0")
-    assert code == int(killed or 0)
-    assert ("scontrol requeue 17" in calls) == bool(killed)
+def test_a_killed_evaluation_is_requeued_until_it_gets_nowhere(started, tmp_path):
+    arguments = ("eval", "run", "-s", "own")
+    killed = {**FOUR_TASKS, "MOR_CONTAINER": "/mor.sqsh", "CODE": "137", "REQUEUE": "allowed"}
+    history = tmp_path / ".eval-17.restarts.json"
+    for restart in range(2 * STARTS_WITHOUT_PROGRESS):
+        if restart == STARTS_WITHOUT_PROGRESS:
+            (tmp_path / "run" / "evaluation").mkdir(parents=True)
+            (tmp_path / "run" / "evaluation" / "perplexity.json").touch()  # it has made progress
+        calls, code = started(*arguments, **killed, SLURM_RESTART_COUNT=str(restart))
+        assert code == EXIT_AGAIN and "scontrol requeue 17" in calls and history.exists()
+    calls, code = started(*arguments, **killed)
+    assert code == EXIT_NO_PROGRESS and programs(calls) == []
+    assert not history.exists(), "a job by hand counts from zero"
+    assert started(*arguments, **{**killed, "REQUEUE": ""})[1] == 137, "where requeueing is not allowed"
+
+
+def test_old_histories_are_removed(started, tmp_path):
+    old, new = tmp_path / ".eval-3.restarts.json", tmp_path / ".eval-4.restarts.json"
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    assert started("eval", "run", "-s", "own", **FOUR_TASKS, MOR_CONTAINER="/mor.sqsh")[1] == EXIT_FINISHED
+    assert sorted(tmp_path.glob(".*.restarts.json")) == [new]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"), [("exit 2", "message above"), ("exit 9", "ended with code 9"), ("", "result")]
+)
+def test_it_says_why_a_recipe_cannot_be_read(started, tmp_path, capfd, words, reason):
+    # srun, which enters the container, is what answers.
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/sh\necho srun >>{tmp_path / 'calls'}\n{words}\n")
+    assert started("train", "recipe.yaml", **TWO_TASKS, MOR_CONTAINER="/mor.sqsh") == (["srun"], EXIT_USER)
+    assert "nothing was started" in (said := capfd.readouterr().err) and reason in said

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS, note_start, trained, written
-from pretrain.cluster.slurm_job import Job
-from pretrain.cluster.tasks import run_task
 from pretrain.errors import LaunchError
-from pretrain.ranks.signals import EXIT_AGAIN, EXIT_NO_PROGRESS
 
 
 @pytest.fixture
@@ -21,7 +18,7 @@ def run(tmp_path) -> Path:
 
 
 def start(run: Path, job: str = "1") -> str | None:
-    return note_start(run.parent / ".restarts.json", "RUN", trained(run), job, "crash", pytest.fail)
+    return note_start(run.parent / ".restarts.json", "RUN", trained(run), job, pytest.fail)
 
 
 def latest(run: Path, step: int) -> None:
@@ -53,13 +50,13 @@ def test_a_branch_that_goes_on_is_progress(run):
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "null", '{"job": "1"}', '{"job": "1", "starts": {}}', '{"job": 1, "starts": []}', "[" * 9999,
-     '{"job": "1", "starts": [{"reached": 3, "cause": "", "time": ""}]}', "\ud800"],
+     '{"job": "1", "starts": [{"reached": 3, "time": ""}]}', "\ud800"],
 )  # fmt: skip
 def test_a_damaged_history_is_said_and_begun_anew(run, content):
     file = run.parent / ".restarts.json"
     file.write_text(content, encoding="utf-8", errors="surrogatepass")
     said: list[str] = []
-    assert note_start(file, "RUN", trained(run), "1", "crash", said.append) is None
+    assert note_start(file, "RUN", trained(run), "1", said.append) is None
     assert len(said) == 1 and str(file) in said[0] and "counted anew" in said[0]
     assert len(json.loads(file.read_text())["starts"]) == 1
 
@@ -67,7 +64,7 @@ def test_a_damaged_history_is_said_and_begun_anew(run, content):
 def test_a_start_that_cannot_be_counted_is_refused(run):
     (run.parent / "file").touch()
     with pytest.raises(LaunchError, match="cannot be written down"):
-        note_start(run.parent / "file" / ".restarts.json", "RUN", "", "1", "", print)
+        note_start(run.parent / "file" / ".restarts.json", "RUN", "", "1", print)
 
 
 @pytest.mark.parametrize("damaged", ["", "step-", "\xff\xfe", "step-" + "9" * 5000])
@@ -85,35 +82,3 @@ def test_results_checkpoints_and_pieces_are_progress(tmp_path, file):
     assert written([tmp_path]) == before
     (tmp_path / file).touch()
     assert written([tmp_path]) != before
-
-
-@pytest.mark.parametrize(
-    ("kind", "arguments", "result"),
-    [
-        ("eval", ["run"], "run/evaluation/own.json"),
-        ("prep", ["text.jsonl", "--out=data", "--tokenizer=t"], "data/.work/piece-0-0.json"),
-        ("prep", ["merge", "data"], None),
-        ("report", ["experiment.yaml"], None),
-    ],
-)
-def test_what_is_killed_again_and_again_is_not_requeued_for_ever(tmp_path, monkeypatch, kind, arguments, result):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    calls: list[list[str]] = []
-    monkeypatch.setattr(Job, "alone", lambda self, command: calls.append(command) or 137)
-    monkeypatch.setattr(Job, "start_again", lambda self, code, purpose: EXIT_AGAIN)
-    monkeypatch.setattr(Job, "is_ending", lambda self: False)
-
-    def attempt(restart: int, suite: tuple[str, ...] = ("--suite=own",) if kind == "eval" else ()) -> int:
-        environ = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "a", "SLURM_RESTART_COUNT": str(restart)}
-        return run_task(Job(environ), kind, [*arguments, *suite])
-
-    starts = STARTS_WITHOUT_PROGRESS
-    assert [attempt(restart) for restart in range(starts)] == [EXIT_AGAIN] * starts
-    if result is not None:
-        (tmp_path / result).parent.mkdir(parents=True)
-        (tmp_path / result).touch()
-        assert [attempt(restart) for restart in range(starts)] == [EXIT_AGAIN] * starts, "it got on"
-    before = len(calls)
-    assert attempt(9) == EXIT_NO_PROGRESS and len(calls) == before
-    assert not list(tmp_path.glob(".*.restarts.json")), "a job by hand counts from zero"

@@ -14,7 +14,6 @@ from tests.conftest import skip_or_fail
 from tests.ports import free_port
 from tests.pretrain.support import ROOT, environment, losses, make_dataset, recipe_values, write_recipe
 
-pytestmark = pytest.mark.slow
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())],
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())],
@@ -48,6 +47,22 @@ def two_processes(tmp_path_factory, data) -> dict[int, float]:
     return train(tmp_path_factory.mktemp("torchrun"), data, LAUNCHERS["torchrun"])
 
 
+def test_every_form_of_the_command_line_says_the_same(tmp_path):
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", recipe_values(tmp_path / "data", tmp_path / "run")))
+    mor = [sys.executable, "-m", "pretrain.cli.main", "train"]
+    script = [sys.executable, str(ROOT / "pretrain" / "train.py")]
+    commands = [
+        [*mor, recipe, "seed=8", "--run-dir=a #2", "--print", "budget.steps=24"],
+        [*script, "--local_rank=0", "--config", recipe, "--run-dir=a #2", "seed=8", "--print", "budget.steps=24"],
+    ]
+    shown = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands]
+    assert shown[0] == shown[1]
+    assert {"seed: 8", "run_dir: 'a #2'", "  steps: 24"} <= set(shown[0].splitlines())
+    missing = subprocess.run(mor, capture_output=True, text=True)
+    assert missing.returncode == 2 and "the recipe file is missing" in missing.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_trains_the_same(launcher, tmp_path, data, two_processes, one_process):
     if not shutil.which(LAUNCHERS[launcher][0]):
@@ -76,6 +91,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standalone", [True, False])
 def test_torchrun_starts_again_what_has_failed(tmp_path, standalone):
     options = ["--standalone"] if standalone else ["--master-port", str(free_port())]
