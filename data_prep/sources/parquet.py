@@ -72,7 +72,7 @@ class ParquetReader(PieceReader):
                 if alone:
                     raise
                 yield Reject(error.reason, self.lines + 1, str(error))
-        self.end_seen = True
+        self.end_seen = not alone or piece + 1 == self.group.pieces
 
     def _row_groups(self, path: str, piece: int) -> tuple[int, int]:
         pieces = pieces_of(path, self.group.piece_bytes)
