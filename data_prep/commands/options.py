@@ -33,12 +33,14 @@ LanguageField = Annotated[str, typer.Option(help="Field that holds the language.
 Language = Annotated[list[str], typer.Option(help="Take only this language; repeatable.")]
 MinimumBytes = Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")]
 MaximumBytes = Annotated[int, typer.Option(min=0, help="Leave out longer documents (0: none).")]
-MaximumDocument = Annotated[int, typer.Option(min=1, help="Reject documents above this many bytes.")]
 Validation = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of documents held out for validation.")]
 Test = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of documents held out for testing.")]
 SplitSeed = Annotated[int, typer.Option(min=0, help="Another seed holds out other documents.")]
 MaxRejects = Annotated[float, typer.Option(min=0.0, help="Rejected documents to allow: a share below 1, or a number.")]
-MaxBroken = Annotated[int, typer.Option("--max-broken-files", min=0, help="Files that may break off to allow.")]
+MaxBroken = Annotated[
+    int,
+    typer.Option("--max-broken-files", min=0, help="Truncated files to tolerate; more abort the run."),
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes (0: one per processor).")]
 
 
@@ -56,7 +58,6 @@ def reading_settings(
     language: list[str],
     minimum_bytes: int,
     maximum_bytes: int,
-    maximum_document_bytes: int,
 ) -> Settings:
     """Settings as the command line gives them, without sources.
 
@@ -75,7 +76,6 @@ def reading_settings(
         separator=separator_of(separator),
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
-        maximum_document_bytes=maximum_document_bytes,
         format=format,
     )
     return Settings(sources=(), options=options, validation=validation, test=test, split_seed=split_seed)

@@ -38,7 +38,6 @@ def tokenize(
     language: o.Language = [],  # noqa: B006
     minimum_bytes: o.MinimumBytes = 0,
     maximum_bytes: o.MaximumBytes = 0,
-    maximum_document_bytes: o.MaximumDocument = 1 << 32,
     max_tokens: Annotated[int, typer.Option(min=0, help="Training tokens to write at most (0: all).")] = 0,
     shuffle_seed: Annotated[
         int | None, typer.Option(min=0, help="Shuffle the training documents of each source.", show_default=False)
@@ -86,7 +85,6 @@ def tokenize(
         language=language,
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
-        maximum_document_bytes=maximum_document_bytes,
     )
     settings = replace(
         settings,

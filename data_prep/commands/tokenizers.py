@@ -38,7 +38,6 @@ def train(
     language: o.Language = [],  # noqa: B006
     minimum_bytes: o.MinimumBytes = 0,
     maximum_bytes: o.MaximumBytes = 0,
-    maximum_document_bytes: o.MaximumDocument = 1 << 32,
 ) -> None:
     """Train a tokenizer on the documents that `tokenize` with the same split options would train on."""
     from data_prep.sources.find import find_sources, with_standard_input
@@ -58,16 +57,13 @@ def train(
         language=language,
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
-        maximum_document_bytes=maximum_document_bytes,
     )
     with o.writing(out), tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
         found, left_out = find_sources(sources, settings.options)
         for sentence in [*left_out, *notices(found, settings.options)]:
             say(sentence, error=True)
         found = with_standard_input(found, Path(scratch))
-        trained, counts = train_tokenizer(
-            replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes, Path(scratch)
-        )
+        trained, counts = train_tokenizer(replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes)
     say(
         f"{out}: {kind}, {trained.vocab_size:,} entries, trained on {counts['documents']:,} documents "
         f"({counts['bytes'] / 1e6:,.1f} MB; {counts['held_out']:,} held out, {counts['left_out']:,} left out)."
@@ -101,7 +97,7 @@ def check(
             options = ReadOptions(text_field=text_field)
             found, _ = find_sources(sources, options)
             found = with_standard_input(found, Path(scratch))
-            texts = sample_documents(plan_groups(found, options), options, Path(scratch))
+            texts = sample_documents(plan_groups(found, options), options)
     engine, report = choose_engine(loaded, texts)
     for name, why in report["refused"].items():
         say(f"encoder {name} is refused: {why}")

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -19,18 +19,16 @@ from typing import IO, Any, NamedTuple, TypeVar
 import orjson
 import zstandard
 
-from data_prep.corpora.ngrams import between_letters
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.processors import available_processors
-from data_prep.sources.base import Document, LargeDocument, ReadOptions, Reject, SourceError, field_path, record_head
+from data_prep.sources.base import Document, ReadOptions, Reject, field_path, record_head
 from data_prep.sources.find import UNFINISHED, find_sources, with_standard_input
 from data_prep.sources.groups import plan_groups, reader_for
 from data_prep.sources.notices import notices
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
-_PIECE = 1 << 20  # bytes of a large document that are read at a time
-_UNBROKEN = 4  # so many of them without white space are held
+_PIECE = 8 << 20  # characters of a text whose words are hashed at a time
 _PART = 1 << 30  # bytes of text in one written file
 _WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
 
@@ -39,8 +37,8 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """One document: its number in the corpus, where it was found, its text or the file that holds it, and the other
-    fields of its record (`data_prep.sources.base.record_head`).
+    """One document: its number in the corpus, where it was found, its text, and the other fields of its record
+    (`data_prep.sources.base.record_head`).
     """
 
     number: int
@@ -49,43 +47,18 @@ class Entry(NamedTuple):
     line: int
     subset: str | None
     text: str
-    large: LargeDocument | None
     head: bytes = b""
 
-    @property
-    def size(self) -> int:
-        """UTF-8 bytes of a large document, characters of another, and what its other fields take."""
-        return len(self.head) + (self.large.end - self.large.start if self.large else len(self.text))
-
     def pieces(self) -> Iterator[str]:
-        """The text, in pieces cut at white space where it is too large for memory; far from any, between letters of
-        scripts that have none between words, or else anywhere between characters.
-        """
-        if self.large is None:
-            yield self.text
-            return
-        held = b""
-        for chunk in self.chunks():
-            held += chunk
-            cut = max(held.rfind(b" "), held.rfind(b"\n")) + 1
-            if not cut and len(held) > _UNBROKEN * _PIECE:
-                cut = between_letters(held)
-            if cut:
-                yield held[:cut].decode("utf-8", "replace")
-                held = held[cut:]
-        yield held.decode("utf-8", "replace")
-
-    def chunks(self) -> Iterator[bytes]:
-        """The text as UTF-8, in pieces cut anywhere."""
-        if self.large is None:
-            yield self.text.encode("utf-8", "replace")
-            return
-        with self.large.path.open("rb") as stream:
-            stream.seek(self.large.start)
-            left = self.large.end - self.large.start
-            while left and (chunk := stream.read(min(left, _PIECE))):
-                left -= len(chunk)
-                yield chunk
+        """The text; where it is enormous, in pieces cut behind white space, to bound the memory for their words."""
+        start = 0
+        while len(self.text) - start > _PIECE:
+            end = max(self.text.rfind(mark, start, start + _PIECE) for mark in " \n") + 1
+            if not end:
+                break
+            yield self.text[start:end]
+            start = end
+        yield self.text[start:]
 
 
 class CorpusReader:
@@ -95,7 +68,7 @@ class CorpusReader:
     rejects: what could not be read, by reason, and `examples` of it, from the last time the corpus was read.
 
     Args:
-        scratch: folder for standard input and for documents too large for memory; the system's by default.
+        scratch: folder for standard input; the system's by default.
 
     Raises:
         DataError: a source that does not exist.
@@ -117,29 +90,14 @@ class CorpusReader:
         self.examples.clear()
         number = 0
         for group in self._groups:
-            piece, last = 0, False
-            reader = None
-            try:
-                reader = reader_for(group, self.options, Path(self._scratch.name))
+            with closing(reader_for(group, self.options)) as reader:
                 reader.keep_fields = True
-                while not last:
-                    for item in reader.items(piece):
-                        if isinstance(item, Reject):
-                            self._reject(item.reason, item.file or reader.file, item.line, item.detail)
-                        elif isinstance(item, (Document, LargeDocument)):
-                            large = item if isinstance(item, LargeDocument) else None
-                            text = "" if isinstance(item, LargeDocument) else item.text
-                            yield Entry(
-                                number, group.source, reader.file, item.line, item.subset, text, large, item.head
-                            )
-                            number += 1
-                    piece += 1
-                    last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
-            except SourceError as error:
-                self._reject(error.reason, reader.file if reader else group.files[0], 0, str(error))
-            finally:
-                if reader is not None:
-                    reader.close()
+                for item in reader.all_items():
+                    if isinstance(item, Reject):
+                        self._reject(item.reason, reader.file, item.line, item.detail)
+                    elif isinstance(item, Document):
+                        yield Entry(number, group.source, reader.file, item.line, item.subset, item.text, item.head)
+                        number += 1
 
     def refuse_changed_files(self) -> None:
         """Check, after a second reading, that it read what the first one did.
@@ -165,8 +123,6 @@ def map_entries(
 ) -> Iterator[tuple[Entry, T]]:
     """Each entry with what `work` made of it, in order; a bounded number of batches is under way at a time.
 
-    A temporary file behind a large document is gone when the next entry is asked for.
-
     Args:
         work: takes `shared` and a batch of entries, and returns one result for each entry; a function of a module.
         workers: processes; 1 works in this one.
@@ -183,7 +139,7 @@ def map_entries(
             pool = stack.enter_context(ProcessPoolExecutor(workers, context, _keep, (shared,)))
         for batch in _batches(entries):
             if pool is None:
-                yield from _finish(batch, work(shared, batch))
+                yield from zip(batch, work(shared, batch))
                 continue
             try:
                 waiting.append((batch, pool.submit(_run, work, batch)))
@@ -191,9 +147,9 @@ def map_entries(
                 raise _killed() from None
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
-                yield from _finish(done, _result(future))
+                yield from zip(done, _result(future))
         for done, future in waiting:
-            yield from _finish(done, _result(future))
+            yield from zip(done, _result(future))
 
 
 def _result(future: Future[Sequence[T]]) -> Sequence[T]:
@@ -228,19 +184,12 @@ def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     size = 0
     for entry in entries:
         batch.append(entry)
-        size += entry.size
+        size += len(entry.head) + len(entry.text)
         if size >= _BATCH:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _finish(batch: list[Entry], results: Sequence[T]) -> Iterator[tuple[Entry, T]]:
-    for entry, result in zip(batch, results):
-        yield entry, result
-        if entry.large and entry.large.temporary:
-            entry.large.path.unlink(missing_ok=True)
 
 
 class CorpusWriter:
@@ -273,12 +222,9 @@ class CorpusWriter:
             part = self._parts[name] = _Part(path)
             self._numbers[name] += 1
         part.stream.write(entry.head or self._bare)
-        size = 0
-        for piece in entry.pieces():
-            encoded = orjson.dumps(piece)[1:-1]
-            size += len(piece.encode())
-            part.stream.write(encoded)
+        part.stream.write(orjson.dumps(entry.text)[1:-1])
         part.stream.write(self._end)
+        size = len(entry.text.encode())
         part.text_bytes += size
         self.text_bytes += size
         self.documents += 1

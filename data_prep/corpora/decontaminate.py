@@ -174,7 +174,7 @@ def _place(entry: Entry) -> str:
 
 
 def _beginning(entry: Entry) -> str:
-    return " ".join(next(entry.pieces())[:200].split())[:60]
+    return " ".join(entry.text[:200].split())[:60]
 
 
 def _removal(entry: Entry, match: Match, index: EvaluationIndex) -> dict[str, object]:

@@ -118,8 +118,6 @@ def deduplicate(
                         pair = hashes.signatures[[keeps, entry.number]]
                         line["similarity"] = round(float(np.mean(pair[0] == pair[1])), 3)
                     removed.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-                if entry.large and entry.large.temporary:
-                    entry.large.path.unlink(missing_ok=True)
             reader.refuse_changed_files()
     result = DedupReport(
         documents=original.size,
@@ -156,16 +154,9 @@ def _hash_corpus(
 
 
 def _hash_batch(near: bool, batch: list[Entry]) -> list[tuple[bytes, bytes]]:
-    digests = [_digest(entry) for entry in batch]
+    digests = [hashlib.blake2b(entry.text.encode("utf-8", "replace"), digest_size=16).digest() for entry in batch]
     signatures = signatures_of(batch) if near else np.empty((len(batch), 0), np.uint32)
     return [(digest, signature.tobytes()) for digest, signature in zip(digests, signatures)]
-
-
-def _digest(entry: Entry) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for chunk in entry.chunks():
-        digest.update(chunk)
-    return digest.digest()
 
 
 def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
@@ -199,7 +190,7 @@ def signatures_of(batch: Sequence[Entry]) -> np.ndarray:
                 if waiting > _GRAMS:
                     take()
         if not some:  # fewer words than an n-gram has: all of them are one
-            words = word_hashes("".join(entry.pieces()))
+            words = word_hashes(entry.text)
             if words.size:
                 grams.append(ngram_hashes(words, words.size))
                 owners.append(number)

@@ -20,12 +20,10 @@ from data_prep.corpora.corpus import CorpusReader, Entry
 from data_prep.corpora.ngrams import ngram_hashes, ngrams_of_pieces, word_hashes, words_of
 from data_prep.errors import DataError
 from data_prep.paths import FileIdentity, identity
-from data_prep.sources.base import LARGE, ReadOptions, SourceError
+from data_prep.sources.base import MAXIMUM, ReadOptions, SourceError
 from data_prep.sources.find import files_below, kind_of
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.parquet import records
-
-_LONGEST_TEXT = 1 << 28  # bytes of a text file or page of an evaluation set, all of which is held in memory
 
 
 class Item(NamedTuple):
@@ -49,7 +47,7 @@ class Match(NamedTuple):
     """What a document shares with the evaluation sets.
 
     ngrams: places in the index, rising. items, shares: the items they belong to and the share of each item's n-grams.
-    example: words of the first of them, empty where the document is too large to look it up.
+    example: words of the first of them, empty where it lies behind the first millions of characters.
     """
 
     ngrams: np.ndarray
@@ -112,7 +110,7 @@ class EvaluationIndex:
             real = self.hashes[places] == grams[likely]
             if real.any():
                 found.append(places[real])
-                if number == 0 and entry.large is None:
+                if number == 0:
                     example = self._words_at(entry.text, int(likely[np.argmax(real)]))
         if not found:
             return None
@@ -171,11 +169,10 @@ def _read_items(path: Path) -> Iterator[Item]:
         except SourceError as error:
             raise DataError(f"the evaluation set {path} cannot be read behind row {number}: {error}.") from None
     else:
-        reader = CorpusReader([str(path)], ReadOptions(maximum_document_bytes=_LONGEST_TEXT))
+        reader = CorpusReader([str(path)], ReadOptions())
         for entry in reader:
-            text = "".join(entry.pieces())
-            title = next((line for line in text.splitlines() if line.strip()), "")
-            yield Item(title.strip(" =")[:80] or f"line {entry.line}", [text])
+            title = next((line for line in entry.text.splitlines() if line.strip()), "")
+            yield Item(title.strip(" =")[:80] or f"line {entry.line}", [entry.text])
         if set(reader.rejects) - {"empty_document"}:  # WikiText begins with a blank line
             raise DataError(f"the evaluation set {path} cannot be read: {reader.examples[0]}.")
 
@@ -183,7 +180,7 @@ def _read_items(path: Path) -> Iterator[Item]:
 def _json_items(path: Path) -> Iterator[Item]:
     for number, line in enumerate(LineReader(str(path)).lines(0, None), start=1):
         if isinstance(line, LongLine):
-            raise DataError(f"{path}:{number}: a line above {LARGE >> 20} MB is too long for an evaluation set.")
+            raise DataError(f"{path}:{number}: a line above {MAXIMUM >> 20} MB is too long for an evaluation set.")
         if not line.strip():
             continue
         try:

@@ -40,7 +40,6 @@ _ASCII_WORDS = bytes(
 _BYTE_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
 _BYTE_INVERSE = np.uint64(pow(int(_BYTE_BASE), -1, 2**64))
 _WORD_BASE = np.uint64(0xD1342543DE82EF95)
-_TAIL = 1 << 12  # bytes in which a place to cut is looked for
 _PART = 1 << 19  # bytes hashed at a time: some twenty times as much memory is in use meanwhile
 
 
@@ -145,18 +144,6 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
         total *= _WORD_BASE
         total += words[offset : offset + count]
     return mix(total)
-
-
-def between_letters(data: bytes) -> int:
-    """Where UTF-8 text without white space can be cut: in front of the last letter of a script without spaces, or else
-    of the last character. The last one may be incomplete, and stays behind the cut.
-    """
-    start = max(0, len(data) - _TAIL)
-    while start and data[start] & 0xC0 == 0x80:
-        start -= 1
-    tail = data[start:].decode("utf-8", "ignore")
-    letters = [n for n, c in enumerate(tail) if n and _kind_of(c) == _LETTER]
-    return start + len(tail[: letters[-1] if letters else -1].encode())
 
 
 def ngrams_of_pieces(pieces: Iterable[str], n: int) -> Iterator[np.ndarray]:

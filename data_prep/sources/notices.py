@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from data_prep.errors import DataError
 from data_prep.plain_text import plain
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import STANDARD_INPUT, SourceFiles, kind_of
 from data_prep.sources.streams import ByteStream
-from data_prep.sources.text import PAGE
+from data_prep.sources.wikitext import begins_page
 
 _FILES, _BYTES = 8, 8 << 20  # so many files of a source are looked at, and so much of each
 _MARKS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>")  # what other tools write between documents
@@ -27,7 +28,8 @@ def notices(sources: Sequence[SourceFiles], options: ReadOptions) -> list[str]:
     for source, kinds in by_kind:
         sentences += _undivided_text(source, kinds.get("text", ()), options)
         pages = list(_beginnings(kinds.get("wikitext", ())))
-        if pages and not any(PAGE.match(line) for _, data in pages for line in data.split(b"\n")):
+        lines = (line for _, data in pages for line in data.decode("utf-8", "replace").split("\n"))
+        if pages and not any(map(begins_page, lines)):
             sentences.append(
                 f"{source.name}: no line of {pages[0][0]} is the heading of a WikiText page (' = Title = '), so each "
                 "such file is one document; --format text reads it as plain text."
@@ -87,12 +89,9 @@ def _beginnings(files: Sequence[str]) -> Iterable[tuple[str, bytes]]:
         if path == STANDARD_INPUT:
             continue
         try:
-            stream = ByteStream(path)
-            parts = []
-            while stream.offset < _BYTES and (part := stream.read()):
-                parts.append(part)
-            stream.close()
+            with closing(ByteStream(path)) as stream:
+                data = stream.head(_BYTES)
         except DataError:
             continue
-        if parts:
-            yield path, b"".join(parts)
+        if data:
+            yield path, data

@@ -98,7 +98,7 @@ class Mailbox:
         self._sent.clear()
 
 
-class Ranks:
+class MpiWorld:
     """The MPI world of this process.
 
     missing: ranks that fell silent. finished: set it when the run has ended well; it decides the exit code where MPI

@@ -20,7 +20,7 @@ from data_prep.sources.base import Group
 from data_prep.sources.groups import pieces_expected
 from data_prep.tokenizers.loading import load_tokenizer
 from data_prep.tokenizing.encoder import Engine, first_choice
-from data_prep.tokenizing.piece import PieceWorker, Progress, orphaned
+from data_prep.tokenizing.piece import PieceWorker, Progress
 from data_prep.tokenizing.piece_schedule import Key, Schedule
 from data_prep.tokenizing.receipts import read_receipt, receipt_path
 from data_prep.tokenizing.shard_plan import Plan
@@ -226,6 +226,6 @@ def _serve(worker: PieceWorker, pipe: Connection, parent: int | None = None) -> 
         key = pipe.recv()
         for progress in worker.work(*key):
             pipe.send(progress)
-            if parent is not None and orphaned(parent):
+            if parent is not None and os.getppid() != parent:
                 return
         pipe.send("done")

@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_prep.corpora.corpus import Entry
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
-from data_prep.sources.base import LargeDocument
 from data_prep.tokenizers.base import TokenizerInfo
 
 EOD = 0
@@ -105,11 +103,3 @@ def write_jsonl(path: Path, records: list[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes({".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)(data))
     return path
-
-
-def large_entry(path: Path, text: str, margin: int = 0) -> Entry:
-    """A document whose text lies in a file, with bytes in front and behind that are not its own."""
-    data = b"?" * margin + text.encode() + b"?" * margin
-    path.write_bytes(data)
-    large = LargeDocument(path, margin, len(data) - margin, 1)
-    return Entry(0, "s", str(path), 1, None, "", large)

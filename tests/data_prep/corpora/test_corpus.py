@@ -20,13 +20,12 @@ from data_prep.corpora.decontaminate import decontaminate
 from data_prep.corpora.dedup import deduplicate
 from data_prep.corpora.evaluation_texts import EvaluationIndex
 from data_prep.errors import DataError
-from data_prep.sources import lines, spool
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import large_entry, write_jsonl
+from tests.data_prep.support import write_jsonl
 
 
 def lengths(factor: int, batch: list[Entry]) -> list[int]:
-    return [factor * sum(map(len, entry.pieces())) for entry in batch]
+    return [factor * len(entry.text) for entry in batch]
 
 
 def test_documents_come_in_order_with_their_places(tmp_path: Path) -> None:
@@ -88,32 +87,12 @@ def test_a_killed_process_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pyt
         list(map_entries(CorpusReader([str(path)], ReadOptions()), die, 2, None))
 
 
-def test_large_documents_are_read_in_pieces_cut_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enormous_texts_are_hashed_in_pieces_cut_behind_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", 16)
-    monkeypatch.setattr(module, "_UNBROKEN", 8)
     text = "Größe und\nStraße " * 30 + "überlangeswortohneleerzeichen" * 3
-    entry = large_entry(tmp_path / "large", text, margin=5)
-    pieces = list(entry.pieces())
+    pieces = list(Entry(0, "s", "f", 1, None, text).pieces())
     assert "".join(pieces) == text and len(pieces) > 20
-    assert all(piece.endswith((" ", "\n")) for piece in pieces[:-1] if piece)
-    assert b"".join(entry.chunks()) == text.encode()
-
-
-@pytest.mark.parametrize("letter", ["漢", "é", "x"])
-def test_a_large_document_without_white_space_is_not_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letter: str
-) -> None:
-    monkeypatch.setattr(module, "_PIECE", 100)
-    text = letter * 5000
-    pieces = list(large_entry(tmp_path / "large", text).pieces())
-    assert "".join(pieces) == text and max(map(len, pieces)) < 1000
-
-
-def test_temporary_files_of_large_documents_are_removed_after_use(tmp_path: Path) -> None:
-    entry = large_entry(tmp_path / "large", "some text")
-    for found, length in map_entries([entry], lengths, 1, 1):
-        assert found.large is not None and found.large.path.exists() and length == 9
-    assert not (tmp_path / "large").exists()
+    assert all(piece.endswith((" ", "\n")) for piece in pieces[:-1])
 
 
 def test_what_is_written_reads_the_same_with_the_same_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +126,8 @@ FIELDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("large", [40, 1 << 20])
-def test_the_other_fields_of_a_record_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+def test_the_other_fields_of_a_record_stay(tmp_path: Path) -> None:
     """What the first command is not told of, a later one may want."""
-    for part in (lines, spool):
-        monkeypatch.setattr(part, "LARGE", large)
     texts = [f"text number {number} of " + "many " * 20 for number in range(4)]
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": text, **FIELDS} for text in [*texts, texts[1]]])
     deduplicate([str(path)], tmp_path / "unique", ReadOptions(), workers=1)
@@ -209,18 +185,9 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.splitlines()]
 
 
-def test_a_large_document_is_written_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 10)
-    text = 'größer als "der Speicher"\n' * 20
-    with CorpusWriter(tmp_path / "out", ReadOptions()) as writer:
-        writer.write(large_entry(tmp_path / "large", text))
-    data = zstandard.ZstdDecompressor().stream_reader((tmp_path / "out" / "s-00000.jsonl.zst").read_bytes()).read()
-    assert json.loads(data) == {"text": text} and data.count(b"\n") == 1
-
-
 def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PART", 1)
-    entry = Entry(0, "s", "f", 1, None, "text", None)
+    entry = Entry(0, "s", "f", 1, None, "text")
     with pytest.raises(RuntimeError), CorpusWriter(tmp_path / "out", ReadOptions()) as writer:
         writer.write(entry)
         monkeypatch.setattr(module, "_PART", 1000)

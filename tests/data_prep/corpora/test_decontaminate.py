@@ -18,7 +18,7 @@ from data_prep.corpora.decontaminate import decontaminate
 from data_prep.corpora.evaluation_texts import EvaluationIndex
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import large_entry, write_jsonl
+from tests.data_prep.support import write_jsonl
 
 
 def make_text(seed: int, length: int = 60) -> str:
@@ -38,7 +38,6 @@ def removed_lines(out: Path) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("n", [1, 3, 13])
 def test_matches_are_those_of_sets_of_words(tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_PIECE", 100)
     items = [make_text(seed, 30) for seed in range(20)]
     items += [items[3] + " " + make_text(50, 5), "far too short", ""]  # one n-gram in two items, items without any
     path = write_jsonl(tmp_path / "eval.jsonl", [{"question": text, "id": 7} for text in items])
@@ -51,15 +50,16 @@ def test_matches_are_those_of_sets_of_words(tmp_path: Path, n: int, monkeypatch:
         text = " ".join([make_text(seed + 100, 40), *words[seed % 7 : seed % 7 + seed], make_text(seed + 200, 40)])
         shared = {item: len(grams(text, n) & found) / len(found) for item, found in enumerate(expected_sets) if found}
         shared = {item: share for item, share in shared.items() if share}
-        for entry in (Entry(0, "s", "f", 1, None, text, None), large_entry(tmp_path / "large", text)):
-            match = index.match(entry)
+        for piece in (100, 1 << 20):
+            monkeypatch.setattr(corpus, "_PIECE", piece)
+            match = index.match(Entry(0, "s", "f", 1, None, text))
             if not shared:
                 assert match is None
                 continue
             assert match is not None
             assert match.ngrams.size == len(grams(text, n) & set.union(*expected_sets))
             assert dict(zip(match.items.tolist(), match.shares.tolist())) == pytest.approx(shared)
-            assert entry.large or tuple(match.example.split()) in set.union(*expected_sets)
+            assert piece == 100 or tuple(match.example.split()) in set.union(*expected_sets)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -18,9 +18,8 @@ from data_prep.corpora import corpus, dedup
 from data_prep.corpora.corpus import CorpusReader, Entry
 from data_prep.corpora.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
 from data_prep.errors import DataError
-from data_prep.sources import lines
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import large_entry, write_jsonl
+from tests.data_prep.support import write_jsonl
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -47,7 +46,7 @@ def jaccard(first: str, second: str) -> float:
 
 
 def entries(texts: list[str]) -> list[Entry]:
-    return [Entry(number, "s", "f", number + 1, None, text, None) for number, text in enumerate(texts)]
+    return [Entry(number, "s", "f", number + 1, None, text) for number, text in enumerate(texts)]
 
 
 def removed_lines(out: Path) -> list[dict[str, object]]:
@@ -73,11 +72,11 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
     assert abs(np.mean(errors)) < 0.02 and max(map(abs, errors)) < 0.2
 
 
-def test_signatures_of_a_large_document_are_those_of_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_PIECE", 64)
+def test_signatures_of_an_enormous_text_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = make_text(1)
     whole = signatures_of(entries([text]))
-    assert np.array_equal(signatures_of([large_entry(tmp_path / "large", text)]), whole)
+    monkeypatch.setattr(corpus, "_PIECE", 64)
+    assert np.array_equal(signatures_of(entries([text])), whole)
     assert np.array_equal(signatures_of(entries(["x", text, "y z"]))[1], whole[0])
 
 
@@ -195,12 +194,11 @@ def test_a_corpus_that_changes_between_its_two_readings_is_refused(
 def test_temporary_files_are_where_the_corpus_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
-    """Signatures and large documents need not fit the system's folder for temporary files."""
+    """Signatures need not fit the system's folder for temporary files."""
     path = write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": make_text(seed)} for seed in (1, 2, 1)])
     if there:
         (tmp_path / "new" / "out").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(lines, "LARGE", 10)
     report = deduplicate([str(path)], tmp_path / "new" / "out", ReadOptions(), threshold=0.8, workers=1)
     assert report.kept == 2
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.corpora import ngrams as module
-from data_prep.corpora.ngrams import between_letters, ngram_hashes, ngrams_of_pieces, normalized, word_hashes, words_of
+from data_prep.corpora.ngrams import ngram_hashes, ngrams_of_pieces, normalized, word_hashes, words_of
 from tests.fuzz.support import processor_time
 
 KNOWN = [8299794868474364208, 5391054183650655607, 9969114287553916399]
@@ -121,15 +121,3 @@ def test_a_run_of_marks_takes_no_square_of_its_length_in_time() -> None:
         assert words_of("a" + "\u0301\u0327" * 100_000 + " end")[-1] == "end"
         symbols = "".join(chr(code) for code in range(0xE0000, 0x110000) if not chr(code).isalnum())
         assert words_of(symbols * 5) == []
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(st.sampled_from("漢字บ้กุaé\u3099ក្"), min_size=2, max_size=60), cut=st.integers(0, 3))
-def test_text_without_spaces_is_cut_between_its_letters(text: str, cut: int) -> None:
-    data = text.encode()
-    data = data[: len(data) - cut]  # the last character need not be whole
-    place = between_letters(data)
-    assert 0 <= place < len(data)
-    head, tail = text.encode()[:place].decode(), text.encode()[place:].decode()
-    if any(words(c) and c.isalnum() and c not in "aé" for c in data.decode("utf-8", "ignore")[1:]):
-        assert words_of(head) + words_of(tail) == words_of(text)

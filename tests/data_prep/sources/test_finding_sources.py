@@ -116,7 +116,7 @@ def test_standard_input_is_read_once(tmp_path, monkeypatch):
     found, (sentence,) = find_sources([f"all={file}", "all=-", "-"], ReadOptions())
     assert "1 left out, the first: -" in sentence
     (source,) = with_standard_input(found, tmp_path)
-    assert [text for path in source.files for text in texts(items(path, tmp_path))] == ["x", "in"]
+    assert [text for path in source.files for text in texts(items(path))] == ["x", "in"]
 
 
 @pytest.mark.parametrize("source", ["lang=en/*.jsonl", "lang=en/a.jsonl", "lang=en", "lang=e[n]/**"])
@@ -144,7 +144,7 @@ def test_a_separator_that_never_occurs_is_said(tmp_path, suffix):
     (sentence,) = noticed(path, separator="\n\n")
     assert f"the separator '\\n\\n' is not in the first 8 MB of {path}; a text file without it" in sentence
     assert r"is --separator '\r\n\r\n' meant?" in sentence
-    assert len(texts(items(path, tmp_path, ReadOptions(separator="\r\n\r\n")))) == 3
+    assert len(texts(items(path, ReadOptions(separator="\r\n\r\n")))) == 3
     assert noticed(path, separator="\r\n\r\n") == []
     (sentence,) = noticed(path, separator="<|end|>")
     assert "meant?" not in sentence

@@ -10,6 +10,7 @@ import resource
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.reading.manifest import read_manifest
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups
@@ -63,13 +64,15 @@ def test_a_file_that_cannot_be_read(tmp_path, byte_bpe):
     assert "train: 10 documents" in accepted.stdout and "rejected: 1 unreadable_file" in accepted.stderr
 
 
-def test_documents_above_the_maximum_are_listed(tmp_path, byte_bpe):
-    source = write_jsonl(tmp_path / "a.jsonl", ["x" * 100, "y" * 101, "z" * 99])
-    options = ReadOptions(maximum_document_bytes=100)
-    manifest = run([source], tmp_path / "out", byte_bpe, options=options, validation=0, test=0, max_rejects=9)
-    assert manifest.rejects == {"too_long": 1} and manifest.splits["train"].text_bytes == 199
+def test_documents_above_the_cap_are_counted_listed_and_named(tmp_path, byte_bpe):
+    huge = "word " * (13 << 20)
+    source = write_jsonl(tmp_path / "a.jsonl", [*documents(99), huge])
+    arguments = ("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *WHOLE)
+    done = command(*arguments, "--workers", 1)
+    assert "train: 99 documents" in done.stdout and "rejected: 1 too_long" in done.stderr
+    assert read_manifest(tmp_path / "out").rejects == {"too_long": 1}
     (line,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
-    assert (line["line"], line["reason"]) == (2, "too_long") and "at most 100" in line["detail"]
+    assert (line["line"], line["reason"], line["detail"]) == (100, "too_long", "it is above 64 MB")
 
 
 def test_no_more_rejects_are_listed_than_a_person_needs(tmp_path, byte_bpe, monkeypatch):

@@ -19,7 +19,6 @@ from data_prep.errors import DataError
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
-from data_prep.sources import lines
 from data_prep.sources.base import ReadOptions
 from data_prep.tokenizing import cutting, piece
 from data_prep.tokenizing.pipeline import merge_tasks, prepare, tokenize
@@ -165,7 +164,6 @@ def test_enormous_documents_are_encoded_in_parts_with_the_ids_of_the_whole(tmp_p
     tokenizer = request.getfixturevalue(kind)
     monkeypatch.setattr(cutting, "PART", 300)
     monkeypatch.setattr(cutting, "_FARTHEST", 1200)
-    monkeypatch.setattr(lines, "LARGE", 5000)
     texts = [*documents(20), "\n".join(documents(100, 3)), *documents(5, 4), "\n".join(documents(80, 5))]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     work = job([source], tmp_path / "out", tokenizer, validation=0.3, test=0, split_seed=3)
