@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +60,7 @@ def tokenize(
     from data_prep.tokenizing.pipeline import Job, tokenize_mpi
     from data_prep.tokenizing.pipeline import tokenize as run
     from data_prep.tokenizing.progress import Display
+    from data_prep.tokenizing.shard_plan import Settings
 
     if task_count and task_index >= task_count:
         raise DataError(f"--task-index {task_index} must be below --task-count {task_count}.")
@@ -72,10 +72,7 @@ def tokenize(
                 f"--out {out} lies in the source {folder}, so the data set would be read as a corpus when the run is "
                 "continued. Choose a folder outside."
             )
-    settings = o.reading_settings(
-        validation=validation,
-        test=test,
-        split_seed=split_seed,
+    options = o.read_options(
         text_field=text_field,
         format=format,
         separator=separator,
@@ -86,8 +83,12 @@ def tokenize(
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
     )
-    settings = replace(
-        settings,
+    settings = Settings(
+        sources=(),
+        options=options,
+        validation=validation,
+        test=test,
+        split_seed=split_seed,
         max_tokens=max_tokens,
         shuffle_seed=shuffle_seed,
         packing=packing,

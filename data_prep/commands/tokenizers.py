@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,12 +41,10 @@ def train(
     """Train a tokenizer on the documents that `tokenize` with the same split options would train on."""
     from data_prep.sources.find import find_sources, with_standard_input
     from data_prep.sources.notices import notices
+    from data_prep.tokenizing.shard_plan import Settings
     from data_prep.tokenizing.train_tokenizer import train_tokenizer
 
-    settings = o.reading_settings(
-        validation=validation,
-        test=test,
-        split_seed=split_seed,
+    options = o.read_options(
         text_field=text_field,
         format=format,
         separator=separator,
@@ -59,11 +56,12 @@ def train(
         maximum_bytes=maximum_bytes,
     )
     with o.writing(out), tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
-        found, left_out = find_sources(sources, settings.options)
-        for sentence in [*left_out, *notices(found, settings.options)]:
+        found, left_out = find_sources(sources, options)
+        for sentence in [*left_out, *notices(found, options)]:
             say(sentence, error=True)
         found = with_standard_input(found, Path(scratch))
-        trained, counts = train_tokenizer(replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes)
+        settings = Settings(tuple(found), options, validation, test, split_seed)
+        trained, counts = train_tokenizer(settings, out, kind, vocab_size, max_bytes)
     say(
         f"{out}: {kind}, {trained.vocab_size:,} entries, trained on {counts['documents']:,} documents "
         f"({counts['bytes'] / 1e6:,.1f} MB; {counts['held_out']:,} held out, {counts['left_out']:,} left out)."
