@@ -59,20 +59,6 @@ def test_sources_that_cannot_be_right(tmp_path, sources, message):
         find_sources([s.format(one=one, folder=tmp_path) for s in sources], ReadOptions())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"subsets": ("x",)}, "without a field"),
-        ({"languages": ("en",)}, "needs both"),
-        ({"minimum_bytes": 5, "maximum_bytes": 4}, "below the minimum"),
-        ({"text_field": ""}, "must name a field"),
-    ],
-)
-def test_options_that_do_not_go_together(options, message):
-    with pytest.raises(DataError, match=message):
-        ReadOptions(**options)
-
-
 def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "a"}\n')

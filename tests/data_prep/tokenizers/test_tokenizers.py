@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
 
 import pytest
 import sentencepiece
@@ -45,14 +44,6 @@ def test_sentencepiece_is_the_librarys(sentencepiece_model):
     assert ours.encode(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == text
     assert (ours.kind, ours.vocab_size, ours.eod_id) == ("sentencepiece", 400, theirs.eos_id())
-
-
-def test_flat_ids_are_the_lists(byte_bpe, sentencepiece_model):
-    texts = ["", sentences(3, 1), "x", ""]
-    for path in (byte_bpe, sentencepiece_model):
-        tokenizer = load_tokenizer(path)
-        flat, starts = tokenizer.encode_flat(texts)
-        assert [flat[a:b].tolist() for a, b in pairwise(starts)] == tokenizer.encode_batch(texts)
 
 
 def test_what_a_tokenizer_file_says_of_length_and_framing_is_not_done(byte_bpe, tmp_path):
