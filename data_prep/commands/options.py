@@ -59,7 +59,7 @@ def read_options(*, separator: str, subset: list[str], language: Sequence[str] =
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What the system refuses while the block writes `out`, such as a full disk, becomes a sentence for a person."""
+    """Turns an error of the system while the block writes `out`, such as a full disk, into a `DataError`."""
     try:
         yield
     except OSError as error:

@@ -69,7 +69,7 @@ def tokenize(
     for folder in (Path(address) for source in sources for address in {source, source.split("=", 1)[-1]}):
         if os.path.isdir(folder) and out.resolve().is_relative_to(folder.resolve()):
             raise DataError(
-                f"--out {out} lies in the source {folder}, so the data set would be read as a corpus when the run is "
+                f"--out {out} is inside the source {folder}, so the data set would be read as a corpus when the run is "
                 "continued. Choose a folder outside."
             )
     options = o.read_options(
@@ -131,7 +131,7 @@ def merge(
 
 
 def describe(out: Path) -> None:
-    """Print what a finished data set holds, and on the error stream what a person should know of it."""
+    """Print what a finished data set holds, and notes about it on the error stream."""
     from data_prep.reading.manifest import read_manifest
     from data_prep.tokenizing.tokenizer_check import describe_round_trip
 

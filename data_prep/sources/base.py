@@ -94,7 +94,7 @@ class Group:
     """Files that are read together, and the unit in which pieces are numbered.
 
     Several small files form one group of one piece. A large file is a group of its own, read in pieces of `piece_bytes`
-    bytes of (decompressed) text; `pieces` is None where the number shows only when the end is met.
+    bytes of (decompressed) text; `pieces` is None where the number is known only at the end.
     """
 
     number: int
@@ -117,7 +117,7 @@ class PieceReader(ABC):
         self.group, self.options = group, options
         self.paths = tuple(map(field_path, (options.text_field, options.subset_field, options.language_field)))
         self.end_seen = False  # set by items() when the group ends in this piece
-        self.lines = 0  # lines (rows, files) met in this piece
+        self.lines = 0  # lines (rows, files) read in this piece
         self.file = ""  # file under way
         self.keep_fields = False  # documents also hold the other fields of their records
 

@@ -73,7 +73,7 @@ def _commit_and_files(repository: str, config: str, split: str, revision: str) -
 
 
 class HubReader(PieceReader):
-    """Streams one file of a hub data set; a broken connection is taken up where it broke.
+    """Streams one file of a hub data set; a broken connection is resumed at the row where it broke.
 
     The rows of WikiText are lines; they are put together to articles as in its raw files.
     """
@@ -119,7 +119,7 @@ class HubReader(PieceReader):
 
 
 def _asked_to_wait(error: BaseException | None) -> float | None:
-    """Seconds the hub wants to be left alone for, where `error` comes from such an answer (429, 503); else None."""
+    """Seconds to wait before the next request, if the hub answered 429 or 503; else None."""
     while error is not None:
         response: Any = getattr(error, "response", None)
         if getattr(response, "status_code", None) in (429, 503):

@@ -24,7 +24,7 @@ class LongLine:
 class LineReader:
     """Yields the lines that start inside a range of (decompressed) bytes.
 
-    A line belongs to the range that its first byte lies in. Ranges asked for in rising order continue where the last
+    A line belongs to the range that holds its first byte. Ranges asked for in rising order continue where the last
     one ended; on a compressed file a gap is decompressed and dropped.
 
     Args:
@@ -45,9 +45,9 @@ class LineReader:
         self._carry = b""  # what follows them, up to the reading position of the stream
 
     def lines(self, start: int, end: int | None) -> Iterator[bytes | LongLine]:
-        """Lines whose first byte lies in [start, end); `end` None reads to the end of the file.
+        """Lines whose first byte is in [start, end); `end` None reads to the end of the file.
 
-        Damage in front of the range's first line is the concern of an earlier range: then there are no lines here.
+        Damage before the range's first line is reported by an earlier range; then there are no lines here.
 
         Raises:
             SourceError: damage inside the range, after the lines in front of it were yielded.
@@ -72,7 +72,7 @@ class LineReader:
             try:
                 self._fill()
             except SourceError:
-                return  # the next range meets it again and reports it
+                return  # the next range reports it
         self.at_end = self.at_end and not self._ready
 
     def _skip_to(self, start: int) -> None:

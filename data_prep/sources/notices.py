@@ -1,4 +1,4 @@
-"""What a person should know of the sources before they are read: files that look as if they were meant otherwise."""
+"""Notes before the sources are read: files that look as if they should be read in another way."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _undivided_text(source: SourceFiles, files: Sequence[str], options: ReadOpti
     elif looked and not any(options.separator.encode() in data for _, data in looked):
         other = _other_line_ends(options.separator)
         path = next((path for path, data in looked if other.encode() in data), "") if other else ""
-        advice = f" The lines of {path} end otherwise: is --separator {other!r} meant?" if path else ""
+        advice = f" {path} has other line ends: is --separator {other!r} meant?" if path else ""
         yield (
             f"{source.name}: the separator {options.separator!r} is not in the first 8 MB of {looked[0][0]}"
             f"{f', nor of {len(looked) - 1} other files' if len(looked) > 1 else ''}; a text file without it is one "

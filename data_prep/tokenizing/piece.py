@@ -60,7 +60,7 @@ class PieceWorker:
         self._reader: PieceReader | None = None
 
     def work(self, group: int, piece: int, cap: int = 0) -> Iterator[Progress]:
-        """Do one piece, yielding after each batch; its receipt lies in the working folder afterwards.
+        """Do one piece, yielding after each batch; its receipt is in the working folder afterwards.
 
         cap: training tokens after which the piece ends (0: none).
 

@@ -31,10 +31,10 @@ from data_prep.tokenizing.workers import Pool, quiet_libraries
 
 
 class Listener(Protocol):
-    """Who is told how the work goes."""
+    """Receives the progress of a run."""
 
     def say(self, message: str) -> None:
-        """Something a person should know."""
+        """A message for the user."""
 
     def begin(self, plan: Plan, schedule: Schedule) -> None:
         """The work starts; some of it may be done already."""

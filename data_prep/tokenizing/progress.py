@@ -1,4 +1,4 @@
-"""How far the work is: a bar for a person at a terminal, elsewhere a line a minute and what must be said."""
+"""How far the work is: a bar at a terminal, elsewhere a line a minute."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Display:
         self._workers: dict[int, str] = {}
 
     def say(self, message: str) -> None:
-        """Print one line for a person."""
+        """Print one line."""
         self._bars.say(message)
 
     def begin(self, plan: Plan, schedule: Schedule) -> None:

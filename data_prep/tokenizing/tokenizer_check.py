@@ -39,7 +39,7 @@ def sample_documents(groups: Sequence[Group], options: ReadOptions) -> list[str]
                         break
             reader.close()
         except DataError:
-            continue  # the run itself meets it, counts it and names it
+            continue  # the run itself counts and reports it
     return texts
 
 
@@ -68,7 +68,7 @@ def round_trip(engine: Engine, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_round_trip(result: dict[str, Any]) -> str:
-    """One sentence for a person; empty when nothing is lost."""
+    """One sentence for the user; empty when nothing is lost."""
     changed = result.get("documents", 0) - result.get("exact", 0)
     if not changed:
         return ""

@@ -206,7 +206,7 @@ def _main(folder: str, tokenizer: str, eod_token: str, pipe: Connection, parent:
         try:
             engine = first_choice(load_tokenizer(tokenizer, eod_token))
         except DataError:
-            engine = None  # the parent meets the same, and says so
+            engine = None  # the parent reports the same error
         plan: Plan = pipe.recv()
         if engine is not None and (engine.name, engine.tokenizer.fingerprint) != (
             plan.engine["name"],
@@ -215,13 +215,13 @@ def _main(folder: str, tokenizer: str, eod_token: str, pipe: Connection, parent:
             engine = None
         _serve(PieceWorker(Path(folder), plan, engine), pipe, parent)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent has finished, or is gone
+        return  # the parent has finished or died
     except (DataError, OSError) as error:
         pipe.send(error if isinstance(error, DataError) else OSError(error.errno, str(error)))
 
 
 def _serve(worker: PieceWorker, pipe: Connection, parent: int | None = None) -> None:
-    """Do the pieces that are asked for, until the pipe ends or the process `parent` is gone."""
+    """Do the pieces that are asked for, until the pipe ends or the process `parent` dies."""
     while True:
         key = pipe.recv()
         for progress in worker.work(*key):

@@ -122,7 +122,7 @@ def test_options_that_cannot_be_right(tmp_path, byte_bpe, arguments, sentence):
 def test_a_data_set_inside_its_corpus(tmp_path, byte_bpe, source, monkeypatch, capsys):
     corpus = tmp_path / "corpus"
     write_jsonl(corpus / "a.jsonl", ["x"])
-    with pytest.raises(DataError, match=re.escape(f"--out {corpus / 'out'} lies in the source {corpus}")):
+    with pytest.raises(DataError, match=re.escape(f"--out {corpus / 'out'} is inside the source {corpus}")):
         invoke("tokenize", source.format(corpus), "--out", corpus / "out", "--tokenizer", byte_bpe)
     assert not (corpus / "out").exists()
     monkeypatch.chdir(tmp_path)
