@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from data_prep.commands import options as o
 from data_prep.plain_text import say
-
-if TYPE_CHECKING:
-    from data_prep.sources.base import ReadOptions
 
 app = typer.Typer()
 NewFolder = Annotated[Path, typer.Option(help="New folder to write.", show_default=False)]
@@ -85,7 +82,9 @@ def dedup(
     """Write corpora without copies: exact ones, and with --near also near ones (MinHash of word 5-grams)."""
     from data_prep.corpora.dedup import deduplicate
 
-    options = _options(text_field, format, separator, subset_field, subset)
+    options = o.read_options(
+        text_field=text_field, format=format, separator=separator, subset_field=subset_field, subset=subset
+    )
     with _shown(out) as show:
         report = deduplicate(sources, out, options, threshold=near, workers=workers or o.processors(), progress=show)
     say(
@@ -114,7 +113,9 @@ def decontaminate(
     """Write corpora without documents that hold text of evaluation sets, with a report of what was found."""
     from data_prep.corpora.decontaminate import decontaminate as run
 
-    options = _options(text_field, format, separator, subset_field, subset)
+    options = o.read_options(
+        text_field=text_field, format=format, separator=separator, subset_field=subset_field, subset=subset
+    )
     with _shown(out) as show:
         report = run(
             sources, against, out, options, n=n, matches=matches, workers=workers or o.processors(), progress=show
@@ -125,18 +126,6 @@ def decontaminate(
             say(f"{found.name}: half or more found of {found.contaminated:,} of {found.items:,} items")
     say(f"{out / 'report.md'} names the items and documents")
     _finish(report.rejects, report.notices, report.documents, out)
-
-
-def _options(text_field: str, format: str, separator: str, subset_field: str, subset: list[str]) -> ReadOptions:
-    from data_prep.sources.base import ReadOptions
-
-    return ReadOptions(
-        text_field=text_field,
-        format=format,
-        separator=o.separator_of(separator),
-        subset_field=subset_field,
-        subsets=tuple(subset),
-    )
 
 
 def _finish(rejects: dict[str, int], notices: list[str], documents: int, out: Path) -> None:

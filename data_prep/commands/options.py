@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_prep.errors import DataError
 
 if TYPE_CHECKING:
-    from data_prep.tokenizing.shard_plan import Settings
+    from data_prep.sources.base import ReadOptions
 
 Sources = Annotated[
     list[str],
@@ -33,62 +33,33 @@ LanguageField = Annotated[str, typer.Option(help="Field that holds the language.
 Language = Annotated[list[str], typer.Option(help="Take only this language; repeatable.")]
 MinimumBytes = Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")]
 MaximumBytes = Annotated[int, typer.Option(min=0, help="Leave out longer documents (0: none).")]
-MaximumDocument = Annotated[int, typer.Option(min=1, help="Reject documents above this many bytes.")]
 Validation = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of documents held out for validation.")]
 Test = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of documents held out for testing.")]
 SplitSeed = Annotated[int, typer.Option(min=0, help="Another seed holds out other documents.")]
 MaxRejects = Annotated[float, typer.Option(min=0.0, help="Rejected documents to allow: a share below 1, or a number.")]
-MaxBroken = Annotated[int, typer.Option("--max-broken-files", min=0, help="Files that may break off to allow.")]
+MaxBroken = Annotated[
+    int,
+    typer.Option("--max-broken-files", min=0, help="Truncated files to tolerate; more abort the run."),
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes (0: one per processor).")]
 
 
-def reading_settings(
-    *,
-    validation: float,
-    test: float,
-    split_seed: int,
-    text_field: str,
-    format: str,
-    separator: str,
-    subset_field: str,
-    subset: list[str],
-    language_field: str,
-    language: list[str],
-    minimum_bytes: int,
-    maximum_bytes: int,
-    maximum_document_bytes: int,
-) -> Settings:
-    """Settings as the command line gives them, without sources.
+def read_options(*, separator: str, subset: list[str], language: Sequence[str] = (), **fields: Any) -> ReadOptions:
+    """`ReadOptions` as the command line gives them; in --separator, `\\n`, `\\r` and `\\t` have their usual meaning.
 
     Raises:
         DataError: options that do not go together.
     """
     from data_prep.sources.base import ReadOptions
-    from data_prep.tokenizing.shard_plan import Settings
 
-    options = ReadOptions(
-        text_field=text_field,
-        subset_field=subset_field,
-        subsets=tuple(subset),
-        language_field=language_field,
-        languages=tuple(language),
-        separator=separator_of(separator),
-        minimum_bytes=minimum_bytes,
-        maximum_bytes=maximum_bytes,
-        maximum_document_bytes=maximum_document_bytes,
-        format=format,
-    )
-    return Settings(sources=(), options=options, validation=validation, test=test, split_seed=split_seed)
-
-
-def separator_of(option: str) -> str:
-    """The separator that --separator means: `\\n`, `\\r` and `\\t` stand for what they do in most languages."""
-    return option.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
+    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        separator = separator.replace(written, meant)
+    return ReadOptions(separator=separator, subsets=tuple(subset), languages=tuple(language), **fields)
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What the system refuses while the block writes `out`, such as a full disk, becomes a sentence for a person."""
+    """Turns an error of the system while the block writes `out`, such as a full disk, into a `DataError`."""
     try:
         yield
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +37,6 @@ def tokenize(
     language: o.Language = [],  # noqa: B006
     minimum_bytes: o.MinimumBytes = 0,
     maximum_bytes: o.MaximumBytes = 0,
-    maximum_document_bytes: o.MaximumDocument = 1 << 32,
     max_tokens: Annotated[int, typer.Option(min=0, help="Training tokens to write at most (0: all).")] = 0,
     shuffle_seed: Annotated[
         int | None, typer.Option(min=0, help="Shuffle the training documents of each source.", show_default=False)
@@ -62,6 +60,7 @@ def tokenize(
     from data_prep.tokenizing.pipeline import Job, tokenize_mpi
     from data_prep.tokenizing.pipeline import tokenize as run
     from data_prep.tokenizing.progress import Display
+    from data_prep.tokenizing.shard_plan import Settings
 
     if task_count and task_index >= task_count:
         raise DataError(f"--task-index {task_index} must be below --task-count {task_count}.")
@@ -70,13 +69,10 @@ def tokenize(
     for folder in (Path(address) for source in sources for address in {source, source.split("=", 1)[-1]}):
         if os.path.isdir(folder) and out.resolve().is_relative_to(folder.resolve()):
             raise DataError(
-                f"--out {out} lies in the source {folder}, so the data set would be read as a corpus when the run is "
+                f"--out {out} is inside the source {folder}, so the data set would be read as a corpus when the run is "
                 "continued. Choose a folder outside."
             )
-    settings = o.reading_settings(
-        validation=validation,
-        test=test,
-        split_seed=split_seed,
+    options = o.read_options(
         text_field=text_field,
         format=format,
         separator=separator,
@@ -86,10 +82,13 @@ def tokenize(
         language=language,
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
-        maximum_document_bytes=maximum_document_bytes,
     )
-    settings = replace(
-        settings,
+    settings = Settings(
+        sources=(),
+        options=options,
+        validation=validation,
+        test=test,
+        split_seed=split_seed,
         max_tokens=max_tokens,
         shuffle_seed=shuffle_seed,
         packing=packing,
@@ -132,7 +131,7 @@ def merge(
 
 
 def describe(out: Path) -> None:
-    """Print what a finished data set holds, and on the error stream what a person should know of it."""
+    """Print what a finished data set holds, and notes about it on the error stream."""
     from data_prep.reading.manifest import read_manifest
     from data_prep.tokenizing.tokenizer_check import describe_round_trip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,17 +37,14 @@ def train(
     language: o.Language = [],  # noqa: B006
     minimum_bytes: o.MinimumBytes = 0,
     maximum_bytes: o.MaximumBytes = 0,
-    maximum_document_bytes: o.MaximumDocument = 1 << 32,
 ) -> None:
     """Train a tokenizer on the documents that `tokenize` with the same split options would train on."""
     from data_prep.sources.find import find_sources, with_standard_input
     from data_prep.sources.notices import notices
+    from data_prep.tokenizing.shard_plan import Settings
     from data_prep.tokenizing.train_tokenizer import train_tokenizer
 
-    settings = o.reading_settings(
-        validation=validation,
-        test=test,
-        split_seed=split_seed,
+    options = o.read_options(
         text_field=text_field,
         format=format,
         separator=separator,
@@ -58,16 +54,14 @@ def train(
         language=language,
         minimum_bytes=minimum_bytes,
         maximum_bytes=maximum_bytes,
-        maximum_document_bytes=maximum_document_bytes,
     )
     with o.writing(out), tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
-        found, left_out = find_sources(sources, settings.options)
-        for sentence in [*left_out, *notices(found, settings.options)]:
+        found, left_out = find_sources(sources, options)
+        for sentence in [*left_out, *notices(found, options)]:
             say(sentence, error=True)
         found = with_standard_input(found, Path(scratch))
-        trained, counts = train_tokenizer(
-            replace(settings, sources=tuple(found)), out, kind, vocab_size, max_bytes, Path(scratch)
-        )
+        settings = Settings(tuple(found), options, validation, test, split_seed)
+        trained, counts = train_tokenizer(settings, out, kind, vocab_size, max_bytes)
     say(
         f"{out}: {kind}, {trained.vocab_size:,} entries, trained on {counts['documents']:,} documents "
         f"({counts['bytes'] / 1e6:,.1f} MB; {counts['held_out']:,} held out, {counts['left_out']:,} left out)."
@@ -101,7 +95,7 @@ def check(
             options = ReadOptions(text_field=text_field)
             found, _ = find_sources(sources, options)
             found = with_standard_input(found, Path(scratch))
-            texts = sample_documents(plan_groups(found, options), options, Path(scratch))
+            texts = sample_documents(plan_groups(found, options), options)
     engine, report = choose_engine(loaded, texts)
     for name, why in report["refused"].items():
         say(f"encoder {name} is refused: {why}")

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -22,7 +22,7 @@ import zstandard
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.paths import new_folder
-from data_prep.sources.base import Document, ReadOptions, Reject, SourceError, field_path, record_head
+from data_prep.sources.base import Document, ReadOptions, Reject, field_path, record_head
 from data_prep.sources.find import UNFINISHED, find_sources, with_standard_input
 from data_prep.sources.groups import plan_groups, reader_for
 from data_prep.sources.notices import notices
@@ -88,25 +88,14 @@ class CorpusReader:
         self.examples.clear()
         number = 0
         for group in self._groups:
-            piece, last = 0, False
-            reader = None
-            try:
-                reader = reader_for(group, self.options, Path(self._scratch.name))
+            with closing(reader_for(group, self.options)) as reader:
                 reader.keep_fields = True
-                while not last:
-                    for item in reader.items(piece):
-                        if isinstance(item, Reject):
-                            self._reject(item.reason, item.file or reader.file, item.line, item.detail)
-                        elif isinstance(item, Document):
-                            yield Entry(number, group.source, reader.file, item.line, item.subset, item.text, item.head)
-                            number += 1
-                    piece += 1
-                    last = reader.end_seen or (group.pieces is not None and piece >= group.pieces)
-            except SourceError as error:
-                self._reject(error.reason, reader.file if reader else group.files[0], 0, str(error))
-            finally:
-                if reader is not None:
-                    reader.close()
+                for item in reader.all_items():
+                    if isinstance(item, Reject):
+                        self._reject(item.reason, reader.file, item.line, item.detail)
+                    elif isinstance(item, Document):
+                        yield Entry(number, group.source, reader.file, item.line, item.subset, item.text, item.head)
+                        number += 1
 
     def refuse_changed_files(self) -> None:
         """Check, after a second reading, that it read what the first one did.

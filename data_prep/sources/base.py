@@ -1,4 +1,4 @@
-"""What a reader of a corpus yields: documents, documents too large for memory, and what had to be left out."""
+"""What a reader of a corpus yields: documents, and what had to be left out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import orjson
 
 from data_prep.errors import DataError
 
-# A line or file above this many bytes is not held in memory: its text goes through a file of its own.
-LARGE = 8 << 20
+MAXIMUM = 64 << 20  # bytes of a document, and of a JSON line; what is above it is a reject, and is never held in memory
 
 FORMATS = ("jsonl", "parquet", "text", "wikitext")
 
@@ -40,25 +39,12 @@ class Document(NamedTuple):
     head: bytes = b""
 
 
-class LargeDocument(NamedTuple):
-    """A document whose text lies as UTF-8 in `path`, from byte `start` to `end`; `temporary`: remove it when done."""
-
-    path: Path
-    start: int
-    end: int
-    line: int
-    subset: str | None = None
-    temporary: bool = True
-    head: bytes = b""
-
-
 class Reject(NamedTuple):
     """Something that is not in the shards though it was in the source. `line` counts from 1 inside the piece."""
 
     reason: str
     line: int
     detail: str
-    file: str = ""
 
 
 class Filtered(NamedTuple):
@@ -67,7 +53,7 @@ class Filtered(NamedTuple):
     reason: str
 
 
-Item = Document | LargeDocument | Reject | Filtered
+Item = Document | Reject | Filtered
 
 
 @dataclass(frozen=True)
@@ -77,8 +63,7 @@ class ReadOptions:
     text_field, subset_field, language_field: dotted names of JSON or parquet fields. subsets: the subsets wanted; empty
     for all. languages: the values wanted in language_field. separator: what stands between documents of a text file;
     empty for one document a file. minimum_bytes, maximum_bytes: UTF-8 length of a wanted document (0: no limit).
-    maximum_document_bytes: a larger document is a reject. format: `jsonl`, `parquet`, `text` or `wikitext` for files
-    whose names do not say.
+    format: `jsonl`, `parquet`, `text` or `wikitext` for files whose names do not say.
     """
 
     text_field: str = "text"
@@ -89,7 +74,6 @@ class ReadOptions:
     separator: str = ""
     minimum_bytes: int = 0
     maximum_bytes: int = 0
-    maximum_document_bytes: int = 1 << 32
     format: str = ""
 
     def __post_init__(self) -> None:
@@ -110,7 +94,7 @@ class Group:
     """Files that are read together, and the unit in which pieces are numbered.
 
     Several small files form one group of one piece. A large file is a group of its own, read in pieces of `piece_bytes`
-    bytes of (decompressed) text; `pieces` is None where the number shows only when the end is met.
+    bytes of (decompressed) text; `pieces` is None where the number is known only at the end.
     """
 
     number: int
@@ -129,27 +113,60 @@ class PieceReader(ABC):
     A reader lives as long as its worker works on the group, so that the next piece starts where the last one ended.
     """
 
-    def __init__(self, group: Group, options: ReadOptions, scratch: Path) -> None:
-        self.group, self.options, self.scratch = group, options, scratch
+    def __init__(self, group: Group, options: ReadOptions) -> None:
+        self.group, self.options = group, options
+        self.paths = tuple(map(field_path, (options.text_field, options.subset_field, options.language_field)))
         self.end_seen = False  # set by items() when the group ends in this piece
-        self.lines = 0  # lines (rows, files) met in this piece
+        self.lines = 0  # lines (rows, files) read in this piece
         self.file = ""  # file under way
         self.keep_fields = False  # documents also hold the other fields of their records
 
-    @abstractmethod
     def items(self, piece: int) -> Iterator[Item]:
-        """Items of piece number `piece`.
+        """Items of piece number `piece`. A file that cannot be read any further is a reject and ends its group, unless
+        the group has other files.
+        """
+        broken = False
+        for path in self.group.files or ("",):
+            self.file, self.lines = path, 0
+            try:
+                yield from self.read(path, piece)
+            except SourceError as error:
+                broken = True
+                yield Reject(error.reason, self.lines, str(error))
+        pieces = self.group.pieces
+        self.end_seen = broken or (self.at_end() if pieces is None else piece + 1 >= pieces)
+
+    def all_items(self) -> Iterator[Item]:
+        """Items of all pieces."""
+        piece = 0
+        while not self.end_seen:
+            yield from self.items(piece)
+            piece += 1
+
+    @abstractmethod
+    def read(self, path: str, piece: int) -> Iterator[Item]:
+        """Items of a piece of one file of the group (an empty path where the group has no files).
 
         Raises:
-            SourceError: nothing more can be read from this group.
+            SourceError: nothing more can be read from the file.
         """
 
+    def at_end(self) -> bool:
+        """Whether the file under way is read to its end; asked where its number of pieces is not known."""
+        return True
+
+    def document(self, record: object) -> Item:
+        """The document in a record, or why there is none."""
+        text, subset, language = (look_up(record, path) for path in self.paths)
+        found = accept(text, subset, language, self.lines, self.options)
+        return with_fields(found, record, self.paths[0]) if self.keep_fields else found
+
     def close(self) -> None:  # noqa: B027  (most readers hold nothing open between pieces)
-        """Let go of open files."""
+        """Close open files."""
 
 
 def accept(text: object, subset: object, language: object, line: int, options: ReadOptions) -> Item:
-    """Judge one record: a Document, or why it is not one. Sizes are judged later."""
+    """Judge one record: a Document, or why it is not one."""
     if type(text) is not str:
         if text is None:
             return Reject("missing_field", line, f"no field {options.text_field!r}")
@@ -170,12 +187,19 @@ def accept(text: object, subset: object, language: object, line: int, options: R
         data = orjson.dumps(orjson.Fragment(text))
     except orjson.JSONEncodeError:
         return Reject("invalid_utf8", line, "the text holds half a surrogate pair")
+    if len(data) > MAXIMUM:
+        return too_long(line)
     if b"\x00" in data:  # found several times faster there than in text of two bytes a character
         return Reject("nul_byte", line, f"NUL character at position {text.index(chr(0))}")
     return Document(text, data, line, name)
 
 
-def record_head(record: Mapping[str, Any], path: tuple[str, ...]) -> bytes:
+def too_long(line: int) -> Reject:
+    """The reject for a document or line above `MAXIMUM`."""
+    return Reject("too_long", line, f"it is above {MAXIMUM >> 20} MB")
+
+
+def record_head(record: object, path: tuple[str, ...]) -> bytes:
     """`record` as JSON up to the first character of the text at `path`, which is put last: behind the text there are
     one `"` and as many `}` as `path` has keys.
 
@@ -185,15 +209,13 @@ def record_head(record: Mapping[str, Any], path: tuple[str, ...]) -> bytes:
     return orjson.dumps(_with_text_last(record, path), default=_as_json)[: -len(path) - 1]
 
 
-def with_fields(found: Item, record: Mapping[str, Any], path: tuple[str, ...]) -> Item:
+def with_fields(found: Item, record: object, path: tuple[str, ...]) -> Item:
     """The document with the other fields of its record; a reject where they cannot be written again."""
-    if not isinstance(found, (Document, LargeDocument)):
+    if not isinstance(found, Document):
         return found
     try:
         return found._replace(head=record_head(record, path))
     except orjson.JSONEncodeError as error:
-        if isinstance(found, LargeDocument):
-            found.path.unlink(missing_ok=True)
         return Reject("invalid_json", found.line, f"its other fields cannot be written again: {error}")
 
 

@@ -12,10 +12,9 @@ NAME = "python-docs"
 class EmbeddedReader(PieceReader):
     """Reads all documents of the embedded corpus as one piece."""
 
-    def items(self, piece: int) -> Iterator[Item]:
+    def read(self, path: str, piece: int) -> Iterator[Item]:
         from data_prep.sources.python_docs import iter_documents
 
         for number, (name, text) in enumerate(iter_documents(), start=1):
             self.file, self.lines = name, number
             yield accept(text, None, None, number, self.options)
-        self.end_seen = True

@@ -1,4 +1,4 @@
-"""From what a person names as sources to their files."""
+"""Resolves the sources named on a command line to their files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SourceFiles:
 def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[list[SourceFiles], list[str]]:
     """Resolve `[NAME=]PATH|FOLDER|GLOB|hub:REPO[:CONFIG[:SPLIT]]|PRESET|python-docs|-`.
 
-    A file is read once, however often and by whatever paths it is given.
+    A file is read once, even if several paths lead to it.
 
     Returns:
         The sources in the order given, and sentences about what was left out: files of unknown kind, and given again.
@@ -246,7 +246,7 @@ def _without_reports(paths: Iterable[str]) -> list[str]:
     """`paths` without the reports of `dedup` and `decontaminate`, which are no documents.
 
     Raises:
-        DataError: one lies in a folder that is no corpus.
+        DataError: a file is in a folder that is no corpus.
     """
     found = list(paths)
     reports: set[str] = set()
@@ -271,7 +271,7 @@ def _refuse_unfinished(folder: Path) -> None:
 
 
 def _holds(outer: str, inner: str) -> bool:
-    """Whether `inner` is `outer` or lies in it: a link to such a folder leads in a circle."""
+    """Whether `inner` is `outer` or inside it: a link to such a folder is a cycle."""
     return os.path.commonpath([outer, inner]) == outer
 
 

@@ -74,13 +74,9 @@ def pieces_expected(group: Group) -> int:
     return group.pieces or max(1, -(-expected_bytes(group) // group.piece_bytes))
 
 
-def reader_for(group: Group, options: ReadOptions, scratch: Path) -> PieceReader:
-    """The reader that yields the documents of `group`.
-
-    Raises:
-        SourceError: its file cannot be opened.
-    """
-    return KINDS[group.kind](group, options, scratch)
+def reader_for(group: Group, options: ReadOptions) -> PieceReader:
+    """The reader that yields the documents of `group`."""
+    return KINDS[group.kind](group, options)
 
 
 def _file_groups(

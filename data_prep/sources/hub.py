@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, field_path, look_up, with_fields
+from data_prep.sources.base import Group, Item, PieceReader, SourceError, accept, look_up
 from data_prep.sources.text import Pages
 
 PRESETS = {
@@ -73,39 +73,28 @@ def _commit_and_files(repository: str, config: str, split: str, revision: str) -
 
 
 class HubReader(PieceReader):
-    """Streams one file of a hub data set; a broken connection is taken up where it broke.
+    """Streams one file of a hub data set; a broken connection is resumed at the row where it broke.
 
     The rows of WikiText are lines; they are put together to articles as in its raw files.
     """
 
-    def items(self, piece: int) -> Iterator[Item]:
-        extra, options = self.group.extra, self.options
+    def read(self, path: str, piece: int) -> Iterator[Item]:
+        extra = self.group.extra
         self.file = f"hub:{extra['repository']}:{extra['config']}:{extra['split']}#{extra['file']}"
-        text_path, subset_path = field_path(options.text_field), field_path(options.subset_field)
-        language_path = field_path(options.language_field)
-        if options.format == "wikitext" or str(extra["repository"]).endswith("/wikitext"):
-            yield from self._articles(text_path)
+        if self.options.format == "wikitext" or str(extra["repository"]).endswith("/wikitext"):
+            yield from self._articles()
         else:
-            for row in self._rows():
-                text, subset, language = (look_up(row, path) for path in (text_path, subset_path, language_path))
-                found = accept(text, subset, language, self.lines, options)
-                yield with_fields(found, row, text_path) if self.keep_fields else found
-        self.end_seen = True
+            yield from map(self.document, self._rows())
 
-    def _articles(self, text_path: tuple[str, ...]) -> Iterator[Item]:
-        pages = Pages(self.options, self.scratch)
-        try:
-            for row in self._rows():
-                line = look_up(row, text_path)
-                if not isinstance(line, str):
-                    yield accept(line, None, None, self.lines, self.options)
-                    continue
-                data = line.encode("utf-8", "surrogatepass")
-                yield from pages.begin_line(data, self.lines)
-                pages.write(data or b" \n")  # the raw file's empty lines hold a space
-            yield from pages.finish()
-        finally:
-            pages.close()
+    def _articles(self) -> Iterator[Item]:
+        pages = Pages(self.options)
+        for row in self._rows():
+            line = look_up(row, self.paths[0])
+            if isinstance(line, str):  # the raw file's empty lines hold a space
+                yield from pages.add(line.encode("utf-8", "surrogatepass") or b" \n", self.lines)
+            else:
+                yield accept(line, None, None, self.lines, self.options)
+        yield from pages.finish()
 
     def _rows(self) -> Iterator[Any]:
         extra = self.group.extra
@@ -130,7 +119,7 @@ class HubReader(PieceReader):
 
 
 def _asked_to_wait(error: BaseException | None) -> float | None:
-    """Seconds the hub wants to be left alone for, where `error` comes from such an answer (429, 503); else None."""
+    """Seconds to wait before the next request, if the hub answered 429 or 503; else None."""
     while error is not None:
         response: Any = getattr(error, "response", None)
         if getattr(response, "status_code", None) in (429, 503):

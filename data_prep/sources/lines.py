@@ -4,49 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_prep.sources.base import LARGE, SourceError
+from data_prep.sources.base import MAXIMUM, Group, PieceReader, ReadOptions, SourceError
 from data_prep.sources.streams import ByteStream
 
 _CHUNK = 1 << 20
+_LARGEST_CHUNK = 8 << 20
 
 
 class LongLine:
-    """A line above the size that is held in memory, to be read in parts before the next line is asked for; what is left
-    unread is skipped then.
-    """
+    """Stands for a line above `MAXIMUM` bytes, which was skipped; its length is that of the line."""
 
-    def __init__(self, reader: LineReader, head: bytes) -> None:
-        self._reader, self._data = reader, head
-        self._ended = False
-        self._passed = 0
+    def __init__(self, size: int) -> None:
+        self._size = size
 
-    def read(self) -> bytes:
-        """The next part, without the separator; empty at the end of the line.
-
-        Raises:
-            SourceError: the file is damaged here.
-        """
-        part = b""
-        while not part and not self._ended:
-            part, self._data, self._ended = self._reader.part_of_line(self._data)
-        self._passed += len(part)
-        return part
-
-    def skip(self) -> int:
-        """Read to the end; bytes of the whole line.
-
-        Raises:
-            SourceError: the file is damaged inside the line.
-        """
-        while self.read():
-            pass
-        return self._passed
+    def __len__(self) -> int:
+        return self._size
 
 
 class LineReader:
     """Yields the lines that start inside a range of (decompressed) bytes.
 
-    A line belongs to the range that its first byte lies in. Ranges asked for in rising order continue where the last
+    A line belongs to the range that holds its first byte. Ranges asked for in rising order continue where the last
     one ended; on a compressed file a gap is decompressed and dropped.
 
     Args:
@@ -65,12 +43,11 @@ class LineReader:
         self._passed = 0  # lines in front of this byte were asked for
         self._ready: list[bytes | LongLine] = []  # whole lines already split, the next one last
         self._carry = b""  # what follows them, up to the reading position of the stream
-        self._open: LongLine | None = None  # handed out, and perhaps not read to its end
 
     def lines(self, start: int, end: int | None) -> Iterator[bytes | LongLine]:
-        """Lines whose first byte lies in [start, end); `end` None reads to the end of the file.
+        """Lines whose first byte is in [start, end); `end` None reads to the end of the file.
 
-        Damage in front of the range's first line is the concern of an earlier range: then there are no lines here.
+        Damage before the range's first line is reported by an earlier range; then there are no lines here.
 
         Raises:
             SourceError: damage inside the range, after the lines in front of it were yielded.
@@ -78,40 +55,31 @@ class LineReader:
         if start < self._passed:
             self.stream.close()
             self.stream = ByteStream(self.path)
-            self.offset, self.at_end, self._ready, self._carry, self._open = 0, False, [], b"", None
+            self.offset, self.at_end, self._ready, self._carry = 0, False, [], b""
         # A line that began in front of `end` may reach far behind it: the next range has nothing to look for there.
         self._passed = end if end is not None else start + 1
-        try:
-            self._leave_open_line()
-            if start > self.offset:
+        if start > self.offset:
+            try:
                 self._skip_to(start)
-        except SourceError:
-            self.at_end, self._open = True, None
+            except SourceError:
+                self.at_end = True
         width = len(self.separator)
-        while end is None or self.offset < end:
-            if not self._ready and not self._fill():
-                break
+        while (end is None or self.offset < end) and (self._ready or self._fill()):
             line = self._ready.pop()
-            if isinstance(line, LongLine):
-                self._open = line
-                yield line
-                self._leave_open_line()
-            else:
-                self.offset += len(line) + width
-                yield line
+            self.offset += len(line) + width
+            yield line if len(line) <= MAXIMUM else LongLine(len(line))
         if not self._ready and not self._carry and not self.at_end:
             try:
                 self._fill()
             except SourceError:
-                return  # the next range meets it again and reports it
+                return  # the next range reports it
         self.at_end = self.at_end and not self._ready
 
     def _skip_to(self, start: int) -> None:
         """Go to the first line that starts at or after `start`."""
         width = len(self.separator)
         while self._ready and self.offset < start:
-            line = self._ready.pop()
-            self.offset += (line.skip() if isinstance(line, LongLine) else len(line)) + width
+            self.offset += len(self._ready.pop()) + width
         if self._ready or self.offset >= start:
             return
         # A separator that ends exactly at `start` makes a line start there, so reading begins in front of it.
@@ -121,21 +89,10 @@ class LineReader:
         else:
             self.stream.seek(position)
             data = b""
-        base = position
         self._carry = b""
-        while True:
-            found = data.find(self.separator)
-            if found >= 0:
-                self._carry = data[found + width :]
-                self.offset = base + found + width
-                return
-            keep = min(len(data), width - 1)
-            base += len(data) - keep
-            chunk = self.stream.read(_CHUNK)
-            if not chunk:
-                self.offset, self.at_end = self.stream.offset, True
-                return
-            data = data[len(data) - keep :] + chunk
+        self.offset = position + self._pass_separator(data)
+        if not self.at_end:
+            self.offset += width
 
     def _fill(self) -> bool:
         """Read on until at least one whole line is there; False at the end of the file."""
@@ -143,10 +100,11 @@ class LineReader:
             return False
         data = self._carry
         while self.separator not in data:
-            if len(data) > LARGE:
-                self._carry, self._ready = b"", [LongLine(self, data)]
+            if len(data) - len(self.separator) >= MAXIMUM:  # the separator may have begun
+                self._ready = [LongLine(self._pass_separator(data))]
                 return True
-            chunk = self.stream.read(_CHUNK)
+            # Larger and larger reads: a line of many megabytes is not copied once for each of them.
+            chunk = self.stream.read(min(max(_CHUNK, len(data)), _LARGEST_CHUNK))
             if not chunk:
                 self.at_end, self._carry = True, b""
                 self._ready = [data] if data else []
@@ -157,29 +115,46 @@ class LineReader:
         self._ready = lines  # type: ignore[assignment]
         return True
 
-    def part_of_line(self, data: bytes) -> tuple[bytes, bytes, bool]:
-        """A part of a long line, of which `data` is read: the part, what is read and not part of it, whether it is the
-        last. What follows the line is kept for the next one.
-        """
-        found = data.find(self.separator)
-        if found >= 0:
-            self._carry = data[found + len(self.separator) :]
-            return data[:found], b"", True
-        cut = max(0, len(data) - (len(self.separator) - 1))  # a separator may begin behind it
-        if cut:
-            return data[:cut], data[cut:], False
-        chunk = self.stream.read(_CHUNK)
-        if not chunk:
-            self.at_end = True
-            return data, b"", True
-        return b"", data + chunk, False
+    def _pass_separator(self, data: bytes) -> int:
+        """Read on behind the next separator, of which `data` is read; bytes in front of it. Nothing else is kept."""
+        passed = 0
+        while (found := data.find(self.separator)) < 0:
+            kept = min(len(data), len(self.separator) - 1)  # a separator may begin here
+            passed += len(data) - kept
+            chunk = self.stream.read(_CHUNK)
+            if not chunk:
+                self.at_end, self._carry = True, b""
+                return passed + kept
+            data = data[len(data) - kept :] + chunk
+        self._carry = data[found + len(self.separator) :]
+        return passed + found
 
-    def _leave_open_line(self) -> None:
-        """Go behind the long line that was handed out last."""
-        if self._open is not None:
-            size = self._open.skip()
-            self.offset += size + len(self.separator)
-            self._open = None
+
+class LinePieceReader(PieceReader):
+    """Base of the readers whose pieces are ranges of lines."""
+
+    def __init__(self, group: Group, options: ReadOptions) -> None:
+        super().__init__(group, options)
+        self._lines: LineReader | None = None
+
+    def lines_of(self, path: str, piece: int, separator: bytes = b"\n") -> Iterator[bytes | LongLine]:
+        """Lines of a piece of a file, counted in `lines`."""
+        if self._lines is None or self._lines.path != path:
+            self.close()
+            self._lines = LineReader(path, separator)
+        size = self.group.piece_bytes
+        start, end = (0, None) if self.group.pieces == 1 else (piece * size, (piece + 1) * size)
+        for line in self._lines.lines(start, end):
+            self.lines += 1
+            yield line
+
+    def at_end(self) -> bool:
+        return self._lines is None or self._lines.at_end
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.stream.close()
+            self._lines = None
 
 
 def can_overlap(separator: bytes) -> bool:

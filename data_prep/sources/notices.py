@@ -1,16 +1,17 @@
-"""What a person should know of the sources before they are read: files that look as if they were meant otherwise."""
+"""Notes before the sources are read: files that look as if they should be read in another way."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from data_prep.errors import DataError
 from data_prep.plain_text import plain
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import STANDARD_INPUT, SourceFiles, kind_of
 from data_prep.sources.streams import ByteStream
-from data_prep.sources.text import PAGE
+from data_prep.sources.wikitext import begins_page
 
 _FILES, _BYTES = 8, 8 << 20  # so many files of a source are looked at, and so much of each
 _MARKS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>")  # what other tools write between documents
@@ -27,7 +28,8 @@ def notices(sources: Sequence[SourceFiles], options: ReadOptions) -> list[str]:
     for source, kinds in by_kind:
         sentences += _undivided_text(source, kinds.get("text", ()), options)
         pages = list(_beginnings(kinds.get("wikitext", ())))
-        if pages and not any(PAGE.match(line) for _, data in pages for line in data.split(b"\n")):
+        lines = (line for _, data in pages for line in data.decode("utf-8", "replace").split("\n"))
+        if pages and not any(map(begins_page, lines)):
             sentences.append(
                 f"{source.name}: no line of {pages[0][0]} is the heading of a WikiText page (' = Title = '), so each "
                 "such file is one document; --format text reads it as plain text."
@@ -66,7 +68,7 @@ def _undivided_text(source: SourceFiles, files: Sequence[str], options: ReadOpti
     elif looked and not any(options.separator.encode() in data for _, data in looked):
         other = _other_line_ends(options.separator)
         path = next((path for path, data in looked if other.encode() in data), "") if other else ""
-        advice = f" The lines of {path} end otherwise: is --separator {other!r} meant?" if path else ""
+        advice = f" {path} has other line ends: is --separator {other!r} meant?" if path else ""
         yield (
             f"{source.name}: the separator {options.separator!r} is not in the first 8 MB of {looked[0][0]}"
             f"{f', nor of {len(looked) - 1} other files' if len(looked) > 1 else ''}; a text file without it is one "
@@ -87,12 +89,9 @@ def _beginnings(files: Sequence[str]) -> Iterable[tuple[str, bytes]]:
         if path == STANDARD_INPUT:
             continue
         try:
-            stream = ByteStream(path)
-            parts = []
-            while stream.offset < _BYTES and (part := stream.read()):
-                parts.append(part)
-            stream.close()
+            with closing(ByteStream(path)) as stream:
+                data = stream.head(_BYTES)
         except DataError:
             continue
-        if parts:
-            yield path, b"".join(parts)
+        if data:
+            yield path, data

@@ -12,18 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.sources.base import (
-    Group,
-    Item,
-    PieceReader,
-    ReadOptions,
-    Reject,
-    SourceError,
-    accept,
-    field_path,
-    look_up,
-    with_fields,
-)
+from data_prep.sources.base import Item, PieceReader, Reject, SourceError, accept, field_path, look_up, with_fields
 
 _ROWS = 128
 _BATCH_BYTES = 16 << 20  # of rows that are held at a time, on average
@@ -57,59 +46,38 @@ def pieces_of(path: str, piece_bytes: int) -> list[tuple[int, int]]:
 class ParquetReader(PieceReader):
     """Reads the row groups of a piece in batches of rows, only the columns that are asked for."""
 
-    def __init__(self, group: Group, options: ReadOptions, scratch: Path) -> None:
-        super().__init__(group, options, scratch)
-        self._fields = [f for f in (options.text_field, options.subset_field, options.language_field) if f]
+    def read(self, path: str, piece: int) -> Iterator[Item]:
+        file = _open(path)
+        options, top = self.options, set(file.schema_arrow.names)
+        names = [options.text_field, options.subset_field, options.language_field]
+        # A flattened table has columns with dots in their names.
+        paths = [(name,) if name in top else field_path(name) for name in names]
+        if missing := [name for name, found in zip(names, paths) if found and found[0] not in top]:
+            raise DataError(
+                f"{path} has no column {missing[0]!r}; it has {', '.join(sorted(top))}. "
+                "Name the text column with --text-field."
+            )
+        numbers, columns = self._row_groups(path, piece), None if self.keep_fields else [*filter(None, names)]
+        with _damage(path):
+            for row in _rows(path, file, numbers, columns, times_as_text=self.keep_fields):
+                self.lines += 1
+                if isinstance(row, UnicodeDecodeError):
+                    yield Reject("invalid_utf8", self.lines, f"byte {row.start} of a field: {row.reason}")
+                    continue
+                text, subset, language = (look_up(row, found) for found in paths)
+                item = accept(text, subset, language, self.lines, options)
+                yield with_fields(item, _nested(row), self.paths[0]) if self.keep_fields else item
 
-    def items(self, piece: int) -> Iterator[Item]:
-        alone = len(self.group.files) == 1
-        for path in self.group.files:
-            self.file, self.lines = path, 0
-            try:
-                groups = self._row_groups(path, piece) if alone else None
-                yield from self._rows(path, groups)
-            except SourceError as error:
-                if alone:
-                    raise
-                yield Reject(error.reason, self.lines + 1, str(error))
-        self.end_seen = True
-
-    def _row_groups(self, path: str, piece: int) -> tuple[int, int]:
+    def _row_groups(self, path: str, piece: int) -> range:
         pieces = pieces_of(path, self.group.piece_bytes)
+        if len(self.group.files) > 1 or self.group.pieces == 1:
+            return range(pieces[-1][1])
         if piece >= len(pieces):
             raise SourceError(
                 "unreadable_file",
                 f"{path} has {len(pieces)} pieces, but had {self.group.pieces} when the run began: it has changed",
             )
-        return pieces[piece]
-
-    def _rows(self, path: str, groups: tuple[int, int] | None) -> Iterator[Item]:
-        file = _open(path)
-        wanted, top = self._fields, set(file.schema_arrow.names)
-        # A flattened table has columns with dots in their names.
-        paths = [(name,) if name in top else field_path(name) for name in wanted]
-        missing = [name for name, path in zip(wanted, paths) if path[0] not in top]
-        if missing:
-            raise DataError(
-                f"{path} has no column {missing[0]!r}; it has {', '.join(sorted(top))}. "
-                "Name the text column with --text-field."
-            )
-        numbers = range(*groups) if groups is not None else range(file.metadata.num_row_groups)
-        options = self.options
-        columns = None if self.keep_fields else wanted
-        with _damage(path):
-            for batch in _batches(path, file, numbers, columns):
-                for row in _rows_of(_with_readable_times(batch) if self.keep_fields else batch):
-                    self.lines += 1
-                    if isinstance(row, UnicodeDecodeError):
-                        yield Reject("invalid_utf8", self.lines, f"byte {row.start} of a field: {row.reason}")
-                        continue
-                    values = [look_up(row, path) for path in paths]
-                    text = values.pop(0)
-                    subset = values.pop(0) if options.subset_field else None
-                    found = accept(text, subset, values[0] if options.language_field else None, self.lines, options)
-                    text_path = field_path(options.text_field)
-                    yield with_fields(found, _nested(row), text_path) if self.keep_fields else found
+        return range(*pieces[piece])
 
 
 def records(path: str) -> Iterator[dict[str, Any]]:
@@ -120,11 +88,10 @@ def records(path: str) -> Iterator[dict[str, Any]]:
     """
     file = _open(path)
     with _damage(path):
-        for batch in _batches(path, file, range(file.metadata.num_row_groups), None):
-            for row in _rows_of(batch):
-                if isinstance(row, UnicodeDecodeError):
-                    raise row
-                yield row
+        for row in _rows(path, file, range(file.metadata.num_row_groups), None):
+            if isinstance(row, UnicodeDecodeError):
+                raise row
+            yield row
 
 
 @contextmanager
@@ -142,8 +109,24 @@ def _damage(path: str) -> Iterator[None]:
         raise SourceError("broken_compression", f"{path}: parquet data is damaged: {error}") from None
 
 
+def _rows(
+    path: str, file: Any, numbers: Iterable[int], columns: list[str] | None, times_as_text: bool = False
+) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of some row groups; for a row that is no UTF-8, which writers of parquet need not check, the error."""
+    for batch in _batches(path, file, numbers, columns):
+        batch = _with_readable_times(batch) if times_as_text else batch
+        try:
+            yield from batch.to_pylist()
+        except UnicodeDecodeError:
+            for number in range(batch.num_rows):
+                try:
+                    yield from batch.slice(number, 1).to_pylist()
+                except UnicodeDecodeError as error:
+                    yield error
+
+
 def _batches(path: str, file: Any, numbers: Iterable[int], columns: list[str] | None) -> Iterator[Any]:
-    """The rows of some row groups, as many at a time as memory is sure to hold."""
+    """The rows of some row groups, as many at a time as fit in memory for certain."""
     for number in numbers:
         group = file.metadata.row_group(number)
         read = [group.column(n) for n in range(group.num_columns)]
@@ -208,16 +191,6 @@ def _nested(row: Mapping[str, Any]) -> Mapping[str, Any]:
         else:
             result[name] = value
     return result
-
-
-def _rows_of(batch: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a batch; for a row that is no UTF-8, which writers of parquet need not check, the error."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [error]
-        return [row for number in range(batch.num_rows) for row in _rows_of(batch.slice(number, 1))]
 
 
 def _open(path: str) -> Any:

@@ -88,6 +88,18 @@ class ByteStream:
         self.offset += len(data)
         return data
 
+    def head(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the regular end.
+
+        Raises:
+            SourceError: as `read`.
+        """
+        parts = []
+        while size > 0 and (part := self.read(size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
     def _raw(self, size: int) -> bytes:
         try:
             return self._file.read(size)

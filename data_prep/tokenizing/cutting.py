@@ -7,56 +7,31 @@ and so is the place in front of a single space that a letter follows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 PART = 1 << 20  # characters in a part, about
 _FARTHEST = 4 * PART
 
 
-class Cutter:
-    """Cuts a text that arrives in pieces; the cuts do not depend on how it arrives.
-
-    forced: how often no edge was found within 4 million characters and the cut was made anyway. There, and only there,
-    ids can differ from those of the whole text.
-    """
-
-    def __init__(self) -> None:
-        self._text = ""
-        self.forced = 0
-
-    def feed(self, text: str) -> Iterator[str]:
-        """Add text; yields the parts that are settled by it."""
-        self._text += text
-        while len(self._text) > _FARTHEST:
-            yield self._take()
-
-    def finish(self) -> Iterator[str]:
-        """The parts of what is left."""
-        while len(self._text) > PART + PART // 2:
-            yield self._take()
-        if self._text:
-            yield self._text
-        self._text = ""
-
-    def _take(self) -> str:
-        at = edge_before(self._text, PART // 2, PART) or _edge_after(self._text, PART, _FARTHEST)
-        if not at:
-            at = min(len(self._text), _FARTHEST)
-            self.forced += at < len(self._text)
-        part, self._text = self._text[:at], self._text[at:]
-        return part
-
-
 def cut(text: str) -> tuple[list[str], int]:
-    """Parts of `text` and how many cuts were forced."""
-    if len(text) <= PART + PART // 2:
-        return [text], 0
-    cutter = Cutter()
-    parts = [*cutter.feed(text), *cutter.finish()]
-    return parts, cutter.forced
+    """Parts of `text`, and how often no edge was found within 4 million characters and the cut was made anyway.
+
+    There, and only there, ids can differ from those of the whole text.
+    """
+    parts: list[str] = []
+    forced = start = 0
+    while len(text) - start > PART + PART // 2:
+        farthest = min(start + _FARTHEST, len(text))
+        at = _edge_before(text, start + PART // 2, start + PART) or _edge_after(text, start + PART, farthest)
+        if not at:
+            at = farthest
+            forced += at < len(text)
+        parts.append(text[start:at])
+        start = at
+    if start < len(text) or not parts:
+        parts.append(text[start:])
+    return parts, forced
 
 
-def edge_before(text: str, low: int, high: int) -> int:
+def _edge_before(text: str, low: int, high: int) -> int:
     """The last edge in `text[low:high]` (a cut goes in front of it), a newline's before a space's; 0 without one."""
     for mark in "\n ":
         at = high
@@ -67,6 +42,7 @@ def edge_before(text: str, low: int, high: int) -> int:
 
 
 def _edge_after(text: str, low: int, high: int) -> int:
+    """The first edge in `text[low:high]`."""
     for mark in "\n ":
         at = low - 1
         while (at := text.find(mark, at + 1, high)) > 0:

@@ -1,7 +1,7 @@
 """The encoder: an exact accelerator in front of the reference tokenizer, checked against it before it is trusted.
 
 The reference is the tokenizer's own library. fastokens computes the same ids many times faster where it can load the
-tokenizer; at start both encode a set of nasty strings and a sample of the user's documents, and on the slightest
+tokenizer; at start both encode a set of nasty strings and a sample of the user's documents, and on any
 difference the reference is used. A text on which the accelerator fails goes to the reference alone.
 """
 
@@ -139,7 +139,7 @@ class Engine:
 
 
 def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, dict[str, Any]]:
-    """The fastest engine that agrees with the reference on the nasty texts and on `sample`, and what is known of it.
+    """The fastest engine that agrees with the reference on the nasty texts and on `sample`, and a report about it.
 
     The second value goes into the manifest: name, library versions, texts compared, and why a faster one was refused.
 
@@ -221,7 +221,7 @@ def _load_fastokens(tokenizer: Tokenizer, variant: str) -> Any:
         if folded is None:
             raise _Unsuitable("no digits to fold", worth_saying=False)
         content["pre_tokenizer"] = folded
-    # Its thread pool takes one thread for every processor it may run on; a worker wants one in all.
+    # Its thread pool takes one thread for every processor it may run on; a worker needs one in all.
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
         if allowed:

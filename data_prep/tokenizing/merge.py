@@ -29,7 +29,7 @@ from data_prep.tokenizing.packing import concat_summary, write_packing
 from data_prep.tokenizing.packing import summary as packing_summary
 from data_prep.tokenizing.piece_schedule import Schedule, Share
 from data_prep.tokenizing.receipts import Receipt, read_receipt, rejects_path
-from data_prep.tokenizing.shard_plan import WORK, Plan
+from data_prep.tokenizing.shard_plan import WORK, Plan, Settings
 from data_prep.tokenizing.shuffle import shuffle_source
 
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
@@ -41,7 +41,7 @@ BROKEN = ("unreadable_file", "broken_compression")
 
 
 def load_receipts(folder: Path, schedule: Schedule, retry_broken: bool = False) -> None:
-    """Give the schedule what is finished; `retry_broken`: but for pieces that met a broken file, it may be repaired."""
+    """Add the finished pieces to the schedule; `retry_broken`: not those of broken files, which may be mended now."""
     for path in sorted((folder / WORK).glob("piece-*.json")):
         receipt = read_receipt(path)
         if receipt.group >= len(schedule.groups):
@@ -225,10 +225,8 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
     join_held_out(folder, receipts)
     if plan.settings.shuffle_seed is not None:
         manifest = _shuffled(folder, manifest, plan.settings.shuffle_seed)
-    if plan.settings.packing == "best-fit":
-        manifest = _packed(folder, manifest, plan.settings.sequence_length, workers)
-    elif plan.settings.sequence_length:
-        manifest = _concatenated(folder, manifest, plan.settings.sequence_length)
+    if plan.settings.sequence_length:
+        manifest = _with_packing(folder, manifest, plan.settings, workers)
     write_manifest(folder, manifest)
     remove_leftovers(folder, manifest)
     return manifest
@@ -255,25 +253,19 @@ def _shuffled(folder: Path, manifest: Manifest, seed: int) -> Manifest:
     return replace(manifest, splits={**manifest.splits, "train": Split(tuple(made))}) if made else manifest
 
 
-def _packed(folder: Path, manifest: Manifest, length: int, workers: int) -> Manifest:
-    packings: dict[str, Any] = {"length": length}
-    context = multiprocessing.get_context("spawn")
-    for name, split in manifest.splits.items():
-        prefixes = [str(folder / shard.name) for shard in split.shards]
-        if workers > 1 and len(prefixes) > 1:
-            with ProcessPoolExecutor(min(workers, len(prefixes)), context) as pool:
-                parts = list(pool.map(write_packing, prefixes, [length] * len(prefixes)))
-        else:
-            parts = [write_packing(prefix, length) for prefix in prefixes]
-        packings[name] = packing_summary(parts)
-    return replace(manifest, statistics={**manifest.statistics, "packing": packings})
-
-
-def _concatenated(folder: Path, manifest: Manifest, length: int) -> Manifest:
-    cuts: dict[str, Any] = {"length": length}
-    for name, split in manifest.splits.items():
-        cuts[name] = concat_summary([folder / shard.name for shard in split.shards], length)
-    return replace(manifest, statistics={**manifest.statistics, "packing": cuts})
+def _with_packing(folder: Path, manifest: Manifest, settings: Settings, workers: int) -> Manifest:
+    """The manifest with what packing pads and cuts at the sequence length; best-fit writes its packing too."""
+    length = settings.sequence_length
+    found: dict[str, Any] = {"length": length}
+    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+        for name, split in manifest.splits.items():
+            prefixes = [str(folder / shard.name) for shard in split.shards]
+            if settings.packing == "concat":
+                found[name] = concat_summary(prefixes, length)
+            else:
+                run = pool.map if workers > 1 and len(prefixes) > 1 else map
+                found[name] = packing_summary(list(run(write_packing, prefixes, [length] * len(prefixes))))
+    return replace(manifest, statistics={**manifest.statistics, "packing": found})
 
 
 def merged_schedule(folder: Path, plan: Plan) -> Schedule:

@@ -1,4 +1,4 @@
-"""MPI ranks as workers: rank 0 hands out pieces and works on some itself, between two looks at its mail.
+"""MPI ranks as workers: rank 0 hands out pieces and works on some itself between messages.
 
 Every rank reads the plan from the data set folder and writes its shards and receipts straight into it, so all must see
 it. What travels are messages of one fixed size that MPI sends at once: nothing is pickled, no message is asked for its
@@ -55,13 +55,13 @@ _MESSAGE = np.dtype(
 class Mailbox:
     """Messages to and from one other rank, in the order they were sent.
 
-    A receive is always under way, into a buffer of its own, so that MPI never has to be asked what is there.
+    A receive into its own buffer is always pending, so that MPI never has to be probed.
     """
 
     def __init__(self, world: Any, rank: int) -> None:
         self._world, self._rank = world, rank
         self._arriving = np.zeros(1, _MESSAGE)
-        self._sent: list[tuple[Any, np.ndarray]] = []  # a buffer must stay as it is until it is gone
+        self._sent: list[tuple[Any, np.ndarray]] = []  # a buffer must not change until it is sent
         self._receive: Any = None
         self._listen()
 
@@ -79,7 +79,7 @@ class Mailbox:
         return message
 
     def post(self, word: Word, key: Key = (0, 0), *, progress: Progress | None = None, error: Any = None) -> None:
-        """Send a message without waiting for it to be gone: the other rank may be lost."""
+        """Start to send a message, without waiting: the other rank may be lost."""
         message = np.zeros(1, _MESSAGE)
         message["word"], message["group"], message["piece"] = word, *key
         if progress is not None:
@@ -92,13 +92,13 @@ class Mailbox:
         self._sent.append((self._world.Isend(message.view(np.uint8), dest=self._rank), message))
 
     def wait_until_sent(self) -> None:
-        """Return when all posted messages are gone."""
+        """Return when all posted messages are sent."""
         for request, _ in self._sent:
             request.Wait()
         self._sent.clear()
 
 
-class Ranks:
+class MpiWorld:
     """The MPI world of this process.
 
     missing: ranks that fell silent. finished: set it when the run has ended well; it decides the exit code where MPI

@@ -43,6 +43,6 @@ def nasty_texts() -> Iterator[str]:
     for length in (2, 3, 7, 8, 16, 31, 64, 255, 1000):
         for character in " \n\ta1=-é漢":
             yield f"a{character * length}b{character * length}1{character * length}"
-    for code in range(1, 0x110000, 1021):  # a prime, so that every block of Unicode is met
+    for code in range(1, 0x110000, 1021):  # a prime, so that every block of Unicode is covered
         if not 0xD800 <= code <= 0xDFFF:
             yield f"{chr(code)} a{chr(code)}1 {chr(code)}{chr(code)}\n"

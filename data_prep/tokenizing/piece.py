@@ -5,12 +5,11 @@ The result of a piece depends on the plan alone. A piece is finished when its re
 
 from __future__ import annotations
 
-import codecs
 import errno
-import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,10 +23,10 @@ from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.reading.manifest import Shard
 from data_prep.reading.shards import ShardWriter, dtype_for_vocabulary
-from data_prep.sources.base import Document, Filtered, LargeDocument, PieceReader, Reject, SourceError
+from data_prep.sources.base import Document, PieceReader, Reject
 from data_prep.sources.groups import reader_for
 from data_prep.tokenizers.loading import differences_from, load_tokenizer
-from data_prep.tokenizing.cutting import Cutter, cut
+from data_prep.tokenizing.cutting import cut
 from data_prep.tokenizing.encoder import Engine
 from data_prep.tokenizing.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
 from data_prep.tokenizing.shard_plan import WORK, Plan, Settings
@@ -52,7 +51,6 @@ class PieceWorker:
 
     def __init__(self, folder: Path, plan: Plan, engine: Engine | None = None) -> None:
         self.folder, self.plan = folder, plan
-        self.scratch = folder / WORK
         if engine is None:
             tokenizer = load_tokenizer(folder / plan.tokenizer.file)
             if differences_from(tokenizer, plan.tokenizer):
@@ -62,7 +60,7 @@ class PieceWorker:
         self._reader: PieceReader | None = None
 
     def work(self, group: int, piece: int, cap: int = 0) -> Iterator[Progress]:
-        """Do one piece, yielding after each batch; its receipt lies in the working folder afterwards.
+        """Do one piece, yielding after each batch; its receipt is in the working folder afterwards.
 
         cap: training tokens after which the piece ends (0: none).
 
@@ -71,55 +69,35 @@ class PieceWorker:
             DataError: a source that cannot be right, such as parquet without the text column.
         """
         found = self.plan.groups[group]
+        if self._reader is None or self._reader.group is not found:
+            self.close()
+            self._reader = reader_for(found, self.plan.settings.options)
+        reader = self._reader
         rejects = _Rejects(rejects_path(self.folder, group, piece))
         output = _Output(self.folder, self.plan, group, piece, self.engine, cap)
-        reader: PieceReader | None = None
         try:
-            with output:
-                try:
-                    if self._reader is None or self._reader.group is not found:
-                        self.close()
-                        self._reader = reader_for(found, self.plan.settings.options, self.scratch)
-                    reader = self._reader
-                    for item in reader.items(piece):
-                        if isinstance(item, Document):
-                            progress = output.add(item)
-                            if progress:
-                                yield progress
-                                if output.capped:
-                                    break
-                        elif isinstance(item, Reject):
-                            rejects.add(item, reader.file)
-                        elif isinstance(item, Filtered):
-                            output.filtered[item.reason] += 1
-                        else:
-                            yield from output.add_large(item)
+            with rejects, output:
+                for item in reader.items(piece):
+                    if isinstance(item, Document):
+                        if progress := output.add(item):
+                            yield progress
                             if output.capped:
                                 break
-                        if output.reject:
-                            rejects.add(output.reject, reader.file)
-                            output.reject = None
-                except SourceError as error:
-                    files = reader.file if reader else found.files[0]
-                    rejects.add(Reject(error.reason, reader.lines if reader else 0, str(error)), files)
-                    last = True
-                else:
-                    last = reader.end_seen
+                    elif isinstance(item, Reject):
+                        rejects.add(item, reader.file)
+                    else:
+                        output.filtered[item.reason] += 1
                 yield output.finish()
-            rejects.close()
-        except BaseException:
-            rejects.abort()
-            raise
         finally:
-            if reader is None or output.capped or not output.done:
+            if output.capped or not output.done:
                 self.close()
         receipt = Receipt(
             group,
             piece,
-            last,
+            reader.end_seen,
             output.shards,
             output.held_out_names,
-            reader.lines if reader else 0,
+            reader.lines,
             dict(sorted(rejects.counts.items())),
             dict(output.filtered),
             {source: counts.tolist() for source, counts in output.lengths.items()},
@@ -164,38 +142,35 @@ class _Output:
         self.fallbacks = engine.fallbacks
         self.capped = False
         self.done = False
-        self.reject: Reject | None = None
-        self._batches: dict[tuple[str, str], _Batch] = {}
+        self._files = ExitStack()  # finishes all files, or discards them
+        self._batches: defaultdict[tuple[str, str], _Batch] = defaultdict(_Batch)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._text_bytes: Counter[tuple[str, str]] = Counter()
-        self._held_out: dict[str, _HeldOut] = {}
+        self._held_out: dict[str, Any] = {}
         self._waiting = 0
         self._train_tokens = 0
 
     def __enter__(self) -> _Output:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            for writer in self._writers.values():
-                writer.abort()
-            for part in self._held_out.values():
-                part.abort()
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
 
     def add(self, document: Document) -> Progress | None:
         """Take a document; returns progress when a batch was encoded."""
         text, data = document.text, document.data
         size = len(data)
-        if not self._wanted(size, document.line):
+        options = self.settings.options
+        if size < options.minimum_bytes or (options.maximum_bytes and size > options.maximum_bytes):
+            self.filtered["length"] += 1
             return None
         split = self._split(xxhash.xxh3_64_intdigest(data, self.settings.split_seed))
         source = document.subset or self.source
         if split != "train":
-            self._held(split).write_text(text, source)
+            line = {"text": text, "source": source}
+            self._held(split).write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         key = (split, source)
-        batch = self._batches.get(key)
-        if batch is None:
-            batch = self._batches[key] = _Batch()
+        batch = self._batches[key]
         parts, forced = cut(text)
         self.forced_cuts += forced
         first = len(batch.parts)
@@ -211,91 +186,17 @@ class _Output:
             return self._flush(max(self._batches, key=lambda k: self._batches[k].bytes))
         return None
 
-    def add_large(self, document: LargeDocument) -> Iterator[Progress]:
-        """Take a document that is read from its file in parts."""
-        try:
-            size = document.end - document.start
-            if not self._wanted(size, document.line):
-                return
-            digest = xxhash.xxh3_64(seed=self.settings.split_seed)
-            for chunk in _chunks(document):
-                digest.update(chunk)
-            split = self._split(digest.intdigest())
-            source = document.subset or self.source
-            key = (split, source)
-            if key in self._batches:
-                yield self._flush(key)
-            if split != "train":
-                self._held(split).write_file(document, source)
-            writer = self._writer(key)
-            cutter, decoder, tokens = Cutter(), _utf8_decoder(), 0
-            first = True
-            for place in [*_chunk_ranges(document), None]:
-                if place is None:
-                    parts = [*cutter.feed(decoder.decode(b"", final=True)), *cutter.finish()]
-                else:
-                    parts = list(cutter.feed(decoder.decode(_read(document.path, *place))))
-                for part in parts:
-                    ids, _ = self.engine.encode([part], () if first else (0,))
-                    first = False
-                    if self.cap and split == "train" and self._train_tokens + tokens + ids.size >= self.cap:
-                        ids = ids[: max(0, self.cap - self._train_tokens - tokens - 1)]
-                        self.capped = True
-                    writer.extend(ids.astype(self.dtype))
-                    tokens += ids.size
-                    yield Progress(0, ids.size, len(part))
-                    if self.capped:
-                        break
-                if self.capped:
-                    break
-            writer.extend(np.array([self.eod], self.dtype))
-            writer.end_document()
-            if split == "train":
-                self._train_tokens += tokens + 1
-            self.forced_cuts += cutter.forced
-            self._text_bytes[key] += size
-            self._count(key, np.array([tokens + 1]))
-            yield Progress(1, 1, 0)
-        finally:
-            if document.temporary:
-                document.path.unlink(missing_ok=True)
-
     def finish(self) -> Progress:
         """Encode what waits and give every file its name."""
-        total = Progress(0, 0, 0)
-        for key in list(self._batches):
-            part = self._flush(key)
-            total = Progress(
-                total.documents + part.documents, total.tokens + part.tokens, total.text_bytes + part.text_bytes
-            )
-        for split, part_file in self._held_out.items():
-            self.held_out_names[split] = part_file.close()
+        steps = [self._flush(key) for key in list(self._batches)]
+        self._files.close()
         for (split, source), writer in sorted(self._writers.items()):
-            made = writer.close()
-            self.shards.setdefault(split, []).append(
-                Shard(
-                    made.name,
-                    made.tokens,
-                    made.documents,
-                    self._text_bytes[split, source],
-                    made.sha256_bin,
-                    made.sha256_idx,
-                    source,
-                )
-            )
+            made, size = writer.summary, self._text_bytes[split, source]
+            shard = Shard(made.name, made.tokens, made.documents, size, made.sha256_bin, made.sha256_idx, source)
+            self.shards.setdefault(split, []).append(shard)
         self.fallbacks = self.engine.fallbacks - self.fallbacks
         self.done = True
-        return total
-
-    def _wanted(self, size: int, line: int) -> bool:
-        options = self.settings.options
-        if size > options.maximum_document_bytes:
-            self.reject = Reject("too_long", line, f"{size} bytes; at most {options.maximum_document_bytes}")
-            return False
-        if size < options.minimum_bytes or (options.maximum_bytes and size > options.maximum_bytes):
-            self.filtered["length"] += 1
-            return False
-        return True
+        return Progress(*(sum(getattr(s, n) for s in steps) for n in ("documents", "tokens", "text_bytes")))
 
     def _split(self, digest: int) -> str:
         share = digest / 2**64
@@ -338,7 +239,7 @@ class _Output:
                 if len(words) > _LONGEST_NAME or any(w.prefix.name == name for w in self._writers.values()):
                     name += f"-{xxhash.xxh3_64_hexdigest(source.encode())}"
             try:
-                self._writers[key] = ShardWriter(self.folder / name, self.dtype)
+                self._writers[key] = self._files.enter_context(ShardWriter(self.folder / name, self.dtype))
             except OSError as error:
                 if error.errno != errno.EMFILE:
                     raise
@@ -350,59 +251,15 @@ class _Output:
                 ) from None
         return self._writers[key]
 
-    def _held(self, split: str) -> _HeldOut:
+    def _held(self, split: str) -> Any:
+        """Where the raw text of held-out documents is written."""
         if split not in self._held_out:
             name = f"held_out-{split}-{self.group:05d}-{self.piece:05d}.jsonl.zst"
-            self._held_out[split] = _HeldOut(self.folder / WORK / name)
+            raw = self._files.enter_context(atomic_write(self.folder / WORK / name))
+            packer = zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False)
+            self._held_out[split] = self._files.enter_context(packer)
+            self.held_out_names[split] = name
         return self._held_out[split]
-
-
-class _HeldOut:
-    """Raw text of held-out documents of one piece."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = atomic_write(path)
-        self._stream = zstandard.ZstdCompressor(level=3).stream_writer(self._file.__enter__(), closefd=False)
-
-    def write_text(self, text: str, source: str) -> None:
-        self._stream.write(orjson.dumps({"text": text, "source": source}, option=orjson.OPT_APPEND_NEWLINE))
-
-    def write_file(self, document: LargeDocument, source: str) -> None:
-        decoder = _utf8_decoder()
-        self._stream.write(b'{"text":"')
-        for chunk in _chunks(document):
-            self._stream.write(orjson.dumps(decoder.decode(chunk))[1:-1])
-        self._stream.write(b'","source":' + orjson.dumps(source) + b"}\n")
-
-    def close(self) -> str:
-        self._stream.close()
-        self._file.__exit__(None, None, None)
-        return self.path.name
-
-    def abort(self) -> None:
-        error = InterruptedError("discarded")
-        self._file.__exit__(InterruptedError, error, None)
-
-
-def _chunk_ranges(document: LargeDocument) -> Iterator[tuple[int, int]]:
-    for at in range(document.start, document.end, 1 << 20):
-        yield at, min(1 << 20, document.end - at)
-
-
-def _chunks(document: LargeDocument) -> Iterator[bytes]:
-    for at, size in _chunk_ranges(document):
-        yield _read(document.path, at, size)
-
-
-def _read(path: Path, at: int, size: int) -> bytes:
-    with path.open("rb") as stream:
-        stream.seek(at)
-        return stream.read(size)
-
-
-def _utf8_decoder() -> Any:
-    return codecs.getincrementaldecoder("utf-8")()
 
 
 class _Rejects:
@@ -411,31 +268,21 @@ class _Rejects:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.counts: Counter[str] = Counter()
-        self._file: Any = None
-        self._stream: IO[bytes]
+        self._files = ExitStack()
+        self._stream: IO[bytes] | None = None
 
     def add(self, reject: Reject, file: str) -> None:
-        if self._file is None:
-            self._file = atomic_write(self.path)
-            self._stream = self._file.__enter__()
+        if self._stream is None:
+            self._stream = self._files.enter_context(atomic_write(self.path))
         self.counts[reject.reason] += 1
-        if self.counts[reject.reason] > _LISTED:
-            return  # a small file can be packed to billions of lines
-        line = {"file": reject.file or file, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
-        self._stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        if self.counts[reject.reason] <= _LISTED:  # a small file can be packed to billions of lines
+            line = {"file": file, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
+            self._stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
-    def close(self) -> None:
-        if self._file is None:
+    def __enter__(self) -> _Rejects:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
+        if self._stream is None:
             self.path.unlink(missing_ok=True)
-        else:
-            self._file.__exit__(None, None, None)
-
-    def abort(self) -> None:
-        if self._file is not None:
-            self._file.__exit__(InterruptedError, InterruptedError("discarded"), None)
-            self._file = None
-
-
-def orphaned(parent: int) -> bool:
-    """Whether the process that started this one is gone."""
-    return os.getppid() != parent

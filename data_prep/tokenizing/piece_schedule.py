@@ -87,12 +87,12 @@ class Schedule:
             self._ends[receipt.group] = receipt.piece + 1 if end is None else min(end, receipt.piece + 1)
 
     def give_back(self, key: Key) -> None:
-        """A piece failed where it was; another worker shall try."""
+        """A piece failed on its worker; another one tries it."""
         self.running.pop(key, None)
         self.returned.append(key)
 
     def lost(self, worker: object) -> list[Key]:
-        """`worker` is gone; what it was doing is handed out again."""
+        """`worker` died; its piece is handed out again."""
         keys = [key for key, owner in self.running.items() if owner == worker]
         for key in keys:
             del self.running[key]
@@ -146,7 +146,7 @@ class Schedule:
         """
         end = self._ends[group]
         piece = self._next[group]
-        leading = True  # nothing this share still has to do lies in front of `piece`
+        leading = True  # this share has nothing left to do before `piece`
         while end is None or piece < end:
             key = (group, piece)
             if self.share.mine(key) and key not in self.receipts:

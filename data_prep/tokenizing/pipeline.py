@@ -21,7 +21,7 @@ from data_prep.tokenizers.base import Tokenizer, TokenizerInfo
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from data_prep.tokenizing.encoder import Engine, choose_engine
 from data_prep.tokenizing.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
-from data_prep.tokenizing.mpi import Ranks
+from data_prep.tokenizing.mpi import MpiWorld
 from data_prep.tokenizing.piece import PieceWorker, Progress
 from data_prep.tokenizing.piece_schedule import Key, Schedule, Share
 from data_prep.tokenizing.receipts import read_receipt, receipt_path
@@ -31,10 +31,10 @@ from data_prep.tokenizing.workers import Pool, quiet_libraries
 
 
 class Listener(Protocol):
-    """Who is told how the work goes."""
+    """Receives the progress of a run."""
 
     def say(self, message: str) -> None:
-        """Something a person should know."""
+        """A message for the user."""
 
     def begin(self, plan: Plan, schedule: Schedule) -> None:
         """The work starts; some of it may be done already."""
@@ -95,9 +95,9 @@ def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
         The manifest on rank 0, None on the others.
     """
     quiet_libraries()
-    ranks = Ranks()
-    if ranks.rank:
-        ranks.serve(job.out)
+    world = MpiWorld()
+    if world.rank:
+        world.serve(job.out)
         return None
     try:
         manifest = finished(job)
@@ -107,13 +107,13 @@ def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
             with only_writer(job.out, ""):
                 plan, engine = prepare(job, listener)
                 schedule = begin(job.out, plan, Share(), listener)
-                ranks.lead(job.out, plan, schedule, listener.progress, engine)
-                ranks.dismiss()
+                world.lead(job.out, plan, schedule, listener.progress, engine)
+                world.dismiss()
                 manifest = complete(job.out, plan, job.max_rejects, job.max_broken, 1)
-        ranks.finished = True
+        world.finished = True
         return manifest
     finally:
-        ranks.dismiss()
+        world.dismiss()
 
 
 def merge_tasks(
@@ -219,7 +219,7 @@ def prepare(
     begun = hub_revisions(old.groups) if old else None
     groups = tuple(plan_groups(with_standard_input(sources, work), settings.options, settings.piece_bytes, begun))
     on_groups(groups)
-    texts = sample_documents(groups, settings.options, work)
+    texts = sample_documents(groups, settings.options)
     engine, report = choose_engine(loaded, texts)
     for name, why in report["refused"].items():
         listener.say(f"the encoder {name} is not used: {why}.")

@@ -1,20 +1,16 @@
-"""How far the work is: a bar for a person at a terminal, elsewhere a line a minute and what must be said."""
+"""How far the work is: a bar at a terminal, elsewhere a line a minute."""
 
 from __future__ import annotations
 
-import sys
 import time
-from typing import TYPE_CHECKING
+from contextlib import closing
 
-from data_prep.plain_text import plain
 from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream, compression
+from data_prep.terminal import ProgressBars, duration
 from data_prep.tokenizing.piece import Progress as Step
 from data_prep.tokenizing.piece_schedule import Key, Schedule
 from data_prep.tokenizing.shard_plan import Plan
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 _INTERVAL = 60.0  # seconds between two lines where there is no terminal
 _LOOK = 8 << 20  # bytes read of a compressed file to see how far it expands
@@ -73,21 +69,18 @@ def expansion(path: str) -> float:
     if not compression(path):
         return 1.0
     try:
-        stream = ByteStream(path)
-        while stream.offset < _LOOK and stream.read():
-            pass
-        ratio = stream.offset / max(1, stream.consumed)
-        stream.close()
+        with closing(ByteStream(path)) as stream:
+            stream.head(_LOOK)
+            return stream.offset / max(1, stream.consumed)
     except SourceError:
         return 1.0
-    return ratio
 
 
 class Display:
-    """Bytes, documents, tokens a second, the time left, and what each worker is at."""
+    """Bytes, documents, tokens a second, the time left, and the piece each worker is at."""
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
+        self._bars = ProgressBars()
         self._plan: Plan | None = None
         self._schedule: Schedule | None = None
         self._tokens = self._documents = self._bytes = 0
@@ -98,35 +91,16 @@ class Display:
         self._workers: dict[int, str] = {}
 
     def say(self, message: str) -> None:
-        """Print one line for a person."""
-        message = plain(message, lines=True)
-        if self._bar is None:
-            print(message, file=sys.stderr)
-        else:
-            self._bar.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        """Print one line."""
+        self._bars.say(message)
 
     def begin(self, plan: Plan, schedule: Schedule) -> None:
         """Show the bar (at a terminal only)."""
         self._plan, self._schedule = plan, schedule
-        own = sum(schedule.share.mine(key) for key in schedule.receipts)
-        if own:
+        if own := sum(schedule.share.mine(key) for key in schedule.receipts):
             self.say(f"continuing: {own} finished piece(s) found.")
-        if not sys.stderr.isatty():
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.fields[what]}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=1.0, what="starting")
-        self._bar.update(self._task, completed=self._share())
-        self._bar.start()
+        if self._bars.on_terminal:
+            self._bars.update(self._bars.add("", 1.0), self._share(), "starting")
 
     def progress(self, worker: int, key: Key, step: Step) -> None:
         """Count a batch."""
@@ -136,22 +110,20 @@ class Display:
         if self._plan is None:
             return
         now = time.monotonic()
-        seconds = max(now - self._began, 1e-9)
-        group = self._plan.groups[key[0]]
-        self._workers[worker] = f"{worker}:{group.source}/{key[1]}"
-        if self._bar is None and now - self._told < _INTERVAL:
+        self._workers[worker] = f"{worker}:{self._plan.groups[key[0]].source}/{key[1]}"
+        if not self._bars.on_terminal and now - self._told < _INTERVAL:
             return
+        done, seconds = self._share(), max(now - self._began, 1e-9)
         what = (
             f"{self._bytes / 1e6:,.0f} MB  {self._documents:,} documents  {self._tokens / seconds:,.0f} tokens/s  "
             + " ".join(text for _, text in sorted(self._workers.items())[:8])
         )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._share(), what=plain(what))
-            return
-        self._told, done = now, self._share()
-        then, before = self._first_line = self._first_line or (now, done)
-        left = f"  {(1 - done) * (now - then) / (done - before) / 60:,.0f} min left" if done > before else ""
-        self.say(f"{done:.1%}  {what}{left}")
+        self._bars.update(0, done, what)
+        if not self._bars.on_terminal:
+            self._told = now
+            then, before = self._first_line = self._first_line or (now, done)
+            left = f"  {duration((1 - done) * (now - then) / (done - before))} left" if done > before else ""
+            self.say(f"{done:.1%}  {what}{left}")
 
     def _share(self) -> float:
         """Which share of all is done. The estimate is made when it is first asked for, since it looks into files."""
@@ -166,10 +138,8 @@ class Display:
         return self._plan is not None
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Remove the bar."""
+        self._bars.close()
 
     def summary(self) -> str:
         """What was done by this process, in one line."""

@@ -41,12 +41,12 @@ class Receipt:
 
 
 def receipt_path(folder: Path, group: int, piece: int) -> Path:
-    """Where the receipt of a piece lies."""
+    """Path of the receipt of a piece."""
     return folder / WORK / f"piece-{group:05d}-{piece:05d}.json"
 
 
 def rejects_path(folder: Path, group: int, piece: int) -> Path:
-    """Where the rejects of a piece lie until they are joined."""
+    """Path of the rejects of a piece until they are joined."""
     return folder / WORK / f"rejects-{group:05d}-{piece:05d}.jsonl"
 
 

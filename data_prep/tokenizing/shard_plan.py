@@ -20,7 +20,7 @@ from data_prep.typed import as_dataclass
 
 WORK = ".work"  # folder inside the data set folder that holds what is needed until the manifest is written
 PLAN = "plan.json"
-_WITHOUT_FILES = ("embedded", "hub")  # kinds of source whose documents do not lie in files
+_WITHOUT_FILES = ("embedded", "hub")  # kinds of source whose documents are not in files
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def changed_groups(old: Plan, new: Plan) -> list[int] | None:
-    """Numbers of the groups that `new` has otherwise, because files have changed; None where more than that has."""
+    """Numbers of the groups that differ because files have changed; None if anything else differs."""
     if (old.settings, old.tokenizer) != (new.settings, new.tokenizer):
         return None
     numbers = range(max(len(old.groups), len(new.groups)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.sources.base import Document, Group, LargeDocument, ReadOptions
+from data_prep.sources.base import Document, Group, ReadOptions
 from data_prep.sources.groups import expected_bytes, reader_for
 from data_prep.tokenizers.lost_bytes import lost_bytes
 from data_prep.tokenizing.encoder import Engine
@@ -19,7 +18,7 @@ _LEAST, _MOST, _SHARE = 1 << 17, 1 << 19, 512
 _LONGEST = 1 << 16  # of a longer document, only its beginning
 
 
-def sample_documents(groups: Sequence[Group], options: ReadOptions, scratch: Path) -> list[str]:
+def sample_documents(groups: Sequence[Group], options: ReadOptions) -> list[str]:
     """The first documents of up to eight groups, spread over all of them: one character in 512 of the corpus, but no
     less than 130,000 and no more than half a million.
     """
@@ -31,18 +30,16 @@ def sample_documents(groups: Sequence[Group], options: ReadOptions, scratch: Pat
     for group in chosen:
         left = wanted // len(chosen)
         try:
-            reader = reader_for(group, options, scratch)
+            reader = reader_for(group, options)
             for item in islice(reader.items(0), 1000):
                 if isinstance(item, Document):
                     texts.append(item.text[:_LONGEST])
                     left -= len(texts[-1])
                     if left <= 0:
                         break
-                elif isinstance(item, LargeDocument) and item.temporary:
-                    item.path.unlink(missing_ok=True)
             reader.close()
         except DataError:
-            continue  # the run itself meets it, counts it and names it
+            continue  # the run itself counts and reports it
     return texts
 
 
@@ -71,7 +68,7 @@ def round_trip(engine: Engine, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_round_trip(result: dict[str, Any]) -> str:
-    """One sentence for a person; empty when nothing is lost."""
+    """One sentence for the user; empty when nothing is lost."""
     changed = result.get("documents", 0) - result.get("exact", 0)
     if not changed:
         return ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import xxhash
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
-from data_prep.sources.base import Document, LargeDocument, SourceError
+from data_prep.sources.base import Document
 from data_prep.sources.groups import expected_bytes, plan_groups, reader_for
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
@@ -24,7 +25,7 @@ _THREADS = 4  # written into the model file, so it must not depend on the machin
 
 
 def train_tokenizer(
-    settings: Settings, out: str | os.PathLike[str], kind: str, vocab_size: int, max_bytes: int, scratch: Path
+    settings: Settings, out: str | os.PathLike[str], kind: str, vocab_size: int, max_bytes: int
 ) -> tuple[Tokenizer, dict[str, int]]:
     """Train on the training split of `settings.sources` and write the tokenizer to `out`.
 
@@ -44,7 +45,7 @@ def train_tokenizer(
     if vocab_size < 260:
         raise DataError(f"a vocabulary of {vocab_size} is too small: 256 single bytes and control tokens come first.")
     counts = {"documents": 0, "bytes": 0, "left_out": 0, "held_out": 0}
-    texts = training_texts(settings, max_bytes, scratch, counts)
+    texts = training_texts(settings, max_bytes, counts)
     if kind == "byte-bpe":
         data = _train_byte_bpe(texts, vocab_size)
     else:
@@ -54,7 +55,7 @@ def train_tokenizer(
     return load_tokenizer(out), counts
 
 
-def training_texts(settings: Settings, max_bytes: int, scratch: Path, counts: dict[str, int]) -> Iterator[str]:
+def training_texts(settings: Settings, max_bytes: int, counts: dict[str, int]) -> Iterator[str]:
     """Texts of the training split, a sample of about `max_bytes` of them; `counts` is kept up to date."""
     groups = plan_groups(settings.sources, settings.options)
     expected = sum(map(expected_bytes, groups))
@@ -62,33 +63,18 @@ def training_texts(settings: Settings, max_bytes: int, scratch: Path, counts: di
     # A hash of its own: the splits' hash would tie the sample to the splits.
     keep = min(1.0, max_bytes / expected) if max_bytes and expected else 1.0
     for group in groups:
-        try:
-            reader = reader_for(group, settings.options, scratch)
-            piece = 0
-            while True:
-                for item in reader.items(piece):
-                    if isinstance(item, LargeDocument):
-                        item.path.unlink(missing_ok=True)
-                    if not isinstance(item, Document):
-                        counts["left_out"] += 1
-                        continue
-                    data = item.text.encode("utf-8", "surrogatepass")
-                    if xxhash.xxh3_64_intdigest(data, settings.split_seed) / 2**64 < held_out:
-                        counts["held_out"] += 1
-                        continue
-                    if xxhash.xxh3_64_intdigest(data, settings.split_seed + 1) / 2**64 >= keep:
-                        continue
+        with closing(reader_for(group, settings.options)) as reader:
+            for item in reader.all_items():
+                if not isinstance(item, Document):
+                    counts["left_out"] += 1
+                elif xxhash.xxh3_64_intdigest(item.data, settings.split_seed) / 2**64 < held_out:
+                    counts["held_out"] += 1
+                elif xxhash.xxh3_64_intdigest(item.data, settings.split_seed + 1) / 2**64 < keep:
                     counts["documents"] += 1
-                    counts["bytes"] += len(data)
+                    counts["bytes"] += len(item.data)
                     yield item.text
                     if max_bytes and counts["bytes"] >= 2 * max_bytes:
                         return
-                piece += 1
-                if reader.end_seen or (group.pieces is not None and piece >= group.pieces):
-                    break
-            reader.close()
-        except SourceError:
-            counts["left_out"] += 1
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from data_prep.sources.base import Group
 from data_prep.sources.groups import pieces_expected
 from data_prep.tokenizers.loading import load_tokenizer
 from data_prep.tokenizing.encoder import Engine, first_choice
-from data_prep.tokenizing.piece import PieceWorker, Progress, orphaned
+from data_prep.tokenizing.piece import PieceWorker, Progress
 from data_prep.tokenizing.piece_schedule import Key, Schedule
 from data_prep.tokenizing.receipts import read_receipt, receipt_path
 from data_prep.tokenizing.shard_plan import Plan
@@ -206,7 +206,7 @@ def _main(folder: str, tokenizer: str, eod_token: str, pipe: Connection, parent:
         try:
             engine = first_choice(load_tokenizer(tokenizer, eod_token))
         except DataError:
-            engine = None  # the parent meets the same, and says so
+            engine = None  # the parent reports the same error
         plan: Plan = pipe.recv()
         if engine is not None and (engine.name, engine.tokenizer.fingerprint) != (
             plan.engine["name"],
@@ -215,17 +215,17 @@ def _main(folder: str, tokenizer: str, eod_token: str, pipe: Connection, parent:
             engine = None
         _serve(PieceWorker(Path(folder), plan, engine), pipe, parent)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent has finished, or is gone
+        return  # the parent has finished or died
     except (DataError, OSError) as error:
         pipe.send(error if isinstance(error, DataError) else OSError(error.errno, str(error)))
 
 
 def _serve(worker: PieceWorker, pipe: Connection, parent: int | None = None) -> None:
-    """Do the pieces that are asked for, until the pipe ends or the process `parent` is gone."""
+    """Do the pieces that are asked for, until the pipe ends or the process `parent` dies."""
     while True:
         key = pipe.recv()
         for progress in worker.work(*key):
             pipe.send(progress)
-            if parent is not None and orphaned(parent):
+            if parent is not None and os.getppid() != parent:
                 return
         pipe.send("done")

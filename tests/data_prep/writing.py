@@ -20,6 +20,7 @@ import tokenizers
 import zstandard
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data_prep.cli import app
 from data_prep.sources.base import ReadOptions
 from data_prep.tokenizing.pipeline import Job, tokenize
 from data_prep.tokenizing.shard_plan import Settings
@@ -138,6 +139,11 @@ def job(sources: Sequence[object], out: Path, tokenizer: Path, *, options: ReadO
 def run(sources: Sequence[object], out: Path, tokenizer: Path, *, workers: int = 1, **more):
     """Tokenize in this process and its workers; the manifest."""
     return tokenize(job(sources, out, tokenizer, **more), Quiet(), workers=workers)
+
+
+def invoke(*arguments: object) -> None:
+    """`python -m data_prep ...` in this process; raises what the command ends with."""
+    app([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def command(*arguments: object, check: bool = True, **more) -> subprocess.CompletedProcess:

@@ -18,7 +18,7 @@ import pytest
 from data_prep.corpora.decontaminate import decontaminate
 from data_prep.corpora.dedup import deduplicate
 from data_prep.errors import DataError
-from data_prep.sources import lines
+from data_prep.sources import base, lines, text
 from data_prep.sources.base import Document, ReadOptions, Reject
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups, reader_for
@@ -109,7 +109,7 @@ def reads(folder: Path) -> Callable[[Corpus], tuple[list[str], int]]:
         assert all(isinstance(sentence, str) for sentence in notices(found, corpus.options))
         texts, rejects = [], 0
         for group in plan_groups(found, corpus.options, corpus.piece_bytes):
-            reader = reader_for(group, corpus.options, folder / "scratch")
+            reader = reader_for(group, corpus.options)
             try:
                 piece = 0
                 while piece < group.pieces if group.pieces is not None else not reader.end_seen:
@@ -121,7 +121,6 @@ def reads(folder: Path) -> Callable[[Corpus], tuple[list[str], int]]:
                     piece += 1
             finally:
                 reader.close()
-        assert os.listdir(folder / "scratch") == []
         return texts, rejects
 
     return use
@@ -139,13 +138,14 @@ def changed(corpus: Corpus, result: tuple[list[str], int]) -> str | None:
 
 
 @counts
-@pytest.mark.parametrize("chunk", [100, 1 << 20])
+@pytest.mark.parametrize("large", [400, 1 << 20])
 def test_a_mutated_corpus_gives_what_was_not_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, chunk: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, large: int
 ) -> None:
-    monkeypatch.setattr(lines, "_CHUNK", chunk)
-    (tmp_path / "scratch").mkdir()
-    drive(count // 2, make, reads(tmp_path), seed=f"corpora {chunk}", changed=changed, used=0.5, refused=0.04)
+    for module in (base, lines, text):
+        monkeypatch.setattr(module, "MAXIMUM", large)
+    monkeypatch.setattr(lines, "_CHUNK", large // 4)
+    drive(count // 2, make, reads(tmp_path), seed=f"corpora {large}", changed=changed, used=0.5)
 
 
 @counts
@@ -165,7 +165,6 @@ def test_a_mutated_corpus_is_deduplicated_and_decontaminated_or_refused(
         source = next(str(path) for path in (tmp_path / "unique").glob("a-*.jsonl.zst"))
         second = decontaminate([source], [evaluation], tmp_path / "clean", corpus.options, workers=1)
         assert (second.documents, second.kept, second.rejects) == (first.kept, first.kept, {})
-        (tmp_path / "scratch").mkdir(exist_ok=True)
         written = next((tmp_path / "clean").glob("a-*.jsonl.zst"))
         again = Corpus(written.name, written.read_bytes(), corpus.options, [], [])
         return reads(tmp_path)(again)[0], sum(first.rejects.values())

@@ -59,20 +59,6 @@ def test_sources_that_cannot_be_right(tmp_path, sources, message):
         find_sources([s.format(one=one, folder=tmp_path) for s in sources], ReadOptions())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"subsets": ("x",)}, "without a field"),
-        ({"languages": ("en",)}, "needs both"),
-        ({"minimum_bytes": 5, "maximum_bytes": 4}, "below the minimum"),
-        ({"text_field": ""}, "must name a field"),
-    ],
-)
-def test_options_that_do_not_go_together(options, message):
-    with pytest.raises(DataError, match=message):
-        ReadOptions(**options)
-
-
 def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "a"}\n')
@@ -116,7 +102,7 @@ def test_standard_input_is_read_once(tmp_path, monkeypatch):
     found, (sentence,) = find_sources([f"all={file}", "all=-", "-"], ReadOptions())
     assert "1 left out, the first: -" in sentence
     (source,) = with_standard_input(found, tmp_path)
-    assert [text for path in source.files for text in texts(items(path, tmp_path))] == ["x", "in"]
+    assert [text for path in source.files for text in texts(items(path))] == ["x", "in"]
 
 
 @pytest.mark.parametrize("source", ["lang=en/*.jsonl", "lang=en/a.jsonl", "lang=en", "lang=e[n]/**"])
@@ -144,7 +130,7 @@ def test_a_separator_that_never_occurs_is_said(tmp_path, suffix):
     (sentence,) = noticed(path, separator="\n\n")
     assert f"the separator '\\n\\n' is not in the first 8 MB of {path}; a text file without it" in sentence
     assert r"is --separator '\r\n\r\n' meant?" in sentence
-    assert len(texts(items(path, tmp_path, ReadOptions(separator="\r\n\r\n")))) == 3
+    assert len(texts(items(path, ReadOptions(separator="\r\n\r\n")))) == 3
     assert noticed(path, separator="\r\n\r\n") == []
     (sentence,) = noticed(path, separator="<|end|>")
     assert "meant?" not in sentence

@@ -6,39 +6,34 @@ import io
 import json
 import os
 import random
-import resource
 import sys
+import tracemalloc
 from codecs import BOM_UTF8
-from dataclasses import replace
+from contextlib import closing
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_prep.errors import DataError
-from data_prep.sources import lines
-from data_prep.sources import spool as spool_module
-from data_prep.sources.base import Document, Filtered, Group, LargeDocument, ReadOptions, Reject, SourceError
+from data_prep.sources import base
+from data_prep.sources import lines as lines_module
+from data_prep.sources import text as text_module
+from data_prep.sources.base import Document, Filtered, Group, ReadOptions, Reject
 from data_prep.sources.find import find_sources, with_standard_input
 from data_prep.sources.groups import plan_groups, reader_for
 from tests.data_prep.writing import compressed, documents, jsonl, write_jsonl
-from tests.fuzz.support import processor_time
 
 
-def items(path, tmp_path, options=None, piece_bytes=0):
+def items(path, options=None, piece_bytes=0):
     """All items of one source, piece after piece, by one reader per group."""
     options = options or ReadOptions()
     found, _ = find_sources([str(path)], options)
     result = []
     for group in plan_groups(found, options, piece_bytes):
-        reader = reader_for(group, options, tmp_path)
-        piece = 0
-        while group.pieces is None or piece < group.pieces:
-            result += list(reader.items(piece))
-            piece += 1
-            if reader.end_seen and group.pieces is None:
-                break
-        reader.close()
+        with closing(reader_for(group, options)) as reader:
+            result += reader.all_items()
     return result
 
 
@@ -51,7 +46,7 @@ def texts(found):
 def test_json_lines_of_every_compression(tmp_path, suffix, piece_bytes):
     wanted = documents(40)
     path = write_jsonl(tmp_path / f"a.jsonl{suffix}", wanted)
-    assert texts(items(path, tmp_path, piece_bytes=piece_bytes)) == wanted
+    assert texts(items(path, piece_bytes=piece_bytes)) == wanted
 
 
 @pytest.mark.parametrize("piece_bytes", [0, 300])
@@ -59,20 +54,13 @@ def test_a_byte_order_mark_costs_no_document(tmp_path, piece_bytes):
     wanted = ["first", *documents(20), "joined"]
     data = BOM_UTF8 + jsonl(wanted[:-1]) + BOM_UTF8 + jsonl(wanted[-1:])
     (tmp_path / "a.jsonl").write_bytes(data)
-    assert texts(items(tmp_path / "a.jsonl", tmp_path, piece_bytes=piece_bytes)) == wanted
-
-
-def test_a_byte_order_mark_in_front_of_a_long_line_costs_no_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LARGE", 100)
-    monkeypatch.setattr(lines, "_CHUNK", 50)
-    (tmp_path / "a.jsonl").write_bytes(BOM_UTF8 + jsonl(["word " * 60]))
-    assert texts(items(tmp_path / "a.jsonl", tmp_path)) == ["word " * 60]
+    assert texts(items(tmp_path / "a.jsonl", piece_bytes=piece_bytes)) == wanted
 
 
 def test_a_last_line_without_a_newline_counts(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["one", "two"]).rstrip(b"\n"))
-    assert texts(items(path, tmp_path)) == ["one", "two"]
+    assert texts(items(path)) == ["one", "two"]
 
 
 BAD_LINES = {
@@ -89,7 +77,7 @@ BAD_LINES = {
 def test_a_bad_line_is_rejected_with_its_number(tmp_path, reason):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["one", "two"]) + BAD_LINES[reason] + b"\n" + jsonl(["three"]))
-    found = items(path, tmp_path)
+    found = items(path)
     assert texts(found) == ["one", "two", "three"]
     (reject,) = [item for item in found if isinstance(item, Reject)]
     assert (reject.reason, reject.line) == (reason, 3)
@@ -98,7 +86,7 @@ def test_a_bad_line_is_rejected_with_its_number(tmp_path, reason):
 def test_other_json_values_and_null_texts_are_rejected(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'[1]\n"x"\n{"text": null}\n\n{"text": "good"}\n')
-    found = items(path, tmp_path)
+    found = items(path)
     assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_json"] * 2 + ["missing_field"]
     assert [item for item in found if isinstance(item, Filtered)] == [Filtered("blank_line")]
     assert texts(found) == ["good"]
@@ -116,7 +104,7 @@ def test_pile_subsets_and_languages_are_chosen_by_field(tmp_path):
     options = ReadOptions(
         subset_field="meta.pile_set_name", subsets=("FreeLaw",), language_field="lang", languages=("en",)
     )
-    found = items(path, tmp_path, options)
+    found = items(path, options)
     assert [(item.text, item.subset) for item in found if isinstance(item, Document)] == [("law", "FreeLaw")]
     assert [item.reason for item in found if isinstance(item, Filtered)] == ["subset", "language"]
     assert [item.reason for item in found if isinstance(item, Reject)] == ["missing_field"]
@@ -135,7 +123,7 @@ def test_parquet_rows(tmp_path, piece_bytes):
     rows[4]["nested"]["lang"] = "de"
     path = parquet(tmp_path / "a.parquet", rows)
     options = ReadOptions(language_field="nested.lang", languages=("en",))
-    found = items(path, tmp_path, options, piece_bytes)
+    found = items(path, options, piece_bytes)
     assert texts(found) == wanted[:3] + wanted[5:]
     assert [item.reason for item in found if isinstance(item, Reject)] == ["missing_field"]
 
@@ -143,14 +131,14 @@ def test_parquet_rows(tmp_path, piece_bytes):
 def test_parquet_without_the_column_says_which_columns_there_are(tmp_path):
     path = parquet(tmp_path / "a.parquet", [{"content": "x", "id": 1}])
     with pytest.raises(DataError, match="no column 'text'; it has content, id"):
-        items(path, tmp_path)
+        items(path)
 
 
 def test_columns_of_a_flattened_table_have_dots_in_their_names(tmp_path):
     rows = [{"doc.text": text, "meta.name": "a"} for text in documents(5)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     options = ReadOptions(text_field="doc.text", subset_field="meta.name")
-    found = items(tmp_path / "a.parquet", tmp_path, options)
+    found = items(tmp_path / "a.parquet", options)
     assert texts(found) == documents(5) and {item.subset for item in found} == {"a"}
 
 
@@ -159,7 +147,7 @@ def test_a_damaged_parquet_file_is_a_reject_among_others(tmp_path):
     folder.mkdir()
     parquet(folder / "a.parquet", [{"text": "good"}])
     (folder / "b.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-20])
-    found = items(folder, tmp_path)
+    found = items(folder)
     assert texts(found) == ["good"]
     assert [item.reason for item in found if isinstance(item, Reject)] == ["unreadable_file"]
 
@@ -171,10 +159,10 @@ def test_a_parquet_file_that_lost_row_groups_since_the_plan_is_a_reject(tmp_path
     (group,) = plan_groups(find_sources([str(path)], ReadOptions())[0], ReadOptions(), 100)
     assert group.pieces == 4
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=20)
-    reader = reader_for(group, ReadOptions(), tmp_path)
-    assert len(list(reader.items(1))) == 20
-    with pytest.raises(SourceError, match=r"a\.parquet has 2 pieces, but had 4 when the run began"):
-        list(reader.items(3))
+    reader = reader_for(group, ReadOptions())
+    assert len(list(reader.items(1))) == 20 and not reader.end_seen
+    (reject,) = reader.items(3)
+    assert "a.parquet has 2 pieces, but had 4 when the run began" in reject.detail and reader.end_seen
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
@@ -195,7 +183,7 @@ def test_large_rows_of_parquet_are_read_a_few_at_a_time(tmp_path, dictionary):
     pyarrow.set_memory_pool(pool)
     try:
         found = reader_for(
-            Group(0, "a", "parquet", (str(tmp_path / "a.parquet"),), 1, 1, 1 << 40), ReadOptions(), tmp_path
+            Group(0, "a", "parquet", (str(tmp_path / "a.parquet"),), 1, 1, 1 << 40), ReadOptions()
         ).items(0)
         assert [item.text == rows[number] for number, item in enumerate(found)] == [True] * 40
         assert pool.max_memory() < 200 << 20
@@ -209,7 +197,7 @@ def test_a_parquet_row_that_is_no_utf8_is_one_reject(tmp_path):
     data[130] = b"caf\xe9"
     column = pyarrow.array(data, pyarrow.binary()).view(pyarrow.string())  # not checked, as by other writers
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    found = items(tmp_path / "a.parquet", tmp_path)
+    found = items(tmp_path / "a.parquet")
     assert texts(found) == wanted[:130] + wanted[131:]
     (reject,) = (item for item in found if isinstance(item, Reject))
     assert (reject.reason, reject.line) == ("invalid_utf8", 131)
@@ -223,7 +211,7 @@ def test_text_files_are_one_document_each(tmp_path):
     (folder / "sub" / "c.txt").write_bytes(b"\xff")
     (folder / "d.txt.gz").write_bytes(compressed(b"third", ".gz"))
     (folder / "ignored.png").write_bytes(b"x")
-    found = items(folder, tmp_path)
+    found = items(folder)
     assert sorted(texts(found)) == ["first\n\ndocument\n", "second", "third"]
     assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_utf8"]
     (sentence,) = find_sources([str(folder)], ReadOptions())[1]
@@ -237,7 +225,7 @@ def test_text_is_split_on_a_separator(tmp_path, separator, piece_bytes, suffix):
     wanted = [text.replace("\n", " ") for text in documents(30)]
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(compressed((separator.join(wanted) + separator + separator).encode(), suffix))
-    found = items(path, tmp_path, ReadOptions(separator=separator), piece_bytes)
+    found = items(path, ReadOptions(separator=separator), piece_bytes)
     assert texts(found) == wanted
     assert all(item == Filtered("blank_line") for item in found if not isinstance(item, Document))
 
@@ -257,7 +245,7 @@ def test_one_broken_file_of_many_costs_no_other(tmp_path, name, options, wanted)
     for number in range(4):
         data = compressed(wanted(number).encode(), ".gz")
         (folder / name.format(number)).write_bytes(data[: len(data) // 2] if number == 1 else data)
-    found = items(folder, tmp_path, options)
+    found = items(folder, options)
     (reject,) = (item for item in found if isinstance(item, Reject))
     assert reject.reason == "broken_compression" and name.format(1) in reject.detail
     broken_from = found.index(reject)
@@ -265,7 +253,7 @@ def test_one_broken_file_of_many_costs_no_other(tmp_path, name, options, wanted)
         (tmp_path / "alone").mkdir(exist_ok=True)
         alone = tmp_path / "alone" / name.format(number)
         alone.write_bytes(compressed(wanted(number).encode(), ".gz"))
-        part = texts(items(alone, tmp_path, options))
+        part = texts(items(alone, options))
         place = texts(found[:broken_from]) if number == 0 else texts(found[broken_from:])
         assert part and [text for text in place if text in set(part)] == part
 
@@ -275,46 +263,25 @@ def test_a_file_that_cannot_be_opened_costs_no_other(tmp_path, gone):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in "ab"]
     (group,) = plan_groups(find_sources([str(tmp_path)], ReadOptions())[0], ReadOptions())
     paths[gone].unlink()
-    found = list(reader_for(group, ReadOptions(), tmp_path).items(0))
+    found = list(reader_for(group, ReadOptions()).items(0))
     assert [item.reason for item in found if isinstance(item, Reject)] == ["unreadable_file"]
     assert texts(found) == ["ba"[gone]]
 
 
-def test_a_large_text_file_goes_through_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(spool_module, "LARGE", 1000)
-    wanted = "\n".join(documents(50))
-    for suffix in ("", ".xz"):
-        path = tmp_path / f"big.txt{suffix}"
-        path.write_bytes(compressed(wanted.encode(), suffix))
-        (found,) = items(path, tmp_path)
-        assert isinstance(found, LargeDocument)
-        assert found.path.read_bytes()[found.start : found.end].decode() == wanted
-
-
 @pytest.fixture
-def small_disk():
-    """No file of this process grows beyond 3,000 bytes, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_write_that_fails_under_a_large_text_leaves_no_file(tmp_path, monkeypatch, request):
-    monkeypatch.setattr(spool_module, "LARGE", 1000)
-    (tmp_path / "a.txt").write_text("word " * 1000)
-    (tmp_path / "scratch").mkdir()
-    group = Group(0, "a", "text", (str(tmp_path / "a.txt"),), 5000, 1, 1 << 20)
-    request.getfixturevalue("small_disk")
-    with pytest.raises(OSError, match="File too large"):
-        list(reader_for(group, ReadOptions(), tmp_path / "scratch").items(0))
-    assert not list((tmp_path / "scratch").iterdir())
+def small_cap(monkeypatch):
+    """A document has at most 2,000 bytes, and files are read 500 bytes at a time."""
+    for module in (base, lines_module, text_module):
+        monkeypatch.setattr(module, "MAXIMUM", 2000)
+    monkeypatch.setattr(lines_module, "_CHUNK", 500)
+    monkeypatch.setattr(lines_module, "_LARGEST_CHUNK", 1000)
 
 
 HUGE = "word " * 20_000
 HUGE_FILES = {
     "a.jsonl": (jsonl([HUGE, "next"]), ReadOptions()),
     "b.jsonl": (b'{"text": "' + b"\\u0041" * 20_000 + b'"}\n' + jsonl(["next"]), ReadOptions()),
+    "c.jsonl": (b"[" * 20_000 + b"\n" + jsonl(["next"]), ReadOptions()),
     "a.txt": ((HUGE + "|next").encode(), ReadOptions(separator="|")),
     "b.txt": (HUGE.encode(), ReadOptions()),
     "a.raw": (f" = One = \n{HUGE}\n{'line' * 99} \n = Next = \nnext\n".encode(), ReadOptions()),
@@ -323,62 +290,52 @@ HUGE_FILES = {
 
 
 @pytest.mark.parametrize("name", HUGE_FILES)
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".xz", ".bz2"])
-@pytest.mark.parametrize("limit", ["maximum_bytes", "maximum_document_bytes"])
-def test_no_more_is_written_of_a_document_than_one_may_have(tmp_path, monkeypatch, request, name, suffix, limit):
-    for module in (lines, spool_module):
-        monkeypatch.setattr(module, "LARGE", 1000)
-    monkeypatch.setattr(lines, "_CHUNK", 500)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_document_above_the_cap_is_a_reject_and_costs_no_other(tmp_path, small_cap, name, suffix):
     data, options = HUGE_FILES[name]
     path = tmp_path / f"{name}{suffix}"
     path.write_bytes(compressed(data, suffix))
-    (tmp_path / "scratch").mkdir()
-    request.getfixturevalue("small_disk")
-    found = items(path, tmp_path / "scratch", replace(options, **{limit: 2000}))
-    expected = "Filtered length" if limit == "maximum_bytes" else "Reject too_long"
-    assert f"{type(found[0]).__name__} {found[0].reason}" == expected
-    assert [text.split()[-1] for text in texts(found[1:])] == ["next"] * (name != "b.txt")
-    assert not list((tmp_path / "scratch").iterdir())
+    reject, *others = items(path, options)
+    assert (reject.reason, reject.line) == ("too_long", 1)
+    assert [text.split()[-1] for text in texts(others)] == ["next"] * (name != "b.txt")
+
+
+@pytest.mark.parametrize("size", [1988, 1989])
+def test_the_cap_is_the_same_however_the_file_is_read(tmp_path, small_cap, size):
+    """A line of JSON has twelve bytes besides its text."""
+    (tmp_path / "a.jsonl").write_bytes(b"".join(jsonl([letter * size, letter]) for letter in "ab"))
+    for piece_bytes in (0, 300):
+        found = items(tmp_path / "a.jsonl", piece_bytes=piece_bytes)
+        assert [len(text) for text in texts(found)] == [size, 1] * 2 if size == 1988 else [1, 1]
+    (tmp_path / "b.txt").write_text("x" * (size + 12))
+    parquet(tmp_path / "c.parquet", [{"text": "é" * 500 + "x" * (size - 988)}])
+    for name in ("b.txt", "c.parquet"):
+        (found,) = items(tmp_path / name)
+        assert isinstance(found, Document) if size == 1988 else found.reason == "too_long"
+
+
+def test_a_line_above_the_cap_is_never_held(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    packer = zstandard.ZstdCompressor().compressobj()
+    path.write_bytes(b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(600)), packer.flush()]))
+    tracemalloc.start()
+    try:
+        (found,) = items(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.reason == "too_long" and peak < 320 << 20
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_large_document_that_is_not_read_to_its_end_is_skipped(tmp_path, monkeypatch, name):
-    """Its file is broken in the middle of it: nothing is left behind, and other files are read."""
-    for module in (lines, spool_module):
-        monkeypatch.setattr(module, "LARGE", 1000)
+def test_a_file_that_breaks_off_inside_a_line_above_the_cap_costs_no_other(tmp_path, small_cap, name):
     data, options = HUGE_FILES[name]
-    (tmp_path / "in").mkdir()
     packed = compressed(data[:-20] + random.Random(1).randbytes(99_000).hex().encode(), ".gz")
-    (tmp_path / "in" / f"{name}.gz").write_bytes(packed[:-9000])
-    (tmp_path / "in" / f"z{name[1:]}").write_bytes(jsonl(["next"]) if name == "a.jsonl" else b"next")
-    (tmp_path / "scratch").mkdir()
-    found = items(tmp_path / "in", tmp_path / "scratch", options)
+    (tmp_path / f"{name}.gz").write_bytes(packed[:-9000])
+    (tmp_path / f"z{name[1:]}").write_bytes(jsonl(["next"]) if name == "a.jsonl" else b"next")
+    found = items(tmp_path, options)
     assert [item.reason for item in found if isinstance(item, Reject)] == ["broken_compression"]
-    assert texts(found) == ["next"] and not list((tmp_path / "scratch").iterdir())
-
-
-def test_a_line_of_many_values_is_walked_once(tmp_path, monkeypatch):
-    """Looking for the next value costs no copy of the rest: otherwise these lines would take minutes."""
-    for module in (lines, spool_module):
-        monkeypatch.setattr(module, "LARGE", 1 << 20)
-    values = b'{"ids": [' + b"[1,2]," * 200_000 + b'0], "text": "whole", "more": "' + b'\\\\\\"' * 200_000 + b'"}\n'
-    (tmp_path / "a.jsonl").write_bytes(values + b"[" * 2_000_000 + b"\n" + jsonl(["next"]))
-    with processor_time(10.0):
-        found = items(tmp_path / "a.jsonl", tmp_path)
-    assert texts(found) == ["whole", "next"]
-    assert [item.reason for item in found if isinstance(item, Reject)] == ["invalid_json"]
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"), [(b"a\xffb", "invalid_utf8"), (b"a\x00b", "nul_byte"), (b"   ", "empty_document")]
-)
-def test_a_large_text_is_checked_like_a_small_one(tmp_path, monkeypatch, data, reason):
-    monkeypatch.setattr(spool_module, "LARGE", 0)
-    path = tmp_path / "big.txt"
-    path.write_bytes(data)
-    (found,) = items(path, tmp_path)
-    assert isinstance(found, Reject) and found.reason == reason
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.txt"]
+    assert texts(found) == ["next"]
 
 
 WIKI = " \n = First = \n \n text one \n \n = = Part = = \n \n more \n \n = Second = \n \n text two \n"
@@ -387,7 +344,7 @@ WIKI = " \n = First = \n \n text one \n \n = = Part = = \n \n more \n \n = Secon
 def test_wikitext_pages_are_documents(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_text(WIKI)
-    first, second = texts(items(path, tmp_path))
+    first, second = texts(items(path))
     assert first.lstrip().startswith("= First =") and "= = Part = =" in first and "more" in first
     assert second.startswith(" = Second = ") and second.endswith("text two \n")
     assert first + second == WIKI
@@ -395,7 +352,7 @@ def test_wikitext_pages_are_documents(tmp_path):
 
 def test_the_real_wikitext_test_set_has_its_articles(shared_data, tmp_path):
     path = shared_data / "eval" / "wikitext" / "wiki.test.raw"
-    found = texts(items(path, tmp_path))
+    found = texts(items(path))
     assert "".join(found) == path.read_text(encoding="utf-8")
     # Headings in the set's own spelling, counted line by line.
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -409,7 +366,7 @@ def test_standard_input_becomes_a_file_that_can_be_shared(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jsonl(wanted))))
     found, _ = find_sources(["-"], ReadOptions())
     (source,) = with_standard_input(found, tmp_path)
-    assert texts(items(source.files[0], tmp_path)) == wanted
+    assert texts(items(source.files[0])) == wanted
 
 
 def test_many_small_files_are_one_group_and_large_ones_are_cut(tmp_path):

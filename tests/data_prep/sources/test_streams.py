@@ -14,7 +14,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import streams as streams_module
 from data_prep.sources.base import SourceError
 from data_prep.sources.streams import ByteStream
 from tests.data_prep.writing import compressed
@@ -150,7 +149,3 @@ def test_mutated_files_end_in_data_or_a_counted_reason(tmp_path_factory, data):
     found, reason = read_all(path)
     assert reason in ("", "broken_compression")
     assert read_all(path, (13,)) == (found, reason)
-
-
-def test_the_step_is_small_after_a_burst():
-    assert streams_module._STEP[".zst"] * 32_768 <= 128 << 20

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import resource
 
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.reading.manifest import read_manifest
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups
 from data_prep.tokenizing import piece
-from tests.data_prep.writing import command, digest, documents, jsonl, run, write_jsonl
+from tests.data_prep.writing import command, digest, documents, invoke, jsonl, run, write_jsonl
 from tests.fuzz.support import processor_time
 
 WHOLE = ("--validation", 0, "--test", 0)
@@ -63,13 +65,15 @@ def test_a_file_that_cannot_be_read(tmp_path, byte_bpe):
     assert "train: 10 documents" in accepted.stdout and "rejected: 1 unreadable_file" in accepted.stderr
 
 
-def test_documents_above_the_maximum_are_listed(tmp_path, byte_bpe):
-    source = write_jsonl(tmp_path / "a.jsonl", ["x" * 100, "y" * 101, "z" * 99])
-    options = ReadOptions(maximum_document_bytes=100)
-    manifest = run([source], tmp_path / "out", byte_bpe, options=options, validation=0, test=0, max_rejects=9)
-    assert manifest.rejects == {"too_long": 1} and manifest.splits["train"].text_bytes == 199
+def test_documents_above_the_cap_are_counted_listed_and_named(tmp_path, byte_bpe):
+    huge = "word " * (13 << 20)
+    source = write_jsonl(tmp_path / "a.jsonl", [*documents(99), huge])
+    arguments = ("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *WHOLE)
+    done = command(*arguments, "--workers", 1)
+    assert "train: 99 documents" in done.stdout and "rejected: 1 too_long" in done.stderr
+    assert read_manifest(tmp_path / "out").rejects == {"too_long": 1}
     (line,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
-    assert (line["line"], line["reason"]) == (2, "too_long") and "at most 100" in line["detail"]
+    assert (line["line"], line["reason"], line["detail"]) == (100, "too_long", "it is above 64 MB")
 
 
 def test_no_more_rejects_are_listed_than_a_person_needs(tmp_path, byte_bpe, monkeypatch):
@@ -104,30 +108,33 @@ def test_another_field_than_the_text(tmp_path, byte_bpe):
         (("--shuffle-seed", 2**63), "below 2**63, found 9223372036854775808"),
         (("--language", "en"), "needs both --language and --language-field"),
         (("--minimum-bytes", 9, "--maximum-bytes", 3), "maximum length 3 is below the minimum 9"),
+        (("--text-field", ""), "--text-field must name a field"),
     ],
 )
 def test_options_that_cannot_be_right(tmp_path, byte_bpe, arguments, sentence):
     source = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    said = refused("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *arguments)
-    assert sentence in said
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        invoke("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *arguments)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("source", ["{}", "web={}"])
-def test_a_data_set_inside_its_corpus(tmp_path, byte_bpe, source):
+def test_a_data_set_inside_its_corpus(tmp_path, byte_bpe, source, monkeypatch, capsys):
     corpus = tmp_path / "corpus"
     write_jsonl(corpus / "a.jsonl", ["x"])
-    said = refused("tokenize", source.format(corpus), "--out", corpus / "out", "--tokenizer", byte_bpe)
-    assert f"--out {corpus / 'out'} lies in the source {corpus}" in said and not (corpus / "out").exists()
-    beside = ("tokenize", source.format("corpus"), "--out", "out", "--tokenizer", byte_bpe, *WHOLE)
-    assert "train: 1 documents" in command(*beside, cwd=tmp_path).stdout
+    with pytest.raises(DataError, match=re.escape(f"--out {corpus / 'out'} is inside the source {corpus}")):
+        invoke("tokenize", source.format(corpus), "--out", corpus / "out", "--tokenizer", byte_bpe)
+    assert not (corpus / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    invoke("tokenize", source.format("corpus"), "--out", "out", "--tokenizer", byte_bpe, *WHOLE)
+    assert "train: 1 documents" in capsys.readouterr().out
 
 
 def test_a_name_that_is_no_picture(tmp_path, byte_bpe):
     run([write_jsonl(tmp_path / "a.jsonl", documents(9))], tmp_path / "out", byte_bpe)
     for name in ("lengths", "lengths.xyz"):
-        said = refused("stats", tmp_path / "out", "--picture", tmp_path / name)
-        assert f"{tmp_path / name}: the name of a picture ends in .png, .svg or .pdf" in said
+        with pytest.raises(DataError, match=rf"{name}: the name of a picture ends in \.png, \.svg or \.pdf"):
+            invoke("stats", tmp_path / "out", "--picture", tmp_path / name)
 
 
 @pytest.mark.parametrize("arguments", [("dedup",), ("decontaminate", "--against", "{source}")])
@@ -135,7 +142,8 @@ def test_a_folder_that_cannot_be_made(tmp_path, arguments):
     source = write_jsonl(tmp_path / "a.jsonl", ["one two three four five six seven eight nine ten eleven twelve last"])
     out = tmp_path / "a.jsonl" / "out"
     name, *more = (argument.format(source=source) for argument in arguments)
-    assert f"writing {out} failed: Not a directory" in refused(name, source, "--out", out, *more)
+    with pytest.raises(DataError, match=f"writing {out} failed: Not a directory"):
+        invoke(name, source, "--out", out, *more)
 
 
 def test_links_in_a_folder_are_followed(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
 
 import pytest
 import sentencepiece
@@ -45,14 +44,6 @@ def test_sentencepiece_is_the_librarys(sentencepiece_model):
     assert ours.encode(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == text
     assert (ours.kind, ours.vocab_size, ours.eod_id) == ("sentencepiece", 400, theirs.eos_id())
-
-
-def test_flat_ids_are_the_lists(byte_bpe, sentencepiece_model):
-    texts = ["", sentences(3, 1), "x", ""]
-    for path in (byte_bpe, sentencepiece_model):
-        tokenizer = load_tokenizer(path)
-        flat, starts = tokenizer.encode_flat(texts)
-        assert [flat[a:b].tolist() for a, b in pairwise(starts)] == tokenizer.encode_batch(texts)
 
 
 def test_what_a_tokenizer_file_says_of_length_and_framing_is_not_done(byte_bpe, tmp_path):
@@ -215,14 +206,14 @@ def test_tiktoken_encodings_are_used_where_installed(tmp_path, tiktoken_encoding
 def test_a_trained_tokenizer_keeps_every_text(tmp_path, kind):
     source = write_jsonl(tmp_path / "a.jsonl", documents(300))
     out = tmp_path / ("t.json" if kind == "byte-bpe" else "t.model")
-    tokenizer, counts = train_tokenizer(settings_for(source), out, kind, 380, 0, tmp_path)
+    tokenizer, counts = train_tokenizer(settings_for(source), out, kind, 380, 0)
     assert tokenizer.vocab_size == 380
     assert counts["documents"] + counts["held_out"] == 300
     for text in (sentences(30, 99), "  two  spaces ", "\n\n\ttab", "unseen: ж 𝄞 \x01", "1234567890"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eod_id not in tokenizer.encode(f"a {tokenizer.eod_token} b")
     again = tmp_path / f"again{out.suffix}"
-    train_tokenizer(settings_for(source), again, kind, 380, 0, tmp_path)
+    train_tokenizer(settings_for(source), again, kind, 380, 0)
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -231,7 +222,7 @@ def test_training_sees_the_training_split_alone(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl.zst", texts)
     counts = dict.fromkeys(("documents", "bytes", "left_out", "held_out"), 0)
     settings = settings_for(source, validation=0.2, test=0.1, split_seed=3, piece_bytes=5000)
-    seen = list(training_texts(settings, 0, tmp_path, counts))
+    seen = list(training_texts(settings, 0, counts))
     assert seen == [text for text in texts if split_of(text, 0.2, 0.1, 3) == "train"]
     assert counts["held_out"] == 400 - len(seen)
 
@@ -241,7 +232,7 @@ def test_a_sample_is_spread_over_the_source(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     size = source.stat().st_size
     counts = dict.fromkeys(("documents", "bytes", "left_out", "held_out"), 0)
-    seen = list(training_texts(settings_for(source), size // 10, tmp_path, counts))
+    seen = list(training_texts(settings_for(source), size // 10, counts))
     assert 0.06 * size < counts["bytes"] < 0.14 * size
     places = [texts.index(text) for text in seen]
     assert places == sorted(places) and places[0] < 100 and places[-1] > 1900
@@ -266,7 +257,7 @@ def test_lines_are_cut_below_sentencepieces_limit():
 def test_what_cannot_be_trained(tmp_path, kind, name, size, message):
     source = write_jsonl(tmp_path / "a.jsonl", documents(20))
     with pytest.raises(DataError, match=message):
-        train_tokenizer(settings_for(source), tmp_path / name, kind, size, 0, tmp_path)
+        train_tokenizer(settings_for(source), tmp_path / name, kind, size, 0)
     assert not (tmp_path / name).exists()
 
 

@@ -1,4 +1,4 @@
-"""Cutting enormous texts: nothing is lost, the way of arrival does not matter, and the ids are those of the whole."""
+"""Cutting enormous texts: nothing is lost, and the ids are those of the whole."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.tokenizers.loading import load_tokenizer
 from data_prep.tokenizing import cutting
-from data_prep.tokenizing.cutting import Cutter, cut
+from data_prep.tokenizing.cutting import cut
 from data_prep.tokenizing.encoder import Engine, choose_engine
 from tests.data_prep.writing import sentences
 
@@ -24,26 +24,13 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(cutting, "_FARTHEST", 80)
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=TEXT, sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5))
-def test_parts_are_the_text_and_do_not_depend_on_its_arrival(text, sizes):
-    before = cutting.PART, cutting._FARTHEST
-    cutting.PART, cutting._FARTHEST = 20, 80
-    try:
-        whole, forced = cut(text)
-        assert "".join(whole) == text
-        assert all(whole) or text == ""
-        assert all(len(part) <= 80 for part in whole)
-        cutter, parts, at, turn = Cutter(), [], 0, 0
-        while at < len(text):
-            step = sizes[turn % len(sizes)]
-            parts += cutter.feed(text[at : at + step])
-            at, turn = at + step, turn + 1
-        parts += cutter.finish()
-        assert (parts or [""]) == whole
-        assert cutter.forced == forced
-    finally:
-        cutting.PART, cutting._FARTHEST = before
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXT)
+def test_parts_are_the_text(small_parts, text):
+    parts, _ = cut(text)
+    assert "".join(parts) == text
+    assert all(parts) or text == ""
+    assert all(len(part) <= 80 for part in parts)
 
 
 def test_cuts_are_at_edges_where_there_are_any(small_parts):

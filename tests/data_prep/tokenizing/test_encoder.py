@@ -182,13 +182,6 @@ def test_an_engine_with_one_other_id_is_refused_and_said_so(byte_bpe, monkeypatc
     assert "1 of" in report["refused"][FASTOKENS]
 
 
-def test_differences_are_counted_text_by_text():
-    starts = np.array([0, 2, 2, 4])
-    one, other = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])
-    assert count_differences((one, starts), (one, starts)) == 0
-    assert count_differences((one, starts), (other, starts)) == 1
-
-
 def test_long_white_space_that_the_accelerator_refuses_still_gets_ids(byte_bpe):
     text = "a" + " " * 1_000_000 + "b"
     engine = Engine(load_tokenizer(byte_bpe), FASTOKENS)

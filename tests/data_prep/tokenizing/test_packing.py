@@ -171,8 +171,3 @@ def test_a_packed_sequence_is_shown_as_training_reads_it(tmp_path, byte_bpe):
         whole += sum(part in texts for part in parts)
     assert whole == sum(len(encoder(byte_bpe)(text)) <= 201 for text in texts)
     assert "packed" not in show_sequence(tmp_path / "out", "train", 0, 100)
-
-
-def test_best_fit_needs_a_length(tmp_path, byte_bpe):
-    with pytest.raises(DataError, match="needs --sequence-length"):
-        run([write_jsonl(tmp_path / "a.jsonl", ["x"])], tmp_path / "o", byte_bpe, packing="best-fit")

@@ -116,7 +116,7 @@ def test_a_terminal_shows_bytes_documents_tokens_and_every_worker(tmp_path, byte
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode(errors="replace"))
     assert re.search(r"\d MB  [\d,]+ documents  [\d,]+ tokens/s  0:a/\d+ 1:a/\d+", text)
-    assert re.search(r"\d+% +(\d+:\d\d:\d\d|-:--:--)", text)
+    assert re.search(r"\d+ % +(\d+:\d\d:\d\d|-:--:--)", text)
     assert re.search(r"6,000 documents, [\d,]+ tokens, [\d.]+ MB of text in [\d.]+ s", text)
 
 
@@ -126,7 +126,9 @@ def test_elsewhere_a_line_now_and_then_says_the_same(tmp_path, byte_bpe, monkeyp
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     tokenize(job([source], tmp_path / "out", byte_bpe, piece_bytes=PIECE), Display())
     told = capsys.readouterr().err.splitlines()
-    line = re.compile(r"(\d+\.\d)%  \d+ MB  ([\d,]+) documents  [\d,]+ tokens/s  0:a/\d+(  \d+ min left)?")
+    line = re.compile(
+        r"(\d+\.\d)%  \d+ MB  ([\d,]+) documents  [\d,]+ tokens/s  0:a/\d+(  \d+ (s|min|h \d+ min|d \d+ h) left)?"
+    )
     found = [line.fullmatch(text) for text in told]
     assert len(found) > 10 and all(found), told
     counts = [int(match[2].replace(",", "")) for match in found]

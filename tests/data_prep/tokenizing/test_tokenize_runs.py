@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from data_prep import files
 from data_prep.errors import DataError
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
@@ -177,16 +178,14 @@ def test_a_full_disk_stops_the_run_and_it_continues_later(corpus, byte_bpe, undi
     out = tmp_path / "out"
     work = job([corpus], out, byte_bpe, **SETTINGS)
     worker = piece.PieceWorker(out, prepare(work, Quiet())[0])
-    close = piece.ShardWriter.close
     calls = []
 
-    def full(self):
-        calls.append(self)
-        if len(calls) > 2:
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return close(self)
 
-    monkeypatch.setattr(piece.ShardWriter, "close", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         for number in range(10):
             for _ in worker.work(1, number):

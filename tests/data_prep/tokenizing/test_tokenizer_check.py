@@ -26,7 +26,7 @@ def sampled(corpus, tmp_path):
     found, _ = find_sources([str(corpus)], ReadOptions())
     groups = plan_groups(found, ReadOptions(), 80_000)
     assert len(groups) == 12
-    return sample_documents(groups, ReadOptions(), tmp_path)
+    return sample_documents(groups, ReadOptions())
 
 
 def test_whole_documents_from_all_over_the_corpus(corpus, tmp_path):
@@ -45,5 +45,5 @@ def test_a_long_document_gives_its_beginning(tmp_path):
     assert len(text) > check._LONGEST
     write_jsonl(tmp_path / "corpus" / "a.jsonl", [text])
     found, _ = find_sources([str(tmp_path / "corpus")], ReadOptions())
-    (sample,) = sample_documents(plan_groups(found, ReadOptions()), ReadOptions(), tmp_path)
+    (sample,) = sample_documents(plan_groups(found, ReadOptions()), ReadOptions())
     assert sample == text[: check._LONGEST]
