@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def run(stages: list[list[list[str]]], processors: list[int]) -> float:
         for process in processes:
             _, said = process.communicate()
             if process.returncode:
-                raise RuntimeError(f"{shlex.join(process.args)} failed:\n{said.decode()[-2000:]}")
+                raise RuntimeError(f"{process.args!r} failed:\n{said.decode()[-2000:]}")
     return time.perf_counter() - began
 
 

@@ -108,7 +108,8 @@ def take_documents(sources: list[Path], limit: int, folder: Path) -> tuple[int, 
         bytes of text, number of documents.
     """
     size = documents = 0
-    plain, parts = folder / "corpus.jsonl", [[], []]
+    plain = folder / "corpus.jsonl"
+    parts: list[list[bytes]] = [[], []]
     (folder / "parts").mkdir()
     with plain.open("wb") as target:
         for source in sources:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,30 +143,18 @@ def test_a_number_that_is_too_large_is_refused_by_name_before_anything_is_made_o
         build_recipe(values, [f"{key}={write_yaml(value).removesuffix('...' + chr(10))}"])
 
 
-BOMBS = {
-    "aliases": "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
-    + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh")),
-    "levels": "[" * 1000,
-    "digits": "seed: 1" + "0" * 5000,
-    "text that is none": "name: \udcff",
-}
-
-
-@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS.keys())
-@pytest.mark.parametrize("load", [load_recipe, load_experiment])
-def test_a_file_that_is_a_bomb_is_refused(text: str, load: Any, tmp_path: Path) -> None:
+def test_a_bomb_is_refused_wherever_yaml_is_read(values: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with processor_time(LIMIT_SECONDS), pytest.raises(RecipeError, match=r"r\.yaml: cannot be read as YAML") as caught:
-        load(file)
-    assert len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize("text", ["[" * 1000, "1" + "0" * 5000, "&a [*a, *a]"])
-def test_an_override_that_is_a_bomb_is_refused(values: dict[str, Any], text: str) -> None:
-    with processor_time(LIMIT_SECONDS), pytest.raises(RecipeError, match=r"override 'seed=.*YAML") as caught:
-        build_recipe(values, [f"seed={text}"])
-    assert len(str(caught.value)) < 1000
+    file.write_text("[" * 1000, encoding="utf-8")
+    reads: list[Callable[[], object]] = [
+        lambda: load_recipe(file),
+        lambda: load_experiment(file),
+        lambda: build_recipe(values, ["seed=" + "[" * 1000]),
+    ]
+    for read in reads:
+        with processor_time(LIMIT_SECONDS), pytest.raises(RecipeError, match="cannot be read as YAML") as caught:
+            read()
+        assert len(str(caught.value)) < 1000
 
 
 def test_numbers_are_those_of_yaml_1_2_in_files_and_overrides(values: dict[str, Any], tmp_path: Path) -> None:
