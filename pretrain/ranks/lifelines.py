@@ -176,7 +176,7 @@ class Lifelines:
         rank = self._ranks.rank
         try:
             connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
-            connection.sendall(secret + rank.to_bytes(_RANK_BYTES))
+            connection.sendall(secret + rank.to_bytes(_RANK_BYTES, "big"))
         except OSError as error:
             host = socket.gethostname()
             return f"rank {rank} on {host} cannot reach rank 0 at {address}:{port} ({error}); {_OPEN}"
@@ -218,7 +218,7 @@ def _introduction(connection: socket.socket, secret: bytes) -> int | None:
             said += part
     if len(said) < whole or not hmac.compare_digest(said[:_SECRET_BYTES], secret):
         return None
-    return int.from_bytes(said[_SECRET_BYTES:])
+    return int.from_bytes(said[_SECRET_BYTES:], "big")
 
 
 def _network() -> tuple[str, ...]:
