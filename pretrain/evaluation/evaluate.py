@@ -188,7 +188,7 @@ def most_text(settings: Settings) -> int:
 
 
 def _keep_questions(run: RunFolder, documents: Sequence[held_out.Document]) -> None:
-    """The own suite's questions and task files in RUN/evaluation/own, for a reader or any lm-evaluation-harness."""
+    """Write the own suite's questions and tasks to RUN/evaluation/own; any lm-evaluation-harness can run them."""
     folder = run.evaluation / "own"
     for name, file in own_suite.write_questions(folder, _own_questions(documents)).items():
         run.write_text(folder / f"{name}.yaml", portable_task_file(own_suite.task_source(name), {"test": file}))
@@ -273,15 +273,8 @@ def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name in ("not_finite", "lost_bytes", "prompts_cut", "scored_bytes", "text_bytes")
     }
     text = hashlib.sha256("".join(task["text_sha256"] for task in tasks.values()).encode()).hexdigest()
-    return {
-        **first,
-        "metrics": metrics,
-        "stderr": stderr,
-        "n": n,
-        **totals,
-        "text_sha256": text,
-        "tasks": len(tasks),
-    }
+    summary = {"metrics": metrics, "stderr": stderr, "n": n, "text_sha256": text, "tasks": len(tasks)}
+    return {**first, **totals, **summary}
 
 
 def _result(

@@ -35,7 +35,7 @@ class HarnessModel(TemplateLM):
         self.scorer = scorer
         self._tokenizer = tokenizer
         self._encoded: dict[str, list[int]] = {}
-        self.cut: set[tuple[str, int]] = set()
+        self.cut: set[tuple[str | None, int | None]] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -49,9 +49,6 @@ class HarnessModel(TemplateLM):
         if string not in self._encoded:
             self._encode([string])
         return self._encoded[string]
-
-    def count_tokens(self, string: str) -> int:
-        return len(self.tok_encode(string))
 
     def lost_bytes(self, strings: Sequence[str]) -> int:
         """UTF-8 bytes of texts that their tokens do not hold."""
@@ -77,14 +74,10 @@ class HarnessModel(TemplateLM):
             targets = targets or self.tok_encode(continuation)
             split.append((before or [self.eot_token_id], targets))
             if before and len(before) + len(targets) > self.max_length + 1:
-                self._note_cut(request)
+                self.cut.add((request.task_name, request.doc_id))
         answers = self._score(split)
         self._encoded.clear()
         return answers
-
-    def _note_cut(self, request: Instance) -> None:
-        if request.task_name is not None and request.doc_id is not None:
-            self.cut.add((request.task_name, request.doc_id))
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return self._score([(context, continuation) for _, context, continuation in requests])
@@ -119,7 +112,7 @@ class HarnessModel(TemplateLM):
                 room = max(1, self.max_length - length)
                 prompt = self.tok_encode(context) if context else []
                 if len(prompt) > room:
-                    self._note_cut(request)
+                    self.cut.add((request.task_name, request.doc_id))
                     prompt = prompt[-room:]
                 made = generate(
                     self.scorer.model,

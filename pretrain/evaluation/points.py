@@ -15,13 +15,10 @@ Answer = tuple[float, float]
 """Log-likelihood in nats, and the chance that greedy decoding gives the option."""
 
 
-_ROUNDING = 1e-12  # of a sum of some hundred float64 numbers, relative to it
-
-
 def likeliest(values: Sequence[float]) -> list[int]:
     """Numbers of the options with the largest value; several if they tie up to the rounding of sums."""
     best = max(values)
-    return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=_ROUNDING)]
+    return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=1e-12)]
 
 
 def share(values: Sequence[float], right: Sequence[int]) -> float:
@@ -68,7 +65,7 @@ class Tied(tuple[tuple[int, int], ...]):
 
 def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], float]:
     """An aggregation of the harness over items of which some are `Tied`; infinite where the result is too large,
-    NaN where it is of nothing.
+    NaN without any.
 
     Every item counts as often as the least common multiple of all ties, and each part of a tie as its share of that.
     """
@@ -77,7 +74,8 @@ def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequen
         sizes = [len(item) for item in items if isinstance(item, Tied)]
         if sizes:
             times = math.lcm(*sizes)
-            items = [part for item in items for part in _repeated(item, times)]
+            tied = (item if isinstance(item, Tied) else [item] for item in items)
+            items = [part for item in tied for part in item for _ in range(times // len(item))]
         try:
             return float(aggregate(items))
         except OverflowError:  # perplexity of a model that is far off
@@ -86,7 +84,3 @@ def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequen
             return math.nan
 
     return functools.wraps(aggregate)(apply)
-
-
-def _repeated(item: Any, times: int) -> list[Any]:
-    return [part for part in item for _ in range(times // len(item))] if isinstance(item, Tied) else [item] * times

@@ -24,7 +24,6 @@ from pretrain.recipe.messages import first_problem, nearest, shorten
 from pretrain.recipe.yaml_input import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
-_HUB_SECONDS = 2.0
 
 
 class Suite(BaseModel):
@@ -136,7 +135,7 @@ def hub_answers() -> bool:
     address = urlsplit(config.HF_ENDPOINT)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
-        with socket.create_connection((address.hostname or "", port), timeout=_HUB_SECONDS):
+        with socket.create_connection((address.hostname or "", port), timeout=2.0):
             return True
     except (OSError, ValueError):
         return False

@@ -69,8 +69,7 @@ def both(request, tokenizer_file, tmp_path_factory):
             pretrained=str(exported), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4,
             max_length=160,
         )  # fmt: skip
-    # run_tasks asks its model for what the harness's interface has, and for token counts.
-    theirs.count_tokens = lambda text: len(theirs.tok_encode(text))
+    # What run_tasks asks for besides the harness's interface.
     theirs.lost_bytes, theirs.cut = lambda texts: 0, set()
     tokenizer = load_tokenizer(tokenizer_file)
     return HarnessModel(Scorer(network, tokenizer.eod_id), tokenizer), theirs

@@ -83,8 +83,6 @@ def test_routing_and_depth_reach_the_network_and_nonsense_is_refused():
     assert model.calls[0][:2] == ("causal", 2)
     with pytest.raises(UserError, match="between 1 and the model's 3"):
         Scorer(model, EOD, depth=4)
-    with pytest.raises(UserError, match="not one of causal, topk"):
-        Scorer(model, EOD, routing="top-k")
 
 
 def test_the_mode_of_the_network_comes_back_and_progress_ends_at_the_total():
