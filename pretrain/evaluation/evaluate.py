@@ -34,9 +34,6 @@ from pretrain.records.run_folder import RunFolder, require_writable
 if TYPE_CHECKING:
     import torch
 
-SuiteProgress = Callable[[str, int, int], None]
-"""Told the suite's name, the number of batches done, and of all batches."""
-
 
 class Incomplete(RunError):
     """A suite could not be evaluated, or a result not written. Attributes: results: those that were made, by suite."""
@@ -54,7 +51,7 @@ def evaluate_model(
     documents: Sequence[held_out.Document] = (),
     settings: Settings | None = None,
     device: torch.device | None = None,
-    progress: SuiteProgress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     lockstep: Lockstep | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in memory; call it on every rank (under ZeRO-3 each forward pass is a collective).
@@ -64,6 +61,7 @@ def evaluate_model(
         tokenizer: `data_prep.tokenizers.load_tokenizer`'s.
         documents: held-out documents, which `perplexity`, `own` and `routing` need (`held_out.read_documents`).
         device: where the network computes; by default where its parameters are. With offloading these differ.
+        progress: told the suite's name, the number of batches done, and of all batches.
         lockstep: lets the ranks break off together; None never does.
 
     Returns:
@@ -75,12 +73,7 @@ def evaluate_model(
     """
     settings = settings or Settings()
     scorer = Scorer(
-        model,
-        tokenizer.eod_id,
-        routing=settings.routing,
-        depth=settings.depth,
-        device=device,
-        lockstep=lockstep or Lockstep(),
+        model, tokenizer.eod_id, settings.routing, settings.depth, device=device, lockstep=lockstep or Lockstep()
     )
     results = {}
     for suite in check_suites(suites):
@@ -101,7 +94,7 @@ def evaluate_run(
     *,
     settings: Settings | None = None,
     data: Path | None = None,
-    progress: SuiteProgress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a run's final weights and write RUN/evaluation/<suite>.json for each suite as soon as it is there.
 

@@ -24,8 +24,6 @@ _LOGITS_CPU = 1 << 24
 _LOGITS_ACCELERATOR = 1 << 29
 
 Item = TypeVar("Item")
-Progress = Callable[[int, int], None]
-"""Told the number of batches done, and of all batches."""
 
 
 class Window(NamedTuple):
@@ -77,7 +75,7 @@ class Scorer:
         depth: recursion steps every token takes, without routers; None lets the routers decide.
         max_length: most tokens read at once; by default the context length the network was trained with.
         device: where inputs go; by default where the network's parameters are.
-        progress: told how far scoring has come.
+        progress: told the number of batches done, and of all batches.
         lockstep: where the ranks meet before every forward pass; by default they do not.
     """
 
@@ -87,7 +85,7 @@ class Scorer:
     depth: int | None = None
     max_length: int = 0
     device: torch.device | None = None
-    progress: Progress | None = None
+    progress: Callable[[int, int], None] | None = None
     lockstep: Lockstep = dataclasses.field(default_factory=Lockstep)
 
     def __post_init__(self) -> None:

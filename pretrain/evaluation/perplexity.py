@@ -26,6 +26,7 @@ from pretrain.evaluation.held_out import Document, text_identity
 from pretrain.evaluation.likelihood import Scorer
 
 Item = TypeVar("Item")
+_TOTALS = ("tokens", "words", "bytes", "lost_bytes")
 # Figures that divide by a size of the text, which the tokens have to hold.
 NEED_WHOLE_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
@@ -49,9 +50,7 @@ def perplexities(scores: Sequence[DocumentScore]) -> dict[str, float]:
         ValueError: no documents, or none with a word.
     """
     nats = -math.fsum(score.log_likelihood for score in scores)
-    tokens, words, size, lost = (
-        sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes", "lost_bytes")
-    )
+    tokens, words, size, lost = (sum(getattr(score, name) for score in scores) for name in _TOTALS)
     if not (words and size):
         raise ValueError("perplexity needs at least one document with a word in it.")
     figures = {
@@ -115,9 +114,7 @@ def evaluate_perplexity(scorer: Scorer, tokenizer: Any, documents: Sequence[Docu
 
 def _summary(scored: Sequence[tuple[Document, DocumentScore]]) -> dict[str, Any]:
     scores = [score for _, score in scored]
-    totals = {
-        name: sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes", "lost_bytes")
-    }
+    totals = {name: sum(getattr(score, name) for score in scores) for name in _TOTALS}
     metrics = perplexities(scores)
     return {
         "metrics": metrics,

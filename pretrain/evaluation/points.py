@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +20,6 @@ def likeliest(values: Sequence[float]) -> list[int]:
     """Numbers of the options with the largest value; several if they tie up to the rounding of sums."""
     best = max(values)
     return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=1e-12)]
-
-
-def share(values: Sequence[float], right: Sequence[int]) -> float:
-    """The share of right options among the likeliest ones."""
-    tied = likeliest(values)
-    return sum(number in right for number in tied) / len(tied)
 
 
 def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -48,7 +43,9 @@ def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence
         "acc_bytes": [value / max(len(choice.encode("utf-8")), 1) for value, choice in zip(nats, choices)],
         "acc_mutual_info": [value - without for value, without in zip(nats, alone)],
     }
-    shared: dict[str, Any] = {name: share(values, right) for name, values in by_metric.items() if name in judged}
+    shared: dict[str, Any] = {}
+    for name in by_metric.keys() & judged.keys():
+        shared[name] = statistics.fmean(number in right for number in likeliest(by_metric[name]))
     if "exact_match" in judged:
         shared["exact_match"] = max((answers[number][1] for number in right if 0 <= number < len(choices)), default=0.0)
     tied = likeliest(nats)

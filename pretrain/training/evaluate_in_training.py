@@ -45,10 +45,7 @@ class SuiteRunner:
     """Evaluates the network in training on the recipe's suites.
 
     Attributes:
-        engine: DeepSpeed's; suites: which, and how many questions of each.
-        folder: where results go; tokenizer: its folder; texts: files of held-out documents, for suites that read them.
-        telemetry: told when results cannot be written; device: where the network computes.
-        lockstep: where the ranks meet before every forward pass.
+        engine: DeepSpeed's; tokenizer: its folder; texts: files of held-out documents, for suites that read them.
     """
 
     engine: Any
@@ -101,8 +98,7 @@ class EvaluationHooks:
     """What a run measures of itself after a step, on its schedules.
 
     Attributes:
-        plan: says when; max_share: see `sections.Evaluation`.
-        validator, suites: None where there is nothing to measure.
+        max_share: see `sections.Evaluation`; validator, suites: None where there is nothing to measure.
         beat: the watchdog's; lockstep: that of validator and suites; clock: in seconds.
     """
 
