@@ -184,7 +184,9 @@ def _keep_questions(run: RunFolder, documents: Sequence[held_out.Document]) -> N
     """Write the own suite's questions and tasks to RUN/evaluation/own; any lm-evaluation-harness can run them."""
     folder = run.evaluation / "own"
     for name, file in own_suite.write_questions(folder, _own_questions(documents)).items():
-        run.write_text(folder / f"{name}.yaml", portable_task_file(own_suite.task_source(name), {"test": file}))
+        run.write_text(
+            folder / f"{name}.yaml", portable_task_file(own_suite.TASK_FILES / f"{name}.yaml", {"test": file})
+        )
 
 
 def _own_questions(documents: Sequence[held_out.Document]) -> dict[str, list[dict[str, Any]]]:
@@ -214,7 +216,8 @@ def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: S
     with tempfile.TemporaryDirectory(prefix="mor-own-") as folder:
         plan = TaskPlan()
         for name, file in own_suite.write_questions(Path(folder), made).items():
-            plan.local[name] = local_task_file(own_suite.task_source(name), {"test": file}, {"task": name})
+            source = own_suite.TASK_FILES / f"{name}.yaml"
+            plan.local[name] = local_task_file(source, {"test": file}, {"task": name})
         tasks = _ask(scorer, tokenizer, plan, own_suite.CHANCE, limit=settings.limit)
     if tasks:
         chance = sum(task["chance"] * task["n"] for task in tasks.values()) / sum(task["n"] for task in tasks.values())

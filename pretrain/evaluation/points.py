@@ -12,9 +12,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Answer = tuple[float, float]
-"""Log-likelihood in nats, and the chance that greedy decoding gives the option."""
-
 
 def likeliest(values: Sequence[float]) -> list[int]:
     """Numbers of the options with the largest value; several if they tie up to the rounding of sums."""
@@ -22,13 +19,16 @@ def likeliest(values: Sequence[float]) -> list[int]:
     return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=1e-12)]
 
 
-def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
+def shared_points(
+    judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
     """Metrics that replace those of the harness (`judged`, from `process_results`), with ties.
 
     Metrics that count predictions, such as F1, become `Tied` if options tie.
 
     Args:
-        answers: of every option; for mutual information, followed by those without the question.
+        answers: log-likelihood (nats) and chance under greedy decoding of every option; for mutual information,
+            followed by those without the question.
     """
     choices = task.doc_to_choice(doc)
     nats = [value for value, _ in answers[: len(choices)]]

@@ -81,15 +81,14 @@ def test_arc_easy_by_hand(model, evaluation_sets):
 
 
 def test_wikitext_by_hand(model, evaluation_sets):
-    task = evaluate_model(model, ByteTokenizer(), ["wikitext"], settings=Settings(limit=2))["wikitext"]["tasks"][
-        "wikitext"
-    ]
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     pages = [record["page"] for record in read_records(evaluation_sets / "wikitext/wiki.test.raw")[:2]]
     texts = [wikitext_detokenizer({"page": page}) for page in pages]
     nats = -sum(likelihood(model, "", text) for text in texts)
     size = sum(len(page.encode()) for page in pages)
+    result = evaluate_model(model, ByteTokenizer(), ["wikitext"], settings=Settings(limit=2))["wikitext"]
+    task = result["tasks"]["wikitext"]
     assert task["metrics"]["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
     tokens = sum(len(text.encode()) for text in texts)
     assert task["metrics"]["token_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
@@ -109,18 +108,10 @@ def test_boolq_and_wsc273_with_the_fields_their_local_files_have(model, evaluati
 
 def test_blimp_is_the_mean_over_its_67_paradigms(model, evaluation_sets):
     result = evaluate_model(model, ByteTokenizer(), ["blimp"], settings=Settings(limit=LIMIT))["blimp"]
-    assert len(result["tasks"]) == 68
-    shares = []
-    for file in sorted((evaluation_sets / "blimp").glob("*.jsonl")):
-        better = [
-            likelihood(model, "", " " + record["sentence_good"]) - likelihood(model, "", " " + record["sentence_bad"])
-            for record in records(file)
-        ]
-        shares.append(result["tasks"][f"blimp_{file.stem}"]["metrics"]["acc"])
-        # Sentences of the same bigrams in another order are equally likely, up to rounding.
-        assert sum(b > 1e-3 for b in better) <= round(shares[-1] * LIMIT) <= sum(b > -1e-3 for b in better)
-    assert result["tasks"]["blimp"]["metrics"]["acc"] == pytest.approx(statistics.fmean(shares))
-    assert result["tasks"]["blimp"]["n"] == 67 * LIMIT
+    whole = result["tasks"].pop("blimp")
+    assert len(result["tasks"]) == 67 and whole["n"] == 67 * LIMIT
+    shares = [task["metrics"]["acc"] for task in result["tasks"].values()]
+    assert whole["metrics"]["acc"] == pytest.approx(statistics.fmean(shares))
 
 
 def test_mmlu_asks_after_five_examples_of_its_subject(evaluation_sets):
@@ -143,10 +134,7 @@ def test_mmlu_asks_after_five_examples_of_its_subject(evaluation_sets):
 def test_every_other_benchmark_runs_from_local_files(model, evaluation_sets, name):
     result = evaluate_model(model, ByteTokenizer(), [name], settings=Settings(limit=4))[name]
     assert not result["skipped"]
-    figure = result["primary"]
-    assert figure["n"] == 4 and math.isfinite(figure["value"])
-    if figure["metric"].startswith("acc"):
-        assert 0.0 <= figure["value"] <= 1.0
+    assert result["primary"]["n"] == 4 and math.isfinite(result["primary"]["value"])
 
 
 def test_without_data_everything_is_skipped_with_its_reason_and_remedy(model, monkeypatch):
@@ -257,14 +245,14 @@ def test_prompts_that_do_not_fit_are_counted_and_warned_of(tmp_path, monkeypatch
     row = benchmarks()["mmlu"].model_copy(update={"tasks": ("mmlu/default/mmlu_anatomy.yaml",)})
     monkeypatch.setattr("pretrain.evaluation.evaluate.benchmarks", lambda: {"mmlu": row})
     results = {
-        length: evaluate_model(BigramModel(context_length=length), ByteTokenizer(), ["mmlu"])["mmlu"]
-        for length in (128, 4096)
+        name: evaluate_model(BigramModel(context_length=length), ByteTokenizer(), ["mmlu"])
+        for name, length in (("short", 128), ("long", 4096))
     }
-    assert [results[length]["tasks"]["mmlu"]["prompts_cut"] for length in (128, 4096)] == [3, 0]
-    assert results[128]["tasks"]["mmlu"]["fewshot"] == 5 and results[128]["tasks"]["mmlu"]["n"] == 3
-    _, [row_of_table] = summary_rows({"short": {"mmlu": results[128]}, "long": {"mmlu": results[4096]}})
+    tasks = [result["mmlu"]["tasks"]["mmlu"] for result in results.values()]
+    assert [(task["prompts_cut"], task["n"], task["fewshot"]) for task in tasks] == [(3, 3, 5), (0, 3, 5)]
+    _, [row_of_table] = summary_rows(results)
     assert row_of_table[4].endswith("(3 of 3 prompts cut)") and "cut" not in row_of_table[5]
-    [warning] = warning_lines({"short": {"mmlu": results[128]}, "long": {"mmlu": results[4096]}})
+    [warning] = warning_lines(results)
     assert "short: mmlu: 3 of 3 prompts" in warning and "fewer than the 5 examples" in warning
 
 

@@ -62,10 +62,9 @@ def test_greedy_decoding_of_equally_likely_tokens_is_chance():
     np.testing.assert_allclose(greedy, [1 / VOCABULARY, 1 / VOCABULARY**2])
     likelihood, greedy = Scorer(constant(math.nan), EOD).score([Window((1,), (0,))])
     assert math.isnan(likelihood[0]) and greedy[0] == 0.0
-    last_word = evaluate_model(
-        constant(), ByteTokenizer(), ["own"], documents=[Document(prose(n), "") for n in range(6)]
-    )
-    assert last_word["own"]["tasks"]["own_last_word"]["metrics"]["acc"] < 1e-6
+    documents = [Document(prose(seed), "") for seed in range(6)]
+    own = evaluate_model(constant(), ByteTokenizer(), ["own"], documents=documents)["own"]
+    assert own["tasks"]["own_last_word"]["metrics"]["acc"] < 1e-6
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
