@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Incomplete(RunError):
-    """A suite could not be evaluated, or a result not written. Attributes: results: those that were made, by suite."""
+    """A suite could not be evaluated, or a result not written; `results` has those that were made, by suite."""
 
     def __init__(self, message: str, results: dict[str, dict[str, Any]]) -> None:
         super().__init__(message)
@@ -256,10 +256,9 @@ def _ask(
 def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One entry for a suite of several tasks: each metric's mean over all questions, tasks weighing by their number."""
     n = sum(task["n"] for task in tasks.values())
-    names = set.intersection(*(set(task["metrics"]) for task in tasks.values()))
     first = next(iter(tasks.values()))
     metrics, stderr = {}, {}
-    for name in [name for name in first["metrics"] if name in names]:
+    for name in [name for name in first["metrics"] if all(name in task["metrics"] for task in tasks.values())]:
         metrics[name] = sum(task["metrics"][name] * task["n"] for task in tasks.values()) / n
         errors = [task["stderr"].get(name) for task in tasks.values()]
         known = all(error is not None for error in errors)

@@ -33,11 +33,7 @@ from pretrain.evaluation.task_files import TaskPlan
 
 @dataclass(frozen=True)
 class Sample:
-    """A question and its answers.
-
-    Attributes:
-        requests: the harness's, answered. metrics: the value of each metric for this question alone.
-    """
+    """A question, the harness's answered requests, and the value of each metric for this question alone."""
 
     doc: Any
     requests: list[Any]
@@ -45,7 +41,7 @@ class Sample:
 
     @property
     def nats(self) -> list[float]:
-        """Log-likelihoods of the answers; none of generated text."""
+        """Log-likelihoods of the answers; generated text has none."""
         values = [request.resps[0] for request in self.requests]
         return [value[0] if isinstance(value, tuple) else value for value in values if not isinstance(value, str)]
 

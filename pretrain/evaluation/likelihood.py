@@ -48,7 +48,6 @@ def split_windows(context: Sequence[int], targets: Sequence[int], max_length: in
     Args:
         context: tokens before the first target, at least one.
         targets: tokens to predict; none gives no windows.
-        max_length: most tokens the network reads at once.
     """
     if not context:
         raise ValueError("context: is empty; give the END_OF_DOCUMENT token.")

@@ -41,11 +41,7 @@ class Suite(BaseModel):
     fewshot: int = Field(default=0, ge=0)
 
     def task_files(self) -> list[Path]:
-        """The harness's task files of this suite; a leading underscore marks groups and templates.
-
-        Raises:
-            UserError: when the installed harness has none.
-        """
+        """The harness's task files of this suite; a leading underscore marks groups and templates."""
         root = harness_tasks()
         files = sorted({file for pattern in self.tasks for file in root.glob(pattern) if not file.name.startswith("_")})
         if not files:

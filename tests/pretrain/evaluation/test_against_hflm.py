@@ -16,38 +16,22 @@ from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.lm_adapter import HarnessModel
 from pretrain.evaluation.suites import benchmarks
 from pretrain.evaluation.task_files import plan_tasks
+from tests.pretrain.evaluation.runs import NETWORK
 
-SHAPE = {
-    "vocab_size": 600,
-    "hidden_size": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "intermediate_size": 64,
-    "context_length": 160,
-    "init_std": 0.3,
-}
+SHAPE = NETWORK | {"vocab_size": 600, "num_heads": 4, "num_kv_heads": 2, "context_length": 160, "init_std": 0.3}
 CONFIGS = {
-    "vanilla": ModelConfig(**SHAPE, num_layers=2),
-    "mor": ModelConfig(
-        **SHAPE, num_layers=5, sharing="middle_cycle", recursions=3, router=ExpertChoiceConfig(alpha=1.0)
-    ),
+    "vanilla": ModelConfig(**SHAPE | {"num_layers": 2, "sharing": "none", "recursions": 1, "router": None}),
+    "mor": ModelConfig(**SHAPE | {"router": ExpertChoiceConfig(alpha=1.0)}),
 }
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")] * 2, trainer)
+    tokenizer = ByteLevelBPETokenizer()
+    text = [Path(__file__).read_text(encoding="utf-8")] * 2
+    tokenizer.train_from_iterator(text, vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(file))
     (file.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
