@@ -49,13 +49,13 @@ def evaluate(
     from pretrain.errors import RunError
     from pretrain.evaluation.evaluate import Incomplete, evaluate_run
     from pretrain.evaluation.evaluation_ranks import launched_ranks, rank_and_world
-    from pretrain.evaluation.settings import Settings, check_routing
+    from pretrain.evaluation.settings import Settings
     from pretrain.evaluation.suites import check_suites
     from pretrain.evaluation.summary import markdown_summary, print_summary
     from pretrain.ranks.agreement import on_first_rank
     from pretrain.records.run_folder import RunFolder, require_writable
 
-    settings = Settings(limit, check_routing(routing), depth, text_bytes, hub)
+    settings = Settings(limit, routing, depth, text_bytes, hub)
     suites = check_suites(suite)
     folders = [RunFolder.existing(path) for path in runs]
     names = [run.name for run in folders]

@@ -34,12 +34,9 @@ from pretrain.records.run_folder import RunFolder, require_writable
 if TYPE_CHECKING:
     import torch
 
-SuiteProgress = Callable[[str, int, int], None]
-"""Told the suite's name, the number of batches done, and of all batches."""
-
 
 class Incomplete(RunError):
-    """A suite could not be evaluated, or a result not written. Attributes: results: those that were made, by suite."""
+    """A suite could not be evaluated, or a result not written; `results` has those that were made, by suite."""
 
     def __init__(self, message: str, results: dict[str, dict[str, Any]]) -> None:
         super().__init__(message)
@@ -54,7 +51,7 @@ def evaluate_model(
     documents: Sequence[held_out.Document] = (),
     settings: Settings | None = None,
     device: torch.device | None = None,
-    progress: SuiteProgress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     lockstep: Lockstep | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in memory; call it on every rank (under ZeRO-3 each forward pass is a collective).
@@ -64,6 +61,7 @@ def evaluate_model(
         tokenizer: `data_prep.tokenizers.load_tokenizer`'s.
         documents: held-out documents, which `perplexity`, `own` and `routing` need (`held_out.read_documents`).
         device: where the network computes; by default where its parameters are. With offloading these differ.
+        progress: told the suite's name, the number of batches done, and of all batches.
         lockstep: lets the ranks break off together; None never does.
 
     Returns:
@@ -75,12 +73,7 @@ def evaluate_model(
     """
     settings = settings or Settings()
     scorer = Scorer(
-        model,
-        tokenizer.eod_id,
-        routing=settings.routing,
-        depth=settings.depth,
-        device=device,
-        lockstep=lockstep or Lockstep(),
+        model, tokenizer.eod_id, settings.routing, settings.depth, device=device, lockstep=lockstep or Lockstep()
     )
     results = {}
     for suite in check_suites(suites):
@@ -101,7 +94,7 @@ def evaluate_run(
     *,
     settings: Settings | None = None,
     data: Path | None = None,
-    progress: SuiteProgress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a run's final weights and write RUN/evaluation/<suite>.json for each suite as soon as it is there.
 
@@ -188,10 +181,12 @@ def most_text(settings: Settings) -> int:
 
 
 def _keep_questions(run: RunFolder, documents: Sequence[held_out.Document]) -> None:
-    """The own suite's questions and task files in RUN/evaluation/own, for a reader or any lm-evaluation-harness."""
+    """Write the own suite's questions and tasks to RUN/evaluation/own; any lm-evaluation-harness can run them."""
     folder = run.evaluation / "own"
     for name, file in own_suite.write_questions(folder, _own_questions(documents)).items():
-        run.write_text(folder / f"{name}.yaml", portable_task_file(own_suite.task_source(name), {"test": file}))
+        run.write_text(
+            folder / f"{name}.yaml", portable_task_file(own_suite.TASK_FILES / f"{name}.yaml", {"test": file})
+        )
 
 
 def _own_questions(documents: Sequence[held_out.Document]) -> dict[str, list[dict[str, Any]]]:
@@ -221,7 +216,8 @@ def _own(suite: str, scorer: Scorer, tokenizer: Any, documents: Any, settings: S
     with tempfile.TemporaryDirectory(prefix="mor-own-") as folder:
         plan = TaskPlan()
         for name, file in own_suite.write_questions(Path(folder), made).items():
-            plan.local[name] = local_task_file(own_suite.task_source(name), {"test": file}, {"task": name})
+            source = own_suite.TASK_FILES / f"{name}.yaml"
+            plan.local[name] = local_task_file(source, {"test": file}, {"task": name})
         tasks = _ask(scorer, tokenizer, plan, own_suite.CHANCE, limit=settings.limit)
     if tasks:
         chance = sum(task["chance"] * task["n"] for task in tasks.values()) / sum(task["n"] for task in tasks.values())
@@ -260,10 +256,9 @@ def _ask(
 def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One entry for a suite of several tasks: each metric's mean over all questions, tasks weighing by their number."""
     n = sum(task["n"] for task in tasks.values())
-    names = set.intersection(*(set(task["metrics"]) for task in tasks.values()))
     first = next(iter(tasks.values()))
     metrics, stderr = {}, {}
-    for name in [name for name in first["metrics"] if name in names]:
+    for name in [name for name in first["metrics"] if all(name in task["metrics"] for task in tasks.values())]:
         metrics[name] = sum(task["metrics"][name] * task["n"] for task in tasks.values()) / n
         errors = [task["stderr"].get(name) for task in tasks.values()]
         known = all(error is not None for error in errors)
@@ -273,15 +268,8 @@ def summarise(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name in ("not_finite", "lost_bytes", "prompts_cut", "scored_bytes", "text_bytes")
     }
     text = hashlib.sha256("".join(task["text_sha256"] for task in tasks.values()).encode()).hexdigest()
-    return {
-        **first,
-        "metrics": metrics,
-        "stderr": stderr,
-        "n": n,
-        **totals,
-        "text_sha256": text,
-        "tasks": len(tasks),
-    }
+    summary = {"metrics": metrics, "stderr": stderr, "n": n, "text_sha256": text, "tasks": len(tasks)}
+    return {**first, **totals, **summary}
 
 
 def _result(

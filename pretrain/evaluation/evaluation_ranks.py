@@ -57,7 +57,7 @@ def launched_ranks(device: str | None) -> Iterator[str]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is in the mode it was in."""
+    """Evaluation mode without gradients; the model's mode is restored afterwards."""
     training = model.training
     model.eval()
     try:

@@ -33,11 +33,7 @@ from pretrain.evaluation.task_files import TaskPlan
 
 @dataclass(frozen=True)
 class Sample:
-    """A question and its answers.
-
-    Attributes:
-        requests: the harness's, answered. metrics: the value of each metric for this question alone.
-    """
+    """A question, the harness's answered requests, and the value of each metric for this question alone."""
 
     doc: Any
     requests: list[Any]
@@ -45,7 +41,7 @@ class Sample:
 
     @property
     def nats(self) -> list[float]:
-        """Log-likelihoods of the answers; none of generated text."""
+        """Log-likelihoods of the answers; generated text has none."""
         values = [request.resps[0] for request in self.requests]
         return [value[0] if isinstance(value, tuple) else value for value in values if not isinstance(value, str)]
 
@@ -161,32 +157,30 @@ def _figures(task: Any, samples: Sequence[Sample], model: HarnessModel) -> dict[
     metrics: dict[str, float] = {}
     stderr: dict[str, float | None] = {}
     documents: dict[str, Any] = {}
-    rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
     not_finite = sum(not sample.finite for sample in samples)
+
+    def add(name: str, aggregation: Any, items: Sequence[Any]) -> None:
+        metrics[name], stderr[name] = (math.nan, None) if not_finite else _aggregate(aggregation, items)
+
     for name in samples[0].metrics:
-        items = [sample.metrics[name] for sample in samples]
-        metrics[name], stderr[name] = _aggregate(task.aggregation()[name], items) if not not_finite else _NO_NUMBER
-    if rolling:
+        add(name, task.aggregation()[name], [sample.metrics[name] for sample in samples])
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
         scored = [sample.requests[0].args[0] for sample in samples]
-        tokens = [model.count_tokens(text) for text in scored]
+        tokens = [len(model.tok_encode(text)) for text in scored]
         nats = [sample.nats[0] for sample in samples]
         documents = {"documents": {"nats": [-value for value in nats], "tokens": tokens}}
-        figure = _aggregate(_token_perplexity, list(zip(nats, tokens))) if not not_finite else _NO_NUMBER
-        metrics["token_perplexity"], stderr["token_perplexity"] = figure
+        add("token_perplexity", _token_perplexity, list(zip(nats, tokens)))
     else:
         answers = [answer for sample in samples if (answer := _right_answer(task, sample)) is not None]
         scored = [text for _, text in answers]
         if answers:
-            sizes = [(nats, len(text.encode("utf-8"))) for nats, text in answers]
-            figure = _aggregate(_bits_per_byte, sizes) if not not_finite else _NO_NUMBER
-            metrics["bits_per_byte"], stderr["bits_per_byte"] = figure
+            add("bits_per_byte", _bits_per_byte, [(nats, len(text.encode("utf-8"))) for nats, text in answers])
     lost = model.lost_bytes(scored)
-    for name in NEED_WHOLE_TEXT if lost else ():
-        if name in metrics:
-            metrics[name], stderr[name] = _NO_NUMBER
-    asked = [
-        part for sample in samples for request in sample.requests for part in request.args if isinstance(part, str)
-    ]
+    if lost:
+        refused = metrics.keys() & set(NEED_WHOLE_TEXT)
+        metrics |= dict.fromkeys(refused, math.nan)
+        stderr |= dict.fromkeys(refused)
+    asked = [part for sample in samples for request in sample.requests for part in request.args if type(part) is str]
     higher = {name: bool(value) for name, value in task.higher_is_better().items()}
     return {
         "metrics": metrics,
@@ -199,9 +193,6 @@ def _figures(task: Any, samples: Sequence[Sample], model: HarnessModel) -> dict[
         "higher_is_better": {"bits_per_byte": False, **higher},
         **documents,
     }
-
-
-_NO_NUMBER = (math.nan, None)
 
 
 def _aggregate(aggregation: Any, items: Sequence[Any]) -> tuple[float, float | None]:

@@ -147,13 +147,13 @@ def choose(documents: Sequence[Document], most_bytes: int) -> list[Document]:
     chosen = []
     room = most_bytes
     for document in ordered:
-        size = len(document.text.encode("utf-8"))
-        if size > room:
-            cut = document.text.encode("utf-8")[:room].decode("utf-8", errors="ignore")
+        encoded = document.text.encode("utf-8")
+        if len(encoded) > room:
+            cut = encoded[:room].decode("utf-8", errors="ignore")
             head = cut[: max(cut.rfind(" "), cut.rfind("\n"), 0)].rstrip()
             if head:
                 chosen.append(Document(head, document.source))
             break
         chosen.append(document)
-        room -= size
+        room -= len(encoded)
     return chosen

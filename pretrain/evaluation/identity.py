@@ -130,7 +130,7 @@ def stored_result(
     except (FileNotFoundError, DataError, TypeError, KeyError, AttributeError):
         return None  # damaged: evaluating again replaces it
     now = made_of or identity(run, suite, settings, data)
-    # Questions that are out of reach now say nothing against a result that was made of them.
+    # Questions that are out of reach now do not invalidate a result that was made of them.
     if not now.get("questions", {}).items() <= asked.items():
         return None
     return {**stored, "checksum": checksum} if {**now, "questions": asked} == {**then, "questions": asked} else None
@@ -163,7 +163,10 @@ def _code() -> str:
 
 
 def _digest(file: Path) -> str:
-    return _digest_of(*_state(file))
+    try:
+        return _digest_of(*_state(file))
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read ({error.strerror}); restore it.") from None
 
 
 State = tuple[Path, int, int]
@@ -171,19 +174,13 @@ State = tuple[Path, int, int]
 
 
 def _state(file: Path) -> State:
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read ({error.strerror}); restore it.") from None
+    found = file.stat()
     return file, found.st_mtime_ns, found.st_size
 
 
 @functools.lru_cache(maxsize=4096)
 def _digest_of(file: Path, changed_ns: int, size: int) -> str:
-    try:
-        return sha256_file(file)
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read ({error.strerror}); restore it.") from None
+    return sha256_file(file)
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,7 +16,6 @@ import torch
 from data_prep.reading.dataset import document_ids
 from pretrain.errors import UserError
 from pretrain.evaluation.evaluation_ranks import sum_over_ranks
-from pretrain.evaluation.settings import Routing, check_routing
 from pretrain.ranks.lockstep import Lockstep
 
 # The logits of a batch are its largest tensor: 64 MiB on a CPU, where larger ones cost more in fresh memory than they
@@ -25,8 +24,6 @@ _LOGITS_CPU = 1 << 24
 _LOGITS_ACCELERATOR = 1 << 29
 
 Item = TypeVar("Item")
-Progress = Callable[[int, int], None]
-"""Told the number of batches done, and of all batches."""
 
 
 class Window(NamedTuple):
@@ -51,12 +48,9 @@ def split_windows(context: Sequence[int], targets: Sequence[int], max_length: in
     Args:
         context: tokens before the first target, at least one.
         targets: tokens to predict; none gives no windows.
-        max_length: most tokens the network reads at once.
     """
     if not context:
-        raise ValueError(
-            "context: at least one token must stand before the first target; give the END_OF_DOCUMENT token."
-        )
+        raise ValueError("context: is empty; give the END_OF_DOCUMENT token.")
     before = tuple(context)
     windows = []
     for start in range(0, len(targets), max_length):
@@ -80,21 +74,20 @@ class Scorer:
         depth: recursion steps every token takes, without routers; None lets the routers decide.
         max_length: most tokens read at once; by default the context length the network was trained with.
         device: where inputs go; by default where the network's parameters are.
-        progress: told how far scoring has come.
+        progress: told the number of batches done, and of all batches.
         lockstep: where the ranks meet before every forward pass; by default they do not.
     """
 
     model: Any
     eod_id: int
-    routing: Routing = "causal"
+    routing: str = "causal"
     depth: int | None = None
     max_length: int = 0
     device: torch.device | None = None
-    progress: Progress | None = None
+    progress: Callable[[int, int], None] | None = None
     lockstep: Lockstep = dataclasses.field(default_factory=Lockstep)
 
     def __post_init__(self) -> None:
-        check_routing(self.routing)
         recursions = self.model.config.recursions
         if self.depth is not None and not 1 <= self.depth <= recursions:
             raise UserError(f"depth: must lie between 1 and the model's {recursions} recursions, not {self.depth}.")
@@ -150,13 +143,7 @@ class Scorer:
     ) -> np.ndarray:
         """`evaluation_ranks.sum_over_ranks` with this scorer's network."""
         sums = sum_over_ranks(
-            self.model,
-            batches,
-            measure,
-            shape,
-            device=self.device,
-            lockstep=self.lockstep,
-            progress=self.progress,
+            self.model, batches, measure, shape, device=self.device, lockstep=self.lockstep, progress=self.progress
         )
         return sums.cpu().numpy()
 

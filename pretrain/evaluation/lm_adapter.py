@@ -35,7 +35,7 @@ class HarnessModel(TemplateLM):
         self.scorer = scorer
         self._tokenizer = tokenizer
         self._encoded: dict[str, list[int]] = {}
-        self.cut: set[tuple[str, int]] = set()
+        self.cut: set[tuple[str | None, int | None]] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -49,9 +49,6 @@ class HarnessModel(TemplateLM):
         if string not in self._encoded:
             self._encode([string])
         return self._encoded[string]
-
-    def count_tokens(self, string: str) -> int:
-        return len(self.tok_encode(string))
 
     def lost_bytes(self, strings: Sequence[str]) -> int:
         """UTF-8 bytes of texts that their tokens do not hold."""
@@ -75,30 +72,27 @@ class HarnessModel(TemplateLM):
             # A token that spans the border, or a tokenizer that drops bytes, can leave the continuation without a
             # token of its own.
             targets = targets or self.tok_encode(continuation)
-            split.append((before or [self.eot_token_id], targets))
+            split.append((None, before or [self.eot_token_id], targets))
             if before and len(before) + len(targets) > self.max_length + 1:
-                self._note_cut(request)
-        answers = self._score(split)
+                self.cut.add((request.task_name, request.doc_id))
+        answers = self._loglikelihood_tokens(split)
         self._encoded.clear()
         return answers
 
-    def _note_cut(self, request: Instance) -> None:
-        if request.task_name is not None and request.doc_id is not None:
-            self.cut.add((request.task_name, request.doc_id))
-
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        return self._score([(context, continuation) for _, context, continuation in requests])
-
-    def _score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
-        """Of (tokens before, targets) each. What has no tokens has no likelihood: a sum over none would be certain."""
-        scored = zip(requests, *self.scorer.score(requests))
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, float]]:
+        """Of (unused, tokens before, targets) each. Without targets there is no likelihood: an empty sum would be
+        certainty.
+        """
+        pairs = [(before, targets) for _, before, targets in requests]
+        scored = zip(pairs, *self.scorer.score(pairs))
         return [(float(nats), float(chance)) if targets else (math.nan, 0.0) for (_, targets), nats, chance in scored]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each request's whole text, in rolling windows after one END_OF_DOCUMENT."""
         texts = [request.args[0] for request in requests]
         self._encode(texts)
-        return [nats for nats, _ in self._score([([self.eot_token_id], self._encoded[text]) for text in texts])]
+        requested = [(None, [self.eot_token_id], self._encoded[text]) for text in texts]
+        return [nats for nats, _ in self._loglikelihood_tokens(requested)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy (or sampled, as the task says) continuations, cut at the task's stop strings.
@@ -119,7 +113,7 @@ class HarnessModel(TemplateLM):
                 room = max(1, self.max_length - length)
                 prompt = self.tok_encode(context) if context else []
                 if len(prompt) > room:
-                    self._note_cut(request)
+                    self.cut.add((request.task_name, request.doc_id))
                     prompt = prompt[-room:]
                 made = generate(
                     self.scorer.model,

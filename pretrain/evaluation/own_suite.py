@@ -30,12 +30,8 @@ _CONTEXT_WORDS, _PIECE_WORDS, _CHOICES = 32, 12, 4
 _WORD = re.compile(r"[A-Za-z][a-z]*(?:['’-][a-z]+)*$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])")
 
+TASK_FILES = TASKS / "own"
 CHANCE = {"own_last_word": 0.0, "own_continuation": 1.0 / _CHOICES, "own_word_order": 0.5}
-
-
-def task_source(name: str) -> Path:
-    """The task file that words the questions of one task."""
-    return TASKS / "own" / f"{name}.yaml"
 
 
 def questions(texts: Iterable[str]) -> dict[str, list[dict[str, Any]]]:

@@ -26,10 +26,9 @@ from pretrain.evaluation.held_out import Document, text_identity
 from pretrain.evaluation.likelihood import Scorer
 
 Item = TypeVar("Item")
-METRICS = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_TOTALS = ("tokens", "words", "bytes", "lost_bytes")
 # Figures that divide by a size of the text, which the tokens have to hold.
 NEED_WHOLE_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-_JACKKNIFE_BLOCKS = 50
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,14 @@ class DocumentScore:
 
 
 def perplexities(scores: Sequence[DocumentScore]) -> dict[str, float]:
-    """The figures of `METRICS` over all documents together; NaN without a token, and those of `NEED_WHOLE_TEXT` where
-    bytes are lost.
+    """The four figures over all documents together; NaN without a token, and those of `NEED_WHOLE_TEXT` where bytes are
+    lost.
 
     Raises:
         ValueError: no documents, or none with a word.
     """
     nats = -math.fsum(score.log_likelihood for score in scores)
-    tokens, words, size, lost = (
-        sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes", "lost_bytes")
-    )
+    tokens, words, size, lost = (sum(getattr(score, name) for score in scores) for name in _TOTALS)
     if not (words and size):
         raise ValueError("perplexity needs at least one document with a word in it.")
     figures = {
@@ -76,7 +73,7 @@ def jackknife(statistic: Callable[[Sequence[Item]], float], items: Sequence[Item
     Items are dealt into at most 50 groups of nearly equal size; None when there are fewer than two items. For a mean
     with one item a group it is the textbook standard deviation / sqrt(n).
     """
-    groups = min(_JACKKNIFE_BLOCKS, len(items))
+    groups = min(50, len(items))
     if groups < 2:
         return None
     left_out = [statistic([item for i, item in enumerate(items) if i % groups != group]) for group in range(groups)]
@@ -85,31 +82,23 @@ def jackknife(statistic: Callable[[Sequence[Item]], float], items: Sequence[Item
     return float(np.sqrt((groups - 1) / groups * np.square(np.asarray(left_out) - np.mean(left_out)).sum()))
 
 
-def score_documents(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> list[DocumentScore]:
-    """Score every text on its own.
-
-    Args:
-        tokenizer: has `encode_batch(list of str)`, giving one list of ids a text, and `decode(ids)`.
-    """
-    encoded = [list(ids) for ids in tokenizer.encode_batch(list(texts))]
-    likelihood, _ = scorer.score([([scorer.eod_id], ids) for ids in encoded])
-    return [
-        DocumentScore(
-            float(nats), len(ids), len(text.split()), len(text.encode("utf-8")), lost_bytes(tokenizer, text, ids)
-        )
-        for nats, ids, text in zip(likelihood, encoded, texts)
-    ]
-
-
 def evaluate_perplexity(scorer: Scorer, tokenizer: Any, documents: Sequence[Document]) -> dict[str, Any]:
     """Perplexities of the documents that hold a word, with standard errors over documents, and what each document
-    adds, so that two models can be compared document by document. Several sources are also told apart.
+    adds, so that two models can be compared document by document; with several sources, also of each source.
 
     Of the whole and of every source also: not_finite (documents without a finite likelihood), lost_bytes, text_bytes
     and text_sha256 of what was read.
     """
     documents = [document for document in documents if document.text.split()]
-    scores = score_documents(scorer, tokenizer, [document.text for document in documents])
+    texts = [document.text for document in documents]
+    encoded = [list(ids) for ids in tokenizer.encode_batch(texts)]
+    likelihood, _ = scorer.score([([scorer.eod_id], ids) for ids in encoded])
+    scores = [
+        DocumentScore(
+            float(nats), len(ids), len(text.split()), len(text.encode("utf-8")), lost_bytes(tokenizer, text, ids)
+        )
+        for nats, ids, text in zip(likelihood, encoded, texts)
+    ]
     scored = list(zip(documents, scores))
     sources = sorted({document.source for document in documents})
     by_source = {source: [pair for pair in scored if pair[0].source == source] for source in sources}
@@ -125,12 +114,11 @@ def evaluate_perplexity(scorer: Scorer, tokenizer: Any, documents: Sequence[Docu
 
 def _summary(scored: Sequence[tuple[Document, DocumentScore]]) -> dict[str, Any]:
     scores = [score for _, score in scored]
-    totals = {
-        name: sum(getattr(score, name) for score in scores) for name in ("tokens", "words", "bytes", "lost_bytes")
-    }
+    totals = {name: sum(getattr(score, name) for score in scores) for name in _TOTALS}
+    metrics = perplexities(scores)
     return {
-        "metrics": perplexities(scores),
-        "stderr": {name: jackknife(lambda part, name=name: perplexities(part)[name], scores) for name in METRICS},  # type: ignore[misc]
+        "metrics": metrics,
+        "stderr": {name: jackknife(lambda part, name=name: perplexities(part)[name], scores) for name in metrics},  # type: ignore[misc]
         "n": len(scores),
         **totals,
         "scored_bytes": totals["bytes"],

@@ -8,35 +8,27 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
-
-Answer = tuple[float, float]
-"""Log-likelihood in nats, and the chance that greedy decoding gives the option."""
-
-
-_ROUNDING = 1e-12  # of a sum of some hundred float64 numbers, relative to it
 
 
 def likeliest(values: Sequence[float]) -> list[int]:
     """Numbers of the options with the largest value; several if they tie up to the rounding of sums."""
     best = max(values)
-    return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=_ROUNDING)]
+    return [number for number, value in enumerate(values) if math.isclose(value, best, rel_tol=1e-12)]
 
 
-def share(values: Sequence[float], right: Sequence[int]) -> float:
-    """The share of right options among the likeliest ones."""
-    tied = likeliest(values)
-    return sum(number in right for number in tied) / len(tied)
-
-
-def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[Answer]) -> dict[str, Any]:
+def shared_points(
+    judged: dict[str, Any], task: Any, doc: Any, answers: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
     """Metrics that replace those of the harness (`judged`, from `process_results`), with ties.
 
     Metrics that count predictions, such as F1, become `Tied` if options tie.
 
     Args:
-        answers: of every option; for mutual information, followed by those without the question.
+        answers: log-likelihood (nats) and chance under greedy decoding of every option; for mutual information,
+            followed by those without the question.
     """
     choices = task.doc_to_choice(doc)
     nats = [value for value, _ in answers[: len(choices)]]
@@ -51,7 +43,9 @@ def shared_points(judged: dict[str, Any], task: Any, doc: Any, answers: Sequence
         "acc_bytes": [value / max(len(choice.encode("utf-8")), 1) for value, choice in zip(nats, choices)],
         "acc_mutual_info": [value - without for value, without in zip(nats, alone)],
     }
-    shared: dict[str, Any] = {name: share(values, right) for name, values in by_metric.items() if name in judged}
+    shared: dict[str, Any] = {}
+    for name in by_metric.keys() & judged.keys():
+        shared[name] = statistics.fmean(number in right for number in likeliest(by_metric[name]))
     if "exact_match" in judged:
         shared["exact_match"] = max((answers[number][1] for number in right if 0 <= number < len(choices)), default=0.0)
     tied = likeliest(nats)
@@ -68,7 +62,7 @@ class Tied(tuple[tuple[int, int], ...]):
 
 def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], float]:
     """An aggregation of the harness over items of which some are `Tied`; infinite where the result is too large,
-    NaN where it is of nothing.
+    NaN without any.
 
     Every item counts as often as the least common multiple of all ties, and each part of a tie as its share of that.
     """
@@ -77,7 +71,8 @@ def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequen
         sizes = [len(item) for item in items if isinstance(item, Tied)]
         if sizes:
             times = math.lcm(*sizes)
-            items = [part for item in items for part in _repeated(item, times)]
+            tied = (item if isinstance(item, Tied) else [item] for item in items)
+            items = [part for item in tied for part in item for _ in range(times // len(item))]
         try:
             return float(aggregate(items))
         except OverflowError:  # perplexity of a model that is far off
@@ -86,7 +81,3 @@ def counting_ties(aggregate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequen
             return math.nan
 
     return functools.wraps(aggregate)(apply)
-
-
-def _repeated(item: Any, times: int) -> list[Any]:
-    return [part for part in item for _ in range(times // len(item))] if isinstance(item, Tied) else [item] * times

@@ -24,8 +24,6 @@ from pretrain.evaluation.likelihood import Scorer
 from pretrain.evaluation.settings import ROUTINGS
 
 TOKEN_CLASSES = ("end of document", "white space", "number", "punctuation", "word start", "word inside", "other")
-_DEEPEST_SHOWN = 20
-_SEEN_AT_LEAST = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +92,10 @@ def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> di
     if routed:
         per_window["leak"] = per_window["loss_causal"] - per_window["loss_topk"]
     metrics = {name: float(values.mean()) for name, values in per_window.items()}
-    metrics["bits_per_byte"] = (
-        math.nan if lost else _bits_per_byte(causal.losses, windows[:, 1:], scorer.eod_id, tokenizer)
-    )
+    # Predicting END_OF_DOCUMENT costs nats but spells no bytes.
+    spelled = [tokenizer.decode([int(token) for token in row if token != scorer.eod_id]) for row in windows[:, 1:]]
+    size = max(1, sum(len(text.encode("utf-8")) for text in spelled))
+    metrics["bits_per_byte"] = math.nan if lost else float(causal.losses.sum() / size / math.log(2))
     finite = np.isfinite([values for name, values in per_window.items() if name.startswith("loss_")]).all(axis=0)
     text = text_identity(texts)
     stderr = {
@@ -118,24 +117,12 @@ def evaluate_routing(scorer: Scorer, tokenizer: Any, texts: Sequence[str]) -> di
             name: (np.bincount(reading.depths.ravel(), minlength=config.recursions + 1) / reading.depths.size).tolist()
             for name, reading in readings.items()
         },
-        "loss_at_depth": _loss_at_depth(causal, config.recursions),
+        "loss_at_depth": [
+            float(chosen.mean()) if (chosen := causal.losses[causal.depths == depth]).size else None
+            for depth in range(config.recursions + 1)
+        ],
         **_by_token(causal, windows[:, :-1], scorer.eod_id, tokenizer),
     }
-
-
-def _bits_per_byte(losses: np.ndarray, labels: np.ndarray, eod_id: int, tokenizer: Any) -> float:
-    """Of the text the windows predict; predicting END_OF_DOCUMENT costs nats but spells no bytes."""
-    size = sum(len(tokenizer.decode([int(t) for t in row if t != eod_id]).encode("utf-8")) for row in labels)
-    return float(losses.sum() / max(size, 1) / math.log(2))
-
-
-def _loss_at_depth(reading: Reading, recursions: int) -> list[float | None]:
-    """Mean loss of the tokens that took 0, 1, ... R steps; None for a depth that none took."""
-    means = []
-    for depth in range(recursions + 1):
-        chosen = reading.losses[reading.depths == depth]
-        means.append(float(chosen.mean()) if chosen.size else None)
-    return means
 
 
 def token_class(text: str) -> str:
@@ -154,16 +141,13 @@ def token_class(text: str) -> str:
     return "other"
 
 
-def _spelling(tokenizer: Any, token: int) -> str:
-    # Decoded alone, a token loses the space it begins with; behind another one it keeps it.
-    anchor = list(tokenizer.encode("a"))[-1:]
-    return tokenizer.decode([*anchor, token])[len(tokenizer.decode(anchor)) :]
-
-
 def _by_token(reading: Reading, inputs: np.ndarray, eod_id: int, tokenizer: Any) -> dict[str, Any]:
     ids, inverse = np.unique(inputs, return_inverse=True)
     inverse = inverse.reshape(-1)
-    spellings = [_spelling(tokenizer, int(token)) if token != eod_id else "" for token in ids]
+    # Decoded alone, a token loses the space it begins with; after another one it keeps it.
+    anchor = list(tokenizer.encode("a"))[-1:]
+    begin = len(tokenizer.decode(anchor))
+    spellings = [tokenizer.decode([*anchor, int(token)])[begin:] if token != eod_id else "" for token in ids]
     classes = [
         "end of document" if token == eod_id else token_class(text) for token, text in zip(ids.tolist(), spellings)
     ]
@@ -180,9 +164,9 @@ def _by_token(reading: Reading, inputs: np.ndarray, eod_id: int, tokenizer: Any)
             }
     counts = np.bincount(inverse)
     means = np.bincount(inverse, weights=depths) / counts
-    frequent = [index for index in np.argsort(-means, kind="stable") if counts[index] >= _SEEN_AT_LEAST]
+    frequent = [index for index in np.argsort(-means, kind="stable") if counts[index] >= 20]
     deepest = [
         {"token": spellings[i], "id": int(ids[i]), "count": int(counts[i]), "mean_depth": float(means[i])}
-        for i in frequent[:_DEEPEST_SHOWN]
+        for i in frequent[:20]
     ]
     return {"token_classes": table, "deepest_tokens": deepest}

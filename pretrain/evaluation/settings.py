@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pretrain.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from pretrain.records.run_folder import RunFolder
 
-Routing = Literal["causal", "topk"]
-ROUTINGS: tuple[Routing, ...] = ("causal", "topk")
+ROUTINGS = ("causal", "topk")
 # Suites that need nothing but the run's held-out text. They are what is evaluated unless suites are named.
 HELD_OUT_SUITES = ("perplexity", "own", "routing")
 TEXT_BYTES = 500_000
-_MOST = 1 << 62
-
-
-def check_routing(name: str) -> Routing:
-    """`name` as a routing; UserError when it is none."""
-    for routing in ROUTINGS:
-        if name == routing:
-            return routing
-    raise UserError(f"routing: {name!r} is not one of {', '.join(ROUTINGS)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +29,17 @@ class Settings:
     """
 
     limit: int | None = None
-    routing: Routing = "causal"
+    routing: str = "causal"
     depth: int | None = None
     text_bytes: int = TEXT_BYTES
     hub: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("limit", self.limit), ("depth", self.depth), ("text_bytes", self.text_bytes)):
-            if value is not None and not 1 <= value < _MOST:
+        if self.routing not in ROUTINGS:
+            raise UserError(f"routing: {self.routing!r} is not one of {', '.join(ROUTINGS)}.")
+        for name in ("limit", "depth", "text_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 1 << 62:
                 raise RunError(f"evaluation {name}: must be a whole number of at least 1, not {value!r:.50}.")
 
 

@@ -24,7 +24,6 @@ from pretrain.recipe.messages import first_problem, nearest, shorten
 from pretrain.recipe.yaml_input import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
-_HUB_SECONDS = 2.0
 
 
 class Suite(BaseModel):
@@ -42,11 +41,7 @@ class Suite(BaseModel):
     fewshot: int = Field(default=0, ge=0)
 
     def task_files(self) -> list[Path]:
-        """The harness's task files of this suite; a leading underscore marks groups and templates.
-
-        Raises:
-            UserError: when the installed harness has none.
-        """
+        """The harness's task files of this suite; a leading underscore marks groups and templates."""
         root = harness_tasks()
         files = sorted({file for pattern in self.tasks for file in root.glob(pattern) if not file.name.startswith("_")})
         if not files:
@@ -136,7 +131,7 @@ def hub_answers() -> bool:
     address = urlsplit(config.HF_ENDPOINT)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
-        with socket.create_connection((address.hostname or "", port), timeout=_HUB_SECONDS):
+        with socket.create_connection((address.hostname or "", port), timeout=2.0):
             return True
     except (OSError, ValueError):
         return False

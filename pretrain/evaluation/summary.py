@@ -12,9 +12,7 @@ Results = dict[str, dict[str, dict[str, Any]]]
 
 
 def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: suite, metric (with its direction), questions, chance, then each run's value and standard
-    error.
-    """
+    """Header and rows; an arrow behind the metric says which direction is better."""
     header = ["suite", "metric", "n", "chance", *results]
     suites = list(dict.fromkeys(suite for by_suite in results.values() for suite in by_suite))
     rows = []
@@ -71,9 +69,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def warning_lines(results: Results) -> list[str]:
-    """One sentence for every result that is not what its name promises: no numbers, text that the tokenizer lost,
-    prompts that were cut.
-    """
+    """One sentence for every result without numbers, with text that the tokenizer lost or with cut prompts."""
     lines = []
     for run, by_suite in results.items():
         for suite, result in by_suite.items():
@@ -99,7 +95,7 @@ def warning_lines(results: Results) -> list[str]:
 
 
 def skipped_lines(results: Results) -> list[str]:
-    """One sentence for every reason that something was left out for, with what and what to do."""
+    """One sentence for each reason to skip suites or tasks: which, and what to do."""
     reasons: dict[tuple[str, str], dict[str, None]] = {}
     for by_suite in results.values():
         for suite, result in by_suite.items():

@@ -84,11 +84,8 @@ def plan_tasks(suite: Suite, data: Path | None, hub: bool, limit: int | None = N
     for source in suite.task_files():
         entries = task_settings(source)
         name, dataset = entries["task"], str(entries.get("dataset_name"))
-        splits = {
-            role: data / pattern.format(dataset_name=dataset)
-            for role, pattern in suite.local.items()
-            if data is not None
-        }
+        local = {role: pattern.format(dataset_name=dataset) for role, pattern in suite.local.items()}
+        splits = {role: data / file for role, file in local.items()} if data else {}
         absent = [file for file in splits.values() if not file.is_file()]
         if splits and not absent:
             where = {key: pattern.format(dataset_name=dataset) for key, pattern in suite.where.items()}
@@ -96,10 +93,7 @@ def plan_tasks(suite: Suite, data: Path | None, hub: bool, limit: int | None = N
             plan.local[name] = local_task_file(source, splits, {**suite.settings, "task": name}, where, limit)
         elif hub:
             plan.hub[name] = yaml.safe_dump({"include": str(source), "task": name})
-        elif absent:
-            plan.skipped.append(skipped(name, f"{absent[0]} is missing"))
         else:
-            plan.skipped.append(
-                skipped(name, "MOR_SHARED_DATA is not set and the hub was not asked for or does not answer")
-            )
+            unset = "MOR_SHARED_DATA is not set and the hub was not asked for or does not answer"
+            plan.skipped.append(skipped(name, f"{absent[0]} is missing" if absent else unset))
     return plan

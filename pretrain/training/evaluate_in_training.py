@@ -13,6 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,96 +40,84 @@ Records = list[tuple[str, dict[str, Any]]]
 Beat = Callable[[str], None]
 
 
+@dataclass
 class SuiteRunner:
     """Evaluates the network in training on the recipe's suites.
 
-    Args:
-        engine: DeepSpeed's; suites: which, and how many questions of each.
-        folder: where results go; tokenizer: its folder; texts: files of held-out documents, for suites that read them.
-        telemetry: told when results cannot be written; device: where the network computes.
-        lockstep: where the ranks meet before every forward pass.
+    Attributes:
+        engine: DeepSpeed's; tokenizer: its folder; texts: files of held-out documents, for suites that read them.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        suites: Suites,
-        *,
-        folder: RunFolder,
-        telemetry: Telemetry,
-        tokenizer: Path,
-        texts: Sequence[Path],
-        device: torch.device,
-        lockstep: Lockstep,
-    ) -> None:
+    engine: Any
+    suites: Suites
+    folder: RunFolder
+    telemetry: Telemetry
+    tokenizer: Path
+    texts: Sequence[Path]
+    device: torch.device
+    lockstep: Lockstep
+
+    def __post_init__(self) -> None:
         from data_prep.tokenizers.loading import load_tokenizer
         from pretrain.evaluation.evaluate import most_text
         from pretrain.evaluation.held_out import read_documents
 
-        self._engine, self._suites, self._folder, self._device = engine, suites, folder, device
-        self._telemetry, self._lockstep = telemetry, lockstep
-        self._tokenizer = load_tokenizer(tokenizer)
-        self._settings = Settings(limit=suites.limit, text_bytes=suites.text_bytes)
-        self._documents = read_documents(texts, most_text(self._settings))[0] if texts else []
+        self._tokenizer = load_tokenizer(self.tokenizer)
+        self._settings = Settings(limit=self.suites.limit, text_bytes=self.suites.text_bytes)
+        self._documents = read_documents(self.texts, most_text(self._settings))[0] if self.texts else []
 
     def run(self, state: TrainState, beat: Beat) -> Records:
         """One record per suite; collective. `beat` is told how far the evaluation is."""
         from pretrain.evaluation.evaluate import evaluate_model
 
         results = evaluate_model(
-            self._engine.module,
+            self.engine.module,
             self._tokenizer,
-            self._suites.names,
+            self.suites.names,
             documents=self._documents,
             settings=self._settings,
-            device=self._device,
+            device=self.device,
             progress=lambda suite, done, total: beat(f"{suite} after step {state.step}: batch {done} of {total}"),
-            lockstep=self._lockstep,
+            lockstep=self.lockstep,
         )
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
         if rank_and_world()[0] == 0:
-            folder = self._folder.evaluation / f"step-{state.step:08d}"
+            folder = self.folder.evaluation / f"step-{state.step:08d}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for suite, result in results.items():
-                    self._folder.write_json(folder / f"{suite}.json", {**result, **place})
+                    self.folder.write_json(folder / f"{suite}.json", {**result, **place})
             except OSError as error:
-                self._telemetry.event("results_not_written", state.step, problem=str(error))
-                self._telemetry.say(
-                    f"{folder}: not written ({error}). Training goes on; metrics.jsonl has the figures."
-                )
+                self.telemetry.event("results_not_written", state.step, problem=str(error))
+                self.telemetry.say(f"{folder}: not written ({error}). Training goes on; metrics.jsonl has the figures.")
         return [("evaluation", _headline(suite, result)) for suite, result in results.items()]
 
 
+@dataclass
 class EvaluationHooks:
     """What a run measures of itself after a step, on its schedules.
 
-    Args:
-        plan: says when; max_share: see `sections.Evaluation`.
-        validator, suites: None where there is nothing to measure.
+    Attributes:
+        max_share: see `sections.Evaluation`; validator, suites: None where there is nothing to measure.
         beat: the watchdog's; lockstep: that of validator and suites; clock: in seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        plan: Plan,
-        max_share: float | None,
-        validator: Validator | None,
-        suites: SuiteRunner | None,
-        telemetry: Telemetry,
-        beat: Beat,
-        lockstep: Lockstep,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._plan, self._max_share = plan, max_share
-        self._telemetry, self._beat, self._lockstep, self._clock = telemetry, beat, lockstep, clock
+    plan: Plan
+    max_share: float | None
+    validator: Validator | None
+    suites: SuiteRunner | None
+    telemetry: Telemetry
+    beat: Beat
+    lockstep: Lockstep
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
         self._actions: dict[str, tuple[int, Callable[[TrainState], Records]]] = {}
-        if validator is not None:
-            self._actions["validation"] = (plan.evaluate_every, functools.partial(_validate, validator))
-        if suites is not None:
-            self._actions["suites"] = (plan.suites_every, lambda state: suites.run(state, beat))
-        self._began = clock()
+        if self.validator is not None:
+            self._actions["validation"] = (self.plan.evaluate_every, functools.partial(_validate, self.validator))
+        if self.suites is not None:
+            self._actions["suites"] = (self.plan.suites_every, functools.partial(self.suites.run, beat=self.beat))
+        self._began = self.clock()
         self._spent = 0.0
         self._last: dict[str, float] = {}
 
@@ -141,7 +130,7 @@ class EvaluationHooks:
             asked: what the ranks are asked to do before; returns what they are asked to do afterwards.
 
         Raises:
-            RunError: the validation loss after the last step is not finite.
+            RunError: on all ranks alike, if a validation loss after the last step is not finite.
         """
         return self._run(self._due(state.step), state, asked)
 
@@ -151,7 +140,7 @@ class EvaluationHooks:
         return self._run(due, state, Asked())
 
     def _due(self, step: int) -> list[str]:
-        return [name for name, (every, _) in self._actions.items() if is_due(step, every, self._plan.steps)]
+        return [name for name, (every, _) in self._actions.items() if is_due(step, every, self.plan.steps)]
 
     def _run(self, due: list[str], state: TrainState, asked: Asked) -> Asked:
         for place, name in enumerate(due):
@@ -159,8 +148,8 @@ class EvaluationHooks:
                 asked = max(asked, self._measure(name, state))
             if asked.request.stops:
                 state.unfinished = tuple(due[place:])
-                self._telemetry.event("evaluation_broken_off", state.step, what=list(state.unfinished))
-                self._telemetry.say(
+                self.telemetry.event("evaluation_broken_off", state.step, what=list(state.unfinished))
+                self.telemetry.say(
                     f"Step {state.step}: {' and '.join(state.unfinished)} broken off by a request to stop; the next "
                     "start begins with it."
                 )
@@ -171,56 +160,50 @@ class EvaluationHooks:
     def _measure(self, name: str, state: TrainState) -> Asked:
         """Measure one thing and record it; returns what broke it off, if anything did."""
         # A run is made for its final figures: these are measured whatever they cost.
-        if state.step < self._plan.steps and not self._affordable(name, state.step):
+        if state.step < self.plan.steps and not self._affordable(name, state.step):
             return Asked()
-        self._beat(f"{name} after step {state.step}")
-        began = self._clock()
+        self.beat(f"{name} after step {state.step}")
+        began = self.clock()
         try:
-            records = self._lockstep.run(lambda: self._actions[name][1](state))
+            records = self.lockstep.run(lambda: self._actions[name][1](state))
         except BrokenOff as stopped:
             return stopped.asked
         except EvaluationFailed as failure:
-            self._telemetry.event("evaluation_failed", state.step, what=name, problem=str(failure))
-            self._telemetry.say(f"Step {state.step}: {name} failed ({failure}) and is left out; training goes on.")
+            self.telemetry.event("evaluation_failed", state.step, what=name, problem=str(failure))
+            self.telemetry.say(f"Step {state.step}: {name} failed ({failure}) and is left out; training goes on.")
             return Asked()
-        ended = self._clock()
+        ended = self.clock()
         self._last[name] = ended - began
         self._spent += ended - began
         share = self._spent / (ended - self._began) if ended > self._began else 0.0
         place = {"step": state.step, "tokens": state.tokens, "flops": state.flops}
         for kind, record in records:
-            self._telemetry.record(kind, {**place, **record, "evaluation_share": share})
-        if state.step == self._plan.steps:
-            _require_numbers(records)
+            self.telemetry.record(kind, {**place, **record, "evaluation_share": share})
+        for kind, record in records if state.step == self.plan.steps else ():
+            if kind == "validation" and not math.isfinite(record["loss_causal"]):
+                raise RunError(
+                    f"The validation loss of the final weights is not finite ({record['source']}), so training has "
+                    "diverged; lower optim.lr in a new run_dir."
+                )
         return Asked()
 
     def _affordable(self, name: str, step: int) -> bool:
         """Whether evaluation stays under the cap (a share of the time since the start) at its last cost, by rank 0's
         clock.
         """
-        cap = self._max_share
+        cap = self.max_share
         if cap is None or name not in self._last:
             return True
         last = self._last[name]
-        share = (self._spent + last) / (self._clock() - self._began + last)
+        share = (self._spent + last) / (self.clock() - self._began + last)
         if on_first_rank(lambda: share <= cap):
             return True
-        self._telemetry.event("evaluation_skipped", step, what=name, share=share, max_share=cap)
-        self._telemetry.say(
+        self.telemetry.event("evaluation_skipped", step, what=name, share=share, max_share=cap)
+        self.telemetry.say(
             f"Step {step}: {name} left out; with it, evaluation would take {share:.1%} of the time "
             f"(evaluation.max_share is {cap:.1%})."
         )
         return False
-
-
-def _require_numbers(records: Records) -> None:
-    """Raise `RunError`, on all ranks alike, if a validation loss of the final weights is not finite."""
-    for kind, record in records:
-        if kind == "validation" and not math.isfinite(record["loss_causal"]):
-            raise RunError(
-                f"The validation loss of the final weights is not finite ({record['source']}), so training has "
-                "diverged; lower optim.lr in a new run_dir."
-            )
 
 
 def _validate(validator: Validator, state: TrainState) -> Records:
@@ -256,9 +239,7 @@ def check_suites_of(recipe: Recipe) -> None:
     if "own" in names:
         harness_tasks()
     held_out_texts(recipe)
-    for name in names:
-        if name in HELD_OUT_SUITES:
-            continue
+    for name in [name for name in names if name not in HELD_OUT_SUITES]:
         plan = plan_tasks(benchmarks()[name], shared_evaluation_data(), hub=False)
         if not plan.local:
             raise RecipeError(

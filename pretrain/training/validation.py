@@ -41,10 +41,9 @@ class Validator:
     """Measures mean loss per label in nats over each validation set.
 
     Attributes:
-        engine: DeepSpeed's; sets: what is measured; length: T; micro_batch: sequences per forward pass.
+        engine: DeepSpeed's; length: T; micro_batch: sequences per forward pass.
         routed: whether the network has a router; without one both routings are the same and one pass serves both.
         end_of_document: as for `BatchReader`.
-        lockstep: where the ranks meet before every forward pass.
     """
 
     engine: Any
@@ -57,7 +56,7 @@ class Validator:
     lockstep: Lockstep
 
     def run(self) -> list[dict[str, Any]]:
-        """One record per validation set: source, loss_causal, loss_topk, tokens_evaluated, seconds. Collective."""
+        """One record per validation set. Collective."""
         return [self._measure(validation_set) for validation_set in self.sets]
 
     def _measure(self, validation_set: ValidationSet) -> dict[str, Any]:
@@ -78,12 +77,8 @@ class Validator:
             rows = [validation_set.dataset.sequence(index, self.length) for index in indexes]
             batch = make_micro_batch(rows, self.end_of_document)
             documents = batch.documents_BT.to(self.device) if batch.documents_BT is not None else None
-            output = self.engine(
-                batch.inputs_BT.to(self.device),
-                batch.labels_BT.to(self.device),
-                documents_BT=documents,
-                routing=routing,
-            )
+            inputs, labels = batch.inputs_BT.to(self.device), batch.labels_BT.to(self.device)
+            output = self.engine(inputs, labels, documents_BT=documents, routing=routing)
             sums += torch.stack([output.lm_loss.double() * len(indexes), sums.new_tensor(len(indexes))])
 
         indexes, size = validation_set.indexes, self.micro_batch

@@ -12,6 +12,7 @@ import sentencepiece
 import yaml
 import zstandard
 
+from data_prep.tokenizers.loading import load_tokenizer
 from mor_model.config import ExpertChoiceConfig, ModelConfig
 from mor_model.model import RecursiveTransformer
 from mor_model.weights import save_weights
@@ -52,33 +53,28 @@ def train_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def model_config(vocab_size: int, **changes) -> ModelConfig:
-    values = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "num_layers": 5,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "intermediate_size": 64,
-        "context_length": 64,
-        "sharing": "middle_cycle",
-        "recursions": 3,
-        "router": ExpertChoiceConfig(),
-        "init_std": 0.2,
-    }
-    return ModelConfig(**{**values, **changes})
+NETWORK = {
+    "hidden_size": 32,
+    "num_layers": 5,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 64,
+    "context_length": 64,
+    "sharing": "middle_cycle",
+    "recursions": 3,
+    "router": ExpertChoiceConfig(),
+    "init_std": 0.2,
+}
 
 
-def make_run(folder: Path, texts: list[str], seed: int = 0, **changes) -> RunFolder:
+def make_run(folder: Path, texts: list[str], **changes) -> RunFolder:
     """A run folder as training leaves it, as far as evaluation reads it."""
-    from data_prep.tokenizers.loading import load_tokenizer
-
     run = RunFolder(folder)
     data = write_held_out(folder.parent / "data", texts)
     train_tokenizer(run.tokenizer)
-    config = model_config(load_tokenizer(run.tokenizer).vocab_size, **changes)
+    config = ModelConfig(**{"vocab_size": load_tokenizer(run.tokenizer).vocab_size, **NETWORK, **changes})
     model = RecursiveTransformer(config)
-    model.initialize(seed)
+    model.initialize(0)
     save_weights(run.weights, model.state_dict(), config)
     run.recipe_file.write_text(yaml.safe_dump({"name": "tiny", "data": {"path": str(data)}}))
     return run

@@ -18,7 +18,7 @@ from pretrain.evaluation.settings import Settings
 from pretrain.evaluation.suites import benchmarks, check_suites
 from pretrain.evaluation.summary import summary_rows, warning_lines
 from pretrain.evaluation.task_files import plan_tasks, task_settings
-from tests.pretrain.evaluation.stubs import EOD, BigramModel, ByteTokenizer, ask, by_hand, log_probabilities
+from tests.pretrain.evaluation.stubs import EOD, BigramModel, ByteTokenizer, Lossy, ask, by_hand, log_probabilities
 
 LIMIT = 12
 
@@ -80,29 +80,15 @@ def test_arc_easy_by_hand(model, evaluation_sets):
     assert result["skipped"] == []
 
 
-def test_lambada_by_hand(model, evaluation_sets):
-    task = evaluate_model(model, ByteTokenizer(), ["lambada"], settings=Settings(limit=LIMIT))["lambada"]["tasks"][
-        "lambada"
-    ]
-    values = []
-    for record in records(evaluation_sets / "lambada_openai.test.jsonl"):
-        words = record["text"].split(" ")
-        values.append(likelihood(model, " ".join(words[:-1]), " " + words[-1]))
-    assert task["metrics"]["perplexity"] == pytest.approx(math.exp(-statistics.fmean(values)), rel=1e-5)
-    assert task["metrics"]["acc"] == 0.0
-    assert task["harness_task"] == "lambada_openai"
-
-
 def test_wikitext_by_hand(model, evaluation_sets):
-    task = evaluate_model(model, ByteTokenizer(), ["wikitext"], settings=Settings(limit=2))["wikitext"]["tasks"][
-        "wikitext"
-    ]
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     pages = [record["page"] for record in read_records(evaluation_sets / "wikitext/wiki.test.raw")[:2]]
     texts = [wikitext_detokenizer({"page": page}) for page in pages]
     nats = -sum(likelihood(model, "", text) for text in texts)
     size = sum(len(page.encode()) for page in pages)
+    result = evaluate_model(model, ByteTokenizer(), ["wikitext"], settings=Settings(limit=2))["wikitext"]
+    task = result["tasks"]["wikitext"]
     assert task["metrics"]["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
     tokens = sum(len(text.encode()) for text in texts)
     assert task["metrics"]["token_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
@@ -122,18 +108,10 @@ def test_boolq_and_wsc273_with_the_fields_their_local_files_have(model, evaluati
 
 def test_blimp_is_the_mean_over_its_67_paradigms(model, evaluation_sets):
     result = evaluate_model(model, ByteTokenizer(), ["blimp"], settings=Settings(limit=LIMIT))["blimp"]
-    assert len(result["tasks"]) == 68
-    shares = []
-    for file in sorted((evaluation_sets / "blimp").glob("*.jsonl")):
-        better = [
-            likelihood(model, "", " " + record["sentence_good"]) - likelihood(model, "", " " + record["sentence_bad"])
-            for record in records(file)
-        ]
-        shares.append(result["tasks"][f"blimp_{file.stem}"]["metrics"]["acc"])
-        # Sentences of the same bigrams in another order are equally likely, up to rounding.
-        assert sum(b > 1e-3 for b in better) <= round(shares[-1] * LIMIT) <= sum(b > -1e-3 for b in better)
-    assert result["tasks"]["blimp"]["metrics"]["acc"] == pytest.approx(statistics.fmean(shares))
-    assert result["tasks"]["blimp"]["n"] == 67 * LIMIT
+    whole = result["tasks"].pop("blimp")
+    assert len(result["tasks"]) == 67 and whole["n"] == 67 * LIMIT
+    shares = [task["metrics"]["acc"] for task in result["tasks"].values()]
+    assert whole["metrics"]["acc"] == pytest.approx(statistics.fmean(shares))
 
 
 def test_mmlu_asks_after_five_examples_of_its_subject(evaluation_sets):
@@ -156,10 +134,7 @@ def test_mmlu_asks_after_five_examples_of_its_subject(evaluation_sets):
 def test_every_other_benchmark_runs_from_local_files(model, evaluation_sets, name):
     result = evaluate_model(model, ByteTokenizer(), [name], settings=Settings(limit=4))[name]
     assert not result["skipped"]
-    figure = result["primary"]
-    assert figure["n"] == 4 and math.isfinite(figure["value"])
-    if figure["metric"].startswith("acc"):
-        assert 0.0 <= figure["value"] <= 1.0
+    assert result["primary"]["n"] == 4 and math.isfinite(result["primary"]["value"])
 
 
 def test_without_data_everything_is_skipped_with_its_reason_and_remedy(model, monkeypatch):
@@ -172,16 +147,13 @@ def test_without_data_everything_is_skipped_with_its_reason_and_remedy(model, mo
     assert all(result["tasks"] == {} and result["primary"] is None for result in results.values())
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_tasks_read_local_files_or_if_allowed_the_hub(tmp_path):
+    row = benchmarks()["arc_easy"]
     (tmp_path / "arc_easy.test.jsonl").write_text("{}\n")
-    plan = plan_tasks(benchmarks()["arc_easy"], tmp_path, hub=False)
+    plan = plan_tasks(row, tmp_path, hub=False)
     assert not plan.local and "arc_easy.train.jsonl is missing" in plan.skipped[0]["why"]
-
-
-def test_the_hub_is_used_only_when_asked_and_then_with_the_harness_own_data():
-    plan = plan_tasks(benchmarks()["hellaswag"], None, hub=True)
-    assert not plan.local and not plan.skipped
-    assert "dataset_path" not in plan.hub["hellaswag"] and "custom_dataset" not in plan.hub["hellaswag"]
+    plan = plan_tasks(row, tmp_path, hub=True)
+    assert not plan.local and not plan.skipped and "custom_dataset" not in plan.hub["arc_easy"]
 
 
 def test_a_hub_that_does_not_give_its_data_is_a_reason_to_skip(model, monkeypatch):
@@ -206,40 +178,16 @@ def test_the_hub_does_not_answer_where_it_is_forbidden(monkeypatch):
     suites.hub_answers.cache_clear()
 
 
-def test_unknown_suites_and_broken_data_are_refused_by_name(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="did you mean 'hellaswag'"):
-        check_suites(["helaswag"])
+def test_broken_data_is_refused_by_name(tmp_path, monkeypatch):
     assert check_suites(["own", "all"])[0] == "own" and len(check_suites(["all"])) == len(benchmarks()) + 3
     monkeypatch.setenv("MOR_SHARED_DATA", str(tmp_path))
     with pytest.raises(UserError, match="has no folder eval/"):
         suites.shared_evaluation_data()
-    broken = tmp_path / "a.jsonl"
-    broken.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
-        read_records(broken)
-    empty = tmp_path / "b.jsonl"
-    empty.write_text("\n")
-    with pytest.raises(DataError, match="holds no records"):
-        read_records(empty)
-
-
-def test_f1_and_its_error_are_those_of_the_counts(model, tmp_path):
-    """A task with the harness's F1, whose aggregate is no mean of its items."""
-    words = (
-        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['no', 'yes']\n"
-        "doc_to_target: label\nmetric_list:\n  - {metric: acc}\n  - {metric: f1}\n"
-    )
-    labels = [0, 1, 1, 0, 1, 0, 1, 1, 0, 1]
-    asked = [{"q": f"{chr(65 + i)}?", "label": label} for i, label in enumerate(labels)]
-    task = ask(tmp_path, model, asked, words)
-    said = [
-        int(likelihood(model, f"{chr(65 + i)}?", " yes") > likelihood(model, f"{chr(65 + i)}?", " no"))
-        for i in range(10)
-    ]
-    hit = sum(s and label for s, label in zip(said, labels))
-    expected = 2 * hit / (sum(said) + sum(labels)) if sum(said) + sum(labels) else 0.0
-    assert task["metrics"]["f1"] == pytest.approx(expected)
-    assert task["stderr"]["f1"] is not None
+    file = tmp_path / "a.jsonl"
+    for content, problem in (('{"a": 1}\n{"a": \n', r"a\.jsonl:2: not JSON"), ("\n", "holds no records")):
+        file.write_text(content)
+        with pytest.raises(DataError, match=problem):
+            read_records(file)
 
 
 @pytest.mark.parametrize(
@@ -297,24 +245,15 @@ def test_prompts_that_do_not_fit_are_counted_and_warned_of(tmp_path, monkeypatch
     row = benchmarks()["mmlu"].model_copy(update={"tasks": ("mmlu/default/mmlu_anatomy.yaml",)})
     monkeypatch.setattr("pretrain.evaluation.evaluate.benchmarks", lambda: {"mmlu": row})
     results = {
-        length: evaluate_model(BigramModel(context_length=length), ByteTokenizer(), ["mmlu"])["mmlu"]
-        for length in (128, 4096)
+        name: evaluate_model(BigramModel(context_length=length), ByteTokenizer(), ["mmlu"])
+        for name, length in (("short", 128), ("long", 4096))
     }
-    assert [results[length]["tasks"]["mmlu"]["prompts_cut"] for length in (128, 4096)] == [3, 0]
-    assert results[128]["tasks"]["mmlu"]["fewshot"] == 5 and results[128]["tasks"]["mmlu"]["n"] == 3
-    _, [row_of_table] = summary_rows({"short": {"mmlu": results[128]}, "long": {"mmlu": results[4096]}})
+    tasks = [result["mmlu"]["tasks"]["mmlu"] for result in results.values()]
+    assert [(task["prompts_cut"], task["n"], task["fewshot"]) for task in tasks] == [(3, 3, 5), (0, 3, 5)]
+    _, [row_of_table] = summary_rows(results)
     assert row_of_table[4].endswith("(3 of 3 prompts cut)") and "cut" not in row_of_table[5]
-    [warning] = warning_lines({"short": {"mmlu": results[128]}, "long": {"mmlu": results[4096]}})
+    [warning] = warning_lines(results)
     assert "short: mmlu: 3 of 3 prompts" in warning and "fewer than the 5 examples" in warning
-
-
-class Narrow(ByteTokenizer):
-    """Knows the letters a to e; everything else is its unknown token, whose name is shown as `?`."""
-
-    unk_id = ord("?")
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) if character in "abcde" else self.unk_id for character in text]
 
 
 def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(model, tmp_path):
@@ -322,9 +261,9 @@ def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(model, tmp_path):
         "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n"
         "  - {metric: word_perplexity}\n  - {metric: byte_perplexity}\n  - {metric: bits_per_byte}\n"
     )
-    whole, lossy = (ask(tmp_path, model, [{"text": text}], lines, Narrow()) for text in ("abcde" * 4, "abcüx" * 4))
+    whole, lossy = (ask(tmp_path, model, [{"text": text}], lines, Lossy()) for text in ("abcde" * 4, "abcüx" * 4))
     assert whole["lost_bytes"] == 0 and math.isfinite(whole["metrics"]["bits_per_byte"])
-    assert lossy["lost_bytes"] == 4 * 3 and lossy["scored_bytes"] == 4 * 6
+    assert lossy["lost_bytes"] == 4 * 2 and lossy["scored_bytes"] == 4 * 6
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert math.isnan(lossy["metrics"][name]) and lossy["stderr"][name] is None
     assert math.isfinite(lossy["metrics"]["token_perplexity"])

@@ -10,7 +10,7 @@ import pytest
 from mor_model.weights import load_model, save_weights
 from pretrain.evaluation import identity
 from pretrain.evaluation.evaluate import evaluate_run
-from pretrain.evaluation.identity import stored_result
+from pretrain.evaluation.identity import is_current, stored_result
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.records.run_folder import RunFolder
 from tests.pretrain.evaluation.runs import make_run, write_held_out
@@ -35,20 +35,14 @@ def run(evaluated, tmp_path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def is_current(run: RunFolder, suite: str, settings: Settings, **where) -> bool:
-    return stored_result(run, suite, settings, **where) is not None
-
-
 def current(run: RunFolder, settings: Settings = SETTINGS, **where) -> dict[str, bool]:
-    return {suite: is_current(run, suite, settings, **where) for suite in ("perplexity", "own", "routing")}
-
-
-def test_everything_holds_while_nothing_changes(run):
-    assert current(run) == {"perplexity": True, "own": True, "routing": True}
-    assert not is_current(run, "perplexity", Settings(limit=2, text_bytes=2000, routing="topk"))
+    suites = ("perplexity", "own", "routing")
+    return {suite: stored_result(run, suite, settings, **where) is not None for suite in suites}
 
 
 def test_each_setting_counts_where_it_changes_the_numbers(run):
+    assert all(current(run).values())
+    assert not is_current(run, "perplexity", Settings(limit=2, text_bytes=2000, routing="topk"))
     assert current(run, Settings(limit=2, text_bytes=6000)) == {"perplexity": False, "own": True, "routing": False}
     assert current(run, Settings(limit=3, text_bytes=2000)) == {"perplexity": False, "own": False, "routing": True}
 
@@ -73,21 +67,17 @@ def test_other_weights_text_network_or_code_are_another_result(run, tmp_path, mo
     assert not any(current(run).values())
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "null", '{"identity": 1}', ""])
+@pytest.mark.parametrize("damage", ["{", "[]", "null", '{"identity": 1}', "", "a figure changed by hand"])
 def test_a_damaged_result_is_made_again(run, damage):
     file = result_file(run, "perplexity", SETTINGS)
     whole = json.loads(file.read_text())
+    if damage.startswith("a figure"):
+        damage = json.dumps({**whole, "primary": {**whole["primary"], "value": 0.5}})
     file.write_text(damage)
     again = evaluate_run(run, ["perplexity"], settings=SETTINGS)["perplexity"]
-    assert again["tasks"] == whole["tasks"] and json.loads(file.read_text())["tasks"] == whole["tasks"]
-
-
-def test_a_figure_changed_by_hand_is_not_believed(run):
-    file = result_file(run, "perplexity", SETTINGS)
     stored = json.loads(file.read_text())
-    stored["primary"]["value"] = 0.5
-    file.write_text(json.dumps(stored))
-    assert evaluate_run(run, ["perplexity"], settings=SETTINGS)["perplexity"]["primary"]["value"] != 0.5
+    for name in ("tasks", "primary"):
+        assert again[name] == stored[name] == whole[name]
 
 
 def questions(folder, count: int):
@@ -99,8 +89,7 @@ def questions(folder, count: int):
 
 
 def test_a_benchmark_is_made_of_its_questions(run, tmp_path, monkeypatch):
-    settings = Settings(limit=2)
-    shared = tmp_path / "shared"
+    settings, shared = Settings(limit=2), tmp_path / "shared"
     monkeypatch.delenv("MOR_SHARED_DATA", raising=False)
     skipped = evaluate_run(run, ["winogrande"], settings=settings)["winogrande"]
     assert skipped["skipped"] and is_current(run, "winogrande", settings)

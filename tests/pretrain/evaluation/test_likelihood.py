@@ -83,19 +83,10 @@ def test_routing_and_depth_reach_the_network_and_nonsense_is_refused():
     assert model.calls[0][:2] == ("causal", 2)
     with pytest.raises(UserError, match="between 1 and the model's 3"):
         Scorer(model, EOD, depth=4)
-    with pytest.raises(UserError, match="not one of causal, topk"):
-        Scorer(model, EOD, routing="top-k")
 
 
-def test_the_mode_of_the_network_comes_back():
-    model = BigramModel().train()
-    Scorer(model, EOD).score([Window((1,), (2,))])
-    assert model.training
-    assert not model.eval().training
-
-
-def test_progress_ends_at_the_total():
-    seen: list[tuple[int, int]] = []
-    scorer = Scorer(BigramModel(), EOD, progress=lambda done, total: seen.append((done, total)))
+def test_the_mode_of_the_network_comes_back_and_progress_ends_at_the_total():
+    model, seen = BigramModel().train(), []
+    scorer = Scorer(model, EOD, progress=lambda done, total: seen.append((done, total)))
     scorer.score([Window((1, 2), (3,)), Window((1,), (3,))])
-    assert seen == [(1, 1)]
+    assert model.training and seen == [(1, 1)]

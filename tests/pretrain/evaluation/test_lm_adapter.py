@@ -1,4 +1,4 @@
-"""The adapter against the harness's own Hugging Face model, and against sums worked out by hand."""
+"""The adapter against sums worked out by hand."""
 
 from __future__ import annotations
 
@@ -21,26 +21,20 @@ def ask(kind: str, *arguments: tuple) -> list[Instance]:
     return [Instance(kind, {}, argument, number) for number, argument in enumerate(arguments)]
 
 
-def test_a_continuation_takes_the_spaces_at_the_end_of_its_context():
+@pytest.mark.parametrize(
+    ("context", "continuation", "tokens", "first"),
+    [
+        ("ab  ", "cd", b"ab  cd", 2),  # the continuation takes the spaces at the end of its context
+        ("ab", "  cd", b"ab  cd", 2),
+        ("", "abc", [EOD, *b"abc"], 1),
+        ("q" * 100, "a", b"qa", 1),  # a long context loses its beginning, a long answer nothing
+        ("q", "x" * 40, b"q" + b"x" * 40, 1),
+    ],
+)
+def test_the_likelihood_of_a_continuation(context, continuation, tokens, first):
     model = adapter()
-    (first, greedy), (second, _) = model.loglikelihood(ask("loglikelihood", ("ab  ", "cd"), ("ab", "  cd")))
-    expected = by_hand(model.scorer.model, list(b"ab  cd"), first=2)
-    assert first == second == pytest.approx(expected, rel=1e-6)
-    assert not greedy
-
-
-def test_without_a_context_the_end_of_document_stands_in_front():
-    model = adapter()
-    [(value, _)] = model.loglikelihood(ask("loglikelihood", ("", "abc")))
-    assert value == pytest.approx(by_hand(model.scorer.model, [EOD, *b"abc"]), rel=1e-6)
-
-
-def test_long_contexts_lose_their_beginning_and_long_answers_lose_nothing():
-    model = adapter()
-    answer = "x" * 40
-    values = model.loglikelihood(ask("loglikelihood", ("q" * 100, "a"), ("q", answer)))
-    assert values[0][0] == pytest.approx(by_hand(model.scorer.model, list(b"qa")), rel=1e-6)
-    assert values[1][0] == pytest.approx(by_hand(model.scorer.model, list(b"q" + answer.encode())), rel=1e-6)
+    [(value, greedy)] = model.loglikelihood(ask("loglikelihood", (context, continuation)))
+    assert value == pytest.approx(by_hand(model.scorer.model, list(tokens), first), rel=1e-6) and not greedy
 
 
 def test_rolling_covers_every_token_once():

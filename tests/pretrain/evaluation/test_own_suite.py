@@ -1,4 +1,4 @@
-"""The suite made from held-out text: fair, reproducible, and solvable by who has read the text."""
+"""The suite made from held-out text: fair, reproducible, and about the text."""
 
 from __future__ import annotations
 
@@ -8,25 +8,13 @@ from pathlib import Path
 import pytest
 
 from pretrain.evaluation.evaluate import evaluate_model
-from pretrain.evaluation.held_out import Document
+from pretrain.evaluation.held_out import Document, read_documents
 from pretrain.evaluation.own_suite import CHANCE, MOST_QUESTIONS, questions
 from pretrain.evaluation.settings import Settings
 from tests.pretrain.evaluation.stubs import BigramModel, ByteTokenizer
 
-_NOUNS = [
-    "river",
-    "garden",
-    "letter",
-    "window",
-    "kitchen",
-    "mountain",
-    "village",
-    "captain",
-    "teacher",
-    "forest",
-    "bridge",
-    "market",
-]
+_NOUNS = ["river", "garden", "letter", "window", "kitchen", "mountain"]
+_NOUNS += ["village", "captain", "teacher", "forest", "bridge", "market"]
 _VERBS = ["crossed", "watched", "painted", "followed", "remembered", "described", "visited"]
 
 
@@ -100,8 +88,6 @@ def test_it_runs_through_the_harness_and_says_what_it_could_not_ask(texts):
 
 
 def test_real_text_gives_a_full_suite(shared_data: Path):
-    from pretrain.evaluation.held_out import read_documents
-
     documents = read_documents([shared_data / "valid/wikipedia.jsonl.zst"], 10**7)[0]
     made = questions(document.text for document in documents)
     assert {name: len(records) for name, records in made.items()} == dict.fromkeys(CHANCE, MOST_QUESTIONS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.evaluation.likelihood import Scorer
-from pretrain.evaluation.routing_analysis import evaluate_routing, pack, read_windows, token_class
+from pretrain.evaluation.routing_analysis import evaluate_routing, pack, token_class
 from tests.pretrain.evaluation.stubs import EOD, BigramModel, ByteTokenizer, log_probabilities
 
 TEXTS = ["Some words, 12 of them.\nAnd a second line here to fill windows.", "Another document; ünïcode too."]
@@ -19,16 +19,6 @@ def test_windows_share_one_token_and_hold_the_documents_in_order():
     assert windows.tolist() == [[1, 2, 3, EOD, 4], [4, 5, EOD, 6, 7]]
     assert pack([[1, 2]], EOD, length=10).tolist() == [[1, 2, EOD]]
     assert len(pack([], EOD, length=10)) == 0
-
-
-def test_losses_and_depths_of_every_token():
-    model = BigramModel(context_length=8)
-    windows = pack([list(text.encode()) for text in TEXTS], EOD, 8)
-    reading = read_windows(Scorer(model, EOD), windows)
-    table = log_probabilities(model)
-    expected = [[-table[a, b] for a, b in itertools.pairwise(row)] for row in windows]
-    np.testing.assert_allclose(reading.losses, expected, rtol=1e-5)
-    assert (reading.depths == 1 + windows[:, :-1] % 3).all()
 
 
 def test_the_leak_is_causal_minus_top_k_and_every_share_adds_up():

@@ -62,9 +62,8 @@ def test_each_result_is_written_as_soon_as_it_is_there(run, monkeypatch):
 
 def test_results_that_cannot_be_written_are_returned_with_the_error(run, monkeypatch):
     fill_the_disk(monkeypatch, run.path, "perplexity", "own_")
-    with pytest.raises(
-        Incomplete, match=r"perplexity\.json: not written \(No space left.*own\.json: not written"
-    ) as told:
+    message = r"perplexity\.json: not written \(No space left.*own\.json: not written"
+    with pytest.raises(Incomplete, match=message) as told:
         evaluate_run(run, ["perplexity", "own", "routing"], settings=Settings(limit=1))
     assert list(told.value.results) == ["perplexity", "own", "routing"]
     assert (run.evaluation / "routing.json").is_file()
@@ -132,18 +131,17 @@ def test_wrong_values_on_the_command_line_are_one_line(run, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize(
-    "recipe", ["data: 5", "data: {path: [1]}", "data: {sources: [1]}", "[", "data: {sources: 7}", ""]
+    "recipe", ["data: 5", "data: {path: [1]}", "data: {sources: [1]}", "[", "data: {sources: 7}", "", None]
 )
 def test_a_recipe_that_names_no_data_is_one_sentence(run, recipe):
-    run.recipe_file.write_text(recipe)
+    run.recipe_file.unlink() if recipe is None else run.recipe_file.write_text(recipe)
     with pytest.raises(RunError, match=r"recipe\.yaml: names no data set .* --data DIR"):
         evaluate_run(run, ["perplexity"], settings=Settings(limit=1))
 
 
 def test_an_export_that_cannot_be_written_is_one_sentence(run, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    loading = monkeypatch.context
-    with loading() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr("mor_model.weights.load_model", lambda *_, **__: pytest.fail("computed for nothing"))
         code, _, said = mor(patch, capsys, "export", run.path, "--out", tmp_path / "file" / "out")
     assert code == 2 and "file: cannot be written" in said and said.count("\n") == 1
@@ -151,9 +149,8 @@ def test_an_export_that_cannot_be_written_is_one_sentence(run, monkeypatch, caps
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with loading() as patch:
-        patch.setattr("os.fsync", full)
-        code, _, said = mor(patch, capsys, "export", run.path, "--out", tmp_path / "out")
+    monkeypatch.setattr("os.fsync", full)
+    code, _, said = mor(monkeypatch, capsys, "export", run.path, "--out", tmp_path / "out")
     assert code == 2 and "out: not written" in said and not (tmp_path / "out").exists()
 
 
