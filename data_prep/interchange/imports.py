@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -213,79 +213,54 @@ class _Copy:
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.path, self.eod, self.vocabulary = path, tokenizer.eod_id, tokenizer.vocab_size
         self.unended = self.empty = 0
-        self._open = False  # the document under way began in an earlier piece
 
     def run(self, source: TokenFile, prefix: Path, progress: Callable[[str, int], None]) -> ShardEntry:
         """Copy everything."""
+        ends = np.unique(source.ends)
+        self.empty += source.ends.size - int(np.count_nonzero(ends))
+        last = self.eod  # the id before the piece
         with ShardWriter(prefix, dtype_for_vocabulary(self.vocabulary)) as writer:
-            for done in self._pieces(source, writer):
-                progress(prefix.name, done)
+            for start in range(0, source.ids.size, _PIECE):
+                piece = self._checked(source.ids[start : start + _PIECE]).astype(writer.dtype)
+                first, end = np.searchsorted(ends, (start, start + piece.size), side="right")
+                last = self._write(piece, ends[first:end] - start, last, writer)
+                progress(prefix.name, start + piece.size)
+            if last != self.eod:
+                writer.extend([self.eod])
+                writer.end_document()
+                self.unended += 1
             if not writer.documents:
                 raise DataError(f"{self.path} holds no document.")
-        summary = writer.summary
-        return ShardEntry(
-            name=summary.name,
-            tokens=summary.tokens,
-            documents=summary.documents,
-            text_bytes=0,
-            sha256_bin=summary.sha256_bin,
-            sha256_idx=summary.sha256_idx,
-            source=self.path.name.split(".")[0],
-        )
+        return ShardEntry(**asdict(writer.summary), text_bytes=0, source=self.path.name.split(".")[0])
 
-    def _pieces(self, source: TokenFile, writer: ShardWriter) -> Iterator[int]:
-        ids, ends = source.ids, source.ends
-        self.empty += int(np.count_nonzero(np.diff(ends, prepend=0) == 0))
-        for start in range(0, ids.size, _PIECE):
-            piece = ids[start : start + _PIECE]
-            lowest, highest = piece.min(), piece.max()
-            if not 0 <= lowest <= highest < self.vocabulary:
-                raise DataError(
-                    f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
-                    "name the tokenizer that made the file, and for raw ids their --dtype."
-                )
-            known = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + piece.size, side="right")] - start
-            self._write(piece.astype(writer.dtype), known, writer)
-            yield start + piece.size
-        if self._open:
-            self._close(np.empty(0, writer.dtype), writer)
+    def _checked(self, piece: np.ndarray) -> np.ndarray:
+        lowest, highest = piece.min(), piece.max()
+        if not 0 <= lowest <= highest < self.vocabulary:
+            raise DataError(
+                f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
+                "name the tokenizer that made the file, and for raw ids their --dtype."
+            )
+        return piece
 
-    def _write(self, ids: np.ndarray, known_ends: np.ndarray, writer: ShardWriter) -> None:
-        bounds = np.union1d(known_ends, np.flatnonzero(ids == self.eod) + 1)
-        if self._open and bounds.size:
-            self._close(ids[: bounds[0]], writer)
-        elif bounds.size and bounds[0] > 0:
-            bounds = np.concatenate([[0], bounds])
-        if not bounds.size:
-            writer.extend(ids)
-            self._open = True
-            return
-        self._write_whole(ids[bounds[0] : bounds[-1]], np.diff(bounds), writer)
-        if bounds[-1] < ids.size:
-            writer.extend(ids[bounds[-1] :])
-            self._open = True
-
-    def _close(self, rest: np.ndarray, writer: ShardWriter) -> None:
-        """End the document under way with what is left of it."""
-        writer.extend(rest)
-        if not rest.size or rest[-1] != self.eod:
-            writer.extend(np.array([self.eod], writer.dtype))
-            self.unended += 1
-        writer.end_document()
-        self._open = False
-
-    def _write_whole(self, ids: np.ndarray, lengths: np.ndarray, writer: ShardWriter) -> None:
-        lasts = np.cumsum(lengths) - 1
-        unended = ids[lasts] != self.eod
-        ids = np.insert(ids, lasts[unended] + 1, self.eod)
-        lengths = lengths + unended
-        self.unended += int(np.count_nonzero(unended))
-        nothing = lengths == 1  # END_OF_DOCUMENT alone
-        if nothing.any():
-            self.empty += int(np.count_nonzero(nothing))
-            ids = np.delete(ids, np.cumsum(lengths)[nothing] - 1)
-            lengths = lengths[~nothing]
-        writer.write(ids, lengths)
+    def _write(self, ids: np.ndarray, ends: np.ndarray, last: int, writer: ShardWriter) -> int:
+        """Write ids that follow the id `last`, with documents that end at `ends`; returns the last id written."""
+        unended = ends[ids[ends - 1] != self.eod]
+        self.unended += unended.size
+        ids = np.insert(ids, unended, self.eod)
+        empty = (ids == self.eod) & (np.append(last, ids[:-1]) == self.eod)  # END_OF_DOCUMENT alone
+        self.empty += int(np.count_nonzero(empty))
+        ids = ids[~empty]
+        stops = np.flatnonzero(ids == self.eod) + 1
+        whole = 0
+        if stops.size:
+            # The first document may have begun in an earlier piece.
+            writer.extend(ids[: stops[0]])
+            writer.end_document()
+            whole = int(stops[-1])
+            writer.write(ids[stops[0] : whole], np.diff(stops))
+        if whole < ids.size:
+            writer.extend(ids[whole:])
+        return int(ids[-1]) if ids.size else last
 
 
 def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
