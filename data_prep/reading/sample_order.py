@@ -69,10 +69,6 @@ class SampleOrder:
             count -= here
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
-    def epoch(self, sample: int) -> int:
-        """Epoch that sample number `sample` belongs to, from 0."""
-        return sample // self.size
-
     def _derive_keys(self, epoch: int) -> np.ndarray:
         text = f"{self.seed}/{self.stream}/{epoch}".encode()
         return np.frombuffer(hashlib.shake_128(text).digest(8 * _ROUNDS), "<u8")

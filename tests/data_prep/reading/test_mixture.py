@@ -69,13 +69,6 @@ def test_any_weights_are_kept_over_any_window(folder: Path, weights: list[float]
     assert worst_window(chosen, np.array(weights) / sum(weights)) < 4
 
 
-def test_proportions_do_not_drift_over_a_billion_samples(folder: Path) -> None:
-    mixture = make(folder, [(0, {"a": 1, "b": 1, "c": 1})])
-    counts = mixture.drawn(10**9)
-    assert sum(counts.values()) == 10**9
-    assert all(abs(count - 10**9 / 3) < 3 for count in counts.values())
-
-
 @settings(max_examples=30, deadline=None)
 @given(first=st.integers(0, 400), count=st.integers(0, 50))
 @example(first=36, count=3)
