@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -84,12 +84,8 @@ def plain_name(name: object, where: Path) -> str:
     Raises:
         ConfigError: for a path, or what is no text.
     """
-    if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name or name == "..":
-        raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")
-    try:
-        possible = len(os.fsencode(name)) < 256  # as file systems have it
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.")
-    return name
+    if isinstance(name, str) and PurePath(name).name == name != ".." and "\0" not in name:
+        with suppress(UnicodeEncodeError):
+            if 0 < len(os.fsencode(name)) < 256:  # the limit of file systems
+                return name
+    raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")

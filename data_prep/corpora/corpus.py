@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import zstandard
@@ -210,7 +210,7 @@ class CorpusWriter:
         self.text_bytes += size
         self.documents += 1
         if part.text_bytes >= _PART:
-            self._parts.pop(name).close()
+            self._parts.pop(name).files.close()
             self._finished.append(part.path)
 
     def __enter__(self) -> CorpusWriter:
@@ -218,37 +218,26 @@ class CorpusWriter:
         (self.folder / UNFINISHED).touch()  # so that a part of the corpus is not read as the whole
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for part in self._parts.values():
-            if kind is None:
-                part.close()
-            else:
-                part.abort()
+            part.files.__exit__(kind, error, trace)
         if kind is not None:
             for path in self._finished:
                 path.unlink(missing_ok=True)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
 
 
-@dataclass
 class _Part:
-    """One file being written."""
+    """One file being written; it appears under its name when `files` is left without an error."""
 
-    path: Path
-    text_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._files = ExitStack()
-        raw: IO[bytes] = self._files.enter_context(atomic_write(self.path))
-        self.stream = self._files.enter_context(
-            zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False)
-        )
-
-    def close(self) -> None:
-        self._files.close()
-
-    def abort(self) -> None:
-        self._files.__exit__(InterruptedError, InterruptedError(f"{self.path}: discarded"), None)
+    def __init__(self, path: Path) -> None:
+        self.path, self.text_bytes = path, 0
+        self.files = ExitStack()
+        raw = self.files.enter_context(atomic_write(path))
+        compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        self.stream = self.files.enter_context(compressor.stream_writer(raw, closefd=False))
 
 
 @contextmanager

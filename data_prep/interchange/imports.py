@@ -37,12 +37,8 @@ _PIECE = 1 << 22  # ids in memory at a time
 _WIDTHS = ("uint16", "uint32", "uint64")
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """Ids of another stack's file, and where its documents end (rising, in ids; empty where the file does not say)."""
-
-    ids: np.ndarray
-    ends: np.ndarray
+# Ids of another stack's file, and where its documents end (rising, in ids; empty where the file does not say).
+TokenFile = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def import_files(
                 idx_path(folder / entry.name).unlink()
         raise
     write_manifest(folder, manifest)
-    first = opened[0].ids[:64].astype(np.int64).tolist()
+    first = opened[0][0][:64].astype(np.int64).tolist()
     return ImportReport(manifest, unended, empty, loaded.decode(first))
 
 
@@ -216,12 +212,13 @@ class _Copy:
 
     def run(self, source: TokenFile, prefix: Path, progress: Callable[[str, int], None]) -> ShardEntry:
         """Copy everything."""
-        ends = np.unique(source.ends)
-        self.empty += source.ends.size - int(np.count_nonzero(ends))
+        ids, given = source
+        ends = np.unique(given)
+        self.empty += given.size - int(np.count_nonzero(ends))
         last = self.eod  # the id before the piece
         with ShardWriter(prefix, dtype_for_vocabulary(self.vocabulary)) as writer:
-            for start in range(0, source.ids.size, _PIECE):
-                piece = self._checked(source.ids[start : start + _PIECE]).astype(writer.dtype)
+            for start in range(0, ids.size, _PIECE):
+                piece = self._checked(ids[start : start + _PIECE]).astype(writer.dtype)
                 first, end = np.searchsorted(ends, (start, start + piece.size), side="right")
                 last = self._write(piece, ends[first:end] - start, last, writer)
                 progress(prefix.name, start + piece.size)
@@ -268,7 +265,7 @@ def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
     for problem in index_problems_of(shard):
         raise DataError(f"{problem} The documents of such a file cannot be imported in order.")
     lengths = shard.lengths.astype(np.int64)
-    return TokenFile(shard.tokens, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
+    return shard.tokens, np.append(0, np.cumsum(lengths))[shard.document_index][1:]
 
 
 def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
@@ -282,11 +279,11 @@ def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
         raise DataError(
             f"{path} has {size} bytes, which are not 2 or 4 for each of the {total} ids at which {index.name} ends."
         )
-    return TokenFile(_mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64))
+    return _mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64)
 
 
 def _read_nanogpt(path: Path, raw: _Raw) -> TokenFile:
-    return TokenFile(raw.ids(path), np.empty(0, np.int64))
+    return raw.ids(path), np.empty(0, np.int64)
 
 
 def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
@@ -299,8 +296,8 @@ def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")
         if raw.name not in ("", ids.dtype.name):
             raise DataError(f"{path} says itself that its ids are {ids.dtype.name}; leave out --dtype {raw.name}.")
-        return TokenFile(ids, np.empty(0, np.int64))
-    return TokenFile(raw.ids(path), np.empty(0, np.int64))
+        return ids, np.empty(0, np.int64)
+    return raw.ids(path), np.empty(0, np.int64)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

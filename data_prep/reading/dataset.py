@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,7 +105,7 @@ class TokenDataset:
         self.num_documents = sum(entry.documents for entry in entries)
         self.text_bytes = sum(entry.text_bytes for entry in entries)
         self.sources = list(dict.fromkeys(entry.source for entry in entries))
-        self._mapped = lru_cache(maxsize=_MAPPINGS)(self._map)
+        self._mapped = lru_cache(maxsize=_MAPPINGS)(lambda number: self.shards[number].map_tokens())
 
     @property
     def dtype(self) -> np.dtype:
@@ -196,14 +196,8 @@ class TokenDataset:
             row[:] = self.sequence(int(index), length)
         return result
 
-    def _map(self, number: int) -> np.ndarray:
-        return self.shards[number].map_tokens()
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.path, self.split, self.manifest, self._entries, self.shards
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[TokenDataset], tuple[object, ...]]:
+        return TokenDataset, (self.path, self.split, self.manifest, self._entries, self.shards)
 
 
 def document_ids(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:
