@@ -37,9 +37,7 @@ def read_json(file: Path, again: str) -> dict[str, Any]:
         raise ConfigError(f"{file} holds more than {_LARGEST_JSON:,} bytes, which is no file of this kind; {again}.")
     try:
         values = json.loads(content)
-    except RecursionError:
-        raise ConfigError(f"{file} is not readable JSON (nested too deeply); {again}.") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ConfigError(f"{file} is not readable JSON ({error}); {again}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} does not hold a JSON object; {again}.")

@@ -29,7 +29,6 @@ from data_prep.sources.notices import notices
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
 _PART = 1 << 30  # bytes of text in one written file
-_WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -78,7 +77,7 @@ class CorpusReader:
         sources, left_out = find_sources(specifications, options)
         self.notices = [*left_out, *notices(sources, options)]
         sources = with_standard_input(sources, Path(self._scratch.name))
-        self._groups = plan_groups(sources, options, _WHOLE_FILES)
+        self._groups = plan_groups(sources, options, 1 << 60)  # every file in one piece: these tools read in order
         self._files = self._files_now()
         self.rejects: Counter[str] = Counter()
         self.examples: list[str] = []
@@ -92,7 +91,9 @@ class CorpusReader:
                 reader.keep_fields = True
                 for item in reader.all_items():
                     if isinstance(item, Reject):
-                        self._reject(item.reason, reader.file, item.line, item.detail)
+                        self.rejects[item.reason] += 1
+                        if len(self.examples) < 100:
+                            self.examples.append(f"{reader.file}:{item.line}: {item.reason}: {item.detail}")
                     elif isinstance(item, Document):
                         yield Entry(number, group.source, reader.file, item.line, item.subset, item.text, item.head)
                         number += 1
@@ -109,11 +110,6 @@ class CorpusReader:
     def _files_now(self) -> dict[str, tuple[int, int] | None]:
         found = {path: Path(path) for group in self._groups for path in group.files}
         return {p: (f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else None for p, f in found.items()}
-
-    def _reject(self, reason: str, file: str, line: int, detail: str) -> None:
-        self.rejects[reason] += 1
-        if len(self.examples) < 100:
-            self.examples.append(f"{file}:{line}: {reason}: {detail}")
 
 
 def map_entries(

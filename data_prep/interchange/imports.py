@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +93,16 @@ def import_files(
     unended = empty = 0
     try:
         for (split, path), source in zip(placed, opened):
-            name = f"{split}-{len(entries.get(split, [])):05d}"
+            of_split = entries.setdefault(split, [])
             copy = _Copy(path, loaded)
-            entry = copy.run(source, folder / name, progress)
-            entries.setdefault(split, []).append(entry)
+            of_split.append(copy.run(source, folder / f"{split}-{len(of_split):05d}", progress))
             unended += copy.unended
             empty += copy.empty
         manifest = _manifest(folder, kind, placed, loaded, entries, empty)
     except BaseException:
-        for split_entries in entries.values():
-            for entry in split_entries:
-                bin_path(folder / entry.name).unlink()
-                idx_path(folder / entry.name).unlink()
+        for entry in chain.from_iterable(entries.values()):
+            bin_path(folder / entry.name).unlink()
+            idx_path(folder / entry.name).unlink()
         raise
     write_manifest(folder, manifest)
     first = opened[0][0][:64].astype(np.int64).tolist()
@@ -119,13 +118,13 @@ def _manifest(
     empty: int,
 ) -> Manifest:
     file = copy_tokenizer(tokenizer, folder / "tokenizer")
-    shards = [entry for split in entries.values() for entry in split]
+    shards = list(chain.from_iterable(entries.values()))
     return Manifest(
         tokenizer=TokenizerInfo(
             tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, f"tokenizer/{file}"
         ),
         dtype=dtype_for_vocabulary(tokenizer.vocab_size).name,
-        splits={split: Split(tuple(entries[split])) for split in SPLITS if split in entries},
+        splits={split: Split(tuple(entries[split])) for split in SPLITS if entries.get(split)},
         sources=[
             {
                 "name": name,
@@ -282,7 +281,7 @@ def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
     return _mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64)
 
 
-def _read_nanogpt(path: Path, raw: _Raw) -> TokenFile:
+def _read_raw(path: Path, raw: _Raw) -> TokenFile:
     return raw.ids(path), np.empty(0, np.int64)
 
 
@@ -297,7 +296,7 @@ def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
         if raw.name not in ("", ids.dtype.name):
             raise DataError(f"{path} says itself that its ids are {ids.dtype.name}; leave out --dtype {raw.name}.")
         return ids, np.empty(0, np.int64)
-    return raw.ids(path), np.empty(0, np.int64)
+    return _read_raw(path, raw)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -317,6 +316,6 @@ def _size(path: Path) -> int:
 READERS: dict[str, Callable[[Path, _Raw], TokenFile]] = {
     "megatron": _read_megatron,
     "datatrove": _read_datatrove,
-    "nanogpt": _read_nanogpt,
+    "nanogpt": _read_raw,
     "olmo": _read_olmo,
 }

@@ -182,8 +182,6 @@ def test_ids_beyond_the_tokenizers_are_never_chosen_by_transformers(tmp_path, to
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", b"\xff\xfe", "tokenizer_config.json is not readable JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is not readable JSON"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json does not hold a JSON object"),
         ("tokenizer_config.json", b'{"eos_token": {"content": 7}}', "eos_token must be the name of a token"),
         ("tokenizer.json", b"\xff\xfe", "the tokenizer cannot be read"),
         ("tokenizer.json", b'{"model": null}', "the tokenizer cannot be read"),

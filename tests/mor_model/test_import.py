@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor_model import ConfigError, ExpertChoiceConfig, ModelConfig, RecursiveTransformer, load_model, save_weights
 from mor_model.hub.importing import import_hf, layer_sources
-from mor_model.hub.llama import llama_config, to_llama
 from tests.mor_model.run_tokenizers import letters_tokenizer
 
 SHAPE = {
@@ -93,24 +92,6 @@ def test_shared_layers_start_from_the_layers_they_stand_for(
     loss = model(torch.arange(30)[None], torch.arange(1, 31)[None]).loss
     loss.backward()
     assert torch.isfinite(loss)
-
-
-def test_equal_layers_shared_are_the_same_network(llama, tmp_path):
-    """Sharing layers that are equal anyway changes nothing, whichever way they are initialised."""
-    _, folder = llama
-    config, state = import_hf(folder)
-    for name in list(state):
-        if name.startswith("layers."):
-            state[name] = state["layers.0." + name.split(".", 2)[2]].clone()
-    model = rebuilt(config, state, tmp_path / "equal")
-    equal = LlamaForCausalLM(LlamaConfig(**llama_config(config)))
-    equal.load_state_dict(to_llama(state, config))
-    equal.save_pretrained(tmp_path / "llama")
-    ids = torch.randint(71, (1, 40), generator=torch.Generator().manual_seed(1))
-    for initialization in ("stepwise", "average"):
-        shared = import_hf(tmp_path / "llama", sharing="cycle", recursions=4, initialization=initialization)
-        again = rebuilt(*shared, tmp_path / initialization)
-        torch.testing.assert_close(again(ids).logits_BTV, model(ids).logits_BTV, rtol=1e-5, atol=1e-5)
 
 
 def test_a_router_begins_anew_and_the_same_for_the_same_seed(llama, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 
 from data_prep.corpora import corpus
 from data_prep.corpora.corpus import CorpusReader
@@ -18,7 +17,7 @@ from data_prep.corpora.decontaminate import decontaminate
 from data_prep.corpora.evaluation_texts import EvaluationIndex
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import write_jsonl
+from tests.data_prep.support import removed_lines, write_jsonl
 
 
 def make_text(seed: int, length: int = 60) -> str:
@@ -29,11 +28,6 @@ def make_text(seed: int, length: int = 60) -> str:
 def grams(text: str, n: int) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def removed_lines(out: Path) -> list[dict[str, object]]:
-    raw = zstandard.ZstdDecompressor().stream_reader((out / "removed.jsonl.zst").read_bytes()).read()
-    return [json.loads(line) for line in raw.splitlines()]
 
 
 @pytest.mark.parametrize("n", [1, 3, 13])

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 
 from data_prep.corpora import corpus, dedup
 from data_prep.corpora.corpus import CorpusReader
 from data_prep.corpora.dedup import deduplicate, exact_originals, near_originals, signatures_of
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import write_jsonl
+from tests.data_prep.support import removed_lines, write_jsonl
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -41,11 +40,6 @@ def jaccard(first: str, second: str) -> float:
         words = re.findall(r"\w+", text.lower())
         sets.append({tuple(words[i : i + 5]) for i in range(len(words) - 4)})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-def removed_lines(out: Path) -> list[dict[str, object]]:
-    raw = zstandard.ZstdDecompressor().stream_reader((out / "removed.jsonl.zst").read_bytes()).read()
-    return [json.loads(line) for line in raw.splitlines()]
 
 
 def test_signatures_estimate_the_jaccard_similarity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def test_written_shard_is_what_the_format_says(tmp_path: Path, dtype: str) -> No
     documents = [[1, 2, 3], [], [127], [5, 6]]
     with ShardWriter(tmp_path / "deep" / "train-00000.v2", dtype) as writer:
         writer.write(np.array([1, 2, 3], np.uint32), [3, 0])
-        writer.add([127])
+        writer.write([127], [1])
         writer.extend([5])
         writer.extend([6])
         writer.end_document()
@@ -47,7 +47,7 @@ def test_any_documents_are_read_back(documents: list[list[int]], tmp_path_factor
     prefix = tmp_path_factory.mktemp("shard") / "s"
     with ShardWriter(prefix, np.uint16) as writer:
         for document in documents:
-            writer.add(np.array(document, np.int64))
+            writer.write(np.array(document, np.int64), [len(document)])
     assert read_index_independently(prefix) == documents
     shard = Shard(prefix)
     assert [shard.document(number).tolist() for number in range(shard.num_documents)] == documents
@@ -57,9 +57,9 @@ def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
     old = make_documents(3)
     with ShardWriter(tmp_path / "s", np.uint16) as writer:
         for document in old:
-            writer.add(document)
+            writer.write(document, [len(document)])
     with pytest.raises(RuntimeError, match="interrupted"), ShardWriter(tmp_path / "s", np.uint16) as writer:
-        writer.add([1, 2, 3])
+        writer.write([1, 2, 3], [3])
         raise RuntimeError("interrupted")
     assert read_index_independently(tmp_path / "s") == old
     assert len(list(tmp_path.iterdir())) == 2
@@ -73,7 +73,7 @@ def test_a_file_system_without_modes_will_do(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "chmod", refuse)
     with ShardWriter(tmp_path / "a", "<u2") as writer:
-        writer.add([1, 2])
+        writer.write([1, 2], [2])
     assert read_index_independently(tmp_path / "a") == [[1, 2]]
 
 
@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path / "s", np.uint16) as writer:
         writer._bin = FullDisk()  # type: ignore[assignment]
-        writer.add([1])
+        writer.write([1], [1])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,11 +112,11 @@ def test_wrong_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         writer.end_document()
     writer.extend([1])
     with pytest.raises(DataError, match="still open"):
-        writer.add([2])
+        writer.write([2], [1])
     writer.abort()
     monkeypatch.setattr(shards, "LONGEST_DOCUMENT", 4)
     with pytest.raises(DataError, match="a document has 5 tokens, more than 4"):
-        ShardWriter(tmp_path / "s", np.uint16).add([1, 2, 3, 4, 5])
+        ShardWriter(tmp_path / "s", np.uint16).write([1, 2, 3, 4, 5], [5])
     assert list(tmp_path.iterdir()) == []
 
 
