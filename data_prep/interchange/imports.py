@@ -217,9 +217,15 @@ class _Copy:
         last = self.eod  # the id before the piece
         with ShardWriter(prefix, dtype_for_vocabulary(self.vocabulary)) as writer:
             for start in range(0, ids.size, _PIECE):
-                piece = self._checked(ids[start : start + _PIECE]).astype(writer.dtype)
+                piece = ids[start : start + _PIECE]
+                lowest, highest = piece.min(), piece.max()
+                if not 0 <= lowest <= highest < self.vocabulary:
+                    raise DataError(
+                        f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
+                        "name the tokenizer that made the file, and for raw ids their --dtype."
+                    )
                 first, end = np.searchsorted(ends, (start, start + piece.size), side="right")
-                last = self._write(piece, ends[first:end] - start, last, writer)
+                last = self._write(piece.astype(writer.dtype), ends[first:end] - start, last, writer)
                 progress(prefix.name, start + piece.size)
             if last != self.eod:
                 writer.extend([self.eod])
@@ -228,15 +234,6 @@ class _Copy:
             if not writer.documents:
                 raise DataError(f"{self.path} holds no document.")
         return ShardEntry(**asdict(writer.summary), text_bytes=0, source=self.path.name.split(".")[0])
-
-    def _checked(self, piece: np.ndarray) -> np.ndarray:
-        lowest, highest = piece.min(), piece.max()
-        if not 0 <= lowest <= highest < self.vocabulary:
-            raise DataError(
-                f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
-                "name the tokenizer that made the file, and for raw ids their --dtype."
-            )
-        return piece
 
     def _write(self, ids: np.ndarray, ends: np.ndarray, last: int, writer: ShardWriter) -> int:
         """Write ids that follow the id `last`, with documents that end at `ends`; returns the last id written."""
