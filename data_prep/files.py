@@ -58,12 +58,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # some network file systems refuse to sync a folder; the rename is still atomic there
         os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse to sync a folder; the rename itself is still atomic there
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

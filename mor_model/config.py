@@ -47,24 +47,24 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def _check_not_negative(where: str, **values: object) -> None:
-    for name, value in values.items():
-        if not (_is_number(value) and value >= 0):  # type: ignore[operator]
-            raise ConfigError(f"{where}.{name}: must be a finite number of at least 0, not {shown(value)}.")
+def _check_not_negative(router: ExpertChoiceConfig | TokenChoiceConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(router, name)
+        if not (_is_number(value) and value >= 0):
+            raise ConfigError(f"model.router.{name}: must be a finite number of at least 0, not {shown(value)}.")
 
 
-def check_sizes(where: str, **values: object) -> None:
+def check_sizes(**values: object) -> None:
+    """Refuse sizes of a network that are not whole numbers from 1 to `_LARGEST`.
+
+    Raises:
+        ConfigError: naming the first.
+    """
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}.{name}: must be a whole number of at least 1, not {shown(value)}.")
+            raise ConfigError(f"model.{name}: must be a whole number of at least 1, not {shown(value)}.")
         if value > _LARGEST[name]:
-            raise ConfigError(f"{where}.{name}: must be at most {_LARGEST[name]:,}, not {shown(value)}.")
-
-
-def _check_flag(where: str, **values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{where}.{name}: must be true or false, not {shown(value)}.")
+            raise ConfigError(f"model.{name}: must be at most {_LARGEST[name]:,}, not {shown(value)}.")
 
 
 def _refuse_idle_options(router: ExpertChoiceConfig | TokenChoiceConfig, names: tuple[str, ...], why: str) -> None:
@@ -121,8 +121,7 @@ class ExpertChoiceConfig:
         _check_choice(f"{where}.network", self.network, get_args(RouterNetwork))
         _check_choice(f"{where}.gate", self.gate, ("sigmoid", "tanh", "none"))
         _check_choice(f"{where}.causal", self.causal, ("aux_loss", "aux_router"))
-        _check_not_negative(where, alpha=self.alpha, causal_coefficient=self.causal_coefficient, z_loss=self.z_loss)
-        _check_not_negative(where, entropy=self.entropy, target_depth_coefficient=self.target_depth_coefficient)
+        _check_not_negative(self, "alpha", "causal_coefficient", "z_loss", "entropy", "target_depth_coefficient")
         _check_target_depth(self)
         if self.network == "random":
             why = "with random scores, which nothing can train"
@@ -202,9 +201,8 @@ class TokenChoiceConfig:
         _check_choice(f"{where}.gate", self.gate, ("softmax", "sigmoid"))
         _check_choice(f"{where}.combine", self.combine, ("paper", "code"))
         _check_choice(f"{where}.balance", self.balance, ("loss", "bias", "none"))
-        _check_not_negative(where, alpha=self.alpha, z_loss=self.z_loss, entropy=self.entropy)
-        _check_not_negative(where, balance_coefficient=self.balance_coefficient, bias_update_rate=self.bias_update_rate)
-        _check_not_negative(where, target_depth_coefficient=self.target_depth_coefficient)
+        _check_not_negative(self, "alpha", "z_loss", "entropy", "balance_coefficient", "bias_update_rate")
+        _check_not_negative(self, "target_depth_coefficient")
         _check_target_depth(self)
         if self.balance != "loss":
             _refuse_idle_options(self, ("balance_coefficient",), f"with balance {self.balance!r}")
@@ -269,7 +267,7 @@ class ModelConfig:
         sizes = {name: getattr(self, name) for name in _LARGEST}
         if self.head_dim is None:
             del sizes["head_dim"]
-        check_sizes("model", **sizes)
+        check_sizes(**sizes)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model: hidden_size ({self.hidden_size}) is not a multiple of num_heads ({self.num_heads}); "
@@ -286,8 +284,9 @@ class ModelConfig:
                 raise ConfigError(f"model.{name}: must be a positive number, not {shown(getattr(self, name))}.")
             object.__setattr__(self, name, float(getattr(self, name)))
         _check_choice("model.kv_sharing", self.kv_sharing, get_args(KVSharing))
-        _check_flag("model", tie_embeddings=self.tie_embeddings, document_masking=self.document_masking)
-        _check_flag("model", reset_positions=self.reset_positions)
+        for name in ("tie_embeddings", "document_masking", "reset_positions"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"model.{name}: must be true or false, not {shown(getattr(self, name))}.")
         schedule = self.schedule  # refuses impossible sharing
         if self.router is not None:
             self._check_router()

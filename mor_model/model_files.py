@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -37,9 +37,7 @@ def read_json(file: Path, again: str) -> dict[str, Any]:
         raise ConfigError(f"{file} holds more than {_LARGEST_JSON:,} bytes, which is no file of this kind; {again}.")
     try:
         values = json.loads(content)
-    except RecursionError:
-        raise ConfigError(f"{file} is not readable JSON (nested too deeply); {again}.") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ConfigError(f"{file} is not readable JSON ({error}); {again}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} does not hold a JSON object; {again}.")
@@ -84,12 +82,8 @@ def plain_name(name: object, where: Path) -> str:
     Raises:
         ConfigError: for a path, or what is no text.
     """
-    if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name or name == "..":
-        raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")
-    try:
-        possible = len(os.fsencode(name)) < 256  # as file systems have it
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise ConfigError(f"{where}: {shown(name)} is not the name of a file.")
-    return name
+    if isinstance(name, str) and PurePath(name).name == name != ".." and "\0" not in name:
+        with suppress(UnicodeEncodeError):
+            if 0 < len(os.fsencode(name)) < 256:  # the limit of file systems
+                return name
+    raise ConfigError(f"{where}: {shown(name)} is not the name of a file in that folder.")

@@ -15,8 +15,6 @@ from mor_model.layer_schedule import valid_depth
 
 Variant = Literal["vanilla", "recursive", "mor"]
 
-_SMOLLM_VOCABULARY = 49_152
-
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "num_layers": 8,
@@ -54,11 +52,11 @@ def preset(name: str, variant: Variant = "vanilla", recursions: int = 3, **overr
     """
     if name not in _SHAPES:
         raise ConfigError(f"model.preset: there is no {shown(name)}; choose one of {', '.join(PRESETS)}.")
-    values: dict[str, Any] = {"vocab_size": _SMOLLM_VOCABULARY, **_SHAPES[name]}
+    values: dict[str, Any] = {"vocab_size": 49_152, **_SHAPES[name]}  # SmolLM's
     if variant not in ("vanilla", "recursive", "mor"):
         raise ConfigError(f"model.variant: {shown(variant)} is not one of 'vanilla', 'recursive', 'mor'.")
     if variant != "vanilla":
-        check_sizes("model", recursions=recursions)
+        check_sizes(recursions=recursions)
         values["sharing"] = "middle_cycle"
         values["recursions"] = recursions
         values["num_layers"] = valid_depth(values["num_layers"], recursions, "middle_cycle")

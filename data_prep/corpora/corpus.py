@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import zstandard
@@ -29,7 +29,6 @@ from data_prep.sources.notices import notices
 
 _BATCH = 2 << 20  # characters of text that a worker takes at a time
 _PART = 1 << 30  # bytes of text in one written file
-_WHOLE_FILES = 1 << 60  # a piece size that leaves every file in one piece: these tools read in order
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -78,7 +77,7 @@ class CorpusReader:
         sources, left_out = find_sources(specifications, options)
         self.notices = [*left_out, *notices(sources, options)]
         sources = with_standard_input(sources, Path(self._scratch.name))
-        self._groups = plan_groups(sources, options, _WHOLE_FILES)
+        self._groups = plan_groups(sources, options, 1 << 60)  # every file in one piece: these tools read in order
         self._files = self._files_now()
         self.rejects: Counter[str] = Counter()
         self.examples: list[str] = []
@@ -92,7 +91,9 @@ class CorpusReader:
                 reader.keep_fields = True
                 for item in reader.all_items():
                     if isinstance(item, Reject):
-                        self._reject(item.reason, reader.file, item.line, item.detail)
+                        self.rejects[item.reason] += 1
+                        if len(self.examples) < 100:
+                            self.examples.append(f"{reader.file}:{item.line}: {item.reason}: {item.detail}")
                     elif isinstance(item, Document):
                         yield Entry(number, group.source, reader.file, item.line, item.subset, item.text, item.head)
                         number += 1
@@ -109,11 +110,6 @@ class CorpusReader:
     def _files_now(self) -> dict[str, tuple[int, int] | None]:
         found = {path: Path(path) for group in self._groups for path in group.files}
         return {p: (f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else None for p, f in found.items()}
-
-    def _reject(self, reason: str, file: str, line: int, detail: str) -> None:
-        self.rejects[reason] += 1
-        if len(self.examples) < 100:
-            self.examples.append(f"{file}:{line}: {reason}: {detail}")
 
 
 def map_entries(
@@ -210,7 +206,7 @@ class CorpusWriter:
         self.text_bytes += size
         self.documents += 1
         if part.text_bytes >= _PART:
-            self._parts.pop(name).close()
+            self._parts.pop(name).files.close()
             self._finished.append(part.path)
 
     def __enter__(self) -> CorpusWriter:
@@ -218,37 +214,26 @@ class CorpusWriter:
         (self.folder / UNFINISHED).touch()  # so that a part of the corpus is not read as the whole
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for part in self._parts.values():
-            if kind is None:
-                part.close()
-            else:
-                part.abort()
+            part.files.__exit__(kind, error, trace)
         if kind is not None:
             for path in self._finished:
                 path.unlink(missing_ok=True)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
 
 
-@dataclass
 class _Part:
-    """One file being written."""
+    """One file being written; it appears under its name when `files` is left without an error."""
 
-    path: Path
-    text_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._files = ExitStack()
-        raw: IO[bytes] = self._files.enter_context(atomic_write(self.path))
-        self.stream = self._files.enter_context(
-            zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(raw, closefd=False)
-        )
-
-    def close(self) -> None:
-        self._files.close()
-
-    def abort(self) -> None:
-        self._files.__exit__(InterruptedError, InterruptedError(f"{self.path}: discarded"), None)
+    def __init__(self, path: Path) -> None:
+        self.path, self.text_bytes = path, 0
+        self.files = ExitStack()
+        raw = self.files.enter_context(atomic_write(path))
+        compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        self.stream = self.files.enter_context(compressor.stream_writer(raw, closefd=False))
 
 
 @contextmanager

@@ -19,8 +19,6 @@ from data_prep.files import write_json, write_text
 from data_prep.plain_text import markdown_text
 from data_prep.sources.base import ReadOptions
 
-NGRAM = 13
-MATCHES = 20
 ITEM_SHARE = 0.5
 _LISTED = 100  # items of an evaluation set that the report names
 _SHORTEST_SHARE = 0.1  # below it, an item is not named in the report
@@ -75,8 +73,8 @@ def decontaminate(
     out: str | os.PathLike[str],
     options: ReadOptions,
     *,
-    n: int = NGRAM,
-    matches: int = MATCHES,
+    n: int = 13,
+    matches: int = 20,
     workers: int = 1,
     progress: Callable[[str, int], None] = lambda _what, _count: None,
 ) -> DecontaminationReport:

@@ -29,7 +29,6 @@ from data_prep.sources.base import ReadOptions
 SIGNATURE = 128
 NGRAM = 5
 _SEED = 1
-_FOUND_AT_THRESHOLD = 0.95  # share of the pairs exactly at the threshold that the bands are to find
 _PIECE = 1 << 16  # pairs compared at a time
 _GRAMS = 1 << 20  # n-grams held at a time
 
@@ -47,12 +46,6 @@ class DedupReport:
     rejects: dict[str, int] = field(default_factory=dict)
     reject_examples: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Hashes:
-    digests: np.ndarray  # uint64 [N, 2]
-    signatures: np.ndarray | None  # uint32 [N, SIGNATURE]; all ones where a document has no words
 
 
 def deduplicate(
@@ -83,12 +76,11 @@ def deduplicate(
     writer = CorpusWriter(out, options)
     reader = CorpusReader(sources, options, writer.folder)
     with tempfile.TemporaryDirectory(prefix=".dedup-", dir=writer.folder) as scratch:
-        hashes = _hash_corpus(reader, Path(scratch), threshold is not None, workers, progress)
-        original = exact_originals(hashes.digests)
+        digests, signatures = _hash_corpus(reader, Path(scratch), threshold is not None, workers, progress)
+        original = exact_originals(digests)
         exact = _copies(original).size
-        if threshold is not None:
-            assert hashes.signatures is not None
-            original = near_originals(hashes.signatures, original, threshold)
+        if signatures is not None and threshold is not None:
+            original = near_originals(signatures, original, threshold)
         with writer, removed_documents(writer.folder) as write_removed:
             places: dict[int, str] = {}
             wanted = set(original[_copies(original)].tolist())
@@ -103,10 +95,10 @@ def deduplicate(
                     if keeps in wanted:
                         places[keeps] = entry.place
                 else:
-                    exactly = bool((hashes.digests[entry.number] == hashes.digests[keeps]).all())
+                    exactly = bool((digests[entry.number] == digests[keeps]).all())
                     line = {"document": entry.place, "copy_of": places[keeps], "exact": exactly}
-                    if not exactly and hashes.signatures is not None:
-                        pair = hashes.signatures[[keeps, entry.number]]
+                    if not exactly and signatures is not None:
+                        pair = signatures[[keeps, entry.number]]
                         line["similarity"] = round(float(np.mean(pair[0] == pair[1])), 3)
                     write_removed(line)
             reader.refuse_changed_files()
@@ -127,7 +119,8 @@ def deduplicate(
 
 def _hash_corpus(
     reader: CorpusReader, scratch: Path, near: bool, workers: int, progress: Callable[[str, int], None]
-) -> _Hashes:
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Digests, uint64 `[N, 2]`, and with `near` signatures as of `signatures_of`, which lie in `scratch`."""
     count = 0
     with (scratch / "digests").open("wb") as digests, (scratch / "signatures").open("wb") as signatures:
         for _, (digest, signature) in map_entries(reader, _hash_batch, workers, near):
@@ -138,7 +131,7 @@ def _hash_corpus(
                 progress("hash", count)
     if not count:
         raise DataError(f"there is no document to deduplicate; rejects: {dict(reader.rejects) or 'none'}.")
-    return _Hashes(
+    return (
         np.fromfile(scratch / "digests", np.uint64).reshape(count, 2),
         np.memmap(scratch / "signatures", np.uint32, "r", shape=(count, SIGNATURE)) if near else None,
     )
@@ -191,7 +184,7 @@ def exact_originals(digests: np.ndarray) -> np.ndarray:
 def rows_per_band(threshold: float) -> int:
     """Most rows a band can have so that 95 % of pairs at the threshold share a band: 1 - (1 - s**r)**(128 // r)."""
     for rows in range(SIGNATURE, 1, -1):
-        if 1 - (1 - threshold**rows) ** (SIGNATURE // rows) >= _FOUND_AT_THRESHOLD:
+        if 1 - (1 - threshold**rows) ** (SIGNATURE // rows) >= 0.95:
             return rows
     return 1
 

@@ -25,12 +25,8 @@ from data_prep.sources.find import files_below, kind_of
 from data_prep.sources.lines import LineReader, LongLine
 from data_prep.sources.parquet import records
 
-
-class Item(NamedTuple):
-    """One question, passage or page: how to name it in a report, and its texts."""
-
-    label: str
-    texts: list[str]
+# One question, passage or page: how to name it in a report, and its texts.
+Item = tuple[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,13 @@ class EvaluationIndex:
         for path in _evaluation_files(paths):
             first = len(self.labels)
             too_short = 0
-            for item in _read_items(path):
+            for label, texts in _read_items(path):
                 # Counting first, because most of the texts of question sets are too short.
-                long_enough = [text for text in item.texts if len(words_of(text)) >= n]
+                long_enough = [text for text in texts if len(words_of(text)) >= n]
                 grams = [ngram_hashes(word_hashes(text), n) for text in long_enough]
                 distinct = np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint64)
                 too_short += not distinct.size
-                self.labels.append(item.label)
+                self.labels.append(label)
                 hashes.append(distinct)
             self.sets.append(EvaluationSet(str(path), first, len(self.labels), too_short))
         self.item_sizes = np.array([h.size for h in hashes], np.int64)
@@ -127,27 +123,18 @@ class EvaluationIndex:
         return counts / np.maximum(self.item_sizes, 1)
 
 
-def _evaluation_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+def _evaluation_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The files, each once however often it is named."""
-    seen: set[FileIdentity] = set()
-    for path in _named_files(paths):
-        if (key := identity(path)) not in seen:
-            seen.add(key)
-            yield path
-
-
-def _named_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(map(Path, files_below(path)))
-            if not inside:
-                raise DataError(f"the folder of evaluation sets {path} holds no file.")
-            yield from inside
-        elif path.is_file():
-            yield path
-        else:
+    found: dict[FileIdentity, Path] = {}
+    for path in map(Path, paths):
+        files = sorted(map(Path, files_below(path))) if path.is_dir() else [path]
+        if not files:
+            raise DataError(f"the folder of evaluation sets {path} holds no file.")
+        if files == [path] and not path.is_file():
             raise DataError(f"there is no evaluation set {path}; name files or folders of JSON lines, parquet or text.")
+        for file in files:
+            found.setdefault(identity(file), file)
+    return list(found.values())
 
 
 def _read_items(path: Path) -> Iterator[Item]:
@@ -158,14 +145,14 @@ def _read_items(path: Path) -> Iterator[Item]:
         number = 0
         try:
             for number, record in enumerate(records(str(path)), start=1):
-                yield Item(f"row {number}", list(_texts(record)))
+                yield f"row {number}", list(_texts(record))
         except SourceError as error:
             raise DataError(f"the evaluation set {path} cannot be read after row {number}: {error}.") from None
     else:
         reader = CorpusReader([str(path)], ReadOptions())
         for entry in reader:
             title = entry.text.lstrip().partition("\n")[0]
-            yield Item(title.strip(" =")[:80] or f"line {entry.line}", [entry.text])
+            yield title.strip(" =")[:80] or f"line {entry.line}", [entry.text]
         if set(reader.rejects) - {"empty_document"}:  # WikiText begins with a blank line
             raise DataError(f"the evaluation set {path} cannot be read: {reader.examples[0]}.")
 
@@ -180,7 +167,7 @@ def _json_items(path: Path) -> Iterator[Item]:
             record = orjson.loads(line.removeprefix(BOM_UTF8))
         except orjson.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: the evaluation set is not JSON lines ({error}).") from None
-        yield Item(f"line {number}", list(_texts(record)))
+        yield f"line {number}", list(_texts(record))
 
 
 def _texts(value: Any) -> Iterable[str]:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,8 @@ _PIECE = 1 << 22  # ids in memory at a time
 _WIDTHS = ("uint16", "uint32", "uint64")
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """Ids of another stack's file, and where its documents end (rising, in ids; empty where the file does not say)."""
-
-    ids: np.ndarray
-    ends: np.ndarray
+# Ids of another stack's file, and where its documents end (rising, in ids; empty where the file does not say).
+TokenFile = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -96,21 +93,19 @@ def import_files(
     unended = empty = 0
     try:
         for (split, path), source in zip(placed, opened):
-            name = f"{split}-{len(entries.get(split, [])):05d}"
+            of_split = entries.setdefault(split, [])
             copy = _Copy(path, loaded)
-            entry = copy.run(source, folder / name, progress)
-            entries.setdefault(split, []).append(entry)
+            of_split.append(copy.run(source, folder / f"{split}-{len(of_split):05d}", progress))
             unended += copy.unended
             empty += copy.empty
         manifest = _manifest(folder, kind, placed, loaded, entries, empty)
     except BaseException:
-        for split_entries in entries.values():
-            for entry in split_entries:
-                bin_path(folder / entry.name).unlink()
-                idx_path(folder / entry.name).unlink()
+        for entry in chain.from_iterable(entries.values()):
+            bin_path(folder / entry.name).unlink()
+            idx_path(folder / entry.name).unlink()
         raise
     write_manifest(folder, manifest)
-    first = opened[0].ids[:64].astype(np.int64).tolist()
+    first = opened[0][0][:64].astype(np.int64).tolist()
     return ImportReport(manifest, unended, empty, loaded.decode(first))
 
 
@@ -123,13 +118,13 @@ def _manifest(
     empty: int,
 ) -> Manifest:
     file = copy_tokenizer(tokenizer, folder / "tokenizer")
-    shards = [entry for split in entries.values() for entry in split]
+    shards = list(chain.from_iterable(entries.values()))
     return Manifest(
         tokenizer=TokenizerInfo(
             tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, f"tokenizer/{file}"
         ),
         dtype=dtype_for_vocabulary(tokenizer.vocab_size).name,
-        splits={split: Split(tuple(entries[split])) for split in SPLITS if split in entries},
+        splits={split: Split(tuple(entries[split])) for split in SPLITS if entries.get(split)},
         sources=[
             {
                 "name": name,
@@ -213,79 +208,52 @@ class _Copy:
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.path, self.eod, self.vocabulary = path, tokenizer.eod_id, tokenizer.vocab_size
         self.unended = self.empty = 0
-        self._open = False  # the document under way began in an earlier piece
 
     def run(self, source: TokenFile, prefix: Path, progress: Callable[[str, int], None]) -> ShardEntry:
         """Copy everything."""
+        ids, given = source
+        ends = np.unique(given)
+        self.empty += given.size - int(np.count_nonzero(ends))
+        last = self.eod  # the id before the piece
         with ShardWriter(prefix, dtype_for_vocabulary(self.vocabulary)) as writer:
-            for done in self._pieces(source, writer):
-                progress(prefix.name, done)
+            for start in range(0, ids.size, _PIECE):
+                piece = ids[start : start + _PIECE]
+                lowest, highest = piece.min(), piece.max()
+                if not 0 <= lowest <= highest < self.vocabulary:
+                    raise DataError(
+                        f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
+                        "name the tokenizer that made the file, and for raw ids their --dtype."
+                    )
+                first, end = np.searchsorted(ends, (start, start + piece.size), side="right")
+                last = self._write(piece.astype(writer.dtype), ends[first:end] - start, last, writer)
+                progress(prefix.name, start + piece.size)
+            if last != self.eod:
+                writer.extend([self.eod])
+                writer.end_document()
+                self.unended += 1
             if not writer.documents:
                 raise DataError(f"{self.path} holds no document.")
-        summary = writer.summary
-        return ShardEntry(
-            name=summary.name,
-            tokens=summary.tokens,
-            documents=summary.documents,
-            text_bytes=0,
-            sha256_bin=summary.sha256_bin,
-            sha256_idx=summary.sha256_idx,
-            source=self.path.name.split(".")[0],
-        )
+        return ShardEntry(**asdict(writer.summary), text_bytes=0, source=self.path.name.split(".")[0])
 
-    def _pieces(self, source: TokenFile, writer: ShardWriter) -> Iterator[int]:
-        ids, ends = source.ids, source.ends
-        self.empty += int(np.count_nonzero(np.diff(ends, prepend=0) == 0))
-        for start in range(0, ids.size, _PIECE):
-            piece = ids[start : start + _PIECE]
-            lowest, highest = piece.min(), piece.max()
-            if not 0 <= lowest <= highest < self.vocabulary:
-                raise DataError(
-                    f"{self.path} holds ids from {lowest} to {highest}, but the tokenizer has {self.vocabulary}; "
-                    "name the tokenizer that made the file, and for raw ids their --dtype."
-                )
-            known = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + piece.size, side="right")] - start
-            self._write(piece.astype(writer.dtype), known, writer)
-            yield start + piece.size
-        if self._open:
-            self._close(np.empty(0, writer.dtype), writer)
-
-    def _write(self, ids: np.ndarray, known_ends: np.ndarray, writer: ShardWriter) -> None:
-        bounds = np.union1d(known_ends, np.flatnonzero(ids == self.eod) + 1)
-        if self._open and bounds.size:
-            self._close(ids[: bounds[0]], writer)
-        elif bounds.size and bounds[0] > 0:
-            bounds = np.concatenate([[0], bounds])
-        if not bounds.size:
-            writer.extend(ids)
-            self._open = True
-            return
-        self._write_whole(ids[bounds[0] : bounds[-1]], np.diff(bounds), writer)
-        if bounds[-1] < ids.size:
-            writer.extend(ids[bounds[-1] :])
-            self._open = True
-
-    def _close(self, rest: np.ndarray, writer: ShardWriter) -> None:
-        """End the document under way with what is left of it."""
-        writer.extend(rest)
-        if not rest.size or rest[-1] != self.eod:
-            writer.extend(np.array([self.eod], writer.dtype))
-            self.unended += 1
-        writer.end_document()
-        self._open = False
-
-    def _write_whole(self, ids: np.ndarray, lengths: np.ndarray, writer: ShardWriter) -> None:
-        lasts = np.cumsum(lengths) - 1
-        unended = ids[lasts] != self.eod
-        ids = np.insert(ids, lasts[unended] + 1, self.eod)
-        lengths = lengths + unended
-        self.unended += int(np.count_nonzero(unended))
-        nothing = lengths == 1  # END_OF_DOCUMENT alone
-        if nothing.any():
-            self.empty += int(np.count_nonzero(nothing))
-            ids = np.delete(ids, np.cumsum(lengths)[nothing] - 1)
-            lengths = lengths[~nothing]
-        writer.write(ids, lengths)
+    def _write(self, ids: np.ndarray, ends: np.ndarray, last: int, writer: ShardWriter) -> int:
+        """Write ids that follow the id `last`, with documents that end at `ends`; returns the last id written."""
+        unended = ends[ids[ends - 1] != self.eod]
+        self.unended += unended.size
+        ids = np.insert(ids, unended, self.eod)
+        empty = (ids == self.eod) & (np.append(last, ids[:-1]) == self.eod)  # END_OF_DOCUMENT alone
+        self.empty += int(np.count_nonzero(empty))
+        ids = ids[~empty]
+        stops = np.flatnonzero(ids == self.eod) + 1
+        whole = 0
+        if stops.size:
+            # The first document may have begun in an earlier piece.
+            writer.extend(ids[: stops[0]])
+            writer.end_document()
+            whole = int(stops[-1])
+            writer.write(ids[stops[0] : whole], np.diff(stops))
+        if whole < ids.size:
+            writer.extend(ids[whole:])
+        return int(ids[-1]) if ids.size else last
 
 
 def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
@@ -293,7 +261,7 @@ def _read_megatron(path: Path, _raw: _Raw) -> TokenFile:
     for problem in index_problems_of(shard):
         raise DataError(f"{problem} The documents of such a file cannot be imported in order.")
     lengths = shard.lengths.astype(np.int64)
-    return TokenFile(shard.tokens, np.append(0, np.cumsum(lengths))[shard.document_index][1:])
+    return shard.tokens, np.append(0, np.cumsum(lengths))[shard.document_index][1:]
 
 
 def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
@@ -307,11 +275,11 @@ def _read_datatrove(path: Path, _raw: _Raw) -> TokenFile:
         raise DataError(
             f"{path} has {size} bytes, which are not 2 or 4 for each of the {total} ids at which {index.name} ends."
         )
-    return TokenFile(_mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64))
+    return _mapped(path, np.dtype(f"<u{width}")), ends.astype(np.int64)
 
 
-def _read_nanogpt(path: Path, raw: _Raw) -> TokenFile:
-    return TokenFile(raw.ids(path), np.empty(0, np.int64))
+def _read_raw(path: Path, raw: _Raw) -> TokenFile:
+    return raw.ids(path), np.empty(0, np.int64)
 
 
 def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
@@ -324,8 +292,8 @@ def _read_olmo(path: Path, raw: _Raw) -> TokenFile:
             raise DataError(f"{path} holds {ids.dtype.name} of shape {ids.shape}; expected a flat array of integers.")
         if raw.name not in ("", ids.dtype.name):
             raise DataError(f"{path} says itself that its ids are {ids.dtype.name}; leave out --dtype {raw.name}.")
-        return TokenFile(ids, np.empty(0, np.int64))
-    return TokenFile(raw.ids(path), np.empty(0, np.int64))
+        return ids, np.empty(0, np.int64)
+    return _read_raw(path, raw)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -345,6 +313,6 @@ def _size(path: Path) -> int:
 READERS: dict[str, Callable[[Path, _Raw], TokenFile]] = {
     "megatron": _read_megatron,
     "datatrove": _read_datatrove,
-    "nanogpt": _read_nanogpt,
+    "nanogpt": _read_raw,
     "olmo": _read_olmo,
 }

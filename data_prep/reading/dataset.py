@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,9 @@ class TokenDataset:
         shards: the shards of this stream, opened.
         num_tokens, num_documents, text_bytes: sums over the shards of this stream; tokens include END_OF_DOCUMENT.
         sources: names of the sources of this stream, in order of appearance.
+        dtype: type of the ids, uint16 or int32. vocab_size: every id is below it.
+        eod_id: END_OF_DOCUMENT, the last token of every document.
+        tokenizer_fingerprint: sha256 (hex) of what decides ids. tokenizer_path: the tokenizer's copy in the folder.
     """
 
     def __init__(
@@ -105,32 +108,11 @@ class TokenDataset:
         self.num_documents = sum(entry.documents for entry in entries)
         self.text_bytes = sum(entry.text_bytes for entry in entries)
         self.sources = list(dict.fromkeys(entry.source for entry in entries))
-        self._mapped = lru_cache(maxsize=_MAPPINGS)(self._map)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the ids, uint16 or int32."""
-        return np.dtype(self.manifest.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-        return self.manifest.tokenizer.vocab_size
-
-    @property
-    def eod_id(self) -> int:
-        """END_OF_DOCUMENT, the last token of every document."""
-        return self.manifest.tokenizer.eod_id
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """sha256 (hex) of what decides ids."""
-        return self.manifest.tokenizer.fingerprint
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The copy of the tokenizer in the folder."""
-        return self.path / self.manifest.tokenizer.file
+        tokenizer = manifest.tokenizer
+        self.dtype = np.dtype(manifest.dtype)
+        self.vocab_size, self.eod_id = tokenizer.vocab_size, tokenizer.eod_id
+        self.tokenizer_fingerprint, self.tokenizer_path = tokenizer.fingerprint, path / tokenizer.file
+        self._mapped = lru_cache(maxsize=_MAPPINGS)(lambda number: self.shards[number].map_tokens())
 
     @property
     def manifest_digest(self) -> str:
@@ -196,14 +178,8 @@ class TokenDataset:
             row[:] = self.sequence(int(index), length)
         return result
 
-    def _map(self, number: int) -> np.ndarray:
-        return self.shards[number].map_tokens()
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.path, self.split, self.manifest, self._entries, self.shards
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[TokenDataset], tuple[object, ...]]:
+        return TokenDataset, (self.path, self.split, self.manifest, self._entries, self.shards)
 
 
 def document_ids(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:

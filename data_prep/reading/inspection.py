@@ -13,8 +13,6 @@ from data_prep.reading.packed import PackedDataset, is_padding
 from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import load_tokenizer
 
-_LENGTH = 2048
-
 
 def show_document(folder: str | os.PathLike[str], split: str, number: int, ids: bool = False) -> str:
     """Document `number` of a split: where it lies, its source and its text.
@@ -45,7 +43,7 @@ def show_sequence(folder: str | os.PathLike[str], split: str, number: int, lengt
     data = open_dataset(folder, split)
     settings = data.manifest.settings
     own = int(settings.get("sequence_length", 0))
-    length = length or own or _LENGTH
+    length = length or own or 2048
     packed = PackedDataset(data, length) if settings.get("packing") == "best-fit" and length == own else None
     count = (packed or data).num_sequences(length)
     if number >= count:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 from data_prep.plain_text import plain
 from data_prep.reading.manifest import Manifest
-
-_BAR = 40
 
 
 def report(manifest: Manifest) -> str:
@@ -35,14 +34,15 @@ def _lines(manifest: Manifest) -> Iterator[str]:
             f"{source['name']:<{width}}{source['documents']:>14,}{source['tokens']:>18,}"
             f"{source['tokens'] / total:>9.2%}{mean:>13,.0f}{ratio:>13.3f}"
         )
-    counts = _all_lengths(manifest)
+    by_source = manifest.statistics.get("lengths_log2", {}).values()
+    counts = [sum(column) for column in zip_longest(*by_source, fillvalue=0)]
     if counts:
         yield ""
         yield "tokens per document"
         highest = max(counts)
         for power, count in enumerate(counts):
             if any(counts[: power + 1]):
-                bar = "#" * round(_BAR * count / highest)
+                bar = "#" * round(40 * count / highest)
                 yield f"{1 << power:>14,} to {(2 << power) - 1:>13,}  {count:>12,}  {bar}"
     sample = manifest.statistics.get("round_trip", {})
     yield ""
@@ -88,12 +88,3 @@ def draw_lengths(manifest: Manifest, path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as stream:
         figure.savefig(stream, format=kind, dpi=150)
     pyplot.close(figure)
-
-
-def _all_lengths(manifest: Manifest) -> list[int]:
-    sums: list[int] = []
-    for counts in manifest.statistics.get("lengths_log2", {}).values():
-        sums += [0] * (len(counts) - len(sums))
-        for power, count in enumerate(counts):
-            sums[power] += count
-    return sums

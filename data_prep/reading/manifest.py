@@ -18,7 +18,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from data_prep.errors import DataError
 from data_prep.files import write_json
@@ -91,8 +93,8 @@ class Manifest:
     """
 
     tokenizer: TokenizerInfo
-    dtype: str
-    splits: dict[str, Split]
+    dtype: Annotated[str, Field(pattern="^(uint16|int32)$")]
+    splits: dict[Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")], Split]
     sources: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +114,50 @@ class Manifest:
         """sha256 (hex) of everything that decides what is read; folders with the same shards have the same digest."""
         value = {key: part for key, part in self.to_dict().items() if key not in _VOLATILE}
         return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+class _Source(BaseModel):
+    name: str
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+
+
+class _Settings(BaseModel):
+    sequence_length: Count = 0
+    packing: Any = None
+
+
+class _Engine(BaseModel):
+    fallbacks: Count = 0
+
+
+class _RoundTrip(BaseModel, extra="allow"):
+    example: Any = None
+    __pydantic_extra__: dict[str, Count]
+
+
+class _Packed(BaseModel):
+    sequences: Count
+    padding: float
+    truncation: float
+
+
+class _Statistics(BaseModel):
+    filtered: dict[str, Count] = {}
+    lengths_log2: dict[str, Annotated[list[Count], Field(max_length=64)]] = {}
+    round_trip: _RoundTrip = _RoundTrip.model_validate({})
+    packing: dict[str, Count | _Packed | Annotated[dict[str, Any], Field(max_length=0)]] = {}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is read of the parts of a manifest that are otherwise free."""
+
+    sources: list[_Source]
+    settings: _Settings
+    engine: _Engine
+    statistics: _Statistics
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -138,7 +184,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise DataError(f"{path}: format_version {FORMAT_VERSION} was expected, found {found!r:.100}.")
     try:
         manifest = as_dataclass(Manifest, value, path)
-        _check(manifest, path)
+        read = as_dataclass(_Read, {part.name: value[part.name] for part in fields(_Read)}, path)
+        if read.settings.packing == "best-fit" and not read.settings.sequence_length:
+            raise DataError(f"{path}: best-fit packing needs settings.sequence_length.")
+        inside(path.parent, manifest.tokenizer.file, path)
+        check_names((shard for split in manifest.splits.values() for shard in split.shards), path)
     except DataError as error:
         raise DataError(f"{error} Copy the data set again, or write it again.") from None
     return manifest
@@ -155,45 +205,3 @@ def check_names(shards: Iterable[Shard], path: Path) -> None:
             raise DataError(
                 f"{path}: a shard is named {shard.name!r:.100}, which is not a plain file name of this folder."
             )
-
-
-def _check(manifest: Manifest, path: Path) -> None:
-    def check(holds: bool, what: str, found: object) -> None:
-        if not holds:
-            raise DataError(f"{path}: {what}, found {found!r:.100}.")
-
-    check(manifest.dtype in ("uint16", "int32"), "dtype must be uint16 or int32", manifest.dtype)
-    check(manifest.splits.keys() <= set(SPLITS), f"splits can be {', '.join(SPLITS)}", list(manifest.splits))
-    inside(path.parent, manifest.tokenizer.file, path)
-    check_names((shard for split in manifest.splits.values() for shard in split.shards), path)
-    for source in manifest.sources:
-        right = isinstance(source.get("name"), str)
-        right = right and _are_counts([source.get(key) for key in ("documents", "tokens", "text_bytes")])
-        check(right, "a source must have a name, documents, tokens and text_bytes", source)
-    settings, statistics = manifest.settings, manifest.statistics
-    length = settings.get("sequence_length", 0)
-    check(_are_counts([length]), "settings.sequence_length must be a whole number", length)
-    check(
-        settings.get("packing") != "best-fit" or length > 0, "best-fit packing needs settings.sequence_length", length
-    )
-    fallbacks = manifest.engine.get("fallbacks", 0)
-    check(_are_counts([fallbacks]), "engine.fallbacks must be a count", fallbacks)
-    filtered, lengths = statistics.get("filtered", {}), statistics.get("lengths_log2", {})
-    right = isinstance(filtered, dict) and _are_counts(filtered.values())
-    check(right, "statistics.filtered must be counts by reason", filtered)
-    right = isinstance(lengths, dict) and all(isinstance(v, list) and len(v) <= 64 for v in lengths.values())
-    check(right and all(map(_are_counts, lengths.values())), "statistics.lengths_log2 must be lists of counts", lengths)
-    sample = statistics.get("round_trip", {})
-    right = isinstance(sample, dict) and _are_counts(v for key, v in sample.items() if key != "example")
-    check(right, "statistics.round_trip must be counts", sample)
-    packing = statistics.get("packing", {})
-    check(isinstance(packing, dict), "statistics.packing must be an object", packing)
-    for summary in packing.values():
-        right = isinstance(summary, dict) and {"sequences", "padding", "truncation"} <= summary.keys()
-        right = right and all(isinstance(number, (int, float)) for number in summary.values())
-        check(right or not summary or isinstance(summary, int), "statistics.packing must be numbers by split", summary)
-
-
-def _are_counts(values: Iterable[Any]) -> bool:
-    """Whether all are whole numbers from 0 on."""
-    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)

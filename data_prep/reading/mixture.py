@@ -79,6 +79,9 @@ class Mixture:
         phases: weights and since when, the first from sample 0; see `Phase`.
         seed: of the sample orders.
 
+    Attributes:
+        eod_id, vocab_size, tokenizer_fingerprint: those of the sources, see `TokenDataset`.
+
     Raises:
         DataError: no source, names twice, different tokenizers or END_OF_DOCUMENT, a source shorter than one sequence,
             or weights that are negative, all zero, or of an unknown source.
@@ -91,6 +94,9 @@ class Mixture:
         names = [source.name for source in sources]
         _check_sources(self.sources, length)
         _check_phases(self.phases, names)
+        first = sources[0].dataset
+        self.eod_id, self.vocab_size = first.eod_id, first.vocab_size
+        self.tokenizer_fingerprint = first.tokenizer_fingerprint
         self.sizes = [source.dataset.num_sequences(length) for source in sources]
         self._orders = [SampleOrder(size, seed, stream=name) for size, name in zip(self.sizes, names)]
         self._firsts = [phase.first_sample for phase in phases]
@@ -98,25 +104,10 @@ class Mixture:
         # One sample alone costs as much as some hundred together, and samples are mostly asked for in order.
         self._blocks = lru_cache(maxsize=8)(lambda number: self.draw(number * _BLOCK, _BLOCK))
         self._drawn_before = [[0] * len(names)]  # by each source, when a phase begins
-        for tree, first, end in zip(self._trees, self._firsts, self._firsts[1:]):
+        for tree, begin, end in zip(self._trees, self._firsts, self._firsts[1:]):
             counts = list(self._drawn_before[-1])
-            _add_counts(tree, end - first, counts)
+            _add_counts(tree, end - begin, counts)
             self._drawn_before.append(counts)
-
-    @property
-    def eod_id(self) -> int:
-        """END_OF_DOCUMENT of the sources' tokenizer."""
-        return self.sources[0].dataset.eod_id
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-        return self.sources[0].dataset.vocab_size
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """sha256 (hex) of what decides ids."""
-        return self.sources[0].dataset.tokenizer_fingerprint
 
     def __reduce__(self) -> tuple[type[Mixture], tuple[object, ...]]:
         return Mixture, (self.sources, self.length, self.phases, self.seed)

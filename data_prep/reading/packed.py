@@ -32,7 +32,6 @@ import numpy.typing as npt
 
 from data_prep.errors import DataError
 from data_prep.reading.dataset import TokenDataset
-from data_prep.reading.shards import Shard
 
 # As `np.save` writes it for whole numbers in one column or two.
 _HEADER = re.compile(
@@ -71,12 +70,12 @@ class PackedDataset:
 
     def __init__(self, dataset: TokenDataset, length: int) -> None:
         self.dataset, self.length = dataset, length
-        self._starts = list(accumulate((len(self._packing(shard)) for shard in dataset.shards), initial=0))
+        self._starts = list(
+            accumulate((len(read_packing(shard.prefix, length)) for shard in dataset.shards), initial=0)
+        )
         self._mapped = lru_cache(maxsize=_MAPPINGS)(self._map)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "dataset":
-            raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def num_sequences(self, length: int) -> int:
@@ -118,18 +117,12 @@ class PackedDataset:
         """The sequences of one source alone; DataError when there is none of that name."""
         return PackedDataset(self.dataset.only(source), self.length)
 
-    def _packing(self, shard: Shard) -> Packing:
-        return read_packing(shard.prefix, self.length)
-
     def _map(self, number: int) -> tuple[np.ndarray, Packing]:
         shard = self.dataset.shards[number]
-        return shard.map_tokens(), self._packing(shard)
+        return shard.map_tokens(), read_packing(shard.prefix, self.length)
 
-    def __getstate__(self) -> tuple[TokenDataset, int]:
-        return self.dataset, self.length
-
-    def __setstate__(self, state: tuple[TokenDataset, int]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[PackedDataset], tuple[TokenDataset, int]]:
+        return PackedDataset, (self.dataset, self.length)
 
 
 def is_padding(tokens: npt.ArrayLike, eod_id: int) -> np.ndarray:

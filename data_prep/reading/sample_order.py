@@ -69,10 +69,6 @@ class SampleOrder:
             count -= here
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
-    def epoch(self, sample: int) -> int:
-        """Epoch that sample number `sample` belongs to, from 0."""
-        return sample // self.size
-
     def _derive_keys(self, epoch: int) -> np.ndarray:
         text = f"{self.seed}/{self.stream}/{epoch}".encode()
         return np.frombuffer(hashlib.shake_128(text).digest(8 * _ROUNDS), "<u8")
@@ -93,11 +89,8 @@ class SampleOrder:
             right = (right + _hash(left, keys[number + 1]) % b) % b
         return right * a + left
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"size": self.size, "seed": self.seed, "stream": self.stream}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[SampleOrder], tuple[int, int, str]]:
+        return SampleOrder, (self.size, self.seed, self.stream)
 
 
 def _hash(digits: np.ndarray, key: np.uint64) -> np.ndarray:

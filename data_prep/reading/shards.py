@@ -130,11 +130,6 @@ class ShardWriter:
         self._append(values)
         self._end_documents(sizes)
 
-    def add(self, ids: npt.ArrayLike) -> None:
-        """Append one whole document."""
-        values = np.asarray(ids)
-        self.write(values, [values.size])
-
     def extend(self, ids: npt.ArrayLike) -> None:
         """Append a piece to the document under way, one too large to hold at once; `end_document` closes it."""
         values = self._checked(ids)

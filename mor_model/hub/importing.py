@@ -56,13 +56,15 @@ def import_hf(
     state = from_llama(_read_tensors(folder), vanilla, str(folder))
     if initialization not in ("stepwise", "average"):
         raise ConfigError(f"initialization: {initialization!r} is not 'stepwise' or 'average'.")
-    sources = layer_sources(config, initialization)
     shared = {name: tensor for name, tensor in state.items() if not name.startswith(_LAYER)}
-    for stored, originals in enumerate(sources):
-        for name in _names_in_layer(state):
+    names = [name.removeprefix(f"{_LAYER}0.") for name in state if name.startswith(f"{_LAYER}0.")]
+    for stored, originals in enumerate(layer_sources(config, initialization)):
+        for name in names:
             shared[f"{_LAYER}{stored}.{name}"] = _mean([state[f"{_LAYER}{layer}.{name}"] for layer in originals])
     if router is not None:
-        shared |= _new_router(config, seed)
+        model = RecursiveTransformer(config)
+        model.initialize(seed)
+        shared |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("router.")}
     return config, shared
 
 
@@ -86,16 +88,6 @@ def _mean(tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[0].dtype)
-
-
-def _names_in_layer(state: State) -> list[str]:
-    return [name.removeprefix(f"{_LAYER}0.") for name in state if name.startswith(f"{_LAYER}0.")]
-
-
-def _new_router(config: ModelConfig, seed: int) -> State:
-    model = RecursiveTransformer(config)
-    model.initialize(seed)
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith("router.")}
 
 
 def _read_tensors(folder: Path) -> State:

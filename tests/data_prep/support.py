@@ -103,3 +103,9 @@ def write_jsonl(path: Path, records: list[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes({".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)(data))
     return path
+
+
+def removed_lines(out: Path) -> list[dict[str, object]]:
+    """What `dedup` or `decontaminate` say they removed."""
+    raw = zstandard.ZstdDecompressor().stream_reader((out / "removed.jsonl.zst").read_bytes()).read()
+    return [json.loads(line) for line in raw.splitlines()]

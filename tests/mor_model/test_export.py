@@ -62,8 +62,7 @@ for folder in map(Path, sys.argv[2:]):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     found = {"class": type(model).__name__, "parameters": model.num_parameters()}
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    found["tied"] = tied
+    found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     ids = torch.tensor(json.loads((folder / "ids.json").read_text()))
     with torch.no_grad():
         output = model(ids, labels=ids)
@@ -100,19 +99,13 @@ def exported(tmp_path_factory, tokenizer) -> dict[str, tuple[RecursiveTransforme
         (folder / name / "ids.json").write_text(json.dumps(ids.tolist()))
     # Without `site` the editable installation's hooks are not run; only the installed packages are added.
     command = [sys.executable, "-S", "-c", LOADER, sysconfig.get_paths()["purelib"]]
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "home"),
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-    }
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     ran = subprocess.run(
         [*command, *(str(path) for _, path in models.values())],
-        env=environment,
+        env={**offline, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         cwd=folder,
         capture_output=True,
         text=True,
-        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert "UNEXPECTED" not in ran.stderr
@@ -168,6 +161,8 @@ def test_a_vanilla_network_exports_as_a_plain_llama(tmp_path, tokenizer, tied):
     assert_near(llama(ids).logits, model(ids).logits_BTV)
     assert AutoTokenizer.from_pretrained(folder)("the cat").input_ids == [20, 8, 5, 27, 3, 1, 20]
     assert llama.generation_config.eos_token_id == 0
+    halved = export_hf(model.bfloat16(), tokenizer, tmp_path / "bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(halved, dtype="auto").dtype == torch.bfloat16
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen_by_transformers(tmp_path, tokenizer):
@@ -187,8 +182,6 @@ def test_ids_beyond_the_tokenizers_are_never_chosen_by_transformers(tmp_path, to
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", b"\xff\xfe", "tokenizer_config.json is not readable JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is not readable JSON"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json does not hold a JSON object"),
         ("tokenizer_config.json", b'{"eos_token": {"content": 7}}', "eos_token must be the name of a token"),
         ("tokenizer.json", b"\xff\xfe", "the tokenizer cannot be read"),
         ("tokenizer.json", b'{"model": null}', "the tokenizer cannot be read"),
@@ -219,12 +212,6 @@ def test_an_export_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_hf(model, tokenizer, tmp_path / "broken")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
-
-
-def test_weights_keep_their_precision(tmp_path, tokenizer):
-    model = built(SHAPE).bfloat16()
-    folder = export_hf(model, tokenizer, tmp_path / "llama")
-    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
 
 def sentencepiece_tokenizer(folder: Path, **options: Any) -> Path:

@@ -111,19 +111,11 @@ def test_cached_logits_are_those_of_the_full_forward_pass(name, pieces, pad):
     model = built(name)
     rows = texts(22, 10, 24)
     logits, depths, _ = fed(model, rows, pieces, pad=pad)
+    assert model.config.router is None or len(set().union(*depths)) >= 2, "the comparison needs different depths"
     for row, (row_logits, row_depths) in enumerate(zip(logits, depths)):
         expected, expected_depths = whole(model, rows[row])
         assert row_depths == expected_depths
         torch.testing.assert_close(row_logits, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if "router" in MODELS[name]])
-def test_the_models_compared_route_tokens_differently(name):
-    """Otherwise the comparison above would say little."""
-    model = built(name)
-    depths = whole(model, texts(60)[0])[1]
-    assert len(set(depths)) >= 2
-    assert whole(model, texts(60)[0])[0].std() > 0.1
 
 
 @pytest.mark.parametrize("name", ["recursive cycle", "expert", "expert, shared", "token", "token, hybrid"])

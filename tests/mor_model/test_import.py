@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor_model import ConfigError, ExpertChoiceConfig, ModelConfig, RecursiveTransformer, load_model, save_weights
 from mor_model.hub.importing import import_hf, layer_sources
-from mor_model.hub.llama import llama_config, to_llama
 from tests.mor_model.run_tokenizers import letters_tokenizer
 
 SHAPE = {
@@ -95,24 +94,6 @@ def test_shared_layers_start_from_the_layers_they_stand_for(
     assert torch.isfinite(loss)
 
 
-def test_equal_layers_shared_are_the_same_network(llama, tmp_path):
-    """Sharing layers that are equal anyway changes nothing, whichever way they are initialised."""
-    _, folder = llama
-    config, state = import_hf(folder)
-    for name in list(state):
-        if name.startswith("layers."):
-            state[name] = state["layers.0." + name.split(".", 2)[2]].clone()
-    model = rebuilt(config, state, tmp_path / "equal")
-    equal = LlamaForCausalLM(LlamaConfig(**llama_config(config)))
-    equal.load_state_dict(to_llama(state, config))
-    equal.save_pretrained(tmp_path / "llama")
-    ids = torch.randint(71, (1, 40), generator=torch.Generator().manual_seed(1))
-    for initialization in ("stepwise", "average"):
-        shared = import_hf(tmp_path / "llama", sharing="cycle", recursions=4, initialization=initialization)
-        again = rebuilt(*shared, tmp_path / initialization)
-        torch.testing.assert_close(again(ids).logits_BTV, model(ids).logits_BTV, rtol=1e-5, atol=1e-5)
-
-
 def test_a_router_begins_anew_and_the_same_for_the_same_seed(llama, tmp_path):
     _, folder = llama
     options = {"sharing": "middle_cycle", "recursions": 3, "router": ExpertChoiceConfig()}
@@ -182,16 +163,12 @@ def test_a_damaged_checkpoint_is_refused(llama, tmp_path):
 def test_an_index_names_files_of_its_own_folder(llama, tmp_path, name):
     checkpoint = changed(llama[1], tmp_path / "checkpoint")
     (checkpoint / "model.safetensors").rename(tmp_path / "secret.safetensors")
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     with pytest.raises(ConfigError, match=r"index\.json: .* is not the name of a file"):
         import_hf(checkpoint)
-
-
-@pytest.mark.parametrize("text", ['{"weight_map": []}', "{}", "[" * 100_000, "9" * 5000, "\xff"])
-def test_an_index_that_is_none(llama, tmp_path, text):
-    checkpoint = changed(llama[1], tmp_path / "checkpoint")
-    (checkpoint / "model.safetensors.index.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ConfigError, match=r"index\.json"):
+    index.write_text('{"weight_map": []}')
+    with pytest.raises(ConfigError, match=r"index\.json: its weight_map names no files"):
         import_hf(checkpoint)
 
 

@@ -66,15 +66,6 @@ def test_an_indivisible_depth_is_refused_with_the_nearest_valid_ones(depth, recu
         layer_schedule(valid, recursions, sharing)
 
 
-def test_impossible_schedules_are_refused():
-    with pytest.raises(ConfigError, match="'circle' is not one of none, cycle"):
-        layer_schedule(8, 2, "circle")
-    with pytest.raises(ConfigError, match="has one recursion, not 2"):
-        layer_schedule(8, 2, "none")
-    with pytest.raises(ConfigError, match="must both be at least 1"):
-        layer_schedule(0, 1, "none")
-
-
 @given(at_least=st.integers(1, 60), recursions=st.integers(1, 6), sharing=st.sampled_from(SHARED))
 def test_valid_depth_is_the_smallest_that_can_be_divided(at_least, recursions, sharing):
     def possible(depth: int) -> bool:

@@ -7,7 +7,6 @@ import torch
 
 from mor_model.config import ExpertChoiceConfig, TokenChoiceConfig
 from mor_model.errors import ConfigError
-from mor_model.model import RecursiveTransformer
 from mor_model.routing import ScoreNetwork, random_uniform
 from tests.mor_model.cases import random_batch, small_config, small_model
 
@@ -110,19 +109,15 @@ def test_loss_free_balance_moves_the_choice_towards_depths_chosen_less():
     config = small_config(router=TokenChoiceConfig(balance="bias", bias_update_rate=0.005))
     model, batch = small_model(config), random_batch(config, sequences=8, length=32)
     before = model(**batch.arguments()).stats
+    model.update_balance(torch.tensor([30.0, 20.0, 10.0]))
+    model.update_balance(torch.tensor([30.0, 10.0, 20.0]))
+    assert model.router.balance_steps_R.tolist() == [-2, 1, 1]
     for _ in range(40):
         model.update_balance(model(**batch.arguments()).stats["counts_R"])
     after = model(**batch.arguments()).stats
     assert before["balance"] > 0.15
     assert after["balance"] < 0.5 * before["balance"]
     assert model.to(torch.bfloat16).state_dict()["router.balance_steps_R"].dtype == torch.int64
-
-
-def test_one_update_of_the_bias():
-    model = small_model(small_config(router=TokenChoiceConfig(balance="bias")))
-    model.update_balance(torch.tensor([30.0, 20.0, 10.0]))
-    model.update_balance(torch.tensor([30.0, 10.0, 20.0]))
-    assert model.router.balance_steps_R.tolist() == [-2, 1, 1]
 
 
 def test_random_draws_are_even_and_unrelated():
@@ -150,22 +145,14 @@ def test_random_draws_are_even_and_unrelated():
         ({"capacities": (1.0, 0.5, 0.6)}, "may not increase"),
         ({"capacities": (1.0, 0.5, 0.0)}, "must lie in"),
         ({"documents_BT": torch.zeros(2, 11, dtype=torch.long)}, "built without document_masking"),
+        ({"document_masking": True}, "needs documents_BT"),
+        ({"router": None, "capacities": (1.0, 1.0, 1.0)}, "only an expert-choice router"),
+        ({"router": TokenChoiceConfig(), "capacities": (1.0, 1.0, 1.0)}, "only an expert-choice router"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
-    config = small_config(router=ExpertChoiceConfig())
-    model, batch = small_model(config), random_batch(config)
+    fields = {name: value for name, value in arguments.items() if name in ("router", "document_masking")}
+    model = small_model(small_config(**{"router": ExpertChoiceConfig(), **fields}))
+    forward = {name: value for name, value in arguments.items() if name not in fields}
     with pytest.raises(ConfigError, match=message):
-        model(batch.ids, **arguments)
-
-
-def test_document_masking_wants_documents():
-    model = RecursiveTransformer(small_config(document_masking=True))
-    with pytest.raises(ConfigError, match="needs documents_BT"):
-        model(torch.zeros(1, 4, dtype=torch.long))
-
-
-def test_capacities_belong_to_expert_choice():
-    for router in (None, TokenChoiceConfig()):
-        with pytest.raises(ConfigError, match="only an expert-choice router"):
-            small_model(small_config(router=router))(torch.zeros(1, 4, dtype=torch.long), capacities=(1.0, 1.0, 1.0))
+        model(torch.zeros(2, 11, dtype=torch.long), **forward)

@@ -35,10 +35,13 @@ def test_round_trip(name, tmp_path):
     if name == "token-bias":
         model.update_balance(torch.tensor([5.0, 1.0, 0.0]))
     save_weights(tmp_path, model.state_dict(), config)
-    loaded = load_model(tmp_path)
+    loaded, started = load_model(tmp_path), small_model(config, seed=4)
     assert loaded.config == config and not loaded.training
-    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
-    assert (loaded.head.weight is loaded.embedding.weight) == config.tie_embeddings
+    check_start(tmp_path, config)
+    start_from(started, tmp_path)
+    for network in (loaded, started):
+        assert all(torch.equal(network.state_dict()[key], value) for key, value in model.state_dict().items())
+        assert (network.head.weight is network.embedding.weight) == config.tie_embeddings
     assert torch.equal(loaded(batch.ids).logits_BTV, model(batch.ids).logits_BTV)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
 
@@ -105,18 +108,6 @@ def test_a_configuration_that_is_no_json_object(saved, text):
     (saved / "model.json").write_text(text)
     with pytest.raises(ConfigError, match=r"model\.json"):
         load_model(saved)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_network_starts_from_stored_weights(name, tmp_path):
-    config = CONFIGS[name]
-    stored = small_model(config, seed=3)
-    save_weights(tmp_path, stored.state_dict(), config)
-    model = small_model(config, seed=4)
-    check_start(tmp_path, config)
-    start_from(model, tmp_path)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in stored.state_dict().items())
-    assert (model.head.weight is model.embedding.weight) == config.tie_embeddings
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,3 @@ def test_what_a_person_should_know_of_the_sources_is_said(tmp_path: Path, comman
     assert f"note: what is given again is read once (1 left out, the first: {tmp_path / 'a.txt'})" in result.stderr
     assert "the separator '\\r\\n' is not in the first 8 MB" in result.stderr
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["notices"]) == 2
-
-
-def test_a_source_whose_name_no_file_system_takes_is_not_there(tmp_path: Path, byte_bpe: Path) -> None:
-    with pytest.raises(DataError, match="there is no file"):
-        call("tokenize", "x" * 5000, "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--workers", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from decimal import Decimal
@@ -25,6 +26,9 @@ from tests.data_prep.support import write_jsonl
 
 
 def lengths(factor: int, batch: list[Entry]) -> list[int]:
+    """In a process of its own Ctrl-C, which a terminal sends to all processes, is left to the parent."""
+    if multiprocessing.parent_process() is not None:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     return [factor * len(entry.text) for entry in batch]
 
 
@@ -62,18 +66,6 @@ def test_work_in_processes_keeps_the_order(tmp_path: Path, workers: int, monkeyp
     assert [result for _, result in results] == [10 * len(text) for text in texts]
 
 
-def ignores_ctrl_c(_shared: None, batch: list[Entry]) -> list[bool]:
-    return [signal.getsignal(signal.SIGINT) == signal.SIG_IGN] * len(batch)
-
-
-def test_processes_leave_ctrl_c_to_their_parent(tmp_path: Path) -> None:
-    """At a terminal all of them get it, and each would print where it was."""
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    assert [found for _, found in map_entries(CorpusReader([str(path)], ReadOptions()), ignores_ctrl_c, 2, None)] == [
-        True
-    ]
-
-
 def die(_shared: None, batch: list[Entry]) -> list[None]:
     if any(entry.number == 40 for entry in batch):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -106,19 +98,16 @@ def test_what_is_written_reads_the_same_with_the_same_options(tmp_path: Path, mo
     assert (writer.documents, writer.text_bytes) == (6, sum(len(entry.text.encode()) for entry in entries))
 
 
-FIELDS = {
-    "id": 2**60, "meta": {"pile_set_name": "Books3", "score": 0.1}, "\x00text\x00": ["text", None, {"text": "x"}]
-}  # fmt: skip
-
-
 def test_the_other_fields_of_a_record_stay(tmp_path: Path) -> None:
     """A later command may use fields that the first one was not told of."""
+    meta = {"pile_set_name": "Books3", "score": 0.1}
+    fields = {"id": 2**60, "meta": meta, "\x00text\x00": ["text", None, {"text": "x"}]}
     texts = [f"text number {number} of " + "many " * 20 for number in range(4)]
-    path = write_jsonl(tmp_path / "in.jsonl", [{"text": text, **FIELDS} for text in [*texts, texts[1]]])
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": text, **fields} for text in [*texts, texts[1]]])
     deduplicate([str(path)], tmp_path / "unique", ReadOptions(), workers=1)
     evaluation = write_jsonl(tmp_path / "eval.jsonl", [{"q": texts[2]}])
     decontaminate([str(tmp_path / "unique")], [evaluation], tmp_path / "clean", ReadOptions(), n=6, workers=1)
-    expected = [{"text": text, **FIELDS} for text in texts]
+    expected = [{"text": text, **fields} for text in texts]
     assert written(tmp_path / "unique") == expected
     assert written(tmp_path / "clean") == expected[:2] + expected[3:]
     options = ReadOptions(subset_field="meta.pile_set_name", subsets=("Books3",))
@@ -179,9 +168,3 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
         writer.write(entry)
         raise RuntimeError
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").touch()
-    with pytest.raises(DataError, match="exists already and is not empty"):
-        CorpusWriter(tmp_path, ReadOptions())

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_prep.corpora import corpus, dedup
 from data_prep.corpora.corpus import CorpusReader
-from data_prep.corpora.dedup import deduplicate, exact_originals, near_originals, rows_per_band, signatures_of
+from data_prep.corpora.dedup import deduplicate, exact_originals, near_originals, signatures_of
 from data_prep.errors import DataError
 from data_prep.sources.base import ReadOptions
-from tests.data_prep.support import write_jsonl
+from tests.data_prep.support import removed_lines, write_jsonl
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -45,19 +42,7 @@ def jaccard(first: str, second: str) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-def removed_lines(out: Path) -> list[dict[str, object]]:
-    raw = zstandard.ZstdDecompressor().stream_reader((out / "removed.jsonl.zst").read_bytes()).read()
-    return [json.loads(line) for line in raw.splitlines()]
-
-
-@settings(max_examples=100, deadline=None)
-@given(keys=st.lists(st.integers(0, 9), min_size=1, max_size=60))
-def test_exact_copies_point_to_the_first(keys: list[int]) -> None:
-    digests = np.array([[key // 3, key % 3] for key in keys], np.uint64)
-    assert exact_originals(digests).tolist() == [keys.index(key) for key in keys]
-
-
-def test_signatures_estimate_the_jaccard_similarity() -> None:
+def test_signatures_estimate_the_jaccard_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = []
     for seed in range(60):
         first = make_text(seed)
@@ -66,6 +51,10 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
         errors.append(float(np.mean(signatures[0] == signatures[1])) - jaccard(first, second))
     # The standard error of one estimate is at most 0.5 / sqrt(128) = 0.044.
     assert abs(np.mean(errors)) < 0.02 and max(map(abs, errors)) < 0.2
+    texts = [make_text(seed, 30 + 50 * seed) for seed in range(6)]
+    whole = signatures_of(texts)
+    monkeypatch.setattr(dedup, "_GRAMS", 100)  # n-grams held at a time
+    assert np.array_equal(signatures_of(texts), whole)
 
 
 def test_short_and_wordless_documents() -> None:
@@ -73,13 +62,6 @@ def test_short_and_wordless_documents() -> None:
     assert np.array_equal(signatures[0], signatures[1]) and not np.array_equal(signatures[0], signatures[2])
     originals = near_originals(signatures, np.arange(5), 0.8)
     assert originals.tolist() == [0, 0, 2, 3, 4]  # documents without words are not copies of each other
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
-def test_bands_find_pairs_at_the_threshold(threshold: float) -> None:
-    rows = rows_per_band(threshold)
-    assert 1 - (1 - threshold**rows) ** (128 // rows) >= 0.95
-    assert rows == 128 or 1 - (1 - threshold ** (rows + 1)) ** (128 // (rows + 1)) < 0.95
 
 
 def test_near_copies_are_clustered_like_all_pairs_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +135,6 @@ def test_near_copies_in_scripts_without_spaces_are_removed(tmp_path: Path, scrip
     assert (report.near_copies, report.kept) == (1, 7)
     (line,) = removed_lines(tmp_path / "out")
     assert (line["document"], line["copy_of"]) == (f"{path}:7", f"{path}:3")
-
-
-def test_many_ngrams_are_taken_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [make_text(seed, 30 + 50 * seed) for seed in range(6)]
-    whole = signatures_of(texts)
-    monkeypatch.setattr(dedup, "_GRAMS", 100)
-    assert np.array_equal(signatures_of(texts), whole)
 
 
 @pytest.mark.parametrize("more", [2, 4, 5])

@@ -84,15 +84,17 @@ def test_datatrove_files(tmp_path: Path, tokenizer: Path, width: int) -> None:
 
 
 def test_nanogpt_files_by_split(tmp_path: Path, tokenizer: Path) -> None:
-    np.array(flat(DOCUMENTS), "<u2").tofile(tmp_path / "train.bin")
+    long = [1 + number % 900 for number in range(1234)]  # over many pieces, without END_OF_DOCUMENT
+    np.array(flat(DOCUMENTS) + long, "<u2").tofile(tmp_path / "train.bin")
     np.array(flat(DOCUMENTS[:9]), "<u2").tofile(tmp_path / "val.bin")
     files = [str(tmp_path / "train.bin"), f"validation={tmp_path / 'val.bin'}"]
     report = import_files("nanogpt", files, tmp_path / "out", tokenizer)
-    assert read_back(tmp_path / "out") == FILLED
+    expected = [*FILLED, [*long, EOD]]
+    assert read_back(tmp_path / "out") == expected and report.unended == 1
     assert read_back(tmp_path / "out", "validation") == [document for document in DOCUMENTS[:9] if len(document) > 1]
     assert [entry["name"] for entry in report.manifest.sources] == ["train", "val"]
     assert report.manifest.settings["files"] == ["train=train.bin", "validation=val.bin"]
-    counts = Counter(len(document).bit_length() - 1 for document in FILLED)
+    counts = Counter(len(document).bit_length() - 1 for document in expected)
     lengths = report.manifest.statistics["lengths_log2"]["train"]
     assert lengths == [counts[power] for power in range(max(counts) + 1)]
 
@@ -134,13 +136,6 @@ def test_ends_are_set_right_wherever_they_are_missing(
     assert verify_dataset(folder / "out").ok
 
 
-def test_a_long_document_over_many_pieces(tmp_path: Path, tokenizer: Path) -> None:
-    long = [1 + number % 900 for number in range(1234)]
-    np.array([5, EOD, *long], "<u2").tofile(tmp_path / "train.bin")
-    report = import_files("nanogpt", [str(tmp_path / "train.bin")], tmp_path / "out", tokenizer)
-    assert read_back(tmp_path / "out") == [[5, EOD], [*long, EOD]] and report.unended == 1
-
-
 @pytest.mark.parametrize(
     ("kind", "write", "sentence"),
     [
@@ -153,6 +148,11 @@ def test_a_long_document_over_many_pieces(tmp_path: Path, tokenizer: Path) -> No
         ("olmo", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00garbage"), "begins like a numpy file but cannot be read"),
         ("olmo", lambda p: np.save(p.open("wb"), np.ones((2, 2))), "expected a flat array of integers"),
         ("datatrove", lambda p: p.write_bytes(b"abcd"), "index cannot be read"),
+        (
+            "datatrove",
+            lambda p: (p.write_bytes(bytes(18)), np.array([4, 8], "<u8").tofile(f"{p}.index")),
+            "has 18 bytes, which are not 2 or 4 for each of the 8 ids",
+        ),
         ("megatron", lambda p: p.write_bytes(b"abcd"), "idx is missing"),
     ],
 )
@@ -169,13 +169,6 @@ def test_a_failure_in_a_later_file_leaves_nothing(tmp_path: Path, tokenizer: Pat
     with pytest.raises(DataError, match=r"bad\.bin holds ids from 5000"):
         import_files("nanogpt", [str(tmp_path / "good.bin"), str(tmp_path / "bad.bin")], tmp_path / "out", tokenizer)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_datatrove_sizes_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> None:
-    np.arange(9, dtype="<u2").tofile(tmp_path / "x.ds")
-    np.array([4, 8], "<u8").tofile(tmp_path / "x.ds.index")
-    with pytest.raises(DataError, match="has 18 bytes, which are not 2 or 4 for each of the 8 ids"):
-        import_files("datatrove", [str(tmp_path / "x.ds")], tmp_path / "out", tokenizer)
 
 
 def test_export_joins_the_shards_of_a_split_under_megatrons_names(tmp_path: Path, tokenizer: Path) -> None:
@@ -305,9 +298,6 @@ def test_a_file_given_twice_is_refused(tmp_path: Path, tokenizer: Path, again: s
     (tmp_path / "link.bin").symlink_to("x.bin")
     with pytest.raises(DataError, match="is given twice; its documents would be in the data set twice"):
         import_files("nanogpt", [str(tmp_path / "x.bin"), again.format(folder=tmp_path)], tmp_path / "out", tokenizer)
-
-
-def test_a_shard_given_by_two_names_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     write_shard_independently(tmp_path / "x", FILLED, 8, "<u2")
     with pytest.raises(DataError, match=r"x\.idx, the same file as .*x, is given twice"):
         import_files("megatron", [str(tmp_path / "x"), str(tmp_path / "x.idx")], tmp_path / "out", tokenizer)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -64,9 +62,10 @@ def test_what_a_data_set_knows_about_itself(folder: Path) -> None:
     assert (data.vocab_size, data.eod_id, data.tokenizer_fingerprint) == (VOCABULARY, EOD, "f" * 64)
     assert data.sources == ["web", "books"]
     assert data.text_bytes == 4 * len(tokens)
-    assert len(data.manifest_digest) == 64
     assert data.manifest_digest == open_dataset(folder, "validation").manifest_digest
     assert open_dataset(folder, "validation").num_documents == 4
+    window = data.sequence(0, 8)
+    assert not window.flags.owndata and not window.flags.writeable and window.dtype == np.uint16
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,11 +89,6 @@ def test_every_window_is_a_slice_of_the_stream(
     for index in (-1, count):
         with pytest.raises(IndexError):
             data.sequence(index, length)
-
-
-def test_windows_inside_a_shard_are_views(folder: Path) -> None:
-    window = open_dataset(folder).sequence(0, 8)
-    assert not window.flags.owndata and not window.flags.writeable and window.dtype == np.uint16
 
 
 def test_one_source_alone(folder: Path) -> None:
@@ -168,10 +162,7 @@ def edit_shard(folder: Path, **changes: object) -> None:
         (lambda f: edit_manifest(f, lambda v: v.update(dtype="int32")), "has ids of type uint16 .* says int32"),
         (lambda f: edit_manifest(f, lambda v: v["tokenizer"].update(eod_id=4000)), "END_OF_DOCUMENT 4000 does not fit"),
         (lambda f: edit_shard(f, name="../x"), "plain file name"),
-        (
-            lambda f: edit_manifest(f, lambda v: v.update(statistics={"filtered": []})),
-            "must be counts by reason, found",
-        ),
+        (lambda f: edit_manifest(f, lambda v: v.update(statistics={"filtered": []})), r"statistics\.filtered: "),
         (lambda f: edit_manifest(f, lambda v: v["splits"].pop("train")), "has no split 'train'; it has validation"),
     ],
 )
@@ -216,9 +207,3 @@ def test_a_file_that_is_cut_off_or_removed_after_opening_is_no_shorter_data_set(
     path.unlink()
     with pytest.raises(DataError, match=rf"train-00000\.{suffix} cannot be read any more: No such file"):
         touch(shard)
-
-
-def test_reading_brings_no_heavy_library() -> None:
-    code = "import sys, data_prep.reading.dataset, data_prep.reading.sample_order; print(*sorted(set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "tokenizers", "transformers", "pyarrow", "datasets"} & set(loaded)

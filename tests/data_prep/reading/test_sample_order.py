@@ -15,19 +15,9 @@ from hypothesis import strategies as st
 from data_prep.errors import DataError
 from data_prep.reading.sample_order import SampleOrder
 
-KNOWN_TEN = [3, 1, 5, 9, 7, 6, 2, 4, 0, 8, 9, 4, 1, 6, 3, 2, 5, 7, 0, 8]
-KNOWN_LARGE = 709686179813
 
-
-def test_every_sequence_once_an_epoch_for_every_small_size() -> None:
-    for size in range(1, 400):
-        order = SampleOrder(size, seed=size % 5)
-        for epoch in range(2):
-            assert sorted(order.block(epoch * size, size).tolist()) == list(range(size))
-
-
-@settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 60_000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40))
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(1, 40) | st.integers(1, 60_000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40))
 def test_every_sequence_once_an_epoch(size: int, seed: int, epoch: int) -> None:
     found = SampleOrder(size, seed).block(epoch * size, size)
     assert np.array_equal(np.sort(found), np.arange(size))
@@ -48,8 +38,9 @@ def test_a_block_is_its_samples_at_any_size_and_position(size: int, seed: int, f
 
 def test_a_known_order_stays_what_it_is() -> None:
     """Guards resumed runs: a change of the order would repeat and skip data silently."""
-    assert SampleOrder(10, seed=0).block(0, 20).tolist() == KNOWN_TEN
-    assert SampleOrder(10**12, seed=1, stream="web")[10**13 + 7] == KNOWN_LARGE
+    two_epochs = [3, 1, 5, 9, 7, 6, 2, 4, 0, 8, 9, 4, 1, 6, 3, 2, 5, 7, 0, 8]
+    assert SampleOrder(10, seed=0).block(0, 20).tolist() == two_epochs
+    assert SampleOrder(10**12, seed=1, stream="web")[10**13 + 7] == 709686179813
 
 
 def test_seeds_epochs_and_streams_give_unrelated_orders() -> None:
@@ -96,11 +87,6 @@ def test_an_epoch_is_well_mixed(size: int) -> None:
     assert abs(np.count_nonzero(np.diff(found) > 0) / (size - 1) - 0.5) < bound
 
 
-def test_fixed_points_are_as_rare_as_in_a_random_permutation() -> None:
-    fixed = [np.count_nonzero(SampleOrder(500, seed).block(0, 500) == np.arange(500)) for seed in range(400)]
-    assert 0.8 < np.mean(fixed) < 1.2  # Poisson with mean 1
-
-
 def test_impossible_orders_are_refused() -> None:
     for size in (0, -3, 2**62 + 1):
         with pytest.raises(DataError, match="sample order needs between 1 and"):
@@ -109,7 +95,6 @@ def test_impossible_orders_are_refused() -> None:
         SampleOrder(5, 0)[-1]
 
 
-def test_epochs_and_pickling() -> None:
+def test_pickling() -> None:
     order = SampleOrder(7, seed=2, stream="x")
-    assert [order.epoch(n) for n in (0, 6, 7, 700)] == [0, 0, 1, 100]
     assert np.array_equal(pickle.loads(pickle.dumps(order)).block(0, 30), order.block(0, 30))

@@ -82,7 +82,7 @@ def test_documents_in_blocks_are_packed_block_by_block(monkeypatch):
 def test_the_sidecar_can_be_read_and_damage_is_named(tmp_path):
     with ShardWriter(tmp_path / "s", "uint16") as writer:
         for length in (3, 9, 4, 30):
-            writer.add(np.arange(length))
+            writer.write(np.arange(length), [length])
     found = write_packing(tmp_path / "s", 9)
     assert found == {"sequences": 5, "places": 50, "tokens": 46, "documents": 4, "cut_documents": 1}
     packing = read_packing(tmp_path / "s", 9)
