@@ -62,8 +62,8 @@ def read_task(suite: str, task: str, result: Fields, headline: dict[str, Any]) -
     metrics = Fields(result.object("metrics"), f"{result.where}: metrics")
     errors = Fields(result.object("stderr"), f"{result.where}: stderr")
     documents = Fields(result.object("documents"), f"{result.where}: documents")
-    read, lost = result.amount("scored_bytes", None), result.amount("lost_bytes", None)
-    read = read or result.amount("text_bytes", None)
+    lost = result.amount("lost_bytes", None)
+    read = result.amount("scored_bytes", None) or result.amount("text_bytes", None)
     refused = _NEED_WHOLE_TEXT if lost else ()
     values = {name: metrics.number(name) for name in metrics.values if name not in refused}
     stderr = {name: _known(errors.number(name)) for name in errors.values}

@@ -1,4 +1,4 @@
-"""What the report says, in order, independent of how it is written down (page, markdown)."""
+"""What the report says, in order, for page and markdown alike."""
 
 from __future__ import annotations
 
@@ -44,11 +44,7 @@ class Document:
 
 
 def compose(results: Results, experiment_file: str) -> Document:
-    """Put a report together from what the runs say.
-
-    Args:
-        experiment_file: path that the commands to reproduce name.
-    """
+    """The report of these runs; `experiment_file` is the path that its commands name."""
     experiment = results.experiment
     arms = results.main_arms
     return Document(
@@ -92,7 +88,7 @@ def _how(results: Results, experiment_file: str) -> Section:
         f"mor compare run {experiment_file}      # data, training, evaluation, this report\n"
         f"mor compare report {experiment_file}   # this report again, from the run folders"
     )
-    return Section("How it was made", [facts, commands] if facts else [commands])
+    return Section("How it was made", [*([facts] if facts else []), commands])
 
 
 def _facts(results: Results) -> dict[str, str]:
@@ -122,7 +118,7 @@ def _facts(results: Results) -> dict[str, str]:
 
 
 def _listed(*parts: object) -> str:
-    """What there is, in a row."""
+    """The parts that are known, separated by commas."""
     return ", ".join(str(part) for part in parts if part not in (None, ""))
 
 
