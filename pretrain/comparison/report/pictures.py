@@ -26,9 +26,7 @@ Axis = Callable[[Curve], list[float]]
 
 
 def loss_picture(results: Results) -> Picture | None:
-    """Loss against counted training FLOPs: the whole run, and its end magnified. None where nothing was logged, or
-    arms were validated on different texts.
-    """
+    """Loss against counted training FLOPs: the whole run, and its end magnified."""
     return _curves_picture(
         results,
         "Loss against training FLOPs",
@@ -51,6 +49,7 @@ def tokens_picture(results: Results) -> Picture | None:
 
 
 def _curves_picture(results: Results, title: str, caption: str, axis: Axis, label: str) -> Picture | None:
+    """None where nothing was logged, or arms were validated on different texts."""
     arms = [arm for arm in results.main_arms if arm.first.training]
     if not arms or results.different_texts(VALIDATION):
         return None
@@ -64,11 +63,9 @@ def depth_picture(results: Results) -> Picture | None:
     for arm in results.main_arms:
         run = arm.first
         wanted = ("causal", "topk") if run.routed else ("causal",)
-        kinds = [kind for kind in wanted if kind in run.depths] or list(run.depths)
-        bars += [
-            (f"{arm.label}, {_DEPTH_KINDS.get(kind, kind)}" if run.routed else arm.label, run.depths[kind])
-            for kind in kinds
-        ]
+        for kind in [kind for kind in wanted if kind in run.depths] or list(run.depths):
+            label = f"{arm.label}, {_DEPTH_KINDS.get(kind, kind)}" if run.routed else arm.label
+            bars.append((label, run.depths[kind]))
     if not bars:
         return None
     words = [
@@ -134,9 +131,8 @@ def _draw_curves(arms: list[Arm], axis: Axis, label: str) -> Figure:
         heights: list[float] = []
         for index, arm in enumerate(arms):
             for record in arm.runs:
-                main = record is arm.first
-                curve = _draw_run(panel, record, index, unit, axis, main)
-                if main:
+                curve = _draw_run(panel, record, index, unit, axis, main=record is arm.first)
+                if record is arm.first:
                     ends.append((curve.values[-1], index, arm.label))
                 points = zip(axis(curve), curve.values)
                 heights += [value for place, value in points if place >= visible and math.isfinite(value)]
