@@ -102,17 +102,15 @@ def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path: Pat
     assert run.metrics_file.read_bytes().endswith(b"}\n")
 
 
-def test_print_shows_the_resolved_recipe(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
+def test_print_and_a_dry_run_check_everything_and_train_nothing(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "r.yaml", values)
     code, printed = one_rank.run("--config", str(recipe), "--print", "optim.lr=0.5")
     shown = yaml.safe_load(printed)
     assert code == 0 and shown["optim"]["lr"] == 0.5 and shown["faults"]["max_non_finite"] == 5
-    assert build_recipe(shown) == build_recipe(recipe_values(tiny_data, tmp_path / "run"), ["optim.lr=0.5"])
-
-
-def test_a_dry_run_checks_everything_and_trains_nothing(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
-    values = recipe_values(tiny_data, tmp_path / "run")
-    recipe = write_recipe(tmp_path / "r.yaml", values)
+    assert build_recipe(shown) == build_recipe(values, ["optim.lr=0.5"])
     code, printed = one_rank.run("--config", str(recipe), "--dry-run")
     assert code == 0, printed
     for part in ("steps            12", "training FLOPs", "0.25 epochs", "memory", "time", "2 x 4 x 1", '"stage": 3'):

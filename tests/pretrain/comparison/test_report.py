@@ -79,9 +79,7 @@ def test_each_picture_is_drawn_once_and_scales(page):
     drawings = re.findall(r"<svg[^>]*>", page)
     assert len(drawings) == page.count("<figure>") == 4
     assert all("viewBox" in drawing and not re.search(r" (width|height)=", drawing) for drawing in drawings)
-
-
-def test_pictures_take_their_colours_from_the_style_sheet(page):
+    # They take their colours from the style sheet.
     style, rest = page.split("</style>")
     assert "prefers-color-scheme: dark" in style and "@media print" in style
     used = set(re.findall(r"var\((--[a-z0-9-]+)\)", rest))
@@ -131,10 +129,18 @@ def test_differences_are_said_with_their_uncertainty_and_no_more(complete):
     assert re.search(r"counted training FLOPs agree within 0\.\d\d %", text)
 
 
-def test_a_difference_within_its_interval_is_not_called_one(tmp_path):
-    write_runs(tmp_path, (4.02, 4.03, 4.01))
-    text = report(experiment(tmp_path)).text
-    assert "recursive and vanilla cannot be told apart" in text and "better" not in text and "worse" not in text
+def test_a_difference_within_its_interval_is_not_called_one_and_a_tie_is(tmp_path):
+    write_runs(tmp_path, (4.02, 4.03, 4.02))
+    said = report(experiment(tmp_path))
+    assert "recursive and vanilla cannot be told apart" in said.text and "worse" not in said.text
+    assert "MoR, R=3 and vanilla have exactly the same loss on the held-out test text" in said.text
+    assert "neither is better" in said.text and "MoR, R=3 is 0.000" not in said.text
+    test = said.table("Held-out test text")
+    assert {arm: row[0].startswith("**") for arm, row in test.items() if arm != "Arm"} == {
+        "vanilla": True,
+        "recursive": False,
+        "MoR, R=3": True,
+    }
 
 
 def test_documents_in_common_are_compared_one_by_one(tmp_path):
@@ -213,6 +219,9 @@ def test_at_equal_tokens_the_curve_is_read_where_the_shortest_arm_ends(several_b
 
 
 def test_arms_that_did_not_finish_are_named_with_the_reason(tmp_path):
+    nothing = report(experiment(tmp_path))
+    page = write_report(nothing.results, "recipes/small.yaml").read_text(encoding="utf-8")
+    assert "No arm has finished" in page and "No arm has finished" in nothing.markdown
     write_run(tmp_path / "vanilla", "vanilla")
     failed = {"state": "failed", "until": 0.5, "evaluate": False, "reason": "loss is not finite"}
     write_run(tmp_path / "recursive", "recursive", **failed)
@@ -281,13 +290,6 @@ def test_run_folders_are_enough_for_a_report(tmp_path):
     every = made.evaluation.model_copy(update={"suites": ("all",)})
     problems = report(made.model_copy(update={"evaluation": every})).results.problems
     assert len(problems) == 3 and "not evaluated on own, wikitext" in problems[0] and "blimp" not in problems[0]
-
-
-def test_a_report_without_any_finished_arm_says_so(tmp_path):
-    said = report(experiment(tmp_path))
-    page = write_report(said.results, "recipes/small.yaml").read_text(encoding="utf-8")
-    assert "No arm has finished" in page and "No arm has finished" in said.markdown
-    assert len(said.results.problems) == 3
 
 
 def test_depths_that_differ_between_routings_are_said(tmp_path):
