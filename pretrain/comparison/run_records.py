@@ -55,12 +55,11 @@ class RunRecord:
 
     Attributes:
         trial: which arm, seed and budget; label: what to call the arm.
-        state: running, finished, stopped, failed, or absent; problem: why numbers are missing, None when the run is
-            complete.
+        state: running, finished, stopped, failed, absent, unreadable or outdated; problem: why numbers are missing.
         config: the network; None when the folder does not say.
         plan, environment: the files' contents, empty when absent.
-        training: training language-model loss; validation: per routing (`causal`, `topk`), summed up over sources by
-            the trainer; validated_on: the sources and how much of each was read.
+        training: training language-model loss; validation: per routing (`causal`, `topk`), averaged over sources;
+            validated_on: the sources and how much of each was read.
         step: of the last training record; tokens, counted_flops: seen and spent by then, as counted step by step from
             the tokens that were active.
         parameters: counts of `mor_model.flops.count_parameters`, empty when the network is not known; kv_bytes: of the
@@ -130,13 +129,10 @@ class RunRecord:
 
 
 def read_run(trial: Trial, label: str, suites: Sequence[str] = ()) -> RunRecord:
-    """Everything the run folder of `trial` says.
+    """What the run folder of `trial` says; `suites` are the evaluations that it should hold.
 
-    A folder that is missing, damaged or unfinished gives a record whose `problem` says so; it never raises, because a
-    report of the other arms must still be possible.
-
-    Args:
-        suites: evaluations that should be there.
+    A folder that is missing, damaged or unfinished gives a record whose `problem` says so, so that the other arms can
+    still be reported.
     """
     run = RunFolder(trial.folder)
     if not run.path.is_dir():

@@ -139,19 +139,15 @@ def _not_finite(arm: Arm) -> str:
 
 
 def _cut(arm: Arm) -> str:
-    cut = {score.task: (score.prompts_cut, score.n) for score in arm.first.scores if score.prompts_cut}
-    if not cut:
-        return ""
-    listed = _list([f"{task_name(task)} ({count} of {n})" for task, (count, n) in cut.items()])
-    return f"Prompts longer than the context of {arm.label} lost their beginning: {listed}."
+    cut = dict.fromkeys(f"{task_name(s.task)} ({s.prompts_cut} of {s.n})" for s in arm.first.scores if s.prompts_cut)
+    return f"Prompts longer than the context of {arm.label} lost their beginning: {_list([*cut])}." if cut else ""
 
 
 def _lost(arm: Arm) -> str:
-    lost = {score.task: score.lost for score in arm.first.scores if score.lost}
+    lost = dict.fromkeys(f"{numbers.percent(s.lost, 2)} of {task_name(s.task)}" for s in arm.first.scores if s.lost)
     if not lost:
         return ""
-    listed = _list([f"{numbers.percent(share, 2)} of {task_name(task)}" for task, share in lost.items()])
-    return f"The tokens of {arm.label} do not hold all bytes ({listed}), so its bits per byte are not given."
+    return f"The tokens of {arm.label} do not hold all bytes ({_list([*lost])}), so its bits per byte are not given."
 
 
 def _interval(difference: Difference, digits: int = 3) -> str:

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from data_prep.plain_text import plain
 from pretrain.comparison.experiment import Experiment
 from pretrain.comparison.planned_runs import other_recipe, plan_experiment
-from pretrain.comparison.report.statistics import (
-    Difference,
-    difference_of_pairs,
-    difference_of_scores,
-    difference_of_seeds,
-    mean_and_spread,
-)
+from pretrain.comparison.report import statistics
+from pretrain.comparison.report.statistics import Difference, mean_and_spread
 from pretrain.comparison.run_records import RunRecord, read_run
 from pretrain.evaluation.suites import check_suites
 from pretrain.records.finished import has_finished
@@ -145,9 +140,10 @@ class Results:
             {run.trial.seed: score for run in side.runs if (score := run.score(task, metric)) is not None}
             for side in (arm, reference)
         )
-        if not all(math.isfinite(score.value) for side in (mine, theirs) for score in side.values()):
+        values, references = ({seed: score.value for seed, score in side.items()} for side in (mine, theirs))
+        if not all(map(math.isfinite, [*values.values(), *references.values()])):
             return None
-        over_seeds = difference_of_seeds({s: v.value for s, v in mine.items()}, {s: v.value for s, v in theirs.items()})
+        over_seeds = statistics.difference_of_seeds(values, references)
         if over_seeds is not None:
             return over_seeds
         common = [seed for seed in mine if seed in theirs]
@@ -155,8 +151,8 @@ class Results:
             return None
         a, b = mine[common[0]], theirs[common[0]]
         if a.sums and a.weights == b.weights:
-            return difference_of_pairs(a.sums, b.sums, a.weights)
-        return difference_of_scores(a.value, a.stderr, b.value, b.stderr)
+            return statistics.difference_of_pairs(a.sums, b.sums, a.weights)
+        return statistics.difference_of_scores(a.value, a.stderr, b.value, b.stderr)
 
 
 def read_results(experiment: Experiment) -> Results:

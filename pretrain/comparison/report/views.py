@@ -88,14 +88,12 @@ def equal_tokens_table(results: Results) -> Table | None:
 
 def paper_table(results: Results) -> Table | None:
     """Ours beside the paper's main table; None where no arm is among the paper's 360M networks."""
-    pairs = [
-        (arm, row)
-        for arm in results.main_arms
-        if arm.first.config is not None and (row := paper_row(arm.first.config)) is not None
-    ]
-    if not pairs:
+    rows = []
+    for arm in results.main_arms:
+        if arm.first.config is not None and (row := paper_row(arm.first.config)) is not None:
+            rows += [_ours(arm), _theirs(row)]
+    if not rows:
         return None
-    rows = [cells for arm, row in pairs for cells in (_ours(arm), _theirs(row))]
     return Table(
         "Beside the paper's results",
         [
