@@ -53,8 +53,8 @@ def _print_counts(models: dict[str, tuple[ModelConfig, int]]) -> None:
     for name in models:
         table.add_column(cell(name), justify="right")
     for section in next(iter(counts.values())):
-        fullest_first = sorted(counts.values(), key=lambda count: -len(count[section]))
-        rows = dict.fromkeys(row for count in fullest_first for row in count[section])
+        fullest_first = sorted((count[section] for count in counts.values()), key=len, reverse=True)
+        rows = dict.fromkeys(row for rows in fullest_first for row in rows)
         table.add_row(cell(section, style="bold"))
         for row in rows:
             table.add_row(cell(f"  {row}"), *(count[section].get(row, "-") for count in counts.values()))
@@ -84,21 +84,15 @@ def _describe(config: ModelConfig, length: int) -> dict[str, dict[str, str]]:
             "total": _millions(parameters.total_stored),
         },
         "applied, non-embedding": {"of a full-depth token": _millions(parameters.applied)},
-        "forward FLOPs per token": {
-            **{_label(name): _millions(value) for name, value in by_kind(count.components).items()},
-            "total": _millions(count.forward),
-        },
-        "of these, by place": {_label(name): _millions(value) for name, value in by_place(count.components).items()},
-        "training FLOPs per token": {
-            **{_label(name): _millions(value) for name, value in by_kind(count.training_components).items()},
-            "total": _millions(count.training),
-        },
+        "forward FLOPs per token": _written({**by_kind(count.components), "total": count.forward}),
+        "of these, by place": _written(by_place(count.components)),
+        "training FLOPs per token": _written({**by_kind(count.training_components), "total": count.training}),
         "cache per generated token": {"keys, values (16 bit)": f"{kv_bytes_per_token(config):,.0f} B"},
     }
 
 
-def _label(name: str) -> str:
-    return name.replace("_", " ")
+def _written(flops: dict[str, float]) -> dict[str, str]:
+    return {name.replace("_", " "): _millions(value) for name, value in flops.items()}
 
 
 def _millions(value: float) -> str:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="List run folders.")
 
-_SILENT_SECONDS = 900.0
-_REASON_LENGTH = 100
 _NOT_FINITE = "not finite"
 
 
@@ -46,9 +44,7 @@ def runs(
 
 
 def find_runs(folder: Path) -> list[RunFolder]:
-    """Run folders below (or at) `folder`, by path; links are followed, and of a run only its branches are looked
-    into.
-    """
+    """Run folders at or below `folder`, sorted by path; links are followed, and inside a run only its branches."""
     from pretrain.records.run_folder import RunFolder
 
     found, seen = [], set()
@@ -81,20 +77,18 @@ def _facts(run: RunFolder) -> list[str]:
 
     status = run.status()
     steps = int(Fields(run.plan(), run.plan_file).amount("steps")) if run.plan_file.is_file() else 0
-    last: dict[str, dict[str, Any]] = {}
-    if run.metrics_file.is_file():
-        for record in run.metrics():
-            last[record["kind"]] = record
+    records = run.metrics() if run.metrics_file.is_file() else []
+    last: dict[str, dict[str, Any]] = {record["kind"]: record for record in records}
     train, validation = (Fields(last.get(kind, {}), f"{run.metrics_file}: {kind}") for kind in ("train", "validation"))
     state, loss = status.get("state", "absent"), _loss(train, "lm_loss")
     if state == "running" and run.metrics_file.is_file():
         silent = time.time() - run.metrics_file.stat().st_mtime
-        if silent > _SILENT_SECONDS:
+        if silent > 900:
             state = f"silent for {duration(silent)}"
     if state == "finished" and loss == _NOT_FINITE:
         state = "finished, its loss is not finite"
     if "reason" in status:
-        state += f": {textwrap.shorten(str(status['reason']), _REASON_LENGTH, placeholder=' ...')}"
+        state += f": {textwrap.shorten(str(status['reason']), 100, placeholder=' ...')}"
     step = train.values.get("step", status.get("step", 0))
     speed, seconds = train.amount("tokens_per_second", None), train.amount("step_seconds", None)
     going = state == "running" and seconds is not None

@@ -1,6 +1,4 @@
-"""How far an experiment is: the run that is trained now and the time the rest will take, read from the runs' own
-metrics.
-"""
+"""Progress of an experiment: the current run and the time left, read from the runs' metrics files."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from pretrain.errors import RunError
 from pretrain.records.fields import Fields
 from pretrain.records.run_folder import RunFolder, parse_record
 
-# More than any record takes.
-_TAIL_BYTES = 1 << 17
+_TAIL_BYTES = 1 << 17  # more than any record takes
 
 
 class ArmsProgress:
@@ -32,12 +29,12 @@ class ArmsProgress:
         self._bar: int | None = None
         self._run: PlannedRun | None = None
         self._started = time.monotonic()
-        # FLOPs of the runs that have ended; of the current run so far; and those of both that this process did not
-        # spend: trained earlier, or shared by a branch with its trunk.
+        # FLOPs of the runs that have ended; of the current run so far; and how many of both were spent before this
+        # process started, or are a branch's share of its trunk.
         self._ended = self._current = self._not_ours = 0.0
 
     def follow(self, run: PlannedRun) -> None:
-        """Show how far `run` is, which is trained now."""
+        """Show the progress of `run`, the current one."""
         steps = run.plan.steps
         if run is not self._run:
             self._run = run
@@ -56,14 +53,14 @@ class ArmsProgress:
         self._bars.tell(f"{run.trial.name}: step {step} of {steps} · {detail}")
 
     def end(self, run: PlannedRun) -> None:
-        """`run` is trained, now or before."""
+        """Count `run` as trained, now or before."""
         if run is not self._run or not self._current:
             self._not_ours += run.new_flops
         self._ended += run.new_flops
         self._current = 0.0
 
     def activity(self, run: PlannedRun, text: str) -> None:
-        """Say what happens to `run` apart from training."""
+        """Show what happens to `run` apart from training."""
         self._show(run, 1, 1, text)
         self._bars.tell(f"{run.trial.name}: {text}", now=True)
 
@@ -80,7 +77,7 @@ class ArmsProgress:
         self._bars.update(self._bar, done, detail, total=total, description=self._title(run))
 
     def _remaining(self) -> str:
-        """The estimate for the whole experiment, from what this process has spent since it began."""
+        """The time left for the whole experiment, from this process's own speed."""
         spent = self._ended + self._current
         ours = spent - self._not_ours
         if ours <= 0:

@@ -1,4 +1,4 @@
-"""An experiment: several arms that differ only in what is named, trained under one budget.
+"""An experiment: several arms that differ only in the named fields, trained under one budget.
 
     name: quickstart
     base:                      # a recipe's fields; what every arm shares
@@ -32,13 +32,9 @@ from pretrain.recipe.yaml_input import read_yaml
 from pretrain.records.finished import branch_path
 from pretrain.records.run_folder import RunFolder
 
-REPORT_FOLDER = "report"
 TRAIN_TOKENIZER = "train"
 WHOLE_TEXTS = ("perplexity", "routing", "wikitext")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_NAMED_SO = "becomes a folder's name; use at most 100 letters, digits, '.', '_' and '-'"
-# What lies in an experiment's folder beside its runs.
-_OWN_FOLDERS = (REPORT_FOLDER, "recipes", "logs")
 _MOST_RUNS = 10_000
 
 # Keys of a recipe that the experiment decides: whether `base` may have them nevertheless, and where they belong.
@@ -75,9 +71,7 @@ class DataSection(Section):
 
 
 class LaunchSection(Section):
-    """How one arm's training is started on this machine: through the `deepspeed` launcher with `ranks` processes, or
-    as one plain process.
-    """
+    """How training is started here: by the `deepspeed` launcher with `ranks` processes, or as one process."""
 
     launcher: Literal["deepspeed", "python"] = "deepspeed"
     ranks: Whole = Field(default=1, ge=1, le=4096)
@@ -145,9 +139,8 @@ class Experiment(Section):
 
     @field_validator("name")
     @classmethod
-    def _name_is_a_file_name(cls, name: str) -> str:
-        if not _FILE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} {_NAMED_SO}")
+    def _name_is_a_folder(cls, name: str) -> str:
+        _check_file_name(name)
         return name
 
     @model_validator(mode="after")
@@ -173,20 +166,17 @@ class Experiment(Section):
         if not self.arms:
             raise ValueError("arms: name at least one")
         for name in self.arms:
-            if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"arms: {shorten(name)} {_NAMED_SO}")
-            if name in _OWN_FOLDERS:
+            _check_file_name(name, "arms: ")
+            if name in ("report", "recipes", "logs"):
                 raise ValueError(f"arms: {name!r} is a folder of the experiment's own; call the arm something else")
-        for where, names in (
-            ("labels", list(self.labels)),
-            ("reference", [] if self.reference is None else [self.reference]),
-        ):
-            for name in names:
-                if name not in self.arms:
-                    raise ValueError(f"{where}: there is no arm {shorten(name)}; {nearest(name, self.arms)}")
+        named = [("labels", name) for name in self.labels]
+        named += [] if self.reference is None else [("reference", self.reference)]
+        for where, name in named:
+            if name not in self.arms:
+                raise ValueError(f"{where}: there is no arm {shorten(name)}; {nearest(name, self.arms)}")
 
     def _check_keys(self) -> None:
-        """What `base` or an arm says goes into the recipes of its runs unchanged; what cannot is refused here."""
+        """Refuse keys of `base` and arms that the experiment decides; all others go into the recipes unchanged."""
         for place, values in (("base", self.base), *((f"arms.{name}", arm) for name, arm in self.arms.items())):
             for key, (base_may, why) in _DECIDED.items():
                 if _has(values, key) and not (base_may and place == "base"):
@@ -206,7 +196,7 @@ class Experiment(Section):
 
     @property
     def report_folder(self) -> Path:
-        return self.folder / REPORT_FOLDER
+        return self.folder / "report"
 
     @property
     def reference_arm(self) -> str:
@@ -250,9 +240,7 @@ class Experiment(Section):
         ]
 
     def recipe_values(self, trial: Trial) -> dict[str, Any]:
-        """The fields of the recipe of one run that is no branch: base, then the arm's, then seed, budget, data and
-        folder.
-        """
+        """The recipe fields of a run that is no branch: base, then the arm's, then seed, budget, data and folder."""
         values = self._arm_values(trial.arm)
         values |= {"name": trial.folder.name, "run_dir": str(trial.folder)}
         data = values.get("data", {})
@@ -270,7 +258,7 @@ class Experiment(Section):
         return _merge(self.base, self.arms[arm])
 
     def _branches(self, arm: str) -> bool:
-        """Whether the smaller budgets of this arm leave the run of the largest one."""
+        """Whether the smaller budgets of this arm branch off the run of the largest one."""
         schedule = self._arm_values(arm).get("schedule")
         kind = schedule.get("kind", "wsd") if isinstance(schedule, dict) else "wsd"
         return len(self.budgets) > 1 and kind == "wsd"
@@ -283,7 +271,7 @@ class Experiment(Section):
         own_seed = [] if seed == self.base.get("seed") else [f"seed{seed}"]
         folder = self.folder / "-".join([arm, *own_budget, *own_seed])
         if branch is not None and branches and budget != max(self.budgets):
-            return Trial(arm, seed, budget, branch_path(RunFolder(folder), branch), folder)
+            return Trial(arm, seed, budget, branch_path(RunFolder(folder), branch), trunk=folder)
         return Trial(arm, seed, budget, folder)
 
 
@@ -333,6 +321,12 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise RecipeError(f"{path}: {first_problem(error, Experiment)}") from None
     except ValueError as error:
         raise RecipeError(f"{path}: {error}.") from None
+
+
+def _check_file_name(name: str, where: str = "") -> None:
+    if not _FILE_NAME.fullmatch(name):
+        becomes = "becomes a folder's name; use at most 100 letters, digits, '.', '_' and '-'"
+        raise ValueError(f"{where}{shorten(name)} {becomes}")
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from data_prep.json_input import read_json
 from data_prep.locks import locked
 from data_prep.plain_text import cell
 from data_prep.reading.manifest import FILE_NAME
-from pretrain.comparison.experiment import TRAIN_TOKENIZER, Experiment
+from pretrain.comparison.experiment import TRAIN_TOKENIZER, DataSection, Experiment
 from pretrain.comparison.launch import run_child
 from pretrain.errors import RecipeError, RunError
 
@@ -22,9 +22,9 @@ _RECORD = "prepared_from.json"
 
 
 def prepare_data(experiment: Experiment, console: Console) -> None:
-    """Make the data set folder of `experiment` exist: train a tokenizer if the experiment asks for one, then tokenize.
+    """Train the tokenizer if the experiment asks for one, and tokenize, unless the data set folder exists.
 
-    Several processes may call this for one experiment; the first does the work and the others wait.
+    Of several processes that call this at once, the first does the work and the others wait.
 
     Raises:
         RecipeError: the folder was prepared from another text or with another tokenizer, or there is no text to
@@ -52,9 +52,7 @@ def prepare_data(experiment: Experiment, console: Console) -> None:
             tokenizer = str(_trained_tokenizer(experiment, console))
         console.print(cell(f"Tokenizing {data.corpus} into {path}"))
         limit = ["--max-tokens", str(data.max_tokens)] if data.max_tokens else []
-        _data_prep(
-            ["tokenize", data.corpus, "--out", str(path), "--tokenizer", tokenizer, *limit, *_shares(experiment)]
-        )
+        _data_prep(data, ["tokenize", data.corpus, "--out", str(path), "--tokenizer", tokenizer, *limit])
         write_json(path / _RECORD, wanted)
 
 
@@ -71,7 +69,7 @@ def _trained_tokenizer(experiment: Experiment, console: Console) -> Path:
     file.unlink(missing_ok=True)
     console.print(cell(f"Training a tokenizer of {data.vocab_size} entries on {data.corpus}"))
     size = ["--vocab-size", str(data.vocab_size)]
-    _data_prep(["tokenizer", "train", str(data.corpus), "--out", str(file), *size, *_shares(experiment)])
+    _data_prep(data, ["tokenizer", "train", str(data.corpus), "--out", str(file), *size])
     write_json(record, wanted)
     return file
 
@@ -86,20 +84,14 @@ def _refuse_other_text(experiment: Experiment, wanted: dict[str, object]) -> Non
     for key, value in wanted.items():
         if found.get(key) != value:
             raise RecipeError(
-                f"{experiment.data_path}: was prepared with data.{key} = {found.get(key)!r}, and the experiment "
-                f"says {value!r}; "
-                "give this experiment a name of its own (name=NAME), so that data and runs of both can stay."
+                f"{experiment.data_path}: was prepared with data.{key} = {found.get(key)!r}, and the experiment says "
+                f"{value!r}; give this experiment a name of its own (name=NAME) to keep the data and runs of both."
             )
 
 
-def _shares(experiment: Experiment) -> list[str]:
+def _data_prep(data: DataSection, arguments: list[str]) -> None:
     # The same shares for both commands, so that the tokenizer is trained without the held-out documents.
-    return ["--validation", str(experiment.data.validation), "--test", str(experiment.data.test)]
-
-
-def _data_prep(arguments: list[str]) -> None:
-    status = run_child([sys.executable, "-m", "data_prep", *arguments], log=None)
+    shares = ["--validation", str(data.validation), "--test", str(data.test)]
+    status = run_child([sys.executable, "-m", "data_prep", *arguments, *shares], log=None)
     if status != 0:
-        raise RunError(
-            f"data preparation ended with status {status}; its message stands above. The same command continues."
-        )
+        raise RunError(f"data preparation ended with status {status}; see above. The same command continues.")

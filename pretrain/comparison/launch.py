@@ -1,10 +1,8 @@
-"""One child process at a time: started in a process group of its own, followed through its files, stopped so that it
-can save.
+"""Run one child process at a time, and stop it so that it can save.
 
-A terminal sends Ctrl-C to every process of its foreground group at once, and DeepSpeed's launcher answers it by
-killing its ranks. So children get a group (session) of their own, and the first Ctrl-C or SIGTERM reaches the ranks
-alone, which finish their step, write a checkpoint and end. A second signal ends
-everything at once. The children also end with this process, however it ends (see `supervise`).
+A terminal sends Ctrl-C to its whole foreground group, and DeepSpeed's launcher then kills its ranks. So the child gets
+a group (session) of its own. The first signal is passed on to the ranks alone, which finish their step, write a
+checkpoint and end. A second signal kills everything. The child also ends with this process (see `supervise`).
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
@@ -24,8 +21,6 @@ from data_prep.plain_text import say
 from pretrain.comparison.experiment import EvaluationSection, LaunchSection
 from pretrain.ranks.environment import clean_environment, free_port
 
-_POLL_SECONDS = 0.5
-_SUPERVISE = Path(__file__).with_name("supervise.py")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -50,12 +45,7 @@ def training_command(launch: LaunchSection, recipe_file: Path) -> list[str]:
 
 
 def evaluation_arguments(settings: EvaluationSection, run: Path, suites: Sequence[str]) -> list[list[str]]:
-    """The arguments of `mor eval` that evaluate one run on these suites: of one command for each limit among them.
-
-    Args:
-        suites: names of suites, `all` written out.
-    """
-    # In the order of the suites.
+    """Arguments of `mor eval` for one run: one command per limit among `suites`, whose order is kept."""
     limits = dict.fromkeys(settings.limit_of(suite) for suite in suites)
     return [
         [
@@ -89,7 +79,7 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
             output = stack.enter_context(log.open("ab"))
         signals = stack.enter_context(_counting_signals())
         child = subprocess.Popen(
-            [sys.executable, "-I", str(_SUPERVISE), *command],
+            [sys.executable, "-I", str(Path(__file__).with_name("supervise.py")), *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=None if output is None else subprocess.STDOUT,
@@ -102,7 +92,7 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
         forwarded = 0
         while True:
             try:
-                status = child.wait(_POLL_SECONDS)
+                status = child.wait(0.5)
                 break
             except subprocess.TimeoutExpired:
                 tick()
@@ -123,13 +113,13 @@ def run_child(command: list[str], log: Path | None, tick: Callable[[], None] = l
     return status
 
 
-def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log, for an error message."""
+def last_lines(log: Path) -> str:
+    """The last 15 lines of a log, for an error message."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return "\n".join(lines[-count:])
+    return "\n".join(lines[-15:])
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -152,27 +142,19 @@ def _ranks(supervisor: int) -> list[psutil.Process]:
         command = root.children()
     except psutil.NoSuchProcess:
         return []
-    with_rank = {process.pid: process for process in below if _has_rank(process)}
-    ranks = [process for process in with_rank.values() if process.ppid() not in with_rank]
-    return ranks or command
-
-
-def _has_rank(process: psutil.Process) -> bool:
-    try:
-        return "RANK" in process.environ()
-    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return False
+    with_rank = {}
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            if "RANK" in process.environ():
+                with_rank[process.pid] = process
+    return [process for process in with_rank.values() if process.ppid() not in with_rank] or command
 
 
 @contextlib.contextmanager
 def _counting_signals() -> Iterator[list[int]]:
     """Collect the signals that ask to stop in a list; this process goes on."""
     seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-
-    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
+    previous = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in _STOP_SIGNALS}
     try:
         yield seen
     finally:

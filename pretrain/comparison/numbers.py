@@ -1,7 +1,4 @@
-"""How numbers are written: for people, with the same digits in every table.
-
-What was not measured is a dash; a value that is not finite is written as "not finite".
-"""
+"""How numbers are written. One that was not measured is a dash, one that is not finite is "not finite"."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Options = ParamSpec("Options")
 
 
 def _number(write: Callable[Concatenate[float, Options], str]) -> Callable[Concatenate[float | None, Options], str]:
-    """`write`, which knows finite numbers alone, for None and for what is not finite."""
+    """Extend `write`, which takes finite numbers, to None and to values that are not finite."""
 
     @functools.wraps(write)
     def written(value: float | None, *args: Options.args, **kwargs: Options.kwargs) -> str:
@@ -83,8 +80,8 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def accuracy(share: float | None, error: float | None) -> str:
-    """In per cent, without the sign: a table's heading says it."""
-    # All examples right, or all wrong, give a standard error of zero, which is no measure of anything.
+    """In per cent, without the sign."""
+    # All examples right, or all wrong, give a standard error of zero, which measures nothing.
     return plus_minus(None if share is None else 100 * share, 100 * error if error else None, 1)
 
 

@@ -1,4 +1,4 @@
-"""What an experiment will cost, before anything trains: every run's recipe, its steps, tokens and FLOPs."""
+"""What an experiment will cost: every run's recipe, steps, tokens and FLOPs, before training."""
 
 from __future__ import annotations
 
@@ -34,14 +34,10 @@ class PlannedRun:
     plan: Plan
 
     @property
-    def new_steps(self) -> int:
-        """Steps that are trained for this run alone: all, or a branch's decay."""
-        return self.plan.learning_rate.decay if self.trial.trunk is not None else self.plan.steps
-
-    @property
     def new_flops(self) -> float:
-        """Training FLOPs of these steps."""
-        return self.plan.training_flops * self.new_steps / self.plan.steps
+        """Training FLOPs spent on this run alone: on all its steps, or on a branch's decay."""
+        steps = self.plan.learning_rate.decay if self.trial.trunk is not None else self.plan.steps
+        return self.plan.training_flops * steps / self.plan.steps
 
 
 def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[PlannedRun]:
@@ -55,7 +51,7 @@ def plan_experiment(experiment: Experiment, arms: list[str] | None = None) -> li
         check_suites(experiment.evaluation.suites)
     except UserError as error:
         raise RecipeError(f"evaluation.suites: {error}") from None
-    vocabulary = vocab_size(experiment)
+    vocabulary = _vocab_size(experiment)
     trials = experiment.trials(arms)
     by_folder = {trial.folder: trial for trial in trials}
     found: dict[Trial, PlannedRun] = {}
@@ -96,14 +92,14 @@ def other_recipe(run: PlannedRun) -> str | None:
 
 
 def jobs(planned: list[PlannedRun]) -> list[list[PlannedRun]]:
-    """What one training process does: a run of its own, followed by the smaller budgets that branch off it."""
+    """The runs of each training process: a run that is no branch, then its branches."""
     own = [run for run in planned if run.trial.trunk is None]
     return [[run, *(other for other in planned if other.trial.trunk == run.trial.folder)] for run in own]
 
 
-def vocab_size(experiment: Experiment) -> int | None:
-    """Vocabulary of the prepared data; where they are not here, of the runs that were trained on them, or of the
-    tokenizer they will be made with; None where nothing says it yet.
+def _vocab_size(experiment: Experiment) -> int | None:
+    """Vocabulary of the prepared data, else of runs trained on them, else of the tokenizer they will be prepared with;
+    None where it is not known yet.
     """
     for folder in experiment.source_folders or [experiment.data_path]:
         if (folder / FILE_NAME).is_file():

@@ -1,13 +1,11 @@
-"""Run an experiment: data where they are missing, then each run trained and evaluated in turn, then the report.
+"""Run an experiment: prepare data where they are missing, then train and evaluate each run in turn.
 
-Everything done is found again in the run folders, so the same command continues where it was stopped and repeats
-nothing.
+What is done is read from the run folders, so the same command continues where it was stopped and repeats nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -30,20 +28,11 @@ from pretrain.records.finished import has_finished
 from pretrain.records.run_folder import RunFolder, require_writable
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that did not end well, and why."""
-
-    run: str
-    why: str
-
-
-def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[Failure]:
-    """Train and evaluate every run of the experiment, or of some arms. A run that fails does not keep the others from
-    running.
+def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> list[str]:
+    """Train and evaluate every run of the experiment, or of some arms. A run that fails does not stop the others.
 
     Returns:
-        What failed, empty when all is well.
+        The runs that failed and why, empty when all is well.
 
     Raises:
         RecipeError, DataError: when the experiment cannot run at all; nothing has been trained then.
@@ -57,7 +46,7 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
     for run in planned:
         _refuse_other_run(run)
     console.print(plan_table(planned))
-    failures: list[Failure] = []
+    failures = []
     to_train = jobs(planned)
     with ProgressBars(every=20.0) as bars:
         progress = ArmsProgress([run for job in to_train for run in job], bars)
@@ -67,7 +56,7 @@ def run_experiment(experiment: Experiment, arms: list[str] | None = None) -> lis
                 failure = failure or _evaluate(experiment, run, progress)
             if failure is not None:
                 failures.append(failure)
-                progress.say(f"{failure.run}: {failure.why}")
+                bars.say(failure)
     return failures
 
 
@@ -90,7 +79,7 @@ def _refuse_other_run(run: PlannedRun) -> None:
         )
 
 
-def _train(experiment: Experiment, job: list[PlannedRun], progress: ArmsProgress) -> Failure | None:
+def _train(experiment: Experiment, job: list[PlannedRun], progress: ArmsProgress) -> str | None:
     """Train a run and then its branches, in one process, unless all of them are trained."""
     run = job[0]
     unfinished = [part for part in job if not has_finished(part.recipe)]
@@ -107,7 +96,10 @@ def _train(experiment: Experiment, job: list[PlannedRun], progress: ArmsProgress
             progress.follow(current)
             if not has_finished(current.recipe):
                 return
-            progress.say(_trained(current))
+            record = read_run(current.trial, current.label)
+            loss = numbers.fixed(record.final_validation("causal"), 4)
+            problem = f"; {record.problem}" if record.problem else ""
+            progress.say(f"{current.trial.name}: trained {current.plan.steps} steps, validation loss {loss}{problem}")
             progress.end(unfinished.pop(0))
 
     folder = RunFolder(run.trial.folder)
@@ -126,17 +118,10 @@ def _train(experiment: Experiment, job: list[PlannedRun], progress: ArmsProgress
         return None
     if RunFolder(unfinished[0].trial.folder).status().get("state") == "stopped":
         raise Interrupted
-    return Failure(run.trial.name, f"training ended with status {status}; the end of {log}:\n{last_lines(log)}")
+    return f"{run.trial.name}: training ended with status {status}; the end of {log}:\n{last_lines(log)}"
 
 
-def _trained(run: PlannedRun) -> str:
-    record = read_run(run.trial, run.label)
-    loss = numbers.fixed(record.final_validation("causal"), 4)
-    text = f"{run.trial.name}: trained {run.plan.steps} steps, validation loss {loss}"
-    return f"{text}; {record.problem}" if record.problem else text
-
-
-def _evaluate(experiment: Experiment, run: PlannedRun, progress: ArmsProgress) -> Failure | None:
+def _evaluate(experiment: Experiment, run: PlannedRun, progress: ArmsProgress) -> str | None:
     """Run `mor eval` for the suites whose stored results are not what it would compute now; returns the first failure,
     which does not stop the others.
     """
@@ -151,13 +136,8 @@ def _evaluate(experiment: Experiment, run: PlannedRun, progress: ArmsProgress) -
     failure = None
     for arguments in evaluation_arguments(settings, folder.path, missing):
         command = [sys.executable, "-m", "pretrain.cli.main", "eval", *arguments]
-        log = experiment.folder / "logs" / f"{_file_name(run)}-evaluation.log"
+        log = experiment.folder / "logs" / f"{run.trial.name.replace('/', '-')}-evaluation.log"
         status = run_child(command, log)
-        if status != 0:
-            reason = f"evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
-            failure = failure or Failure(run.trial.name, reason)
+        if status != 0 and failure is None:
+            failure = f"{run.trial.name}: evaluation ended with status {status}; the end of {log}:\n{last_lines(log)}"
     return failure
-
-
-def _file_name(run: PlannedRun) -> str:
-    return run.trial.name.replace("/", "-")

@@ -1,13 +1,13 @@
-"""What a report knows of one run: read from the run folder's files, checked, and nothing else."""
+"""One run as a report sees it, read from the run folder's files and checked."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,11 @@ class RunRecord:
 
     Attributes:
         trial: which arm, seed and budget; label: what to call the arm.
-        state: running, finished, stopped, failed, or absent; problem: why numbers are missing, None when the run is
-            complete.
+        state: running, finished, stopped, failed, absent, unreadable or outdated; problem: why numbers are missing.
         config: the network; None when the folder does not say.
         plan, environment: the files' contents, empty when absent.
-        training: training language-model loss; validation: per routing (`causal`, `topk`), summed up over sources by
-            the trainer; validated_on: the sources and how much of each was read.
+        training: training language-model loss; validation: per routing (`causal`, `topk`), averaged over sources;
+            validated_on: the sources and how much of each was read.
         step: of the last training record; tokens, counted_flops: seen and spent by then, as counted step by step from
             the tokens that were active.
         parameters: counts of `mor_model.flops.count_parameters`, empty when the network is not known; kv_bytes: of the
@@ -104,6 +103,10 @@ class RunRecord:
         """Whether routers decide how deep a token goes."""
         return self.config is not None and self.config.router is not None
 
+    @property
+    def training_flops_per_token(self) -> float | None:
+        return 3 * self.plan["flops_per_token_forward"] if self.plan else None
+
     def mean_depth(self, looked_at: str) -> float | None:
         """Mean recursion steps per token; see `depths`."""
         shares = self.depths.get(looked_at)
@@ -126,13 +129,10 @@ class RunRecord:
 
 
 def read_run(trial: Trial, label: str, suites: Sequence[str] = ()) -> RunRecord:
-    """Everything the run folder of `trial` says.
+    """What the run folder of `trial` says; `suites` are the evaluations that it should hold.
 
-    A folder that is missing, damaged or unfinished gives a record whose `problem` says so; it never raises, because a
-    report of the other arms must still be possible.
-
-    Args:
-        suites: evaluations that should be there.
+    A folder that is missing, damaged or unfinished gives a record whose `problem` says so, so that the other arms can
+    still be reported.
     """
     run = RunFolder(trial.folder)
     if not run.path.is_dir():
@@ -168,7 +168,8 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
         steady = train[len(train) // 10 :]
         last = train[-1]
         found |= {
-            "training": _curve(train, [_training_loss(record) for record in train]),
+            # Of the language model alone where the record has it.
+            "training": _curve(train, [r.number("lm_loss" if "lm_loss" in r.values else "loss") for r in train]),
             "step": last.values["step"],
             "tokens": last.amount("tokens"),
             "counted_flops": last.amount("flops"),
@@ -177,8 +178,10 @@ def _training_files(run: RunFolder) -> dict[str, Any]:
             "memory_peak_bytes": max(record.amount("memory_peak_bytes", 0) for record in train) or None,
         }
         found |= _validation(run)
-        if shares := _shares_of(last.shares("active")):
-            found |= {"depths": {"training": shares}}
+        if active := last.shares("active"):  # shares of tokens that took at least 1..R steps
+            at_least = [1.0, *active, 0.0]
+            exactly = [max(0.0, more - fewer) for more, fewer in itertools.pairwise(at_least)]
+            found["depths"] = {"training": exactly}
     return found
 
 
@@ -191,11 +194,6 @@ def _by_step(run: RunFolder, kind: str) -> list[dict[str, Fields]]:
         step, source = record["step"], str(record.get("source"))
         found.setdefault(step, {})[source] = Fields(record, f"{run.metrics_file}: {kind} record of step {step}")
     return [found[step] for step in sorted(found)]
-
-
-def _training_loss(record: Fields) -> float:
-    """Of the language model, without the router's share where the record tells them apart."""
-    return record.number("lm_loss") if "lm_loss" in record.values else record.number("loss")
 
 
 def _validation(run: RunFolder) -> dict[str, Any]:
@@ -227,22 +225,20 @@ def _evaluation_files(run: RunFolder, depths: dict[str, list[float]]) -> dict[st
     for file in sorted(run.evaluation.glob("*.json")):
         content = Fields(run.read_json(file), file)
         suite = content.text("suite")
-        if file.stem == suite:
-            _add_suite(content, suite, file, found)
+        if file.stem != suite:
+            continue
+        found["evaluated"].append(suite)
+        for entry in content.objects("skipped"):
+            told = {key: plain(entry.get(key, "")) for key in ("task", "why", "how")}
+            found["skipped"].append({**told, "suite": suite})
+        headline = content.object("primary")
+        for task, result in content.object("tasks").items():
+            fields = Fields(result, f"{file}: task {task!r:.100}")
+            found["scores"] += scores.read_task(suite, task, fields, headline)
+            if histogram := fields.object("depth_histogram"):
+                shares = Fields(histogram, f"{fields.where}: depth_histogram")
+                found["depths"] = {plain(name): shares.shares(name) for name in histogram}
     return found
-
-
-def _add_suite(content: Fields, suite: str, file: Path, found: dict[str, Any]) -> None:
-    found["evaluated"].append(suite)
-    for entry in content.objects("skipped"):
-        found["skipped"].append({key: plain(entry.get(key, "")) for key in ("task", "why", "how")} | {"suite": suite})
-    headline = content.object("primary")
-    for task, result in content.object("tasks").items():
-        fields = Fields(result, f"{file}: task {task!r:.100}")
-        found["scores"] += scores.read_task(suite, task, fields, headline)
-        if (histogram := fields.object("depth_histogram")) != {}:
-            shares = Fields(histogram, f"{fields.where}: depth_histogram")
-            found["depths"] = {plain(name): shares.shares(name) for name in histogram}
 
 
 def _problem(run: RunFolder, status: dict[str, Any], record: RunRecord, suites: Sequence[str]) -> str | None:
@@ -273,11 +269,3 @@ def _curve(records: list[Fields], values: list[float]) -> Curve:
 def _median(records: list[Fields], name: str) -> float | None:
     values = [value for record in records if (value := record.amount(name, None)) is not None]
     return statistics.median(values) if values else None
-
-
-def _shares_of(active: list[float]) -> list[float]:
-    """Share of tokens that took exactly 0..R steps, from the share that took at least 1..R."""
-    if not active:
-        return []
-    at_least = [1.0, *active, 0.0]
-    return [max(0.0, at_least[depth] - at_least[depth + 1]) for depth in range(len(active) + 1)]

@@ -18,13 +18,10 @@ class Score:
     """One number of an evaluation.
 
     Attributes:
-        value: the number, nan when it is not finite; stderr: its standard error over the examples, None where the
-            evaluation gave none.
-        n: examples; routing: `causal` or `topk`; chance: what guessing would score, None where guessing has no score.
-        higher_is_better: which way is good.
+        value: the number, nan when it is not finite; stderr: its standard error over the examples, if known.
+        n: examples; routing: `causal` or `topk`; chance: the score of guessing, None where guessing has no score.
         headline: whether this is the one figure that stands for its suite.
-        text: what was read, for scores of one task to be compared only where it is the same; empty where the evaluation
-            did not record it.
+        text: what was read; scores of one task are compared only where it is the same. Empty where it was not recorded.
         not_finite: examples without a finite likelihood.
         lost: share of the text's bytes that its tokens do not hold, None where it was not recorded.
         prompts_cut: examples whose prompt did not fit into the context.
@@ -40,7 +37,6 @@ class Score:
     n: int | None
     routing: str
     chance: float | None = None
-    higher_is_better: bool = True
     headline: bool = False
     text: str = ""
     not_finite: int = 0
@@ -62,8 +58,8 @@ def read_task(suite: str, task: str, result: Fields, headline: dict[str, Any]) -
     metrics = Fields(result.object("metrics"), f"{result.where}: metrics")
     errors = Fields(result.object("stderr"), f"{result.where}: stderr")
     documents = Fields(result.object("documents"), f"{result.where}: documents")
-    read, lost = result.amount("scored_bytes", None), result.amount("lost_bytes", None)
-    read = read or result.amount("text_bytes", None)
+    lost = result.amount("lost_bytes", None)
+    read = result.amount("scored_bytes", None) or result.amount("text_bytes", None)
     refused = _NEED_WHOLE_TEXT if lost else ()
     values = {name: metrics.number(name) for name in metrics.values if name not in refused}
     stderr = {name: _known(errors.number(name)) for name in errors.values}
@@ -72,7 +68,6 @@ def read_task(suite: str, task: str, result: Fields, headline: dict[str, Any]) -
         values = {"loss": math.log(perplexity) if perplexity > 0 else math.nan, **values}
         error = stderr.get("token_perplexity")
         stderr = {"loss": None if error is None or not perplexity > 0 else error / perplexity, **stderr}
-    higher = result.object("higher_is_better")
     sums, weights = documents.numbers("nats"), documents.numbers("tokens")
     paired = len(sums) == len(weights) and all(map(math.isfinite, sums)) and all(weight > 0 for weight in weights)
     n = result.amount("n", None)
@@ -86,7 +81,6 @@ def read_task(suite: str, task: str, result: Fields, headline: dict[str, Any]) -
             n=None if n is None else int(n),
             routing=plain(result.text("routing")),
             chance=_known(result.number("chance", None)) if metric.startswith("acc") else None,
-            higher_is_better=bool(higher.get(metric, False)),
             headline=(task, metric) == (headline.get("task"), headline.get("metric")),
             text=_text(result, n),
             not_finite=int(result.amount("not_finite", None) or 0),

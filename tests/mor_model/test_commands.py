@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.tokenizers.loading import load_tokenizer
-from mor_model import ModelConfig, RecursiveTransformer, load_model, preset, save_weights
+from mor_model import RecursiveTransformer, load_model, preset, save_weights
 from mor_model.generation import generate
 from pretrain.cli.generate import _coloured, _legend, spell
 from tests.mor_model.run_tokenizers import trained_sentencepiece
@@ -17,8 +17,11 @@ from tests.mor_model.run_tokenizers import trained_sentencepiece
 TEXT = "the cat sat on the mat and the dog sat on the log; naïve café, 你好 — 12345\n"
 
 
-def run_folder(folder: Path, config: ModelConfig) -> Path:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
     """A finished run's weights and tokenizer: bytes and a few merges."""
+    folder = tmp_path_factory.mktemp("runs") / "mor"
+    config = preset("tiny", "mor", 3, vocab_size=320)
     trained_sentencepiece(
         folder / "tokenizer",
         [TEXT] * 20,
@@ -37,11 +40,6 @@ def run_folder(folder: Path, config: ModelConfig) -> Path:
             parameter.mul_(3.0)
     save_weights(folder / "weights", model.state_dict(), config)
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return run_folder(tmp_path_factory.mktemp("runs") / "mor", preset("tiny", "mor", 3, vocab_size=320))
 
 
 def test_flops_of_a_preset_shows_its_variants_side_by_side(mor):
@@ -64,15 +62,13 @@ def test_flops_of_a_preset_shows_its_variants_side_by_side(mor):
 )
 def test_a_wrong_request_ends_in_one_sentence(mor, arguments, message):
     failed = mor(*arguments)
-    assert failed.returncode == 2
-    assert message in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and message in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
 def test_generate_prints_plain_text_where_there_is_no_terminal(mor, run):
     prompts = ["the cat", "naïve 你"]
-    shown = mor("generate", run, "--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", "9")
+    shown = mor("generate", run, *(f"--prompt={prompt}" for prompt in prompts), "--max-new-tokens", "9")
     assert shown.returncode == 0, shown.stderr
     tokenizer = load_tokenizer(run / "tokenizer")
     ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -82,7 +78,6 @@ def test_generate_prints_plain_text_where_there_is_no_terminal(mor, run):
         tokens = [token for token in tokens if token != tokenizer.eod_id]
         expected += tokenizer.decode(prompt + tokens) + "\n"
     assert shown.stdout == expected
-    assert "\x1b" not in shown.stdout
 
 
 def test_generate_never_chooses_an_id_beyond_the_tokenizers(mor, run, tmp_path):
@@ -102,10 +97,9 @@ def test_generate_says_what_is_missing(mor, run, tmp_path):
     assert "give a text to continue" in mor("generate", run).stderr
     (tmp_path / "recipe.yaml").write_text("name: test\n")
     unfinished = mor("generate", tmp_path, "--prompt", "a")
-    assert unfinished.returncode == 2
-    assert "holds no weights/ yet" in unfinished.stderr
+    assert unfinished.returncode == 2 and "holds no weights/ yet" in unfinished.stderr
     refused = mor("generate", run, "--prompt", "a", "--device", "nowhere")
-    assert (refused.returncode, "cannot be used here" in refused.stderr) == (2, True)
+    assert refused.returncode == 2 and "cannot be used here" in refused.stderr
 
 
 def test_characters_split_over_tokens_are_shown_once_and_whole(run):
@@ -123,11 +117,7 @@ def test_depths_are_shown_in_their_own_colours_with_a_legend():
     styles = [str(span.style) for span in text.spans]
     assert styles[0] == styles[2] != styles[1]
     legend = _legend([1, 3, 1], 3).plain
-    assert " 1  67%" in legend
-    assert " 2  0%" in legend
-    assert "mean 1.67 of 3" in legend
-
-
-def test_what_a_model_makes_is_no_escape_of_the_terminal():
+    assert " 1  67%" in legend and " 2  0%" in legend and "mean 1.67 of 3" in legend
+    # What a model makes is no escape of the terminal.
     shown = _coloured("a\x1b[2J", [("\x1b[31mred\n", 1), ("[/bold]", 2)])
     assert shown.plain == "a\\x1b[2J\\x1b[31mred\n[/bold]"

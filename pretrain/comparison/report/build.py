@@ -31,11 +31,7 @@ def write_report(results: Results, experiment_file: str) -> Path:
     """
     document = compose(results, experiment_file)
     folder = results.experiment.report_folder
-    files = {
-        "report.csv": spreadsheet(results),
-        "report.md": markdown(document),
-        "index.html": page(document),
-    }
+    files = {"report.csv": spreadsheet(results), "report.md": markdown(document), "index.html": page(document)}
     try:
         for name, text in files.items():
             write_text(folder / name, text)

@@ -1,4 +1,4 @@
-"""What the report says, in order, independent of how it is written down (page, markdown)."""
+"""What the report says, in order, for page and markdown alike."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from pretrain.comparison import numbers
-from pretrain.comparison.report import tables, views
+from pretrain.comparison.report import pictures, tables, views
 from pretrain.comparison.report.drawing import Picture
 from pretrain.comparison.report.findings import equal_cost, findings
-from pretrain.comparison.report.pictures import (
-    budget_picture,
-    depth_picture,
-    few_shot_picture,
-    loss_picture,
-    tokens_picture,
-)
 from pretrain.comparison.report.results import Results
 from pretrain.comparison.report.tables import Table
 
@@ -44,11 +37,7 @@ class Document:
 
 
 def compose(results: Results, experiment_file: str) -> Document:
-    """Put a report together from what the runs say.
-
-    Args:
-        experiment_file: path that the commands to reproduce name.
-    """
+    """The report of these runs; `experiment_file` is the path that its commands name."""
     experiment = results.experiment
     arms = results.main_arms
     return Document(
@@ -66,14 +55,14 @@ def compose(results: Results, experiment_file: str) -> Document:
 
 def _measurements(results: Results) -> list[Section]:
     at_equal_tokens = views.equal_tokens_table(results)
-    few_shot = few_shot_picture(results)
+    few_shot = pictures.few_shot_picture(results)
     test = [tables.test_table(results, task) for task in tables.loss_tasks(results)]
     found: dict[str, list[Block | None]] = {
-        "Loss": [loss_picture(results), *test, tables.routing_table(results)],
-        "Every budget": [budget_picture(results), views.budgets_table(results)],
-        "At equal tokens": [at_equal_tokens, tokens_picture(results) if at_equal_tokens else None],
+        "Loss": [pictures.loss_picture(results), *test, tables.routing_table(results)],
+        "Every budget": [pictures.budget_picture(results), views.budgets_table(results)],
+        "At equal tokens": [at_equal_tokens, pictures.tokens_picture(results) if at_equal_tokens else None],
         "Size and cost": [tables.size_table(results), tables.budget_table(results)],
-        "Depth": [depth_picture(results)],
+        "Depth": [pictures.depth_picture(results)],
         "Few-shot tasks": [
             few_shot,
             tables.few_shot_table(results) if few_shot else None,
@@ -92,7 +81,7 @@ def _how(results: Results, experiment_file: str) -> Section:
         f"mor compare run {experiment_file}      # data, training, evaluation, this report\n"
         f"mor compare report {experiment_file}   # this report again, from the run folders"
     )
-    return Section("How it was made", [facts, commands] if facts else [commands])
+    return Section("How it was made", [*([facts] if facts else []), commands])
 
 
 def _facts(results: Results) -> dict[str, str]:
@@ -122,7 +111,7 @@ def _facts(results: Results) -> dict[str, str]:
 
 
 def _listed(*parts: object) -> str:
-    """What there is, in a row."""
+    """The parts that are known, separated by commas."""
     return ", ".join(str(part) for part in parts if part not in (None, ""))
 
 

@@ -21,7 +21,6 @@ INK, FAINT, RULE, PAPER = "#b00001", "#b00002", "#b00003", "#b00004"
 _VARIABLES = {INK: "--ink", FAINT: "--faint", RULE: "--rule", PAPER: "--paper"}
 _VARIABLES |= {f"#a0000{i}": f"--arm-{i + 1}" for i in range(ARM_COLOURS)}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_WIDTH = 840
 
 
 _STYLE: dict[Any, Any] = {
@@ -61,13 +60,29 @@ class Picture:
 
     @property
     def svg(self) -> str:
+        """The drawing as an inline SVG element: colours as CSS variables, no size of its own, ids that are its own."""
+        stream = io.StringIO()
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.title}):
-            return _svg(self.draw())
+            FigureCanvasSVG(self.draw()).print_svg(
+                stream, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            )
+        text = stream.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+        # A style element inside the drawing would be one for the whole page; style.css says the same.
+        text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
+        # Ids such as line2d_7 are alike in every drawing and referred to by nothing.
+        text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
+        text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 var(--sans)", text)
+        for stand_in, variable in _VARIABLES.items():
+            text = text.replace(stand_in, f"var({variable})")
+        return text.strip()
 
 
 def new_figure(height: int) -> Figure:
-    # One unit of the drawing is one CSS pixel in a wide window.
-    return Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
+    # One unit of the drawing is one CSS pixel in a window of 840 or wider.
+    return Figure(figsize=(840 / 72, height / 72), dpi=72)
 
 
 def arm_colour(index: int) -> str:
@@ -82,21 +97,3 @@ def name_legend(legend: Legend, labels: Sequence[str]) -> None:
     """Write the names afterwards, because matplotlib leaves out those that begin with an underscore."""
     for text, label in zip(legend.get_texts(), labels):
         text.set_text(label)
-
-
-def _svg(figure: Figure) -> str:
-    """The drawing as an inline SVG element: colours as CSS variables, no size of its own, ids that are its own."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
-    # A style element inside the drawing would be one for the whole page; style.css says the same.
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.S)
-    # Ids such as line2d_7 are alike in every drawing and referred to by nothing.
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 var(--sans)", text)
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var({variable})")
-    return text.strip()

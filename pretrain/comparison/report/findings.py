@@ -1,6 +1,4 @@
-"""What was measured, in plain sentences: differences with their uncertainty, and no claim beyond what the runs
-support.
-"""
+"""What was measured, in sentences: differences with their uncertainty, and no claim beyond the measurements."""
 
 from __future__ import annotations
 
@@ -14,16 +12,15 @@ from pretrain.comparison.report.tables import HELD_OUT, few_shot_scores, refusal
 
 
 def findings(results: Results) -> list[str]:
-    """The summary of a report, most important first; says what is missing rather than leaving it out."""
+    """The summary of a report, most important first; also says what is missing."""
     arms = results.main_arms
     if not arms:
         return ["No arm has finished training yet, so there is nothing to compare."]
     sentences = []
     reference = results.reference(results.main_budget)
     if reference is None:
-        sentences.append(
-            f"{results.label(results.experiment.reference_arm)}, the arm to compare with, has not finished."
-        )
+        missing = results.label(results.experiment.reference_arm)
+        sentences.append(f"{missing}, the arm to compare with, has not finished.")
     else:
         others = [arm for arm in arms if arm.name != reference.name]
         sentences += [_against(results, arm, reference) for arm in others]
@@ -33,9 +30,7 @@ def findings(results: Results) -> list[str]:
     sentences += [_few_shot(results)] if few_shot_scores(results) else []
     sentences += [_cut(arm) for arm in arms] + [_lost(arm) for arm in arms]
     sentences += [_depth(arm) for arm in arms]
-    if len(arms) > 1:
-        sentences.append(_agreement(arms))
-    sentences.append(_seeds(arms))
+    sentences += [_agreement(arms), _seeds(arms)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -85,32 +80,29 @@ def _alike(amounts: list[float | None]) -> bool:
 
 def _against(results: Results, arm: Arm, reference: Arm) -> str:
     found = test_difference(results, arm, reference)
+    both = f"{arm.label} and {reference.label}"
     if found is None:
         broken = [side.label for side in (arm, reference) if any(_losses_not_finite(side))]
         if broken:
-            return (
-                f"{arm.label} and {reference.label} are not compared: a loss of {_list(broken)} is not finite. "
-                f"{_terms(arm, reference)}"
-            )
-        return f"{arm.label} and {reference.label} have no loss in common to compare."
+            return f"{both} are not compared: a loss of {_list(broken)} is not finite. {_terms(arm, reference)}"
+        return f"{both} have no loss in common to compare."
     difference, text = found
-    cost = equal_cost([arm, reference])
+    where = f"on {text} {equal_cost([arm, reference])}"
     if difference.value == 0.0:
-        sentence = f"{arm.label} and {reference.label} have exactly the same loss on {text} {cost}: neither is better"
+        sentence = f"{both} have exactly the same loss {where}: neither is better"
     elif difference.half_width is None or difference.clear:
         digits = 3 if abs(difference.value) >= 0.0005 else 6  # not "0.000 worse"
-        size = f"{numbers.fixed(abs(difference.value), digits)} nats per token {_direction(difference.value)} than"
-        sentence = f"{arm.label} is {size} {reference.label} on {text} {cost}"
-        sentence += (
-            "; no uncertainty of this difference was measured"
-            if difference.half_width is None
-            else f" ({_interval(difference, digits)})"
-        )
-    else:
+        size = f"{numbers.fixed(abs(difference.value), digits)} nats per token"
         sentence = (
-            f"{arm.label} and {reference.label} cannot be told apart on {text} {cost}: "
-            f"{numbers.signed(difference.value)} nats per token ({_interval(difference)})"
+            f"{arm.label} is {size} {'worse' if difference.value > 0 else 'better'} than {reference.label} {where}"
         )
+        if difference.half_width is None:
+            sentence += "; no uncertainty of this difference was measured"
+        else:
+            sentence += f" ({_interval(difference, digits)})"
+    else:
+        size = f"{numbers.signed(difference.value)} nats per token"
+        sentence = f"{both} cannot be told apart {where}: {size} ({_interval(difference)})"
     return f"{sentence}. {_terms(arm, reference)}"
 
 
@@ -143,27 +135,19 @@ def _not_finite(arm: Arm) -> str:
         parts.append(f"figures of {_list(counted)}")
     if not parts:
         return ""
-    return f"{arm.label} is not finite: {'; '.join(parts)}. Such figures are worth nothing, and are ranked nowhere."
+    return f"{arm.label} is not finite: {'; '.join(parts)}. Such figures are not ranked."
 
 
 def _cut(arm: Arm) -> str:
-    cut = {score.task: (score.prompts_cut, score.n) for score in arm.first.scores if score.prompts_cut}
-    if not cut:
-        return ""
-    listed = _list([f"{task_name(task)} ({count} of {n})" for task, (count, n) in cut.items()])
-    return f"Prompts longer than the context of {arm.label} lost their beginning: {listed}."
+    cut = dict.fromkeys(f"{task_name(s.task)} ({s.prompts_cut} of {s.n})" for s in arm.first.scores if s.prompts_cut)
+    return f"Prompts longer than the context of {arm.label} lost their beginning: {_list([*cut])}." if cut else ""
 
 
 def _lost(arm: Arm) -> str:
-    lost = {score.task: score.lost for score in arm.first.scores if score.lost}
+    lost = dict.fromkeys(f"{numbers.percent(s.lost, 2)} of {task_name(s.task)}" for s in arm.first.scores if s.lost)
     if not lost:
         return ""
-    listed = _list([f"{numbers.percent(share, 2)} of {task_name(task)}" for task, share in lost.items()])
-    return f"The tokens of {arm.label} do not hold all bytes ({listed}), so its bits per byte are not given."
-
-
-def _direction(value: float) -> str:
-    return "worse" if value > 0 else "better"
+    return f"The tokens of {arm.label} do not hold all bytes ({_list([*lost])}), so its bits per byte are not given."
 
 
 def _interval(difference: Difference, digits: int = 3) -> str:
@@ -200,15 +184,14 @@ def _smaller_budgets(results: Results, name: str) -> str:
 
 
 def _depth(arm: Arm) -> str:
-    """Says so when causal routing computes much more or less than the top-k routing whose FLOPs were counted."""
+    """Whether causal routing computes much more or less than the top-k routing whose FLOPs were counted."""
     causal, topk = arm.first.mean_depth("causal"), arm.first.mean_depth("topk")
     if not arm.first.routed or not causal or not topk or abs(causal / topk - 1) < 0.05:
         return ""
     more = "more" if causal > topk else "less"
     return (
         f"With causal routing a token of {arm.label} takes {causal:.2f} recursion steps on average, with the top-k "
-        "routing of "
-        f"training {topk:.2f}: it computes {more} when it is used than the budget of training counts."
+        f"routing of training {topk:.2f}: it computes {more} when it is used than the budget of training counts."
     )
 
 
@@ -222,7 +205,7 @@ def _few_shot(results: Results) -> str:
             (above if max(known) > 0 else at_chance).append(task_name(task))
     parts = []
     if above:
-        parts.append(f"At least one arm is above chance on {_list(above)} (its 95 % interval leaves chance out).")
+        parts.append(f"At least one arm is above chance on {_list(above)} (its 95 % interval excludes chance).")
     if at_chance:
         parts.append(f"On {_list(at_chance)} no arm can be told from chance, so these scores do not rank the arms.")
     return " ".join(parts)
@@ -230,14 +213,12 @@ def _few_shot(results: Results) -> str:
 
 def _agreement(arms: list[Arm]) -> str:
     flops = [run.counted_flops or 0.0 for arm in arms for run in arm.runs]
-    if not all(flops):
+    if len(arms) < 2 or not all(flops):
         return ""
     spread = 100 * (max(flops) / min(flops) - 1)
-    mean = numbers.power_of_ten(sum(flops) / len(flops))
-    if spread > 1:
-        verdict = "so their losses are not at equal cost"
-        return f"The arms' counted training FLOPs differ by {spread:.1f} % (mean {mean}), {verdict}."
-    return f"The arms' counted training FLOPs agree within {max(spread, 0.01):.2f} % (mean {mean})."
+    words = f"agree within {max(spread, 0.01):.2f} %" if spread <= 1 else f"differ by {spread:.1f} %"
+    verdict = "" if spread <= 1 else ", so their losses are not at equal cost"
+    return f"The arms' counted training FLOPs {words} (mean {numbers.power_of_ten(sum(flops) / len(flops))}){verdict}."
 
 
 def _seeds(arms: list[Arm]) -> str:
@@ -252,8 +233,7 @@ def _seeds(arms: list[Arm]) -> str:
     if len(first) == 1:
         return (
             "This is one seed per arm: how much a difference would change with another initialisation and order of "
-            "data was not measured, "
-            "and no interval here covers it."
+            "data was not measured, and no interval here covers it."
         )
     return (
         f"Each arm was trained with {len(first)} seeds; an interval over seeds is Student's t of the differences seed "

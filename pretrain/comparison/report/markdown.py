@@ -52,11 +52,7 @@ def _table(table: Table) -> str:
         ]
         for row_number, row in enumerate(table.rows)
     ]
-    lines = [_row(head), _row(rules), *(_row(row) for row in rows)]
+    lines = [f"| {' | '.join(row)} |" for row in (head, rules, *rows)]
     return "\n\n".join(
         [f"**{markdown_text(table.title)}**", "\n".join(lines), *([markdown_text(table.note)] if table.note else [])]
     )
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

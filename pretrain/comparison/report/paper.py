@@ -1,5 +1,4 @@
-"""What the Mixture-of-Recursions paper reports for its 360M networks (Bae et al. 2025, arXiv 2507.10524v3), to stand
-beside our numbers.
+"""Results of the Mixture-of-Recursions paper for its 360M networks (Bae et al. 2025, arXiv 2507.10524v3).
 
 The paper counts forward FLOPs alone; budgets here are training FLOPs, three times as many. Its losses are of
 FineWeb-Edu, and those of MoR are measured with top-k routing, which looks at future tokens.
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 
 from mor_model.config import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 
-TRAINING_PER_FORWARD = 3.0
 # Isoflop comparison at R=3: forward FLOPs to loss.
 _ISOFLOP = {
     "vanilla": {2.0e18: 3.379, 5.0e18: 3.010, 16.5e18: 2.782},
@@ -22,9 +20,7 @@ _ISOFLOP = {
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of the paper's main table at 16.5e18 forward FLOPs. Accuracies in per cent; tokens and parameters in
-    numbers.
-    """
+    """One row of the paper's main table at 16.5e18 forward FLOPs; accuracies in per cent."""
 
     name: str
     parameters: float
@@ -62,7 +58,7 @@ def paper_loss(config: ModelConfig, training_flops: float) -> float | None:
     if not _is_360m(config) or config.recursions not in (1, 3) or config.kv_sharing != "recursion_wise":
         return None
     for forward, loss in _ISOFLOP.get(_kind(config), {}).items():
-        if abs(training_flops / (TRAINING_PER_FORWARD * forward) - 1.0) < 0.02:
+        if abs(training_flops / (3 * forward) - 1.0) < 0.02:
             return loss
     return None
 

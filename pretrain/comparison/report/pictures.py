@@ -11,16 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pretrain.comparison import numbers
-from pretrain.comparison.report.drawing import (
-    FAINT,
-    INK,
-    PAPER,
-    Picture,
-    arm_colour,
-    marker,
-    name_legend,
-    new_figure,
-)
+from pretrain.comparison.report.drawing import FAINT, INK, PAPER, Picture, arm_colour, marker, name_legend, new_figure
 from pretrain.comparison.report.results import VALIDATION, Arm, Results
 from pretrain.comparison.report.statistics import wilson_interval
 from pretrain.comparison.report.tables import few_shot_scores, task_name
@@ -29,17 +20,13 @@ from pretrain.comparison.scores import Score
 
 # One hue, light to dark with depth, and the text that can be read on it; the same by day and by night.
 _DEPTH_COLOURS = ("#d9dde2", "#c6dcf0", "#74aed6", "#2b6ca8", "#0d3c6e", "#08264a", "#051a33")
-_DARK_TEXT, _LIGHT_TEXT, _FIRST_DARK_COLOUR = "#222222", "#ffffff", 3
 _DEPTH_KINDS = {"causal": "causal", "topk": "top-k", "training": "in training"}
-_POINTS = 300
 
 Axis = Callable[[Curve], list[float]]
 
 
 def loss_picture(results: Results) -> Picture | None:
-    """Loss against counted training FLOPs: the whole run, and its end magnified. None where nothing was logged, or
-    arms were validated on different texts.
-    """
+    """Loss against counted training FLOPs: the whole run, and its end magnified."""
     return _curves_picture(
         results,
         "Loss against training FLOPs",
@@ -62,6 +49,7 @@ def tokens_picture(results: Results) -> Picture | None:
 
 
 def _curves_picture(results: Results, title: str, caption: str, axis: Axis, label: str) -> Picture | None:
+    """None where nothing was logged, or arms were validated on different texts."""
     arms = [arm for arm in results.main_arms if arm.first.training]
     if not arms or results.different_texts(VALIDATION):
         return None
@@ -75,11 +63,9 @@ def depth_picture(results: Results) -> Picture | None:
     for arm in results.main_arms:
         run = arm.first
         wanted = ("causal", "topk") if run.routed else ("causal",)
-        kinds = [kind for kind in wanted if kind in run.depths] or list(run.depths)
-        bars += [
-            (f"{arm.label}, {_DEPTH_KINDS.get(kind, kind)}" if run.routed else arm.label, run.depths[kind])
-            for kind in kinds
-        ]
+        for kind in [kind for kind in wanted if kind in run.depths] or list(run.depths):
+            label = f"{arm.label}, {_DEPTH_KINDS.get(kind, kind)}" if run.routed else arm.label
+            bars.append((label, run.depths[kind]))
     if not bars:
         return None
     words = [
@@ -137,8 +123,7 @@ def budget_picture(results: Results) -> Picture | None:
 def _draw_curves(arms: list[Arm], axis: Axis, label: str) -> Figure:
     figure = new_figure(350)
     largest = max(axis(arm.first.training)[-1] for arm in arms) or 1.0
-    exponent = math.floor(math.log10(largest))
-    unit = 10.0**exponent
+    unit = 10.0 ** math.floor(math.log10(largest))
     for panel, start in zip(figure.subplots(1, 2), (0.0, 0.6)):
         # A run's first steps, far above everything, would flatten the rest.
         visible = max(start, 0.06) * largest
@@ -146,9 +131,8 @@ def _draw_curves(arms: list[Arm], axis: Axis, label: str) -> Figure:
         heights: list[float] = []
         for index, arm in enumerate(arms):
             for record in arm.runs:
-                main = record is arm.first
-                curve = _draw_run(panel, record, index, unit, axis, main)
-                if main:
+                curve = _draw_run(panel, record, index, unit, axis, main=record is arm.first)
+                if record is arm.first:
                     ends.append((curve.values[-1], index, arm.label))
                 points = zip(axis(curve), curve.values)
                 heights += [value for place, value in points if place >= visible and math.isfinite(value)]
@@ -198,11 +182,13 @@ def _draw_depths(bars: list[tuple[str, list[float]]]) -> Figure:
         left = 0.0
         for depth, share in enumerate(shares):
             colour = _DEPTH_COLOURS[min(depth, len(_DEPTH_COLOURS) - 1)]
-            ink = _DARK_TEXT if depth < _FIRST_DARK_COLOUR else _LIGHT_TEXT
+            ink = "#222222" if depth < 3 else "#ffffff"
             if share > 0:
                 panel.barh(place, share, left=left, height=0.62, color=colour, edgecolor=PAPER, linewidth=1.2)
-            middle = left + share / 2
-            panel.text(middle, place, _depth_words(depth, share), ha="center", va="center", color=ink, fontsize=11.5)
+            words = f"{depth} step{'' if depth == 1 else 's'} · " if share >= 0.14 else ""  # as far as they fit
+            if share >= 0.07:
+                words += numbers.percent(share, 0)
+                panel.text(left + share / 2, place, words, ha="center", va="center", color=ink, fontsize=11.5)
             left += share
     panel.set_xlim(0, 1)
     panel.set_ylim(len(bars) - 0.5, -0.5)
@@ -210,14 +196,6 @@ def _draw_depths(bars: list[tuple[str, list[float]]]) -> Figure:
     panel.set_xlabel("share of tokens, by recursion steps taken")
     _name_rows(panel, [label for label, _ in bars])
     return figure
-
-
-def _depth_words(depth: int, share: float) -> str:
-    """What fits into a bar of this share."""
-    if share < 0.07:
-        return ""
-    words = numbers.percent(share, 0)
-    return f"{depth} step{'' if depth == 1 else 's'} · {words}" if share >= 0.14 else words
 
 
 def _draw_scores(arms: list[Arm], scores: dict[str, list[Score | None]]) -> Figure:
@@ -296,7 +274,8 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    stride = max(1, len(x) // _POINTS)
+    """About 300 of the points, the last among them."""
+    stride = max(1, len(x) // 300)
     kept = sorted({*range(0, len(x), stride), len(x) - 1})
     return [x[i] for i in kept], [y[i] for i in kept]
 

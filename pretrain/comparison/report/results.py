@@ -9,19 +9,13 @@ from dataclasses import dataclass
 
 from data_prep.plain_text import plain
 from pretrain.comparison.experiment import Experiment
-from pretrain.comparison.planned_runs import PlannedRun, other_recipe, plan_experiment
-from pretrain.comparison.report.statistics import (
-    Difference,
-    difference_of_pairs,
-    difference_of_scores,
-    difference_of_seeds,
-    mean_and_spread,
-)
+from pretrain.comparison.planned_runs import other_recipe, plan_experiment
+from pretrain.comparison.report import statistics
+from pretrain.comparison.report.statistics import Difference, mean_and_spread
 from pretrain.comparison.run_records import RunRecord, read_run
 from pretrain.evaluation.suites import check_suites
 from pretrain.records.finished import has_finished
 
-Getter = Callable[[RunRecord], float | None]
 # Beside the tasks of evaluations, the text whose loss is measured during training.
 VALIDATION = "validation"
 
@@ -40,20 +34,16 @@ class Arm:
 
     @property
     def first(self) -> RunRecord:
-        """The run that stands for the arm where seeds do not matter (parameters, FLOPs per token) or one curve is
-        drawn.
-        """
+        """The run that is shown where seeds do not matter (parameters, FLOPs per token) or one curve is drawn."""
         return self.runs[0]
 
-    def mean(self, getter: Getter) -> tuple[float | None, float | None]:
+    def mean(self, getter: Callable[[RunRecord], float | None]) -> tuple[float | None, float | None]:
         """Mean over seeds and their standard deviation; the latter is None for one seed. Not finite where one is."""
         values = [value for run in self.runs if (value := getter(run)) is not None]
         return mean_and_spread(values) if values else (None, None)
 
     def mean_score(self, task: str, metric: str) -> tuple[float | None, float | None]:
-        """Mean over seeds and its spread: standard deviation over seeds, of a single run the standard error over
-        examples.
-        """
+        """Mean over seeds and standard deviation; of a single run the standard error over examples."""
         scores = [score for run in self.runs if (score := run.score(task, metric)) is not None]
         if len(scores) == 1:
             return scores[0].value, scores[0].stderr
@@ -84,8 +74,8 @@ class Results:
 
     @property
     def common_budgets(self) -> list[float]:
-        """Budgets at which validation losses can be laid beside each other: none with fewer than two budgets, or where
-        arms were validated on different texts.
+        """Budgets whose validation losses can be compared: none with fewer than two budgets, or where arms were
+        validated on different texts.
         """
         budgets = sorted(budget for budget in self.budgets if budget is not None)
         alike = not any(self.different_texts(VALIDATION, self.arms(budget)) for budget in budgets)
@@ -93,7 +83,7 @@ class Results:
 
     @property
     def main_budget(self) -> float | None:
-        """The largest budget at which anything finished: where tables that show one budget look."""
+        """The largest budget at which a run finished: the one of tables that show one budget."""
         finished = {record.trial.budget for record in self.records if record.finished}
         candidates = [budget for budget in self.budgets if budget in finished] or self.budgets
         return max(candidates, key=lambda budget: budget or 0.0)
@@ -150,9 +140,10 @@ class Results:
             {run.trial.seed: score for run in side.runs if (score := run.score(task, metric)) is not None}
             for side in (arm, reference)
         )
-        if not all(math.isfinite(score.value) for side in (mine, theirs) for score in side.values()):
+        values, references = ({seed: score.value for seed, score in side.items()} for side in (mine, theirs))
+        if not all(map(math.isfinite, [*values.values(), *references.values()])):
             return None
-        over_seeds = difference_of_seeds({s: v.value for s, v in mine.items()}, {s: v.value for s, v in theirs.items()})
+        over_seeds = statistics.difference_of_seeds(values, references)
         if over_seeds is not None:
             return over_seeds
         common = [seed for seed in mine if seed in theirs]
@@ -160,8 +151,8 @@ class Results:
             return None
         a, b = mine[common[0]], theirs[common[0]]
         if a.sums and a.weights == b.weights:
-            return difference_of_pairs(a.sums, b.sums, a.weights)
-        return difference_of_scores(a.value, a.stderr, b.value, b.stderr)
+            return statistics.difference_of_pairs(a.sums, b.sums, a.weights)
+        return statistics.difference_of_scores(a.value, a.stderr, b.value, b.stderr)
 
 
 def read_results(experiment: Experiment) -> Results:
@@ -171,12 +162,10 @@ def read_results(experiment: Experiment) -> Results:
         RecipeError, DataError: the experiment cannot be planned, so nothing says what a finished run of it is.
     """
     suites = check_suites(experiment.evaluation.suites)
-    return Results(experiment, [_read(run, suites) for run in plan_experiment(experiment)])
-
-
-def _read(run: PlannedRun, suites: list[str]) -> RunRecord:
-    record = read_run(run.trial, plain(run.label), suites)
-    if not record.finished or has_finished(run.recipe):
-        return record
-    # Finished, but not what the experiment says now: with a smaller budget, say.
-    return dataclasses.replace(record, state="outdated", problem=plain(other_recipe(run)))
+    records = []
+    for run in plan_experiment(experiment):
+        record = read_run(run.trial, plain(run.label), suites)
+        if record.finished and not has_finished(run.recipe):  # with a smaller budget than the experiment's, for example
+            record = dataclasses.replace(record, state="outdated", problem=plain(other_recipe(run)))
+        records.append(record)
+    return Results(experiment, records)

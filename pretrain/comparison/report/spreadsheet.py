@@ -10,29 +10,28 @@ from data_prep.plain_text import spreadsheet_cell
 from pretrain.comparison.report.results import Results
 from pretrain.comparison.run_records import RunRecord
 
-COLUMNS = ("run", "arm", "seed", "budget", "state", "quantity", "value", "stderr", "n", "routing")
+_COLUMNS = ("run", "arm", "seed", "budget", "state", "quantity", "value", "stderr", "n", "routing")
 
 
 def spreadsheet(results: Results) -> str:
-    """CSV with the columns `COLUMNS`. Numbers stand in full precision, nan for one that is not finite; runs without
-    numbers have one line with their state.
+    """The report as CSV. Numbers have full precision, nan for one that is not finite; runs without numbers have one
+    line with their state.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(_COLUMNS)
     for record in results.records:
         trial = record.trial
-        head = (trial.name, trial.arm, _blank(trial.seed), _blank(trial.budget), record.state)
-        rows = list(_quantities(record)) or [("", "", "", "", "")]
+        head = (trial.name, trial.arm, trial.seed, trial.budget, record.state)
+        rows = list(_quantities(record)) or [(None,) * 5]
         writer.writerows(map(spreadsheet_cell, (*head, *row)) for row in rows)
     return stream.getvalue()
 
 
 def _quantities(record: RunRecord) -> Iterator[tuple[object, ...]]:
-    for name, value in record.parameters.items():
-        yield f"parameters_{name}", value, "", "", ""
     singles = {
-        "training_flops_per_token": 3 * record.plan["flops_per_token_forward"] if record.plan else None,
+        **{f"parameters_{name}": value for name, value in record.parameters.items()},
+        "training_flops_per_token": record.training_flops_per_token,
         "training_flops_planned": record.plan.get("training_flops"),
         "training_flops_counted": record.counted_flops,
         "tokens": record.tokens,
@@ -44,15 +43,11 @@ def _quantities(record: RunRecord) -> Iterator[tuple[object, ...]]:
     }
     for name, single in singles.items():
         if single is not None:
-            yield name, single, "", "", ""
+            yield name, single, None, None, None
     for routing in record.validation:
-        yield "validation_loss", record.final_validation(routing), "", "", routing
+        yield "validation_loss", record.final_validation(routing), None, None, routing
     for looked_at, shares in record.depths.items():
         for depth, share in enumerate(shares):
-            yield f"share_of_tokens_at_depth_{depth}", share, "", "", looked_at
+            yield f"share_of_tokens_at_depth_{depth}", share, None, None, looked_at
     for score in record.scores:
-        yield f"{score.task}/{score.metric}", score.value, _blank(score.stderr), _blank(score.n), score.routing
-
-
-def _blank(value: object) -> object:
-    return "" if value is None else value
+        yield f"{score.task}/{score.metric}", score.value, score.stderr, score.n, score.routing

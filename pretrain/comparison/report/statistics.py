@@ -15,10 +15,8 @@ _Z95 = float(ndtri(_TWO_SIDED_95))
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` (other minus reference) with the half-width of its 95 % interval; None where the spread
-    is not known.
-
-    `over` says what the interval covers: `examples` (the test texts) or `seeds`.
+    """`value` (other minus reference), half-width of its 95 % interval (None where the spread is not known), and what
+    the interval covers: `examples` (the test texts) or `seeds`.
     """
 
     value: float
@@ -42,10 +40,8 @@ class Difference:
 def difference_of_scores(
     value: float, stderr: float | None, reference: float, reference_stderr: float | None
 ) -> Difference:
-    """Difference of two means over examples, taken as independent.
-
-    Both arms answer the same examples, so their errors are correlated and the interval is too wide rather than too
-    narrow.
+    """Difference of two means over examples, taken as independent. Both arms answer the same examples, so their errors
+    are correlated and the interval is rather too wide than too narrow.
     """
     half = None if stderr is None or reference_stderr is None else _Z95 * math.hypot(stderr, reference_stderr)
     return Difference(value - reference, half or None, "examples")
@@ -76,13 +72,10 @@ def difference_of_pairs(
 
 
 def difference_of_seeds(values: dict[int | None, float], references: dict[int | None, float]) -> Difference | None:
-    """Difference of the means over seeds: paired by seed, which two arms of one seed share with their data order.
+    """Difference of the means over seeds, paired by seed, since two arms of one seed have the same data order.
 
     Args:
-        values, references: seed to score.
-
-    Returns:
-        None when the two have fewer than two seeds in common.
+        values, references: seed to score. With fewer than two seeds in common there is no difference: None.
     """
     common = [seed for seed in values if seed in references]
     if len(common) < 2:

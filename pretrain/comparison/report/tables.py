@@ -1,4 +1,4 @@
-"""The report's tables as values: page, markdown and terminal print the same ones."""
+"""The report's tables as values, from which page and markdown are written."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def size_table(results: Results) -> Table:
             Column("Stored", "embedding"): parameters("embedding"),
             Column("Stored", "the rest"): parameters("non_embedding_stored"),
             Column("Applied", "the rest"): parameters("applied"),
-            Column("Training FLOPs", "per token"): lambda arm: numbers.si(
-                3 * arm.first.plan["flops_per_token_forward"]
-            ),
+            Column("Training FLOPs", "per token"): lambda arm: numbers.si(arm.first.training_flops_per_token),
             Column("KV cache", "bytes per token"): lambda arm: numbers.whole(arm.first.kv_bytes),
         },
         "Applied counts a shared layer once per application, for a token that takes every recursion step. The "
@@ -95,9 +93,12 @@ def size_table(results: Results) -> Table:
 
 
 def budget_table(results: Results) -> Table:
+    def planned(arm: Arm) -> float | None:
+        return arm.first.plan.get("training_flops")
+
     def against_plan(arm: Arm) -> str:
-        planned, counted = arm.first.plan.get("training_flops"), arm.first.counted_flops
-        return f"{numbers.signed(100 * (counted / planned - 1), 2)} %" if counted and planned else numbers.MISSING
+        plan, counted = planned(arm), arm.first.counted_flops
+        return f"{numbers.signed(100 * (counted / plan - 1), 2)} %" if counted and plan else numbers.MISSING
 
     return arm_table(
         "What each arm was given",
@@ -105,9 +106,7 @@ def budget_table(results: Results) -> Table:
         {
             Column("Tokens", "seen"): lambda arm: numbers.si(arm.first.tokens),
             Column("Steps"): lambda arm: numbers.whole(arm.first.step),
-            Column("Training FLOPs", "planned"): lambda arm: numbers.power_of_ten(
-                arm.first.plan.get("training_flops"), 4
-            ),
+            Column("Training FLOPs", "planned"): lambda arm: numbers.power_of_ten(planned(arm), 4),
             Column("Training FLOPs", "counted"): lambda arm: numbers.power_of_ten(arm.first.counted_flops, 4),
             Column("Counted", "against planned"): against_plan,
         },
@@ -130,9 +129,7 @@ def routing_table(results: Results) -> Table:
         test = [numbers.fixed(test_topk[0], 4), numbers.signed_plus_minus(*leak, 4)]
         if not arm.first.routed:
             validation = test = ["same", numbers.MISSING]
-        rows.append(
-            [arm.label, numbers.plus_minus(*causal, 4), *validation, numbers.fixed(test_causal[0], 4), *test],
-        )
+        rows.append([arm.label, numbers.plus_minus(*causal, 4), *validation, numbers.fixed(test_causal[0], 4), *test])
     return Table(
         "Loss by routing, in nats per token",
         [
@@ -141,11 +138,10 @@ def routing_table(results: Results) -> Table:
             *(Column(head, "test, packed") for head in ("Causal", "Top-k", "Difference")),
         ],
         rows,
-        "Causal routing decides from a token's past alone; it is the headline wherever this report names one "
-        "number. Top-k routing, used in training, chooses among all tokens of a sequence and so looks at future ones; "
-        "its loss is shown to measure that leak. "
-        "Packed: documents joined and cut into full sequences as in training, so these losses differ from the "
-        f"document-wise ones above. {_spread_note(results, 'the sequences')}",
+        "Causal routing decides from a token's past alone; where this report names one number, it is causal. Top-k "
+        "routing, used in training, chooses among all tokens of a sequence and so looks at future ones; its loss is "
+        "shown to measure that leak. Packed: documents joined and cut into full sequences as in training, so these "
+        f"losses differ from the document-wise ones above. {_spread_note(results, 'the sequences')}",
     )
 
 
@@ -196,11 +192,8 @@ def loss_tasks(results: Results) -> list[str]:
 
 
 def few_shot_scores(results: Results) -> dict[str, list[Score | None]]:
-    """The figure that stands for each task: task to one score per arm (of the first seed), in the order of
-    `results.arms`.
-
-    Of the project's own suite every task is shown; of others their headline figure, which for BLiMP or MMLU is the
-    mean of many.
+    """Task to one score per arm (of its first seed): every task of the project's own suite, and of other suites the
+    headline figure.
     """
     arms = results.main_arms
     shown: dict[str, str] = {}
@@ -226,13 +219,12 @@ def few_shot_table(results: Results) -> Table:
         row = [task_name(task), first.metric, numbers.whole(first.n)]
         row.append(numbers.MISSING if first.chance is None else numbers.fixed(100 * first.chance, 1))
         row += [numbers.accuracy(*arm.mean_score(task, first.metric)) for arm in arms]
-        row += [_range([score.prompts_cut for score in scores])] if cut else []
+        if cut:
+            counts = sorted({score.prompts_cut for score in scores})
+            row.append(" to ".join(map(numbers.whole, dict.fromkeys((counts[0], counts[-1])))))
         row.append(", ".join(sorted({score.routing for score in scores})))
         rows.append(row)
-    note = (
-        f"{_spread_note(results, 'the examples')} A score within twice its ± of chance says nothing about the model, "
-        "and of few examples little."
-    )
+    note = f"{_spread_note(results, 'the examples')} A score within twice its ± of chance says nothing about the model."
     return Table(
         "Accuracy in per cent",
         [
@@ -270,8 +262,8 @@ def refusals(results: Results) -> list[str]:
 
 def speed_table(results: Results) -> Table:
     def flops_per_second(arm: Arm) -> str:
-        speed = arm.first.tokens_per_second
-        return numbers.si(speed and 3 * arm.first.plan["flops_per_token_forward"] * speed, "FLOP/s")
+        speed, cost = arm.first.tokens_per_second, arm.first.training_flops_per_token
+        return numbers.si(speed * cost if speed and cost else None, "FLOP/s")
 
     return arm_table(
         "Training on the machine named below",
@@ -298,10 +290,10 @@ def skipped_table(results: Results) -> Table | None:
             parts.setdefault((benchmark, entry["why"], entry["how"]), set()).add(task)
     if not parts:
         return None
-    rows = []
-    for (benchmark, why, how), tasks in parts.items():
-        name = task_name(benchmark)
-        rows.append([f"{name} ({len(tasks)} parts)" if len(tasks) > 1 else name, why, how])
+    rows = [
+        [task_name(benchmark) + (f" ({len(tasks)} parts)" if len(tasks) > 1 else ""), why, how]
+        for (benchmark, why, how), tasks in parts.items()
+    ]
     columns = [Column("Skipped", text=True), Column("Why", text=True), Column("How to get it", text=True)]
     return Table("What was not measured", columns, rows)
 
@@ -313,14 +305,13 @@ def _routing(arm: Arm, task: str) -> str:
 
 
 def _spread_note(results: Results, over: str) -> str:
-    if len(results.seeds) > 1:
-        return f"± is the standard deviation over seeds, for an arm of one seed the standard error over {over}."
-    return f"± is the standard error over {over}."
+    seeds = "deviation over seeds, for an arm of one seed the standard " if len(results.seeds) > 1 else ""
+    return f"± is the standard {seeds}error over {over}."
 
 
 def best_rows(arms: Sequence[Arm], values: Sequence[float | None]) -> list[int]:
-    """Where the lowest of the arms' values stands: at several places when it is a tie, nowhere with fewer than two to
-    compare, or where the arms did not finish with the same seeds. What is not finite is never the best.
+    """Rows of the lowest value: several when it is a tie; none with fewer than two finite values, or where the arms did
+    not finish with the same seeds.
     """
     finite = [value for value in values if value is not None and math.isfinite(value)]
     seeds = {tuple(run.trial.seed for run in arm.runs) for arm in arms if arm.runs}
@@ -328,8 +319,3 @@ def best_rows(arms: Sequence[Arm], values: Sequence[float | None]) -> list[int]:
         return []
     lowest = min(finite)
     return [row for row, value in enumerate(values) if value == lowest]
-
-
-def _range(counts: list[int]) -> str:
-    low, high = min(counts), max(counts)
-    return numbers.whole(high) if low == high else f"{numbers.whole(low)} to {numbers.whole(high)}"

@@ -1,6 +1,4 @@
-"""Tables that look across runs: loss at every budget, the same runs at equal tokens, and the paper's results beside
-ours.
-"""
+"""Tables across runs: loss at every budget, losses at equal tokens, the paper's results beside ours."""
 
 from __future__ import annotations
 
@@ -20,30 +18,28 @@ def budgets_table(results: Results) -> Table | None:
     if not results.common_budgets:
         return None
     names = list(results.experiment.arms)
-    columns, rows = [Column("Arm", text=True)], [[results.label(name)] for name in names]
+    columns, cells = [Column("Arm", text=True)], [[results.label(name) for name in names]]
     best: set[tuple[int, int]] = set()
     with_paper = False
     for budget in results.common_budgets:
         arms = [results.arm(name, budget) for name in names]
         losses = [arm.validation_loss("causal") for arm in arms]
         best |= {(row, len(columns)) for row in best_rows(arms, [loss for loss, _ in losses])}
-        _add_column(
-            columns,
-            rows,
-            Column(numbers.power_of_ten(budget), "measured"),
-            [numbers.plus_minus(*loss, 4) for loss in losses],
-        )
+        columns.append(Column(numbers.power_of_ten(budget), "measured"))
+        cells.append([numbers.plus_minus(*loss, 4) for loss in losses])
         configs = [arm.first.config if arm.runs else None for arm in arms]
         paper = [None if config is None else paper_loss(config, budget) for config in configs]
         if any(paper):
             with_paper = True
-            _add_column(columns, rows, Column("", "paper"), [numbers.fixed(loss, 3) for loss in paper])
+            columns.append(Column("", "paper"))
+            cells.append([numbers.fixed(loss, 3) for loss in paper])
     note = "Validation loss with causal routing, in nats per token, at the end of a run of so many training FLOPs."
     if with_paper:
         note += (
             " Paper: arXiv 2507.10524, at a third as many forward FLOPs, on FineWeb-Edu; its MoR losses are with "
             "top-k routing, which looks ahead. Compare it with ours only on the same data, tokenizer and routing."
         )
+    rows = [list(row) for row in zip(*cells)]
     return Table("Loss at every budget of training FLOPs", columns, rows, note, frozenset(best))
 
 
@@ -85,21 +81,19 @@ def equal_tokens_table(results: Results) -> Table | None:
             Column("Learning rate", text=True): lambda arm: _learning_rate(arm.first, tokens),
         },
         "Validation loss in nats per token, read off each curve where all arms have seen equally many tokens. An arm "
-        "whose learning rate has not come down by then would stand lower if its run ended there, so these losses "
-        "favour the arms whose rate has.",
+        "whose learning rate is still high there would reach a lower loss if its run ended there, so these losses "
+        "favour the arms whose rate has decayed.",
     )
 
 
 def paper_table(results: Results) -> Table | None:
     """Ours beside the paper's main table; None where no arm is among the paper's 360M networks."""
-    pairs = [
-        (arm, row)
-        for arm in results.main_arms
-        if arm.first.config is not None and (row := paper_row(arm.first.config)) is not None
-    ]
-    if not pairs:
+    rows = []
+    for arm in results.main_arms:
+        if arm.first.config is not None and (row := paper_row(arm.first.config)) is not None:
+            rows += [_ours(arm), _theirs(row)]
+    if not rows:
         return None
-    rows = [cells for arm, row in pairs for cells in (_ours(arm), _theirs(row))]
     return Table(
         "Beside the paper's results",
         [
@@ -133,12 +127,6 @@ def _theirs(row: PaperRow) -> list[str]:
     losses = [numbers.MISSING, loss] if row.name.startswith("MoR") else [loss, numbers.MISSING]
     accuracies = [numbers.fixed(row.accuracy[task], 1) for task in _PAPER_TASKS]
     return [f"paper: {row.name}", numbers.si(row.parameters), numbers.si(row.tokens), *losses, *accuracies]
-
-
-def _add_column(columns: list[Column], rows: list[list[str]], column: Column, cells: list[str]) -> None:
-    columns.append(column)
-    for row, cell in zip(rows, cells):
-        row.append(cell)
 
 
 def _learning_rate(run: RunRecord, tokens: float) -> str:

@@ -54,35 +54,19 @@ def test_runs_are_listed_with_state_progress_and_losses(tmp_path: Path) -> None:
 def test_a_damaged_run_and_a_loss_that_is_not_finite_leave_the_table_whole(tmp_path: Path) -> None:
     make_run(tmp_path / "one", "running")
     make_run(tmp_path / "torn", "running").status_file.write_text("{", encoding="utf-8")
-    recipe = build_recipe(recipe_values(Path("data"), tmp_path / "nan"))
-    failed = make_run(tmp_path / "nan", "failed")
-    failed.write_json(
-        failed.status_file, {"state": "failed", "step": 3, "steps": 12, "reason": "5 steps " + "on " * 50}
-    )
-    diverged = Telemetry(failed, recipe, 12, active=True)
-    diverged.record("train", {"step": 4, "lm_loss": math.nan, "tokens_per_second": 1.0, "step_seconds": 1.0})
-    diverged.record("validation", {"step": 4, "loss_causal": math.inf})
-    diverged.close()
+    for state, step in (("failed", 4), ("finished", 12)):
+        run = make_run(tmp_path / state, state)
+        diverged = Telemetry(run, build_recipe(recipe_values(Path("data"), run.path)), 12, active=True)
+        diverged.record("train", {"step": step, "lm_loss": math.nan, "tokens_per_second": 1.0, "step_seconds": 1.0})
+        diverged.record("validation", {"step": step, "loss_causal": math.inf})
+        diverged.close()
+    failed = RunFolder(tmp_path / "failed").status_file
+    failed.write_text(json.dumps({"state": "failed", "step": 3, "steps": 12, "reason": "5 steps " + "on " * 50}))
     rows = {row[0]: row[1:] for row in (describe(run, run.name) for run in find_runs(tmp_path))}
-    assert rows["nan"][0].startswith("failed: 5 steps on on") and rows["nan"][0].endswith(" ...")
-    assert rows["nan"][1:] == ["4/12", "not finite", "not finite", "1", "-"]
+    assert rows["failed"][0].startswith("failed: 5 steps on on") and rows["failed"][0].endswith(" ...")
+    assert rows["failed"][1:] == ["4/12", "not finite", "not finite", "1", "-"]
+    assert rows["finished"][:3] == ["finished, its loss is not finite", "12/12", "not finite"]
     assert rows["one"][0] == "running" and "torn/status.json: cannot be read" in rows["torn"][0]
-
-
-def test_a_run_that_ends_without_a_number_is_not_finished_in_silence(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "one", "finished")
-    telemetry = Telemetry(run, build_recipe(recipe_values(tmp_path, run.path)), 12, active=True)
-    telemetry.record("train", {"step": 12, "lm_loss": math.nan, "tokens_per_second": 1.0, "step_seconds": 1.0})
-    telemetry.close()
-    assert describe(run, "one") == [
-        "one",
-        "finished, its loss is not finite",
-        "12/12",
-        "not finite",
-        "2.5000",
-        "1",
-        "-",
-    ]
 
 
 def test_names_and_reasons_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -118,17 +102,15 @@ def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path: Pat
     assert run.metrics_file.read_bytes().endswith(b"}\n")
 
 
-def test_print_shows_the_resolved_recipe(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", recipe_values(tiny_data, tmp_path / "run"))
+def test_print_and_a_dry_run_check_everything_and_train_nothing(
+    tmp_path: Path, tiny_data: Path, one_rank: Workers
+) -> None:
+    values = recipe_values(tiny_data, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "r.yaml", values)
     code, printed = one_rank.run("--config", str(recipe), "--print", "optim.lr=0.5")
     shown = yaml.safe_load(printed)
     assert code == 0 and shown["optim"]["lr"] == 0.5 and shown["faults"]["max_non_finite"] == 5
-    assert build_recipe(shown) == build_recipe(recipe_values(tiny_data, tmp_path / "run"), ["optim.lr=0.5"])
-
-
-def test_a_dry_run_checks_everything_and_trains_nothing(tmp_path: Path, tiny_data: Path, one_rank: Workers) -> None:
-    values = recipe_values(tiny_data, tmp_path / "run")
-    recipe = write_recipe(tmp_path / "r.yaml", values)
+    assert build_recipe(shown) == build_recipe(values, ["optim.lr=0.5"])
     code, printed = one_rank.run("--config", str(recipe), "--dry-run")
     assert code == 0, printed
     for part in ("steps            12", "training FLOPs", "0.25 epochs", "memory", "time", "2 x 4 x 1", '"stage": 3'):
@@ -138,7 +120,9 @@ def test_a_dry_run_checks_everything_and_trains_nothing(tmp_path: Path, tiny_dat
     assert code == 2 and "/nowhere" in printed
 
 
-def test_the_time_that_is_left_follows_from_what_the_run_has_reached(tmp_path: Path, tiny_data: Path) -> None:
+def test_the_time_that_is_left_follows_from_what_the_run_has_reached(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared = prepare(build_recipe(recipe_values(tiny_data, tmp_path / "run")), ALONE)
     run, flops = prepared.folder, prepared.plan.training_flops
     assert "not known before the first steps" in describe_plan(prepared, ALONE)
@@ -152,14 +136,9 @@ def test_the_time_that_is_left_follows_from_what_the_run_has_reached(tmp_path: P
     # Two ranks did the whole run's work four times a second, one does so twice; three quarters of it are left.
     assert f"{2 * flops:.3g} FLOP/s a rank, the speed reached so far on 2" in describe_plan(prepared, ALONE)
     run.write_text(run.metrics_file, json.dumps({**records[0], "flops_per_second": flops / 1000}) + "\n")
-    told = duration(0.75 * 2000)
-    assert f"time             about {told} more" in describe_plan(prepared, ALONE)
-
-
-def test_a_gpu_is_thought_to_reach_a_share_of_its_promise(
-    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared = prepare(build_recipe(recipe_values(tiny_data, tmp_path / "run")), ALONE)
+    assert f"time             about {duration(0.75 * 2000)} more" in describe_plan(prepared, ALONE)
+    # A GPU is assumed to reach a share of its peak.
+    run.metrics_file.unlink()
     monkeypatch.setattr("pretrain.training.dry_run.trains_on_cpu", lambda: False)
     monkeypatch.setattr("pretrain.training.dry_run.peak_flops", lambda device: 1e15 if device.type == "cuda" else None)
     assert "at 4e+14 FLOP/s a rank" in describe_plan(prepared, ALONE)

@@ -37,8 +37,6 @@ SMALL = {
     "intermediate_size": 512,
     "context_length": 256,
 }
-
-
 # A model and arms that train in seconds.
 TINY = {
     "num_layers": 5,
@@ -65,6 +63,7 @@ def write_corpus(file: Path, documents: int = 500) -> None:
 
 
 ARMS = ("vanilla", "recursive", "mor")
+LEAK = 0.05  # how much lower the loss of a routed network reads with top-k routing
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,9 @@ def write_run(
     budget: float = 1.2e14,
     seed: int = 1,
     final_loss: float = 4.0,
-    leak: float = 0.05,
     state: str = "finished",
     until: float = 1.0,
     evaluate: bool = True,
-    few_shot: bool = True,
     reason: str | None = None,
     config: ModelConfig | None = None,
     sequences: int = 32,
@@ -157,7 +154,7 @@ def write_run(
     """One run folder.
 
     Args:
-        budget: training FLOPs; final_loss: causal validation loss at the end; leak: how much lower top-k reads.
+        budget: training FLOPs; final_loss: causal validation loss at the end.
         until: share of the run that has been trained when `state` is not `finished`.
         config: the network, by default a small one for `arm`.
     """
@@ -185,17 +182,17 @@ def write_run(
     versions = {"torch": "2.13.0", "deepspeed": "0.19.8"}
     _json(folder / "environment.json", {"versions": versions, "commit": "0123abcd", "world_size": 2})
     (folder / "recipe.yaml").write_text(f"name: {folder.name}\nseed: {seed}\n", encoding="utf-8")
-    records = _metrics(random.Random(f"{seed}{folder.name}"), config, plan, reached, final_loss, leak)
+    records = _metrics(random.Random(f"{seed}{folder.name}"), config, plan, reached, final_loss)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records), encoding="utf-8")
     if evaluate:
-        _write_evaluation(folder / "evaluation", config, final_loss, leak, seed, few_shot)
+        _write_evaluation(folder / "evaluation", config, final_loss, seed)
     ended = {"state": state, "step": reached, "steps": steps}
     _json(folder / "status.json", ended | ({"reason": reason} if reason else {}))
     return folder
 
 
 def _metrics(
-    noise: random.Random, config: ModelConfig, plan: dict[str, Any], reached: int, final: float, leak: float
+    noise: random.Random, config: ModelConfig, plan: dict[str, Any], reached: int, final: float
 ) -> Iterator[dict[str, Any]]:
     steps, flops = plan["steps"], 3 * plan["flops_per_token_forward"]
     routed = config.router is not None
@@ -222,7 +219,7 @@ def _metrics(
                 **place,
                 "source": "docs",
                 "loss_causal": loss,
-                "loss_topk": loss - (leak if routed else 0.0),
+                "loss_topk": loss - (LEAK if routed else 0.0),
                 "tokens_evaluated": 16384,
             }
 
@@ -232,8 +229,7 @@ def _json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, default=str), encoding="utf-8")
 
 
-def _write_evaluation(folder: Path, config: ModelConfig, final: float, leak: float, seed: int, few_shot: bool) -> None:
-    noise = random.Random(seed)
+def _write_evaluation(folder: Path, config: ModelConfig, final: float, seed: int) -> None:
     nats_per_byte = final / 4.2
     perplexity = {
         "metrics": {
@@ -251,14 +247,11 @@ def _write_evaluation(folder: Path, config: ModelConfig, final: float, leak: flo
         "text_bytes": 90_000,
         "text_sha256": "a" * 64,
     }
-    _suite(folder, "perplexity", {"perplexity": perplexity}, "bits_per_byte")
-    routed = config.router is not None
-    histogram = (
-        {"causal": [0.0, 0.36, 0.33, 0.31], "topk": [0.0, 1 / 3, 1 / 3, 1 / 3]}
-        if routed
-        else {"causal": [0.0] * config.recursions + [1.0]}
-    )
-    metrics = {"loss_causal": final + 0.01, **({"loss_topk": final + 0.01 - leak, "leak": leak} if routed else {})}
+    metrics = {"loss_causal": final + 0.01}
+    histogram = {"causal": [0.0] * config.recursions + [1.0]}
+    if config.router is not None:
+        metrics |= {"loss_topk": final + 0.01 - LEAK, "leak": LEAK}
+        histogram = {"causal": [0.0, 0.36, 0.33, 0.31], "topk": [0.0, 1 / 3, 1 / 3, 1 / 3]}
     routing = {
         "metrics": metrics,
         "stderr": dict.fromkeys(metrics, 0.002),
@@ -266,29 +259,17 @@ def _write_evaluation(folder: Path, config: ModelConfig, final: float, leak: flo
         "routing": "causal and topk",
         "depth_histogram": histogram,
     }
-    _suite(folder, "routing", {"routing": routing}, "loss_causal")
-    if not few_shot:
-        return
-    few = {"blimp": (0.5, 6700), "lambada": (0.0, 1000), "hellaswag": (0.25, 1000), "arc_easy": (0.25, 570)}
-    for task, (chance, n) in few.items():
+    results = {"perplexity": (perplexity, "bits_per_byte"), "routing": (routing, "loss_causal")}
+    noise = random.Random(seed)
+    few_shot = {"blimp": (0.5, 6700), "lambada": (0.0, 1000), "hellaswag": (0.25, 1000), "arc_easy": (0.25, 570)}
+    for task, (chance, n) in few_shot.items():
         accuracy = chance + (0.02 if task == "arc_easy" else 0.08) + noise.uniform(-0.02, 0.02)
         stderr = {"acc": math.sqrt(accuracy * (1 - accuracy) / n)}
         result = {"metrics": {"acc": accuracy}, "stderr": stderr, "n": n, "routing": "causal", "chance": chance}
-        _suite(folder, task, {task: {**result, "higher_is_better": {"acc": True}}}, "acc")
+        results[task] = ({**result, "higher_is_better": {"acc": True}}, "acc")
+    for suite, (result, metric) in results.items():
+        primary = {"task": suite, "metric": metric}
+        content = {"suite": suite, "tasks": {suite: result}, "skipped": [], "primary": primary}
+        _json(folder / f"{suite}.json", content)
     missing = [{"task": "mmlu", "why": "no data on this machine", "how": "set MOR_SHARED_DATA to a folder with eval/."}]
-    _suite(folder, "mmlu", {}, "acc", missing)
-
-
-def _suite(
-    folder: Path, suite: str, tasks: dict[str, Any], metric: str, skipped: list[dict[str, str]] | None = None
-) -> None:
-    primary = {"task": suite, "metric": metric} if tasks else None
-    content = {
-        "suite": suite,
-        "tasks": tasks,
-        "skipped": skipped or [],
-        "primary": primary,
-        "seconds": 1.0,
-        "settings": {"limit": None},
-    }
-    _json(folder / f"{suite}.json", content)
+    _json(folder / "mmlu.json", {"suite": "mmlu", "tasks": {}, "skipped": missing, "primary": None})

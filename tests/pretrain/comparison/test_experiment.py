@@ -45,6 +45,8 @@ def test_an_arm_is_the_base_with_its_own_values_laid_upon_it(write):
     assert vanilla["data"] == mor["data"] == {"path": "data/small"}
     assert (vanilla["run_dir"], mor["run_dir"]) == ("runs/small/vanilla", "runs/small/mor")
     assert vanilla["seed"] == mor["seed"] == 3
+    more_seeds = load_experiment(write(MINIMAL + "seeds: [3, 4, 5]\n"))
+    assert {trial.folder for trial in experiment.trials()} < {trial.folder for trial in more_seeds.trials()}
 
 
 def test_smaller_budgets_branch_off_the_largest_run(write):
@@ -70,31 +72,14 @@ def test_budgets_are_runs_of_their_own_without_a_decay_to_branch(write):
     assert experiment.recipe_values(experiment.trials()[0])["budget"] == {"flops": 1e13}
 
 
-def test_a_mixture_of_sources_is_left_as_it_is(write):
-    text = MINIMAL.replace("base:\n", "base:\n  data: {sources: [{path: a}, {path: b}]}\n")
-    experiment = load_experiment(write(text))
-    assert experiment.recipe_values(experiment.trials()[0])["data"] == {"sources": [{"path": "a"}, {"path": "b"}]}
-
-
-def test_a_run_keeps_its_folder_when_seeds_are_added(write):
-    before = load_experiment(write(MINIMAL)).trials()
-    after = load_experiment(write(MINIMAL + "seeds: [3, 4, 5]\n")).trials()
-    assert {trial.folder for trial in before} < {trial.folder for trial in after}
-
-
 def test_overrides_are_applied_before_checking(write):
-    experiment = load_experiment(
-        write(MINIMAL), ["data.corpus=books/*.jsonl", "base.optim.lr=5e-4", "runs=~/elsewhere"]
-    )
+    file = write(MINIMAL.replace("  optim.lr: 1e-3", "  optim: {eps: 1e-6}\n  optim.lr: 1e-3"))
+    overrides = ["data.corpus=books/*.jsonl", "base.optim.lr=5e-4", "base.budget.steps=7", "runs=~/elsewhere"]
+    experiment = load_experiment(file, overrides)
     assert experiment.data.corpus == "books/*.jsonl"
-    assert experiment.recipe_values(experiment.trials()[0])["optim"]["lr"] == 5e-4
+    vanilla = experiment.recipe_values(experiment.trials()[0])
+    assert vanilla["optim"] == {"eps": 1e-6, "lr": 5e-4} and vanilla["budget"] == {"steps": 7}
     assert experiment.trials()[0].folder == Path.home() / "elsewhere" / "vanilla"
-
-
-@pytest.mark.parametrize("name", ["report", "a/b", "-x"])
-def test_an_arm_must_be_a_folder_name_of_its_own(write, name):
-    with pytest.raises(RecipeError, match="arms"):
-        load_experiment(write(MINIMAL.replace("  vanilla:", f"  {name}:")))
 
 
 def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
@@ -102,6 +87,11 @@ def test_a_missing_file_and_a_missing_arm_are_named(write, tmp_path):
         load_experiment(tmp_path / "nothing.yaml")
     with pytest.raises(RecipeError, match="did you mean 'mor'"):
         load_experiment(write(MINIMAL)).trials(["mro"])
+
+
+def base_values(**changes: Any) -> dict[str, Any]:
+    values = recipe_values(Path("data"), Path("run"), **changes)
+    return {key: value for key, value in values.items() if key not in ("name", "run_dir")}
 
 
 # What an arm that differs in one key of a recipe says.
@@ -134,9 +124,7 @@ BELONGS_ELSEWHERE = {"name": "rename the arm", "seed": "seeds", "run_dir": "runs
 
 @pytest.mark.parametrize("key", Recipe.model_fields)
 def test_every_key_that_an_arm_names_is_in_its_recipe_or_refused(key, write):
-    base = recipe_values(Path("data"), Path("run"))
-    for name in ("name", "run_dir"):
-        del base[name]
+    base = base_values()
     values = {"name": "small", "base": base, "arms": {"plain": {}, "extra": {key: IN_AN_ARM[key]}}}
     file = write(write_yaml(values))
     if key in BELONGS_ELSEWHERE:
@@ -171,6 +159,8 @@ def test_every_key_that_an_arm_names_is_in_its_recipe_or_refused(key, write):
         ),
         ({"budgets": [1.0000001e13, 1.0000002e13, 2e13]}, "first six digits"),
         ({"arms": {"logs": {}}}, "'logs' is a folder of the experiment's own"),
+        ({"arms": {"a/b": {}}}, "arms: 'a/b' becomes a folder's name"),
+        ({"arms": {"-x": {}}}, "arms: '-x' becomes a folder's name"),
         ({"seeds": list(range(5000)), "budgets": [1, 2, 3]}, "15,000 runs, more than 10,000"),
     ],
 )
@@ -181,15 +171,14 @@ def test_what_the_experiment_decides_is_refused_elsewhere(change, message, write
 
 
 def test_arms_that_mix_other_data_sets_are_refused(write):
-    base = recipe_values(Path("data"), Path("run"), data={"sources": [{"path": "a"}, {"path": "b"}]})
-    for name in ("name", "run_dir"):
-        del base[name]
+    base = base_values(data={"sources": [{"path": "a"}, {"path": "b"}]})
 
     def planned(sources):
         arms = {"even": {}, "uneven": {"data": {"sources": sources}}}
         return plan_experiment(load_experiment(write(write_yaml({"name": "small", "base": base, "arms": arms}))))
 
-    _, uneven = planned([{"path": "a", "weight": 3}, {"path": "b"}])
+    even, uneven = planned([{"path": "a", "weight": 3}, {"path": "b"}])
+    assert even.recipe.data.path is None and [source.path for source in even.recipe.data.sources] == ["a", "b"]
     assert [source.weight for source in uneven.recipe.data.sources] == [3, 1]
     with pytest.raises(RecipeError, match="'even' and 'uneven' read different data sets"):
         planned([{"path": "a"}, {"path": "c"}])
@@ -200,47 +189,29 @@ def test_arms_that_mix_other_data_sets_are_refused(write):
     [
         ("base.optim.lr=[", "cannot be read as YAML"),
         ("evalutaion={suites: [own]}", "'evalutaion'; did you mean 'evaluation'"),
-        ("evaluation.suits=[own]", r"'evaluation\.suits'; did you mean 'evaluation\.suites'"),
         ("launch.rank=2", r"'launch\.rank'; did you mean 'launch\.ranks'"),
         ("launch={launcher: python, ranks: 2}", "launch: .*one process, not 2"),
         ("reference=vanila", "'vanila'; did you mean 'vanilla'"),
-        ("labels={mr: MoR}", "'mr'; did you mean 'mor'"),
         ("budgets=[1e13]", r"budgets: base\.budget is given too"),
         ("seeds=[1, 1]", "each value once"),
         ("base.data=text", "arm 'vanilla': data: must be a section"),
-        ("base.model=text", "arm 'vanilla': model: must be a section"),
         ("base=text", "base: must be a section"),
-        ("arms=[a, b]", "arms: must be a section"),
-        ("arms.mor=text", r"arms\.mor: must be a section"),
-        ("evaluation=own", "evaluation: must be a section"),
         ("evaluation.suites=own", r"evaluation\.suites: must be a list"),
         ("evaluation.limit=ten", r"evaluation\.limit: must be a whole number \(given: 'ten'\)"),
-        ("evaluation.text_bytes='500'", r"evaluation\.text_bytes: must be a whole number"),
         ("evaluation.suites=[perplexty]", "'perplexty' is unknown; did you mean 'perplexity'"),
         ("reference=''", "reference: there is no arm ''"),
-        ("runs=''", "runs: must not be empty"),
         ("base.data.path=''", r"arm 'vanilla': data\.path: must not be empty"),
         ("base.budget.flops=1e30", r"arm 'vanilla': budget\.flops: would be .* steps"),
-        ("seeds=3", "seeds: must be a list"),
         ("budgets=[.inf]", r"budgets\.0: must be a finite number"),
         ("launch.ranks=1000000000000000000000000000000", r"launch\.ranks: must be less than or equal to"),
     ],
 )
 def test_an_override_of_the_wrong_kind_is_refused_with_its_place(override, message, write):
-    file = write(
-        MINIMAL.replace(
-            "base:\n", "base:\n  model: {preset: tiny}\n  batch: {sequences: 2, micro_batch: 2, sequence_length: 32}\n"
-        )
-    )
+    tiny = "base:\n  model: {preset: tiny}\n  batch: {sequences: 2, micro_batch: 2, sequence_length: 32}\n"
+    file = write(MINIMAL.replace("base:\n", tiny))
     with pytest.raises(RecipeError, match=message) as caught:
         plan_experiment(load_experiment(file, [override]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-
-
-def test_an_override_changes_a_key_that_the_file_writes_dotted(write):
-    file = write(MINIMAL.replace("  optim.lr: 1e-3", "  optim: {eps: 1e-6}\n  optim.lr: 1e-3"))
-    values = load_experiment(file, ["base.optim.lr=5e-4", "base.budget.steps=7"]).base
-    assert values["optim"] == {"eps": 1e-6, "lr": 5e-4} and values["budget"] == {"steps": 7}
 
 
 @pytest.mark.parametrize("file", ["quickstart.yaml", "compare-360m.yaml"])

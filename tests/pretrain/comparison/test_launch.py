@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.comparison.experiment import LaunchSection
-from pretrain.comparison.launch import run_child, training_command
+from pretrain.comparison.launch import run_child
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,10 +48,13 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.02)
 
 
-def write_scripts(folder: Path) -> list[str]:
+def start_ranks(folder: Path, rank: str = RANK) -> subprocess.Popen:
+    """The launcher as the child of a process of its own, when its ranks are ready."""
     (folder / "launcher.py").write_text(LAUNCHER)
-    (folder / "rank.py").write_text(RANK)
-    return [sys.executable, str(folder / "launcher.py"), str(folder / "rank.py")]
+    (folder / "rank.py").write_text(rank)
+    parent = start_parent(folder, [sys.executable, str(folder / "launcher.py"), str(folder / "rank.py")])
+    wait_for(lambda: len(list(folder.glob("ready-*"))) == 2)
+    return parent
 
 
 def start_parent(folder: Path, command: list[str]) -> subprocess.Popen:
@@ -78,8 +80,7 @@ def start_parent(folder: Path, command: list[str]) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_the_ranks_once_and_they_are_waited_for(tmp_path, number):
-    parent = start_parent(tmp_path, write_scripts(tmp_path))
-    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    parent = start_ranks(tmp_path)
     # As a terminal does it: to the whole foreground group.
     os.killpg(parent.pid, number)
     output, errors = parent.communicate(timeout=120)
@@ -88,12 +89,9 @@ def test_a_signal_reaches_the_ranks_once_and_they_are_waited_for(tmp_path, numbe
 
 
 def test_a_second_signal_ends_everything_at_once(tmp_path):
-    command = write_scripts(tmp_path)
-    (tmp_path / "rank.py").write_text(RANK.replace("time.sleep(0.5)", "helper.wait()"))
-    parent = start_parent(tmp_path, command)
-    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    parent = start_ranks(tmp_path, RANK.replace("time.sleep(0.5)", "helper.wait()"))
     os.kill(parent.pid, signal.SIGINT)
-    wait_for(lambda: all((tmp_path / f"asked-{rank}").exists() for rank in (0, 1)))
+    wait_for(lambda: len(list(tmp_path.glob("asked-*"))) == 2)
     os.kill(parent.pid, signal.SIGINT)
     output, _ = parent.communicate(timeout=120)
     assert output.strip() == "interrupted"
@@ -107,8 +105,7 @@ def alive(pid: int) -> bool:
 
 
 def test_nothing_outlives_a_parent_that_is_killed(tmp_path):
-    parent = start_parent(tmp_path, write_scripts(tmp_path))
-    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    parent = start_ranks(tmp_path)
     below = [process.pid for process in psutil.Process(parent.pid).children(recursive=True)]
     assert len(below) >= 6  # launcher, ranks and their helpers, and what watches over them
     parent.kill()
@@ -118,17 +115,15 @@ def test_nothing_outlives_a_parent_that_is_killed(tmp_path):
 
 
 def test_nothing_outlives_an_error_of_the_parent(tmp_path):
-    code = "import os, pathlib, signal\npathlib.Path('pid').write_text(str(os.getpid()))\nsignal.pause()\n"
-    (tmp_path / "child.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
+    log = tmp_path / "log"
 
     def tick() -> None:
-        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        wait_for(log.read_text)
         raise KeyError("in the display")
 
     with pytest.raises(KeyError):
-        run_child([sys.executable, str(tmp_path / "child.py")], tmp_path / "log", tick)
-    pid = int((tmp_path / "pid").read_text())
-    wait_for(lambda: not alive(pid))
+        run_child([sys.executable, "-c", "import os, signal; print(os.getpid()); signal.pause()"], log, tick)
+    wait_for(lambda: not alive(int(log.read_text())))
 
 
 def test_output_goes_to_the_log_and_the_status_comes_back(tmp_path, monkeypatch):
@@ -164,11 +159,3 @@ def test_a_signal_before_any_rank_exists_goes_to_the_child_itself(tmp_path):
     os.kill(parent.pid, signal.SIGINT)
     assert parent.communicate(timeout=120)[0].strip() == "interrupted"
     assert (tmp_path / "told").exists()
-
-
-def test_commands_name_the_launcher_and_the_ranks():
-    plain = training_command(LaunchSection(launcher="python"), Path("r.yaml"))
-    assert plain[1:] == ["-m", "pretrain.cli.main", "train", "r.yaml"]
-    launched = training_command(LaunchSection(ranks=2), Path("r.yaml"))
-    assert "deepspeed.launcher.runner" in launched and "--num_gpus=2" in launched
-    assert Path(launched[-3]) == ROOT / "pretrain" / "train.py" and launched[-2:] == ["--config", "r.yaml"]

@@ -41,15 +41,8 @@ def test_numbers_are_written_for_people(written, expected):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_not_finite_is_said_to_be_so(value):
     written = [numbers.plus_minus(value, 0.1), numbers.signed_plus_minus(value, 0.1), numbers.accuracy(value, 0.1)]
-    for write in (
-        numbers.si,
-        numbers.power_of_ten,
-        numbers.fixed,
-        numbers.signed,
-        numbers.percent,
-        numbers.gibibytes,
-        numbers.whole,
-    ):
+    for name in ("si", "power_of_ten", "fixed", "signed", "percent", "gibibytes", "whole"):
+        write = getattr(numbers, name)
         written.append(write(value))
         assert write(None) == "–"
     assert set(written) == {"not finite"}

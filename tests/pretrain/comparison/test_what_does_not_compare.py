@@ -14,15 +14,7 @@ import pytest
 
 from pretrain.cli.main import main
 from pretrain.comparison.report.build import write_report
-from tests.pretrain.comparison.synthetic import (
-    ARMS,
-    change,
-    experiment,
-    report,
-    write_run,
-    write_runs,
-    write_seeds,
-)
+from tests.pretrain.comparison.synthetic import ARMS, change, experiment, report, write_run, write_runs, write_seeds
 
 TWO: dict[str, Any] = {"arms": {"vanilla": {}, "mor": {}}}
 
@@ -35,14 +27,13 @@ def make_infinite(run: Path) -> None:
             if name in record:
                 record[name] = None
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def forget(content: Any) -> None:
+        (task,) = content["tasks"].values()
+        task |= {"metrics": dict.fromkeys(task["metrics"]), "stderr": dict.fromkeys(task["stderr"])}
+        task["not_finite"] = task["n"]
+
     for suite in ("perplexity", "routing", "blimp"):
-
-        def forget(content: Any, suite: str = suite) -> None:
-            task = content["tasks"][suite]
-            task["metrics"] = dict.fromkeys(task["metrics"])
-            task["stderr"] = dict.fromkeys(task["stderr"])
-            task["not_finite"] = task["n"]
-
         change(run / "evaluation" / f"{suite}.json", forget)
 
 
@@ -76,17 +67,6 @@ def test_one_seed_without_numbers_is_not_averaged_away(tmp_path: Path) -> None:
     assert "mor and vanilla are not compared" in said.text and "(mor-seed2)" in said.text
 
 
-def test_exact_ties_share_the_win_and_the_headline_says_so(tmp_path: Path) -> None:
-    write_runs(tmp_path, (4.02, 4.02, 4.06))
-    said = report(experiment(tmp_path))
-    test = said.table("Held-out test text")
-    assert test["vanilla"][0].startswith("**") and test["recursive"][0].startswith("**")
-    assert not test["mor"][0].startswith("**")
-    text = said.text
-    assert "recursive and vanilla have exactly the same loss on the held-out test text" in text
-    assert "neither is better" in text and "recursive is 0.000" not in text
-
-
 @pytest.mark.parametrize("field", ["text_sha256", "text_bytes"])
 def test_figures_of_different_text_are_no_table(tmp_path: Path, field: str) -> None:
     write_runs(tmp_path)
@@ -108,9 +88,8 @@ def test_arms_of_different_seeds_are_compared_on_those_they_share(tmp_path: Path
     write_seeds(tmp_path, "vanilla", {1: 4.01, 2: 4.02})
     write_seeds(tmp_path, "mor", {2: 4.02, 3: 4.03})
     said = report(experiment(tmp_path, **TWO, seeds=[1, 2, 3]))
-    text = said.text
-    assert "mor and vanilla have exactly the same loss" in text
-    assert "did not finish with the same seeds (vanilla: 1, 2; mor: 2, 3)" in text and "one seed per arm" not in text
+    assert "mor and vanilla have exactly the same loss" in said.text and "one seed per arm" not in said.text
+    assert "did not finish with the same seeds (vanilla: 1, 2; mor: 2, 3)" in said.text
     assert not any("**" in value for row in said.table("Held-out test text").values() for value in row)
     (tmp_path / "mor-seed3" / "status.json").unlink()
     said = report(said.results.experiment)
@@ -139,16 +118,6 @@ def test_a_cost_that_was_not_recorded_is_not_called_equal(tmp_path: Path) -> Non
     assert re.search(r"mor .*at a cost that was not recorded", text) and "FLOPs agree" not in text
 
 
-def test_a_difference_that_is_small_and_clear_has_a_size(tmp_path: Path) -> None:
-    for arm, gap in (("vanilla", 0.0), ("mor", 0.0002)):
-        write_run(tmp_path / arm, arm)
-        documents = {"nats": [400 + 100 * gap + gap * (number % 7) for number in range(50)], "tokens": [100] * 50}
-        file = tmp_path / arm / "evaluation" / "perplexity.json"
-        change(file, lambda content, kept=documents: content["tasks"]["perplexity"].update(documents=kept))
-    text = report(experiment(tmp_path, **TWO)).text
-    assert "mor is 0.000206 nats per token worse" in text and "95 % interval +0.000205 to" in text
-
-
 def test_losses_at_other_budgets_are_compared_seed_by_seed(tmp_path: Path) -> None:
     for arm, gap in (("vanilla", 0.0), ("mor", 0.1)):
         for seed in (1, 2, 3):
@@ -158,45 +127,43 @@ def test_losses_at_other_budgets_are_compared_seed_by_seed(tmp_path: Path) -> No
             write_run(trunk / "branches" / "1e14", arm, budget=1e14, seed=seed, final_loss=loss)
     (tmp_path / "mor-seed3" / "branches" / "1e14" / "status.json").unlink()
     made = experiment(tmp_path, **TWO, seeds=[1, 2, 3], budgets=[1e14, 1.2e14])
-    said = report(made)
-    text = said.text
-    assert "against vanilla, in nats per token: +0.095 (95 % interval +0.031 to +0.159, over seeds) at 1.00" in text
+    difference = "+0.095 (95 % interval +0.031 to +0.159, over seeds) at 1.00"
+    assert f"against vanilla, in nats per token: {difference}" in report(made).text
     for seed in ("mor", "mor-seed2"):
         file = tmp_path / seed / "branches" / "1e14" / "metrics.jsonl"
         file.write_text(file.read_text().replace('"tokens_evaluated": 16384', '"tokens_evaluated": 4096'))
     said = report(made)
-    text = said.text
-    assert "Validation text: not compared" in text and "Remove the run folders of one side" in text
-    assert "against vanilla, in nats per token" not in text and "Loss at every budget" not in said.markdown
+    assert "Validation text: not compared" in said.text and "Remove the run folders of one side" in said.text
+    assert "against vanilla, in nats per token" not in said.text and "Loss at every budget" not in said.markdown
 
 
-def test_validation_losses_of_different_data_are_not_compared(tmp_path: Path) -> None:
-    """Of a data set that was prepared anew between two arms."""
+@pytest.mark.parametrize(
+    ("file", "before", "after", "words"),
+    [
+        # A data set that was prepared anew between two arms.
+        ("plan.json", "d" * 16, "e" * 16, "manifest eeeeeeeeeeee"),
+        ("metrics.jsonl", '"tokens_evaluated": 16384', '"tokens_evaluated": 4096', "mor read docs: 4 096 tokens"),
+    ],
+)
+def test_validation_losses_of_different_text_are_no_table(
+    tmp_path: Path, file: str, before: str, after: str, words: str
+) -> None:
     write_runs(tmp_path, evaluate=False)
-    change(tmp_path / "mor" / "plan.json", lambda plan: plan.update(data_manifest="e" * 16))
-    text = report(experiment(tmp_path)).text
-    assert "Validation text: not compared" in text and "mor and vanilla have no loss in common" in text
-
-
-def test_validation_losses_of_different_text_are_no_table(tmp_path: Path) -> None:
-    write_runs(tmp_path, evaluate=False)
-    metrics = tmp_path / "mor" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"tokens_evaluated": 16384', '"tokens_evaluated": 4096'))
+    changed = tmp_path / "mor" / file
+    changed.write_text(changed.read_text().replace(before, after))
     said = report(experiment(tmp_path))
-    text = said.text
-    assert "Validation text: not compared" in text and "mor read docs: 4 096 tokens" in text
-    assert "mor and vanilla have no loss in common to compare" in text
+    assert "Validation text: not compared" in said.text and words in said.text
+    assert "mor and vanilla have no loss in common to compare" in said.text
     assert "Loss against training FLOPs" not in said.markdown and said.table("Loss by routing")["mor"][0] == "–"
 
 
 def test_results_from_before_texts_were_recorded_are_compared(tmp_path: Path) -> None:
+    def forget(content: Any) -> None:
+        for name in ("not_finite", "lost_bytes", "scored_bytes", "text_bytes", "text_sha256"):
+            del content["tasks"]["perplexity"][name]
+
     write_runs(tmp_path)
     for arm in ARMS:
-
-        def forget(content: Any) -> None:
-            for name in ("not_finite", "lost_bytes", "scored_bytes", "text_bytes", "text_sha256"):
-                del content["tasks"]["perplexity"][name]
-
         change(tmp_path / arm / "evaluation" / "perplexity.json", forget)
     said = report(experiment(tmp_path))
     assert said.table("Held-out test text")["vanilla"][0].startswith("**4.02")
@@ -204,32 +171,24 @@ def test_results_from_before_texts_were_recorded_are_compared(tmp_path: Path) ->
     assert "do not depend on the tokenizer" not in said.markdown  # of which nothing was recorded
 
 
-def test_text_that_the_tokens_do_not_hold_is_shown_beside_the_figures(tmp_path: Path) -> None:
+def test_text_that_was_lost_or_cut_is_shown_beside_the_figures(tmp_path: Path) -> None:
+    def lose(content: Any) -> None:
+        task = content["tasks"]["perplexity"]
+        task["lost_bytes"] = 27_000
+        task["metrics"] |= dict.fromkeys(("word_perplexity", "byte_perplexity", "bits_per_byte"))
+
     write_runs(tmp_path)
-    assert "bits per byte do not depend on the tokenizer" in report(experiment(tmp_path)).markdown
+    before = report(experiment(tmp_path)).markdown
+    assert "bits per byte do not depend on the tokenizer" in before and "Cut" not in before
+    file = tmp_path / "mor" / "evaluation" / "hellaswag.json"
+    change(file, lambda content: content["tasks"]["hellaswag"].update(prompts_cut=24))
     for arm in ARMS:
-
-        def lose(content: Any) -> None:
-            task = content["tasks"]["perplexity"]
-            task["lost_bytes"] = 27_000
-            task["metrics"] |= dict.fromkeys(("word_perplexity", "byte_perplexity", "bits_per_byte"))
-
         change(tmp_path / arm / "evaluation" / "perplexity.json", lose)
     said = report(experiment(tmp_path))
-    assert said.table("Held-out test text")["mor"] == [
-        *said.table("Held-out test text")["mor"][:2], "–", "–", "–", "30.00 %", "causal"
-    ]  # fmt: skip
+    assert said.table("Held-out test text")["mor"][2:] == ["–", "–", "–", "30.00 %", "causal"]
     assert "do not depend on the tokenizer" not in said.markdown
     assert "The tokens of mor do not hold all bytes (30.00 % of Held-out test text)" in said.text
     assert "not finite" not in said.text
-
-
-def test_prompts_that_were_cut_are_shown_beside_the_figures(tmp_path: Path) -> None:
-    write_runs(tmp_path)
-    assert "Cut" not in report(experiment(tmp_path)).markdown
-    file = tmp_path / "mor" / "evaluation" / "hellaswag.json"
-    change(file, lambda content: content["tasks"]["hellaswag"].update(prompts_cut=24))
-    said = report(experiment(tmp_path))
     rows = said.table("Accuracy in per cent")
     assert rows["HellaSwag"][6] == "0 to 24" and rows["BLiMP"][6] == "0"
     assert "Prompts longer than the context of mor lost their beginning: HellaSwag (24 of 1000)." in said.text
@@ -239,10 +198,9 @@ HOSTILE = "=[/red]$x_1$<b>|*v*\x1b[31m\u202e\ud800\n# x"
 
 
 def test_names_from_outside_are_text_wherever_they_are_shown(tmp_path: Path) -> None:
-    for budget in (1e14, 1.2e14):
-        for arm in ("vanilla", "mor"):
-            folder = tmp_path / arm if budget == 1.2e14 else tmp_path / arm / "branches" / "1e14"
-            write_run(folder, arm, budget=budget)
+    for arm in ("vanilla", "mor"):
+        write_run(tmp_path / arm, arm)
+        write_run(tmp_path / arm / "branches" / "1e14", arm, budget=1e14)
     task = {"metrics": {"acc": 0.5}, "n": 9, "routing": "causal", "chance": 0.25}
     own = {"suite": "own", "tasks": {"=1+[/x]$y$|": task}, "skipped": [], "primary": None}
     (tmp_path / "mor" / "evaluation" / "own.json").write_text(json.dumps(own))
