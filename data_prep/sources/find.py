@@ -20,16 +20,10 @@ from data_prep.sources.hub import PRESETS, hub_parts
 from data_prep.sources.streams import COMPRESSIONS
 
 _SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
     ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".raw": "wikitext",
-    ".tokens": "wikitext",
+    **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
+    **dict.fromkeys((".raw", ".tokens"), "wikitext"),
 }
 STANDARD_INPUT = "-"
 # What `dedup` and `decontaminate` write beside a corpus, and what is there while they write.
@@ -93,10 +87,12 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
     merged = _merged(distinct)
     for source in merged:
         for path in source.files:
-            if not _is_utf8(path):
+            try:
+                path.encode()  # Python keeps other bytes of a file name as half surrogate pairs
+            except UnicodeEncodeError:
                 raise DataError(
                     f"the name of the file {path!r} is not UTF-8, so it cannot be recorded; rename the file."
-                )
+                ) from None
     return merged, [plain(sentence) for sentence in sentences]
 
 
@@ -210,10 +206,11 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
 
 
 def _matches(address: str) -> list[str]:
-    """What a pattern matches; nothing where `address` is none, or no text that a file system knows."""
-    if not glob.has_magic(address) or "\0" in address or not _is_file_system_text(address):
+    """What a pattern matches; nothing where `address` is no pattern."""
+    try:
+        return glob.glob(address, recursive=True) if glob.has_magic(address) else []
+    except ValueError:  # characters that no file name has
         return []
-    return glob.glob(address, recursive=True)
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -229,11 +226,9 @@ def files_below(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(here)
-        folders[:] = [
-            child
-            for child in sorted(folders)
-            if not child.startswith(".") and not _holds(os.path.realpath(os.path.join(name, child)), here)
-        ]
+        visible = [child for child in sorted(folders) if not child.startswith(".")]
+        # A link to a folder that holds this one is a cycle.
+        folders[:] = [f for f in visible if not Path(here).is_relative_to(os.path.realpath(os.path.join(name, f)))]
         paths = (os.path.join(name, file) for file in files if not file.startswith("."))
         yield from filter(_is_file, paths)
 
@@ -270,31 +265,9 @@ def _refuse_unfinished(folder: Path) -> None:
         )
 
 
-def _holds(outer: str, inner: str) -> bool:
-    """Whether `inner` is `outer` or inside it: a link to such a folder is a cycle."""
-    return os.path.commonpath([outer, inner]) == outer
-
-
 def _is_file(path: str) -> bool:
     """Whether it is a file; a link to nothing counts, so that it is an error and not a gap."""
     return os.path.isfile(path) or not os.path.exists(path)
-
-
-def _is_utf8(path: str) -> bool:
-    """Whether a name can be written down; Python stands in for other bytes with half surrogate pairs."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_file_system_text(name: str) -> bool:
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _split_name(specification: str) -> tuple[str, str]:

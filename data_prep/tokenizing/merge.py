@@ -8,12 +8,14 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import zstandard
 
@@ -52,16 +54,12 @@ def load_receipts(folder: Path, schedule: Schedule, retry_broken: bool = False) 
         schedule.add(receipt)
 
 
-def missing_shards(folder: Path, receipts: list[Receipt]) -> list[str]:
-    """Files that receipts speak of and that are not there."""
-    return [
-        path.name
-        for receipt in receipts
-        for shards in receipt.shards.values()
-        for shard in shards
-        for path in (bin_path(folder / shard.name), idx_path(folder / shard.name))
-        if not path.is_file()
-    ]
+def check_shards(folder: Path, receipts: Iterable[Receipt]) -> None:
+    """Raise a DataError where a file of a finished piece is not there."""
+    for shard in (shard for receipt in receipts for shards in receipt.shards.values() for shard in shards):
+        for path in (bin_path(folder / shard.name), idx_path(folder / shard.name)):
+            if not path.is_file():
+                raise DataError(f"{path} is missing though it was done; remove {folder / WORK} to begin again.")
 
 
 def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, listing: Path) -> str:
@@ -146,11 +144,6 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
                     raise DataError(f"{error}; remove {part.parent} to begin again.") from None
 
 
-def _trimmed(counts: list[int]) -> list[int]:
-    """`counts` without the zeros at its end."""
-    return counts[: max((n + 1 for n, count in enumerate(counts) if count), default=0)]
-
-
 def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
     """The manifest of finished pieces, in order."""
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
@@ -176,7 +169,7 @@ def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
     settings["piece_bytes"] = plan.groups[0].piece_bytes if plan.groups else 0
     statistics: dict[str, Any] = {
         "filtered": dict(sorted(filtered.items())),
-        "lengths_log2": {source: _trimmed(counts) for source, counts in sorted(lengths.items())},
+        "lengths_log2": {source: np.trim_zeros(counts, "b") for source, counts in sorted(lengths.items())},
         "forced_cuts": sum(receipt.forced_cuts for receipt in receipts),
         "round_trip": plan.round_trip,
     }
@@ -205,11 +198,7 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
     receipts = schedule.in_order()
     if not schedule.complete:
         raise DataError(f"{folder}: pieces are missing; run the tasks that did not finish again, then merge.")
-    gone = missing_shards(folder, receipts)
-    if gone:
-        raise DataError(
-            f"{folder}: {gone[0]} is missing though it was finished; remove {folder / WORK} to begin again."
-        )
+    check_shards(folder, receipts)
     join_rejects(folder, receipts, folder / REJECTS)
     problem = check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
     if problem:

@@ -222,12 +222,9 @@ class _Output:
         if lengths.size:
             self._writer(key).write(out, lengths)
             self._text_bytes[key] += int(texts.sum())
-            self._count(key, lengths)
+            counts = self.lengths.setdefault(key[1], np.zeros(LENGTH_BINS, np.int64))
+            counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=LENGTH_BINS)
         return Progress(lengths.size, out.size, int(texts.sum()))
-
-    def _count(self, key: tuple[str, str], lengths: np.ndarray) -> None:
-        counts = self.lengths.setdefault(key[1], np.zeros(LENGTH_BINS, np.int64))
-        counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=LENGTH_BINS)
 
     def _writer(self, key: tuple[str, str]) -> ShardWriter:
         if key not in self._writers:

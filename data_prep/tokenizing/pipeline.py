@@ -20,7 +20,7 @@ from data_prep.sources.notices import notices
 from data_prep.tokenizers.base import Tokenizer, TokenizerInfo
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from data_prep.tokenizing.encoder import Engine, choose_engine
-from data_prep.tokenizing.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
+from data_prep.tokenizing.merge import check_shards, finish, load_receipts, merged_schedule, remove_leftovers
 from data_prep.tokenizing.mpi import MpiWorld
 from data_prep.tokenizing.piece import PieceWorker, Progress
 from data_prep.tokenizing.piece_schedule import Key, Schedule, Share
@@ -142,8 +142,7 @@ def begin(folder: Path, plan: Plan, share: Share, listener: Listener) -> Schedul
     """
     schedule = Schedule(plan.groups, share, plan.settings.max_tokens)
     load_receipts(folder, schedule, retry_broken=True)
-    for name in missing_shards(folder, list(schedule.receipts.values())):
-        raise DataError(f"{folder / name} is missing though it was done; remove {folder / WORK} to begin again.")
+    check_shards(folder, schedule.receipts.values())
     listener.begin(plan, schedule)
     return schedule
 
