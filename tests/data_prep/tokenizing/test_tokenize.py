@@ -7,8 +7,6 @@ import json
 import resource
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import sentencepiece
 import tokenizers
@@ -84,14 +82,6 @@ def test_every_document_is_in_its_split_with_the_librarys_ids(tmp_path, request,
     assert verify_dataset(out).problems == []
     assert not (out / ".work").exists() and not (out / "rejects.jsonl").exists()
     assert sum(sum(counts) for counts in manifest.statistics["lengths_log2"].values()) == 400
-
-
-def test_every_row_of_a_parquet_file_of_several_pieces_is_there(tmp_path, byte_bpe):
-    texts = documents(200)
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10)
-    manifest = run([tmp_path / "a.parquet"], tmp_path / "out", byte_bpe, validation=0, test=0, piece_bytes=PIECE)
-    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in texts]
-    assert len(manifest.splits["train"].shards) > 5
 
 
 def test_splits_stay_when_documents_are_added(tmp_path, byte_bpe):
