@@ -22,9 +22,7 @@ _ATTEMPTS = 5
 _LONGEST_WAIT = 600.0  # seconds; the hub counts requests over five minutes
 
 
-def hub_groups(
-    name: str, address: str, first: int, piece_bytes: int, revisions: Mapping[str, str] | None = None
-) -> list[Group]:
+def hub_groups(name: str, address: str, piece_bytes: int, revisions: Mapping[str, str] | None = None) -> list[Group]:
     """One group per file of the hub data set `hub:REPO[:CONFIG[:SPLIT]]`, all of one commit.
 
     revisions: commits to read, by repository; others are read as they are now.
@@ -37,7 +35,7 @@ def hub_groups(
     extra: dict[str, str | int] = {
         "repository": repository, "revision": revision, "config": config, "split": split, "files": files,
     }  # fmt: skip
-    return [Group(first + n, name, "hub", (), 0, 1, piece_bytes, {**extra, "file": n}) for n in range(files)]
+    return [Group(n, name, "hub", (), 0, 1, piece_bytes, {**extra, "file": n}) for n in range(files)]
 
 
 def hub_parts(address: str) -> tuple[str, str, str]:

@@ -75,9 +75,8 @@ def tokenize(job: Job, listener: Listener, *, workers: int = 1, share: Share | N
         OSError: writing failed; running again continues.
     """
     quiet_libraries()
-    done = finished(job)
+    done = finished(job, listener)
     if done is not None:
-        listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
         return done
     with only_writer(job.out, "" if share is None else f"-{share.index}"):
         with Pool(job.out, job.tokenizer, job.eod_token, workers, listener.progress) as pool:
@@ -100,10 +99,8 @@ def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
         world.serve(job.out)
         return None
     try:
-        manifest = finished(job)
-        if manifest is not None:
-            listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
-        else:
+        manifest = finished(job, listener)
+        if manifest is None:
             with only_writer(job.out, ""):
                 plan, engine = prepare(job, listener)
                 schedule = begin(job.out, plan, Share(), listener)
@@ -159,8 +156,8 @@ def complete(folder: Path, plan: Plan, max_rejects: float, max_broken: int, work
     return finish(folder, plan, schedule, max_rejects, max_broken, workers)
 
 
-def finished(job: Job) -> Manifest | None:
-    """The manifest of `job.out` when it is finished with these settings.
+def finished(job: Job, listener: Listener) -> Manifest | None:
+    """The manifest of `job.out` when it is finished with these settings, which is said.
 
     Raises:
         DataError: the folder holds a data set of other settings.
@@ -183,6 +180,7 @@ def finished(job: Job) -> Manifest | None:
         raise DataError(
             f"{job.out} holds a finished data set of other settings ({'; '.join(changed)}). Choose another --out."
         )
+    listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
     return _cleaned(job.out, manifest)
 
 

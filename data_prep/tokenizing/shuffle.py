@@ -40,7 +40,7 @@ def shuffle_source(folder: Path, scratch: Path, entries: Sequence[Entry], seed: 
     first = 0
     for shard in shards:
         hashes = document_hashes(seed, first, shard.num_documents)
-        sizes = _document_lengths(shard)
+        sizes = document_lengths(shard)
         starts = np.cumsum(sizes) - sizes
         buckets = _bucket(hashes, count)
         for bucket in range(count):
@@ -117,7 +117,8 @@ def _bucket(hashes: np.ndarray, count: int) -> np.ndarray:
     return ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
 
 
-def _document_lengths(shard: Shard) -> np.ndarray:
+def document_lengths(shard: Shard) -> np.ndarray:
+    """Tokens of each document, int64 `[documents]`."""
     ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])
     return np.diff(ends[shard.document_index])
 
