@@ -77,11 +77,13 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
     sentences = []
     if ignored:
         sentences.append(f"{len(ignored)} file(s) of unknown kind are left out, the first is {ignored[0]}.")
-    distinct, again, emptied = _once(sources)
-    for name in named & set(emptied):
-        raise DataError(f"all that {name!r} names is in the source {emptied[name]!r} already; leave it out of one.")
+    distinct, again = _once(sources)
+    emptied = named - {source.name for source in distinct}
+    for name, _, _, owner in again:
+        if name in emptied:
+            raise DataError(f"all that {name!r} names is in the source {owner!r} already; leave it out of one.")
     if again:
-        path, first = again[0]
+        _, path, first, _ = again[0]
         example = path if path == first else f"{path} is {first}"
         sentences.append(f"what is given again is read once ({len(again)} left out, the first: {example}).")
     merged = _merged(distinct)
@@ -96,32 +98,27 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
     return merged, [plain(sentence) for sentence in sentences]
 
 
-def _once(sources: Sequence[SourceFiles]) -> tuple[list[SourceFiles], list[tuple[str, str]], dict[str, str]]:
-    """`sources` without what an earlier one holds; what was left out, each with what it is the same as; and the names
-    of sources that hold nothing else, with the name of one that has it.
+def _once(sources: Sequence[SourceFiles]) -> tuple[list[SourceFiles], list[tuple[str, str, str, str]]]:
+    """`sources` without what an earlier one holds. What was left out: its source, the thing, what it is the same as,
+    and the source that holds that.
     """
     seen: dict[FileIdentity, tuple[str, str]] = {}  # what was given first, and the source it is in
     distinct: list[SourceFiles] = []
-    again: list[tuple[str, str]] = []
-    emptied: dict[str, str] = {}
+    again: list[tuple[str, str, str, str]] = []
     for source in sources:
         new: list[str] = []
-        owner = ""
         for thing in source.files or [source.hub or EMBEDDED]:
             key: FileIdentity = ":".join(hub_parts(thing)) if source.hub else thing
             if source.files and thing != STANDARD_INPUT:
                 key = identity(thing)
             if key in seen:
-                first, owner = seen[key]
-                again.append((thing, first))
+                again.append((source.name, thing, *seen[key]))
             else:
                 seen[key] = thing, source.name
                 new.append(thing)
         if new:
             distinct.append(replace(source, files=tuple(new)) if source.files else source)
-        else:
-            emptied[source.name] = owner
-    return distinct, again, {name: owner for name, owner in emptied.items() if all(s.name != name for s in distinct)}
+    return distinct, again
 
 
 def _merged(sources: Sequence[SourceFiles]) -> list[SourceFiles]:

@@ -56,9 +56,12 @@ def hub_revisions(groups: Iterable[Group]) -> dict[str, str]:
 
 
 def _commit_and_files(repository: str, config: str, split: str, revision: str) -> tuple[str, int]:
+    """The commit, by default the newest one, and how many files it has."""
+    import huggingface_hub
+
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            revision = revision or _commit(repository)
+            revision = revision or str(huggingface_hub.HfApi().dataset_info(repository).sha)
             return revision, int(_load(repository, config, split, revision).num_shards)
         except Exception as error:  # the library raises its own, the hub client's and the network's errors
             wait = _asked_to_wait(error)
@@ -127,13 +130,6 @@ def _asked_to_wait(error: BaseException | None) -> float | None:
             return min(seconds, _LONGEST_WAIT)
         error = error.__cause__ or error.__context__
     return None
-
-
-def _commit(repository: str) -> str:
-    """The newest commit of a data set's repository."""
-    import huggingface_hub
-
-    return str(huggingface_hub.HfApi().dataset_info(repository).sha)
 
 
 def _load(repository: str, config: str, split: str, revision: str) -> Any:

@@ -37,7 +37,6 @@ from data_prep.tokenizing.shuffle import shuffle_source
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
 _UNFINISHED = re.compile(r"\.(?:train|validation|test)-\d{5,}-\d{5,}.*\.tmp")
 REJECTS = "rejects.jsonl"
-HELD_OUT = "held_out"
 # Rejects of these kinds mean that an unknown number of documents is lost.
 BROKEN = ("unreadable_file", "broken_compression")
 
@@ -62,8 +61,8 @@ def check_shards(folder: Path, receipts: Iterable[Receipt]) -> None:
                 raise DataError(f"{path} is missing though it was done; remove {folder / WORK} to begin again.")
 
 
-def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, listing: Path) -> str:
-    """Why the rejects, of which `listing` is the list, are too many, or an empty string."""
+def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, listing: Path) -> None:
+    """Raise a DataError where there are too many rejects; `listing` is the list of them."""
     rejects = Counter[str]()
     for receipt in receipts:
         rejects.update(receipt.rejects)
@@ -72,19 +71,18 @@ def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, 
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
     where = f"They are listed in {listing}, the first is"
     if broken > max_broken:
-        return (
+        raise DataError(
             f"{broken} file(s) could not be read to the end ({listed}). Repair what is broken and run the same command "
             f"again, or accept the loss with --max-broken-files {broken}. {where} {_first_reject(listing, True)}."
         )
     others = rejects.total() - broken
     allowed = max_rejects if max_rejects >= 1 else max_rejects * (documents + others)
     if others > allowed:
-        return (
+        raise DataError(
             f"{others} of {documents + others} documents were rejected ({listed}), more than --max-rejects "
             f"{max_rejects:g} allows. Look at them, then repair the source, name other fields (--text-field) or raise "
             f"the limit; nothing is done twice. {where} {_first_reject(listing, False)}."
         )
-    return ""
 
 
 def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> None:
@@ -128,7 +126,7 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
     """Write each held-out split's text as one zstd frame, so that every reader reads all of it."""
     for split in ("validation", "test"):
         parts = [folder / WORK / r.held_out[split] for r in receipts if split in r.held_out]
-        target = folder / HELD_OUT / f"{split}.jsonl.zst"
+        target = folder / "held_out" / f"{split}.jsonl.zst"
         if not parts:
             continue
         with (
@@ -200,9 +198,7 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
         raise DataError(f"{folder}: pieces are missing; run the tasks that did not finish again, then merge.")
     check_shards(folder, receipts)
     join_rejects(folder, receipts, folder / REJECTS)
-    problem = check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
-    if problem:
-        raise DataError(problem)
+    check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
     manifest = build_manifest(plan, receipts)
     if not any(split.documents for split in manifest.splits.values()):
         raise DataError(

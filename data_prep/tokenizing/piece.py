@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ import xxhash
 import zstandard
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write
+from data_prep.files import atomic_write, write_json
 from data_prep.reading.manifest import Shard
 from data_prep.reading.shards import ShardWriter, dtype_for_vocabulary
 from data_prep.sources.base import Document, PieceReader, Reject
@@ -28,7 +28,7 @@ from data_prep.sources.groups import reader_for
 from data_prep.tokenizers.loading import differences_from, load_tokenizer
 from data_prep.tokenizing.cutting import cut
 from data_prep.tokenizing.encoder import Engine
-from data_prep.tokenizing.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
+from data_prep.tokenizing.receipts import LENGTH_BINS, Receipt, receipt_path, rejects_path
 from data_prep.tokenizing.shard_plan import WORK, Plan, Settings
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
@@ -105,7 +105,7 @@ class PieceWorker:
             output.fallbacks,
             output.capped,
         )
-        write_receipt(self.folder, receipt)
+        write_json(receipt_path(self.folder, group, piece), asdict(receipt))
 
     def close(self) -> None:
         """Close the file under way."""

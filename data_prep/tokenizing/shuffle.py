@@ -42,7 +42,7 @@ def shuffle_source(folder: Path, scratch: Path, entries: Sequence[Entry], seed: 
         hashes = document_hashes(seed, first, shard.num_documents)
         sizes = document_lengths(shard)
         starts = np.cumsum(sizes) - sizes
-        buckets = _bucket(hashes, count)
+        buckets = ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
         for bucket in range(count):
             chosen = np.flatnonzero(buckets == bucket)
             if chosen.size:
@@ -111,10 +111,6 @@ def _mixed(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
-
-
-def _bucket(hashes: np.ndarray, count: int) -> np.ndarray:
-    return ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
 
 
 def document_lengths(shard: Shard) -> np.ndarray:

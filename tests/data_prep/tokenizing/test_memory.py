@@ -39,15 +39,11 @@ def peak_of(*arguments: object) -> float:
     return float(done.stdout.split("peak ")[-1])
 
 
-def write_lines(path: Path, lines) -> None:
-    with path.open("wb") as raw, zstandard.ZstdCompressor(level=1).stream_writer(raw) as stream:
-        for line in lines:
-            stream.write(line)
-
-
 def tokenized(tmp_path: Path, tokenizer: Path, lines) -> tuple[float, Path]:
     source, out = tmp_path / "a.jsonl.zst", tmp_path / "out"
-    write_lines(source, lines)
+    with source.open("wb") as raw, zstandard.ZstdCompressor(level=1).stream_writer(raw) as stream:
+        for line in lines:
+            stream.write(line)
     peak = peak_of(
         "tokenize", source, "--out", out, "--tokenizer", tokenizer, "--workers", 1, "--validation", 0, "--test", 0
     )
