@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
@@ -243,15 +241,3 @@ def look_up(record: object, path: tuple[str, ...]) -> object:
             return None
         record = record.get(key)
     return record
-
-
-def size_of(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
-    """
-    try:
-        return Path(path).stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None

@@ -20,16 +20,10 @@ from data_prep.sources.hub import PRESETS, hub_parts
 from data_prep.sources.streams import COMPRESSIONS
 
 _SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
     ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".raw": "wikitext",
-    ".tokens": "wikitext",
+    **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
+    **dict.fromkeys((".raw", ".tokens"), "wikitext"),
 }
 STANDARD_INPUT = "-"
 # What `dedup` and `decontaminate` write beside a corpus, and what is there while they write.
@@ -83,49 +77,48 @@ def find_sources(specifications: Iterable[str], options: ReadOptions) -> tuple[l
     sentences = []
     if ignored:
         sentences.append(f"{len(ignored)} file(s) of unknown kind are left out, the first is {ignored[0]}.")
-    distinct, again, emptied = _once(sources)
-    for name in named & set(emptied):
-        raise DataError(f"all that {name!r} names is in the source {emptied[name]!r} already; leave it out of one.")
+    distinct, again = _once(sources)
+    emptied = named - {source.name for source in distinct}
+    for name, _, _, owner in again:
+        if name in emptied:
+            raise DataError(f"all that {name!r} names is in the source {owner!r} already; leave it out of one.")
     if again:
-        path, first = again[0]
+        _, path, first, _ = again[0]
         example = path if path == first else f"{path} is {first}"
         sentences.append(f"what is given again is read once ({len(again)} left out, the first: {example}).")
     merged = _merged(distinct)
     for source in merged:
         for path in source.files:
-            if not _is_utf8(path):
+            try:
+                path.encode()  # Python keeps other bytes of a file name as half surrogate pairs
+            except UnicodeEncodeError:
                 raise DataError(
                     f"the name of the file {path!r} is not UTF-8, so it cannot be recorded; rename the file."
-                )
+                ) from None
     return merged, [plain(sentence) for sentence in sentences]
 
 
-def _once(sources: Sequence[SourceFiles]) -> tuple[list[SourceFiles], list[tuple[str, str]], dict[str, str]]:
-    """`sources` without what an earlier one holds; what was left out, each with what it is the same as; and the names
-    of sources that hold nothing else, with the name of one that has it.
+def _once(sources: Sequence[SourceFiles]) -> tuple[list[SourceFiles], list[tuple[str, str, str, str]]]:
+    """`sources` without what an earlier one holds. What was left out: its source, the thing, what it is the same as,
+    and the source that holds that.
     """
     seen: dict[FileIdentity, tuple[str, str]] = {}  # what was given first, and the source it is in
     distinct: list[SourceFiles] = []
-    again: list[tuple[str, str]] = []
-    emptied: dict[str, str] = {}
+    again: list[tuple[str, str, str, str]] = []
     for source in sources:
         new: list[str] = []
-        owner = ""
         for thing in source.files or [source.hub or EMBEDDED]:
             key: FileIdentity = ":".join(hub_parts(thing)) if source.hub else thing
             if source.files and thing != STANDARD_INPUT:
                 key = identity(thing)
             if key in seen:
-                first, owner = seen[key]
-                again.append((thing, first))
+                again.append((source.name, thing, *seen[key]))
             else:
                 seen[key] = thing, source.name
                 new.append(thing)
         if new:
             distinct.append(replace(source, files=tuple(new)) if source.files else source)
-        else:
-            emptied[source.name] = owner
-    return distinct, again, {name: owner for name, owner in emptied.items() if all(s.name != name for s in distinct)}
+    return distinct, again
 
 
 def _merged(sources: Sequence[SourceFiles]) -> list[SourceFiles]:
@@ -210,10 +203,11 @@ def _files(address: str, options: ReadOptions) -> tuple[list[str], list[str]]:
 
 
 def _matches(address: str) -> list[str]:
-    """What a pattern matches; nothing where `address` is none, or no text that a file system knows."""
-    if not glob.has_magic(address) or "\0" in address or not _is_file_system_text(address):
+    """What a pattern matches; nothing where `address` is no pattern."""
+    try:
+        return glob.glob(address, recursive=True) if glob.has_magic(address) else []
+    except ValueError:  # characters that no file name has
         return []
-    return glob.glob(address, recursive=True)
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -229,11 +223,9 @@ def files_below(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(here)
-        folders[:] = [
-            child
-            for child in sorted(folders)
-            if not child.startswith(".") and not _holds(os.path.realpath(os.path.join(name, child)), here)
-        ]
+        visible = [child for child in sorted(folders) if not child.startswith(".")]
+        # A link to a folder that holds this one is a cycle.
+        folders[:] = [f for f in visible if not Path(here).is_relative_to(os.path.realpath(os.path.join(name, f)))]
         paths = (os.path.join(name, file) for file in files if not file.startswith("."))
         yield from filter(_is_file, paths)
 
@@ -270,31 +262,9 @@ def _refuse_unfinished(folder: Path) -> None:
         )
 
 
-def _holds(outer: str, inner: str) -> bool:
-    """Whether `inner` is `outer` or inside it: a link to such a folder is a cycle."""
-    return os.path.commonpath([outer, inner]) == outer
-
-
 def _is_file(path: str) -> bool:
     """Whether it is a file; a link to nothing counts, so that it is an error and not a gap."""
     return os.path.isfile(path) or not os.path.exists(path)
-
-
-def _is_utf8(path: str) -> bool:
-    """Whether a name can be written down; Python stands in for other bytes with half surrogate pairs."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_file_system_text(name: str) -> bool:
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _split_name(specification: str) -> tuple[str, str]:

@@ -5,12 +5,14 @@ The plan depends on the files alone, never on how many workers there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from data_prep.sources.base import Group, PieceReader, ReadOptions, SourceError, size_of
+from data_prep.errors import DataError
+from data_prep.sources.base import Group, PieceReader, ReadOptions, SourceError
 from data_prep.sources.embedded import EmbeddedReader
 from data_prep.sources.find import SourceFiles, kind_of
 from data_prep.sources.hub import HubReader, hub_groups
@@ -47,7 +49,10 @@ def plan_groups(
     Raises:
         DataError: a file is missing, or its kind is unknown.
     """
-    sizes = {path: size_of(path) for source in sources for path in source.files}
+    try:
+        sizes = {path: Path(path).stat().st_size for source in sources for path in source.files}
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from None
     if not piece_bytes:
         total = sum(size * (_EXPANSION if compression(path) else 1) for path, size in sizes.items())
         piece_bytes = _SMALLEST_PIECE
@@ -56,12 +61,12 @@ def plan_groups(
     groups: list[Group] = []
     for source in sources:
         if source.hub:
-            groups += hub_groups(source.name, source.hub, len(groups), piece_bytes, revisions)
+            groups += hub_groups(source.name, source.hub, piece_bytes, revisions)
         elif not source.files:
-            groups.append(Group(len(groups), source.name, "embedded", (), 0, 1, piece_bytes))
+            groups.append(Group(0, source.name, "embedded", (), 0, 1, piece_bytes))
         else:
-            groups += _file_groups(source, sizes, options, len(groups), piece_bytes)
-    return groups
+            groups += _file_groups(source, sizes, options, piece_bytes)
+    return [replace(group, number=number) for number, group in enumerate(groups)]
 
 
 def expected_bytes(group: Group) -> int:
@@ -79,38 +84,26 @@ def reader_for(group: Group, options: ReadOptions) -> PieceReader:
     return KINDS[group.kind](group, options)
 
 
-def _file_groups(
-    source: SourceFiles, sizes: dict[str, int], options: ReadOptions, number: int, piece_bytes: int
-) -> list[Group]:
-    groups: list[Group] = []
+def _file_groups(source: SourceFiles, sizes: dict[str, int], options: ReadOptions, piece_bytes: int) -> Iterator[Group]:
+    """The groups of a source, in the order of its files; their numbers are given later."""
     small: list[str] = []
-    small_bytes = 0
-    small_kind = ""
-
-    def close() -> None:
-        nonlocal small, small_bytes
-        if small:
-            at = number + len(groups)
-            groups.append(Group(at, source.name, small_kind, tuple(small), small_bytes, 1, piece_bytes))
-            small, small_bytes = [], 0
-
+    small_bytes, small_kind = 0, ""
     for path in source.files:
         kind = kind_of(path, options)
         size = sizes[path] * (_EXPANSION if compression(path) else 1)
-        if kind != small_kind or small_bytes + size > piece_bytes:
-            close()
-        small_kind = kind
-        if size <= piece_bytes // 2:
+        large = size > piece_bytes // 2
+        if small and (large or kind != small_kind or small_bytes + size > piece_bytes):
+            yield Group(0, source.name, small_kind, tuple(small), small_bytes, 1, piece_bytes)
+            small, small_bytes = [], 0
+        if large:
+            extra: dict[str, str | int] = {"sample": _sample(path, sizes[path])}
+            pieces = _pieces(path, kind, sizes[path], options, piece_bytes)
+            yield Group(0, source.name, kind, (path,), sizes[path], pieces, piece_bytes, extra)
+        else:
             small.append(path)
-            small_bytes += sizes[path]
-            continue
-        close()
-        pieces = _pieces(path, kind, sizes[path], options, piece_bytes)
-        at = number + len(groups)
-        extra: dict[str, str | int] = {"sample": _sample(path, sizes[path])}
-        groups.append(Group(at, source.name, kind, (path,), sizes[path], pieces, piece_bytes, extra))
-    close()
-    return groups
+            small_bytes, small_kind = small_bytes + sizes[path], kind
+    if small:
+        yield Group(0, source.name, small_kind, tuple(small), small_bytes, 1, piece_bytes)
 
 
 def _sample(path: str, size: int) -> str:

@@ -22,9 +22,7 @@ _ATTEMPTS = 5
 _LONGEST_WAIT = 600.0  # seconds; the hub counts requests over five minutes
 
 
-def hub_groups(
-    name: str, address: str, first: int, piece_bytes: int, revisions: Mapping[str, str] | None = None
-) -> list[Group]:
+def hub_groups(name: str, address: str, piece_bytes: int, revisions: Mapping[str, str] | None = None) -> list[Group]:
     """One group per file of the hub data set `hub:REPO[:CONFIG[:SPLIT]]`, all of one commit.
 
     revisions: commits to read, by repository; others are read as they are now.
@@ -37,7 +35,7 @@ def hub_groups(
     extra: dict[str, str | int] = {
         "repository": repository, "revision": revision, "config": config, "split": split, "files": files,
     }  # fmt: skip
-    return [Group(first + n, name, "hub", (), 0, 1, piece_bytes, {**extra, "file": n}) for n in range(files)]
+    return [Group(n, name, "hub", (), 0, 1, piece_bytes, {**extra, "file": n}) for n in range(files)]
 
 
 def hub_parts(address: str) -> tuple[str, str, str]:
@@ -58,9 +56,12 @@ def hub_revisions(groups: Iterable[Group]) -> dict[str, str]:
 
 
 def _commit_and_files(repository: str, config: str, split: str, revision: str) -> tuple[str, int]:
+    """The commit, by default the newest one, and how many files it has."""
+    import huggingface_hub
+
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            revision = revision or _commit(repository)
+            revision = revision or str(huggingface_hub.HfApi().dataset_info(repository).sha)
             return revision, int(_load(repository, config, split, revision).num_shards)
         except Exception as error:  # the library raises its own, the hub client's and the network's errors
             wait = _asked_to_wait(error)
@@ -129,13 +130,6 @@ def _asked_to_wait(error: BaseException | None) -> float | None:
             return min(seconds, _LONGEST_WAIT)
         error = error.__cause__ or error.__context__
     return None
-
-
-def _commit(repository: str) -> str:
-    """The newest commit of a data set's repository."""
-    import huggingface_hub
-
-    return str(huggingface_hub.HfApi().dataset_info(repository).sha)
 
 
 def _load(repository: str, config: str, split: str, revision: str) -> Any:

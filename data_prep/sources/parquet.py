@@ -21,23 +21,17 @@ _DICTIONARY_BYTES = 64 << 20
 _BUFFER = 1 << 20  # bytes read of a column at a time; without it, a column of a row group is read whole
 
 
-def row_group_bytes(path: str) -> list[int]:
-    """Uncompressed bytes of each row group.
+def pieces_of(path: str, piece_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of row groups of about `piece_bytes` uncompressed bytes each.
 
     Raises:
         SourceError: the file cannot be opened as parquet.
     """
     metadata = _open(path).metadata
-    return [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
-
-
-def pieces_of(path: str, piece_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of row groups of about `piece_bytes` each."""
     ranges, first, size = [], 0, 0
-    sizes = row_group_bytes(path)
-    for number, more in enumerate(sizes):
-        size += more
-        if size >= piece_bytes or number == len(sizes) - 1:
+    for number in range(metadata.num_row_groups):
+        size += metadata.row_group(number).total_byte_size
+        if size >= piece_bytes or number == metadata.num_row_groups - 1:
             ranges.append((first, number + 1))
             first, size = number + 1, 0
     return ranges or [(0, 0)]

@@ -14,7 +14,7 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,44 +26,15 @@ SHORTEST = 400  # characters of prose below which a module makes no document
 
 # The standard library comes first; those with the most prose per line of code follow: fewer sources to parse.
 PACKAGES = (
-    "numpy",
-    "scipy",
-    "sklearn",
-    "pandas",
-    "networkx",
-    "matplotlib",
-    "sympy",
-    "mpmath",
-    "nltk",
-    "datasets",
-    "huggingface_hub",
-    "hypothesis",
-    "joblib",
-    "torch",
-    "transformers",
-    "pydantic",
-    "fsspec",
-    "lm_eval",
-    "deepspeed",
-    "jinja2",
-    "werkzeug",
-    "PIL",
-    "fontTools",
-)
+    "numpy", "scipy", "sklearn", "pandas", "networkx", "matplotlib", "sympy", "mpmath", "nltk", "datasets",
+    "huggingface_hub", "hypothesis", "joblib", "torch", "transformers", "pydantic", "fsspec", "lm_eval", "deepspeed",
+    "jinja2", "werkzeug", "PIL", "fontTools",
+)  # fmt: skip
 
 _SKIPPED_FOLDERS = {
-    "tests",
-    "test",
-    "testing",
-    "_vendor",
-    "__pycache__",
-    "site-packages",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-}
+    "tests", "test", "testing", "_vendor", "__pycache__", "site-packages", "dist-packages", "idlelib", "lib2to3",
+}  # fmt: skip
 _LARGEST_SOURCE = 1_000_000  # generated tables
-_CHUNK = 24  # files per task
 
 # torch and numpy attach the documentation of compiled functions by calls such as add_docstr(torch.abs, "...").
 _DOCUMENTING_CALLS = {"add_docstr", "_add_docstr", "add_newdoc", "add_docstr_all"}
@@ -77,6 +48,8 @@ _RULE = re.compile(r"^\s*[-=~^\"'*+#.]{3,}\s*$")
 _DIRECTIVE = re.compile(r"^\s*\.\. ")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # escapes in docstrings may stand for these
 _WORDLIKE = re.compile(r"[A-Za-z ,;'\n]")
+
+_Module = tuple[str, list[tuple[str, list[str]]]]  # its name; its docstrings as qualified names and paragraphs
 
 
 def iter_documents(workers: int | None = None) -> Iterator[tuple[str, str]]:
@@ -97,21 +70,17 @@ def iter_documents(workers: int | None = None) -> Iterator[tuple[str, str]]:
             return
 
 
-def _parsed(workers: int) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """`(module, [(qualified name, paragraphs)])` in the order of the corpus."""
+def _parsed(workers: int) -> Iterator[_Module]:
+    """All modules in the order of the corpus."""
     yield from _topics()
-    files = list(_sources())
-    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
     if workers == 1:
-        for chunk in chunks:
-            yield from _parse_chunk(chunk)
+        yield from map(_parse, _sources())
         return
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for results in pool.imap(_parse_chunk, chunks):
-            yield from results
+        yield from pool.imap(_parse, _sources(), chunksize=24)
 
 
-def _topics() -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+def _topics() -> Iterator[_Module]:
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
@@ -134,22 +103,18 @@ def _sources() -> Iterator[tuple[str, str]]:
                     yield ".".join(part for part in parts if part and part != "__init__"), str(path)
 
 
-def _parse_chunk(files: Iterable[tuple[str, str]]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    results = []
-    for name, path in files:
-        try:
-            source = Path(path).read_bytes()
-            if b'"""' not in source or len(source) > _LARGEST_SOURCE:
-                continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue  # templates and sources for other versions of Python are no documents
-        blocks = [(owner, paragraphs) for owner, text in _docstrings(tree) if (paragraphs := _paragraphs(text))]
-        if blocks:
-            results.append((name, blocks))
-    return results
+def _parse(file: tuple[str, str]) -> _Module:
+    name, path = file
+    try:
+        source = Path(path).read_bytes()
+        if b'"""' not in source or len(source) > _LARGEST_SOURCE:
+            return name, []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return name, []  # templates and sources for other versions of Python are no documents
+    return name, [(owner, paragraphs) for owner, text in _docstrings(tree) if (paragraphs := _paragraphs(text))]
 
 
 def _docstrings(node: ast.AST, owner: str = "") -> Iterator[tuple[str, str]]:

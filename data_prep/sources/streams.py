@@ -159,7 +159,6 @@ class ByteStream:
         )
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

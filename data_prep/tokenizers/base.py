@@ -37,9 +37,8 @@ class TokenizerInfo:
 class Tokenizer(ABC):
     """Text to ids and back. No id is added in front or behind, and text never turns into a control token.
 
-    kind: `sentencepiece`, `huggingface` or `tiktoken`. fingerprint: sha256 (hex) of what decides the ids. vocab_size:
-    every id is below it. eod_id, eod_token: END_OF_DOCUMENT, put behind every document by the pipeline. unk_id: stands
-    for text that has no ids of its own; None where all text has some. path: the file.
+    kind, fingerprint, vocab_size, eod_id: as in `TokenizerInfo`. eod_token: name of END_OF_DOCUMENT, which the pipeline
+    puts behind every document. unk_id: stands for text without ids of its own; None where all text has some.
     """
 
     kind: str

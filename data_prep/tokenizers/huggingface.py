@@ -100,17 +100,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _without_control(self, ids: list[int]) -> list[int]:
         """`ids` of a text, in which no control token can have been meant."""
-        if self._control.isdisjoint(ids):
+        met = self._control.intersection(ids)
+        if not met:
             return ids
-        return [part for token in ids for part in (self._spelled(token) if token in self._control else (token,))]
-
-    def _spelled(self, token: int) -> list[int]:
-        """Ids of the name of a control token as text: of two parts of it that the model makes no control token of."""
-        if token not in self._as_text:
+        for token in met - self._as_text.keys():
             self._as_text[token] = self._spell(token)
-        return self._as_text[token]
+        return [part for token in ids for part in self._as_text.get(token, (token,))]
 
     def _spell(self, token: int) -> list[int]:
+        """Ids of the name of a control token as text: of two parts of it that the model makes no control token of."""
         model = self._tokenizer.model
         name = model.id_to_token(token) or ""
         for middle in range(1, len(name)):

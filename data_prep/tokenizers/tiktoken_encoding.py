@@ -9,8 +9,6 @@ from pathlib import Path
 from data_prep.errors import DataError
 from data_prep.tokenizers.base import Tokenizer, library_errors
 
-PREFIX = "tiktoken:"
-
 
 class TiktokenTokenizer(Tokenizer):
     """A tiktoken encoding such as `tiktoken:gpt2`; END_OF_DOCUMENT is `<|endoftext|>` unless another is named.
@@ -26,7 +24,7 @@ class TiktokenTokenizer(Tokenizer):
         try:
             import tiktoken
         except ImportError:
-            raise DataError(f"{PREFIX}{name} needs tiktoken; install it with `pip install tiktoken`.") from None
+            raise DataError(f"tiktoken:{name} needs tiktoken; install it with `pip install tiktoken`.") from None
         try:
             self._encoding = tiktoken.get_encoding(name)
         except Exception as error:  # unknown names and every network error
@@ -34,7 +32,7 @@ class TiktokenTokenizer(Tokenizer):
                 f"tiktoken encoding {name!r} cannot be loaded: {error}. tiktoken downloads an encoding when it is "
                 "first used; without a network, let TIKTOKEN_CACHE_DIR name a folder that holds it."
             ) from None
-        self.path = Path(PREFIX + name)
+        self.path = Path(f"tiktoken:{name}")
         digest = hashlib.sha256(self._encoding._pat_str.encode())
         for token, rank in sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]):
             digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))

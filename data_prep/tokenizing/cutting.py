@@ -20,7 +20,7 @@ def cut(text: str) -> tuple[list[str], int]:
     forced = start = 0
     while len(text) - start > PART + PART // 2:
         farthest = min(start + _FARTHEST, len(text))
-        at = _edge_before(text, start + PART // 2, start + PART) or _edge_after(text, start + PART, farthest)
+        at = _edge(text, start + PART // 2, start + PART, last=True) or _edge(text, start + PART, farthest)
         if not at:
             at = farthest
             forced += at < len(text)
@@ -31,21 +31,11 @@ def cut(text: str) -> tuple[list[str], int]:
     return parts, forced
 
 
-def _edge_before(text: str, low: int, high: int) -> int:
-    """The last edge in `text[low:high]` (a cut goes in front of it), a newline's before a space's; 0 without one."""
+def _edge(text: str, low: int, high: int, last: bool = False) -> int:
+    """The first edge in `text[low:high]`, or the last: where to cut. Newlines go before spaces; 0 without an edge."""
     for mark in "\n ":
-        at = high
-        while (at := text.rfind(mark, low, at)) > 0:
-            if _is_edge(text, at):
-                return at + (mark == "\n")
-    return 0
-
-
-def _edge_after(text: str, low: int, high: int) -> int:
-    """The first edge in `text[low:high]`."""
-    for mark in "\n ":
-        at = low - 1
-        while (at := text.find(mark, at + 1, high)) > 0:
+        at = high if last else low - 1
+        while (at := text.rfind(mark, low, at) if last else text.find(mark, at + 1, high)) > 0:
             if _is_edge(text, at):
                 return at + (mark == "\n")
     return 0

@@ -8,12 +8,14 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import zstandard
 
@@ -35,7 +37,6 @@ from data_prep.tokenizing.shuffle import shuffle_source
 _SHARD_FILE = re.compile(r"((?:train|validation|test)-\d{5,}-\d{5,}(?:-[^.]*)?)\.(?:bin|idx|packing-.*)")
 _UNFINISHED = re.compile(r"\.(?:train|validation|test)-\d{5,}-\d{5,}.*\.tmp")
 REJECTS = "rejects.jsonl"
-HELD_OUT = "held_out"
 # Rejects of these kinds mean that an unknown number of documents is lost.
 BROKEN = ("unreadable_file", "broken_compression")
 
@@ -52,20 +53,16 @@ def load_receipts(folder: Path, schedule: Schedule, retry_broken: bool = False) 
         schedule.add(receipt)
 
 
-def missing_shards(folder: Path, receipts: list[Receipt]) -> list[str]:
-    """Files that receipts speak of and that are not there."""
-    return [
-        path.name
-        for receipt in receipts
-        for shards in receipt.shards.values()
-        for shard in shards
-        for path in (bin_path(folder / shard.name), idx_path(folder / shard.name))
-        if not path.is_file()
-    ]
+def check_shards(folder: Path, receipts: Iterable[Receipt]) -> None:
+    """Raise a DataError where a file of a finished piece is not there."""
+    for shard in (shard for receipt in receipts for shards in receipt.shards.values() for shard in shards):
+        for path in (bin_path(folder / shard.name), idx_path(folder / shard.name)):
+            if not path.is_file():
+                raise DataError(f"{path} is missing though it was done; remove {folder / WORK} to begin again.")
 
 
-def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, listing: Path) -> str:
-    """Why the rejects, of which `listing` is the list, are too many, or an empty string."""
+def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, listing: Path) -> None:
+    """Raise a DataError where there are too many rejects; `listing` is the list of them."""
     rejects = Counter[str]()
     for receipt in receipts:
         rejects.update(receipt.rejects)
@@ -74,19 +71,18 @@ def check_rejects(receipts: list[Receipt], max_rejects: float, max_broken: int, 
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(rejects.items()))
     where = f"They are listed in {listing}, the first is"
     if broken > max_broken:
-        return (
+        raise DataError(
             f"{broken} file(s) could not be read to the end ({listed}). Repair what is broken and run the same command "
             f"again, or accept the loss with --max-broken-files {broken}. {where} {_first_reject(listing, True)}."
         )
     others = rejects.total() - broken
     allowed = max_rejects if max_rejects >= 1 else max_rejects * (documents + others)
     if others > allowed:
-        return (
+        raise DataError(
             f"{others} of {documents + others} documents were rejected ({listed}), more than --max-rejects "
             f"{max_rejects:g} allows. Look at them, then repair the source, name other fields (--text-field) or raise "
             f"the limit; nothing is done twice. {where} {_first_reject(listing, False)}."
         )
-    return ""
 
 
 def join_rejects(folder: Path, receipts: list[Receipt], target: Path) -> None:
@@ -130,7 +126,7 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
     """Write each held-out split's text as one zstd frame, so that every reader reads all of it."""
     for split in ("validation", "test"):
         parts = [folder / WORK / r.held_out[split] for r in receipts if split in r.held_out]
-        target = folder / HELD_OUT / f"{split}.jsonl.zst"
+        target = folder / "held_out" / f"{split}.jsonl.zst"
         if not parts:
             continue
         with (
@@ -144,11 +140,6 @@ def join_held_out(folder: Path, receipts: list[Receipt]) -> None:
                             out.write(data)
                 except SourceError as error:
                     raise DataError(f"{error}; remove {part.parent} to begin again.") from None
-
-
-def _trimmed(counts: list[int]) -> list[int]:
-    """`counts` without the zeros at its end."""
-    return counts[: max((n + 1 for n, count in enumerate(counts) if count), default=0)]
 
 
 def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
@@ -176,7 +167,7 @@ def build_manifest(plan: Plan, receipts: list[Receipt]) -> Manifest:
     settings["piece_bytes"] = plan.groups[0].piece_bytes if plan.groups else 0
     statistics: dict[str, Any] = {
         "filtered": dict(sorted(filtered.items())),
-        "lengths_log2": {source: _trimmed(counts) for source, counts in sorted(lengths.items())},
+        "lengths_log2": {source: np.trim_zeros(counts, "b") for source, counts in sorted(lengths.items())},
         "forced_cuts": sum(receipt.forced_cuts for receipt in receipts),
         "round_trip": plan.round_trip,
     }
@@ -205,15 +196,9 @@ def finish(folder: Path, plan: Plan, schedule: Schedule, max_rejects: float, max
     receipts = schedule.in_order()
     if not schedule.complete:
         raise DataError(f"{folder}: pieces are missing; run the tasks that did not finish again, then merge.")
-    gone = missing_shards(folder, receipts)
-    if gone:
-        raise DataError(
-            f"{folder}: {gone[0]} is missing though it was finished; remove {folder / WORK} to begin again."
-        )
+    check_shards(folder, receipts)
     join_rejects(folder, receipts, folder / REJECTS)
-    problem = check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
-    if problem:
-        raise DataError(problem)
+    check_rejects(receipts, max_rejects, max_broken, folder / REJECTS)
     manifest = build_manifest(plan, receipts)
     if not any(split.documents for split in manifest.splits.values()):
         raise DataError(

@@ -62,11 +62,10 @@ class Mailbox:
         self._world, self._rank = world, rank
         self._arriving = np.zeros(1, _MESSAGE)
         self._sent: list[tuple[Any, np.ndarray]] = []  # a buffer must not change until it is sent
-        self._receive: Any = None
         self._listen()
 
     def _listen(self) -> None:
-        self._receive = self._world.Irecv(self._arriving.view(np.uint8), source=self._rank)
+        self._receive: Any = self._world.Irecv(self._arriving.view(np.uint8), source=self._rank)
 
     def take(self) -> np.void | None:
         """The next message that is here, or None; after STOP or STOPPED there is none."""
@@ -123,7 +122,6 @@ class MpiWorld:
         self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
         self.finished = False
         self.missing: set[int] = set()
-        self._failed: set[int] = set()
         others = range(1, self.size) if self.rank == 0 else (0,)
         self._mail = {rank: Mailbox(self.world, rank) for rank in others}
 
@@ -151,7 +149,11 @@ class MpiWorld:
                 continue
             key = waiting.pop(0)
             try:
-                worker = worker or PieceWorker(folder, _plan_in(folder))
+                if worker is None:
+                    plan = read_plan(folder)
+                    if plan is None:
+                        raise DataError(f"{folder} shows no plan on this rank; all ranks must see the same folder.")
+                    worker = PieceWorker(folder, plan)
                 for progress in worker.work(*key):
                     mail.post(Word.PROGRESS, key, progress=progress)
                     look()
@@ -187,20 +189,44 @@ class MpiWorld:
         """
         held: dict[int, list[Key]] = {rank: [] for rank in self._mail}
         heard = dict.fromkeys(held, time.monotonic())
-        failures: set[Key] = set()
+        failed_ranks: set[int] = set()
+        failed_pieces: set[Key] = set()
         own: Iterator[Progress] | None = None
         own_key: Key = (0, 0)
         worker: PieceWorker | None = None
+
+        def hear(rank: int, message: np.void) -> None:
+            key = (int(message["group"]), int(message["piece"]))
+            detail = bytes(message["detail"]).decode(errors="ignore")
+            word = message["word"]
+            if word == Word.PROGRESS:
+                step = Progress(int(message["documents"]), int(message["tokens"]), int(message["text_bytes"]))
+                on_progress(rank, key, step)
+                return
+            if key in held[rank]:
+                held[rank].remove(key)
+            if word == Word.DONE:
+                schedule.add(read_receipt(receipt_path(folder, *key)))
+            elif word == Word.REFUSED:
+                raise DataError(detail)
+            else:
+                say(f"rank {rank} failed ({detail}); its work is done by others.", error=True)
+                if key in failed_pieces:
+                    raise OSError(int(message["errno"]), detail)
+                failed_pieces.add(key)
+                failed_ranks.add(rank)
+                schedule.give_back(key)
+
         while True:
-            for rank, keys in held.items():
-                while self._willing(rank) and len(keys) < _AHEAD and (key := schedule.take(rank)) is not None:
-                    keys.append(key)
+            for rank in sorted(held.keys() - self.missing - failed_ranks):
+                while len(held[rank]) < _AHEAD and (key := schedule.take(rank)) is not None:
+                    held[rank].append(key)
                     self._mail[rank].post(Word.WORK, key)
             heard_any = False
-            for rank, keys in held.items():
+            for rank in held:
                 while (message := self._mail[rank].take()) is not None:
                     heard_any, heard[rank] = True, time.monotonic()
-                    self._hear(rank, message, keys, schedule, failures, on_progress, folder)
+                    hear(rank, message)
             if own is None and (key := schedule.take(0)) is not None:
                 worker = worker or PieceWorker(folder, plan, engine)
                 own, own_key = worker.work(*key), key
@@ -240,40 +266,6 @@ class MpiWorld:
             self._give_up(rank)
         self._mail = {}
 
-    def _willing(self, rank: int) -> bool:
-        return rank not in self.missing and rank not in self._failed
-
-    def _hear(
-        self,
-        rank: int,
-        message: np.void,
-        keys: list[Key],
-        schedule: Schedule,
-        failures: set[Key],
-        on_progress: Callable[[int, Key, Progress], None],
-        folder: Path,
-    ) -> None:
-        key = (int(message["group"]), int(message["piece"]))
-        detail = bytes(message["detail"]).decode(errors="ignore")
-        word = message["word"]
-        if word == Word.PROGRESS:
-            step = Progress(int(message["documents"]), int(message["tokens"]), int(message["text_bytes"]))
-            on_progress(rank, key, step)
-            return
-        if key in keys:
-            keys.remove(key)
-        if word == Word.DONE:
-            schedule.add(read_receipt(receipt_path(folder, *key)))
-        elif word == Word.REFUSED:
-            raise DataError(detail)
-        else:
-            say(f"rank {rank} failed ({detail}); its work is done by others.", error=True)
-            if key in failures:
-                raise OSError(int(message["errno"]), detail)
-            failures.add(key)
-            self._failed.add(rank)
-            schedule.give_back(key)
-
     def _give_up(self, rank: int) -> None:
         if not self.missing:  # MPI would wait for the lost rank for ever when this process ends
             atexit.register(self._end)
@@ -283,10 +275,3 @@ class MpiWorld:
         sys.stdout.flush()
         sys.stderr.flush()
         self.world.Abort(0 if self.finished else 2)
-
-
-def _plan_in(folder: Path) -> Plan:
-    plan = read_plan(folder)
-    if plan is None:
-        raise DataError(f"{folder} shows no plan on this rank; all ranks must see the same folder.")
-    return plan

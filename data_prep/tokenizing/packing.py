@@ -17,6 +17,7 @@ import numpy.typing as npt
 from data_prep.files import atomic_write
 from data_prep.reading.packed import Packing, sidecar
 from data_prep.reading.shards import Shard
+from data_prep.tokenizing.shuffle import document_lengths
 
 _TOGETHER = 1 << 20  # documents packed among each other; bounds memory
 
@@ -92,10 +93,7 @@ def write_packing(prefix: str | os.PathLike[str], length: int) -> dict[str, int]
     Returns:
         sequences, places (tokens there is room for), tokens, documents, cut_documents.
     """
-    shard = Shard(prefix)
-    bounds = shard.document_index
-    ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])[bounds]
-    lengths = np.diff(ends)
+    lengths = document_lengths(Shard(prefix))
     packing = best_fit(lengths, length + 1)
     for name, values in (("pieces", packing.pieces), ("sequences", packing.sequences)):
         with atomic_write(sidecar(prefix, length, name)) as stream:
@@ -117,12 +115,12 @@ def concat_summary(prefixes: Sequence[str | os.PathLike[str]], length: int) -> d
     """
     tokens = documents = cut = 0
     for prefix in prefixes:
-        shard = Shard(prefix)
-        ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])[shard.document_index] + tokens
-        starts, ends = ends[:-1], ends[1:]
+        lengths = document_lengths(Shard(prefix))
+        ends = tokens + np.cumsum(lengths)
+        starts = ends - lengths
         cut += int((starts // length != np.maximum(ends - 1, starts) // length).sum())
-        documents += starts.size
-        tokens = int(ends[-1]) if ends.size else tokens
+        documents += lengths.size
+        tokens += int(lengths.sum())
     sequences = max(0, tokens - 1) // length
     return {
         "sequences": sequences,
@@ -137,8 +135,7 @@ def concat_summary(prefixes: Sequence[str | os.PathLike[str]], length: int) -> d
 
 def summary(parts: list[dict[str, int]]) -> dict[str, Any]:
     """Sums over shards, with `padding` (share of places left empty) and `truncation` (share of documents cut)."""
-    sums: dict[str, Any] = {key: sum(part[key] for part in parts) for key in parts[0]} if parts else {}
-    if sums:
-        sums["padding"] = round((sums["places"] - sums["tokens"]) / max(1, sums["places"]), 6)
-        sums["truncation"] = round(sums["cut_documents"] / max(1, sums["documents"]), 6)
+    sums: dict[str, Any] = {key: sum(part[key] for part in parts) for key in parts[0]}
+    sums["padding"] = round((sums["places"] - sums["tokens"]) / max(1, sums["places"]), 6)
+    sums["truncation"] = round(sums["cut_documents"] / max(1, sums["documents"]), 6)
     return sums

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ import xxhash
 import zstandard
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write
+from data_prep.files import atomic_write, write_json
 from data_prep.reading.manifest import Shard
 from data_prep.reading.shards import ShardWriter, dtype_for_vocabulary
 from data_prep.sources.base import Document, PieceReader, Reject
@@ -28,7 +28,7 @@ from data_prep.sources.groups import reader_for
 from data_prep.tokenizers.loading import differences_from, load_tokenizer
 from data_prep.tokenizing.cutting import cut
 from data_prep.tokenizing.encoder import Engine
-from data_prep.tokenizing.receipts import LENGTH_BINS, Receipt, rejects_path, write_receipt
+from data_prep.tokenizing.receipts import LENGTH_BINS, Receipt, receipt_path, rejects_path
 from data_prep.tokenizing.shard_plan import WORK, Plan, Settings
 
 _FLUSH = 1 << 20  # bytes of text of one shard that are encoded together
@@ -105,7 +105,7 @@ class PieceWorker:
             output.fallbacks,
             output.capped,
         )
-        write_receipt(self.folder, receipt)
+        write_json(receipt_path(self.folder, group, piece), asdict(receipt))
 
     def close(self) -> None:
         """Close the file under way."""
@@ -114,21 +114,22 @@ class PieceWorker:
             self._reader = None
 
 
+@dataclass
 class _Batch:
     """Documents of one shard that wait to be encoded together."""
 
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-        self.continued: list[int] = []
-        self.ends: list[int] = []  # number of parts up to the end of each document
-        self.bytes = 0
-        self.document_bytes: list[int] = []
+    parts: list[str] = field(default_factory=list)
+    continued: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # number of parts up to the end of each document
+    document_bytes: list[int] = field(default_factory=list)
+    bytes: int = 0
 
 
-class _Output:
+class _Output(ExitStack):
     """The shards of one piece, one per split and source; atomic as a whole only through the receipt."""
 
     def __init__(self, folder: Path, plan: Plan, group: int, piece: int, engine: Engine, cap: int) -> None:
+        super().__init__()  # holds the open files: finishes all of them, or discards them
         self.folder, self.group, self.piece, self.engine, self.cap = folder, group, piece, engine, cap
         self.settings: Settings = plan.settings
         self.eod = plan.tokenizer.eod_id
@@ -142,19 +143,12 @@ class _Output:
         self.fallbacks = engine.fallbacks
         self.capped = False
         self.done = False
-        self._files = ExitStack()  # finishes all files, or discards them
         self._batches: defaultdict[tuple[str, str], _Batch] = defaultdict(_Batch)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._text_bytes: Counter[tuple[str, str]] = Counter()
         self._held_out: dict[str, Any] = {}
         self._waiting = 0
         self._train_tokens = 0
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._files.__exit__(*error)
 
     def add(self, document: Document) -> Progress | None:
         """Take a document; returns progress when a batch was encoded."""
@@ -189,7 +183,7 @@ class _Output:
     def finish(self) -> Progress:
         """Encode what waits and give every file its name."""
         steps = [self._flush(key) for key in list(self._batches)]
-        self._files.close()
+        self.close()
         for (split, source), writer in sorted(self._writers.items()):
             made, size = writer.summary, self._text_bytes[split, source]
             shard = Shard(made.name, made.tokens, made.documents, size, made.sha256_bin, made.sha256_idx, source)
@@ -222,12 +216,9 @@ class _Output:
         if lengths.size:
             self._writer(key).write(out, lengths)
             self._text_bytes[key] += int(texts.sum())
-            self._count(key, lengths)
+            counts = self.lengths.setdefault(key[1], np.zeros(LENGTH_BINS, np.int64))
+            counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=LENGTH_BINS)
         return Progress(lengths.size, out.size, int(texts.sum()))
-
-    def _count(self, key: tuple[str, str], lengths: np.ndarray) -> None:
-        counts = self.lengths.setdefault(key[1], np.zeros(LENGTH_BINS, np.int64))
-        counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=LENGTH_BINS)
 
     def _writer(self, key: tuple[str, str]) -> ShardWriter:
         if key not in self._writers:
@@ -239,7 +230,7 @@ class _Output:
                 if len(words) > _LONGEST_NAME or any(w.prefix.name == name for w in self._writers.values()):
                     name += f"-{xxhash.xxh3_64_hexdigest(source.encode())}"
             try:
-                self._writers[key] = self._files.enter_context(ShardWriter(self.folder / name, self.dtype))
+                self._writers[key] = self.enter_context(ShardWriter(self.folder / name, self.dtype))
             except OSError as error:
                 if error.errno != errno.EMFILE:
                     raise
@@ -255,34 +246,27 @@ class _Output:
         """Where the raw text of held-out documents is written."""
         if split not in self._held_out:
             name = f"held_out-{split}-{self.group:05d}-{self.piece:05d}.jsonl.zst"
-            raw = self._files.enter_context(atomic_write(self.folder / WORK / name))
+            raw = self.enter_context(atomic_write(self.folder / WORK / name))
             packer = zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False)
-            self._held_out[split] = self._files.enter_context(packer)
+            self._held_out[split] = self.enter_context(packer)
             self.held_out_names[split] = name
         return self._held_out[split]
 
 
-class _Rejects:
+class _Rejects(ExitStack):
     """The list of what a piece left out, written as it grows, and the counts of it."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()  # holds the open file
         self.path = path
         self.counts: Counter[str] = Counter()
-        self._files = ExitStack()
         self._stream: IO[bytes] | None = None
+        path.unlink(missing_ok=True)
 
     def add(self, reject: Reject, file: str) -> None:
         if self._stream is None:
-            self._stream = self._files.enter_context(atomic_write(self.path))
+            self._stream = self.enter_context(atomic_write(self.path))
         self.counts[reject.reason] += 1
         if self.counts[reject.reason] <= _LISTED:  # a small file can be packed to billions of lines
             line = {"file": file, "line": reject.line, "reason": reject.reason, "detail": reject.detail}
             self._stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-
-    def __enter__(self) -> _Rejects:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._files.__exit__(*error)
-        if self._stream is None:
-            self.path.unlink(missing_ok=True)

@@ -111,7 +111,8 @@ class Schedule:
     def _choose(self, worker: object) -> Key | None:
         while self.returned:
             again = self.returned.pop(0)
-            if self._open(again) and again not in self.receipts:
+            end = self._ends[again[0]]
+            if (end is None or again[1] < end) and again not in self.receipts:
                 return again
         if self._enough():
             return None
@@ -157,10 +158,6 @@ class Schedule:
             if leading:
                 self._next[group] = piece
         return None
-
-    def _open(self, key: Key) -> bool:
-        end = self._ends[key[0]]
-        return end is None or key[1] < end
 
     def _enough(self) -> bool:
         if not self.max_tokens:

@@ -20,7 +20,7 @@ from data_prep.sources.notices import notices
 from data_prep.tokenizers.base import Tokenizer, TokenizerInfo
 from data_prep.tokenizers.loading import copy_tokenizer, load_tokenizer
 from data_prep.tokenizing.encoder import Engine, choose_engine
-from data_prep.tokenizing.merge import finish, load_receipts, merged_schedule, missing_shards, remove_leftovers
+from data_prep.tokenizing.merge import check_shards, finish, load_receipts, merged_schedule, remove_leftovers
 from data_prep.tokenizing.mpi import MpiWorld
 from data_prep.tokenizing.piece import PieceWorker, Progress
 from data_prep.tokenizing.piece_schedule import Key, Schedule, Share
@@ -75,9 +75,8 @@ def tokenize(job: Job, listener: Listener, *, workers: int = 1, share: Share | N
         OSError: writing failed; running again continues.
     """
     quiet_libraries()
-    done = finished(job)
+    done = finished(job, listener)
     if done is not None:
-        listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
         return done
     with only_writer(job.out, "" if share is None else f"-{share.index}"):
         with Pool(job.out, job.tokenizer, job.eod_token, workers, listener.progress) as pool:
@@ -100,10 +99,8 @@ def tokenize_mpi(job: Job, listener: Listener) -> Manifest | None:
         world.serve(job.out)
         return None
     try:
-        manifest = finished(job)
-        if manifest is not None:
-            listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
-        else:
+        manifest = finished(job, listener)
+        if manifest is None:
             with only_writer(job.out, ""):
                 plan, engine = prepare(job, listener)
                 schedule = begin(job.out, plan, Share(), listener)
@@ -142,8 +139,7 @@ def begin(folder: Path, plan: Plan, share: Share, listener: Listener) -> Schedul
     """
     schedule = Schedule(plan.groups, share, plan.settings.max_tokens)
     load_receipts(folder, schedule, retry_broken=True)
-    for name in missing_shards(folder, list(schedule.receipts.values())):
-        raise DataError(f"{folder / name} is missing though it was done; remove {folder / WORK} to begin again.")
+    check_shards(folder, schedule.receipts.values())
     listener.begin(plan, schedule)
     return schedule
 
@@ -160,8 +156,8 @@ def complete(folder: Path, plan: Plan, max_rejects: float, max_broken: int, work
     return finish(folder, plan, schedule, max_rejects, max_broken, workers)
 
 
-def finished(job: Job) -> Manifest | None:
-    """The manifest of `job.out` when it is finished with these settings.
+def finished(job: Job, listener: Listener) -> Manifest | None:
+    """The manifest of `job.out` when it is finished with these settings, which is said.
 
     Raises:
         DataError: the folder holds a data set of other settings.
@@ -184,6 +180,7 @@ def finished(job: Job) -> Manifest | None:
         raise DataError(
             f"{job.out} holds a finished data set of other settings ({'; '.join(changed)}). Choose another --out."
         )
+    listener.say(f"{job.out} is finished already, with these settings; nothing to do.")
     return _cleaned(job.out, manifest)
 
 

@@ -33,8 +33,6 @@ class Estimate:
             # The size of a hub data set is not known: its files count as one piece each.
             self._sizes.append(group.bytes * ratios.get(group.source, 1.0) or group.piece_bytes)
         self._total = max(1.0, sum(self._sizes) / schedule.share.count)
-        self._read = self._text = self._tokens = 0.0
-        self._counted = -1
         self._count()
         self._before = self._text
 

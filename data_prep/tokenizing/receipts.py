@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.files import write_json
 from data_prep.json_input import read_json
 from data_prep.paths import inside
 from data_prep.reading.manifest import SPLITS, Shard, check_names
@@ -72,8 +71,3 @@ def read_receipt(path: Path) -> Receipt:
     except DataError as error:
         raise DataError(f"{error} Remove {path.name}, and its piece is done again.") from None
     return receipt
-
-
-def write_receipt(folder: Path, receipt: Receipt) -> None:
-    """Write a piece's receipt; with it the piece is finished."""
-    write_json(receipt_path(folder, receipt.group, receipt.piece), asdict(receipt))

@@ -20,7 +20,6 @@ from data_prep.typed import as_dataclass
 
 WORK = ".work"  # folder inside the data set folder that holds what is needed until the manifest is written
 PLAN = "plan.json"
-_WITHOUT_FILES = ("embedded", "hub")  # kinds of source whose documents are not in files
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
         inside(folder, plan.tokenizer.file, path)
         for number, group in enumerate(plan.groups):
             pieces = 1 if group.pieces is None else group.pieces
-            sound = group.kind in KINDS and bool(group.files) == (group.kind not in _WITHOUT_FILES)
+            sound = group.kind in KINDS and bool(group.files) == (group.kind not in ("embedded", "hub"))
             if not sound or group.number != number or pieces < 1 or group.bytes < 0 or group.piece_bytes < 0:
                 raise DataError(f"{path}: group {number} cannot be {group!r:.300}.")
     except FileNotFoundError:

@@ -40,9 +40,9 @@ def shuffle_source(folder: Path, scratch: Path, entries: Sequence[Entry], seed: 
     first = 0
     for shard in shards:
         hashes = document_hashes(seed, first, shard.num_documents)
-        sizes = _document_lengths(shard)
+        sizes = document_lengths(shard)
         starts = np.cumsum(sizes) - sizes
-        buckets = _bucket(hashes, count)
+        buckets = ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
         for bucket in range(count):
             chosen = np.flatnonzero(buckets == bucket)
             if chosen.size:
@@ -113,11 +113,8 @@ def _mixed(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def _bucket(hashes: np.ndarray, count: int) -> np.ndarray:
-    return ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
-
-
-def _document_lengths(shard: Shard) -> np.ndarray:
+def document_lengths(shard: Shard) -> np.ndarray:
+    """Tokens of each document, int64 `[documents]`."""
     ends = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])
     return np.diff(ends[shard.document_index])
 

@@ -21,7 +21,6 @@ from data_prep.tokenizing.shard_plan import Settings
 KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 END_OF_DOCUMENT = "<|endoftext|>"
 _SENTENCE = 4000  # bytes; sentencepiece leaves out what is longer than its limit, so lines are cut below it
-_THREADS = 4  # written into the model file, so it must not depend on the machine
 
 
 def train_tokenizer(
@@ -114,7 +113,7 @@ def _train_sentencepiece(texts: Iterator[str], model_type: str, vocab_size: int,
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=2 * _SENTENCE,
-            num_threads=_THREADS,
+            num_threads=4,  # written into the model file, so it must not depend on the machine
             train_extremely_large_corpus=model_type == "unigram",
             minloglevel=2,
         )

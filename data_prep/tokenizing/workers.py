@@ -60,9 +60,6 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
     def start(self, groups: tuple[Group, ...]) -> None:
         """Start as many processes beside this one as there can be pieces for."""
         for number in range(1, min(self.count, sum(pieces_expected(group) for group in groups))):
@@ -154,7 +151,7 @@ class Pool:
                     "Run the same command again to continue."
                 )
 
-    def _stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.pipe.close()
         processes = [worker for worker in self._workers if not isinstance(worker.process, _Thread)]

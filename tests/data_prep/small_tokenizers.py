@@ -54,15 +54,18 @@ def bpe(path: Path, *, end: str = "</s>", special: bool = True, merged: bool = T
 
 def sentencepiece_unigram(path: Path, text: str, **more: Any) -> Path:
     """A trained sentencepiece model without byte fallback: what it has not seen becomes its unknown piece."""
+    options = {"model_type": "unigram", "character_coverage": 1.0, "hard_vocab_limit": False, "vocab_size": 60}
+    return trained_sentencepiece(path, text, **{**options, **more})
+
+
+def trained_sentencepiece(path: Path, text: str, **options: Any) -> Path:
+    """A sentencepiece model, trained with the library itself; it normalises nothing unless told to."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()),
         model_writer=model,
-        model_type="unigram",
-        character_coverage=1.0,
-        hard_vocab_limit=False,
         minloglevel=2,
-        **{"vocab_size": 60, "normalization_rule_name": "identity", **more},
+        **{"normalization_rule_name": "identity", **options},
     )
     path.write_bytes(model.getvalue())
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -15,7 +14,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 import zstandard
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -24,6 +22,7 @@ from data_prep.cli import app
 from data_prep.sources.base import ReadOptions
 from data_prep.tokenizing.pipeline import Job, tokenize
 from data_prep.tokenizing.shard_plan import Settings
+from tests.data_prep.small_tokenizers import trained_sentencepiece
 
 _WORDS = (
     "the a of and to in is it that was for on with as his they be at one have this from or had by not word but what "
@@ -94,21 +93,9 @@ def small_byte_bpe(path: Path) -> Path:
 
 
 def small_sentencepiece(path: Path) -> Path:
-    """Train a small sentencepiece model with the library itself."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(400, 2).splitlines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        character_coverage=0.99,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    return path
+    """A sentencepiece model with Llama's settings (dummy prefix, byte fallback), 400 entries."""
+    options = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "character_coverage": 0.99}
+    return trained_sentencepiece(path, sentences(400, 2), remove_extra_whitespaces=False, **options)
 
 
 class Quiet:

@@ -19,7 +19,7 @@ class Hub:
     """One data set repository: its files, and how often a download breaks off.
 
     breaks: downloads that end after `break_after` bytes though more was promised. busy: questions about the repository
-    that are answered with 429. commit: the newest one. earlier: files of commits before it. seen: requests by kind.
+    that are answered with 429. commit: the newest one. earlier: files of commits before it. seen: both, counted.
     """
 
     def __init__(self, repository: str, files: dict[str, bytes]) -> None:
@@ -101,19 +101,15 @@ def serve(hub: Hub) -> Iterator[str]:
             base = f"/api/datasets/{hub.repository}"
             resolved = re.fullmatch(rf"/datasets/{hub.repository}/resolve/([^/]+)/(.+)", path)
             if resolved and resolved[2] in hub.at(resolved[1]):
-                hub.seen["download"] += self.command == "GET"
                 self.file(hub.at(resolved[1])[resolved[2]])
             elif path.startswith(base) and hub.is_busy():
                 self.reply(429, b"{}", {"Retry-After": "0", "Content-Type": "application/json"})
             elif match := re.fullmatch(rf"{base}(?:/revision/([^/]+))?", path):
-                hub.seen["info"] += 1
                 self.json(hub.info(match[1] or ""))
             elif match := re.fullmatch(rf"{base}/tree/([^/]+)(?:/(.*))?", path):
-                hub.seen["tree"] += 1
                 deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
                 self.json(hub.tree(match[1], match[2] or "", deep))
             else:
-                hub.seen[f"missing {self.command} {path}"] += 1
                 body = json.dumps({"error": "Entry not found"}).encode()
                 self.reply(404, body, {"X-Error-Code": "EntryNotFound", "Content-Type": "application/json"})
 
@@ -124,7 +120,6 @@ def serve(hub: Hub) -> Iterator[str]:
             body = self.rfile.read(length)
             path = unquote(urlsplit(self.path).path)
             if match := re.fullmatch(rf"/api/datasets/{hub.repository}/paths-info/([^/]+)", path):
-                hub.seen["paths"] += 1
                 try:
                     wanted = json.loads(body)["paths"]
                 except ValueError:
@@ -132,7 +127,6 @@ def serve(hub: Hub) -> Iterator[str]:
                 wanted = [wanted] if isinstance(wanted, str) else wanted
                 self.json([hub.entry(name, match[1]) for name in wanted if name in hub.at(match[1])])
             else:
-                hub.seen[f"missing POST {path}"] += 1
                 self.reply(404, b"{}")
 
         def file(self, data: bytes) -> None:

@@ -136,13 +136,9 @@ def test_a_separator_that_never_occurs_is_said(tmp_path, suffix):
     assert "meant?" not in sentence
     (tmp_path / "b.txt").write_text("one<|end|>two")
     assert noticed(tmp_path, separator="<|end|>") == []  # files of one document each may be among them
-
-
-def test_a_separator_without_text_files_is_said(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    (sentence,) = noticed(path, separator="\n\n")
-    assert "the separator is not used" in sentence
     assert noticed("-", separator="\n\n", format="text") == []
+    (sentence,) = noticed(write_jsonl(tmp_path / "a.jsonl", ["x"]), separator="\n\n")
+    assert "the separator is not used" in sentence
 
 
 def test_marks_between_documents_are_said_where_the_text_is_not_split(tmp_path):

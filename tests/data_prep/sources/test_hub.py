@@ -12,17 +12,22 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_prep.errors import DataError
 from data_prep.reading.manifest import read_manifest
 from data_prep.sources import hub
 from data_prep.sources.base import Document, Group, ReadOptions
-from data_prep.sources.find import find_sources
 from tests.data_prep.sources.hub_server import COMMIT, Hub, serve
 from tests.data_prep.sources.test_sources import WIKI
 from tests.data_prep.tokenizing.test_tokenize import encoder, written
 from tests.data_prep.writing import command, compressed, documents, jsonl, run
 
 TEXTS = documents(120)
+
+
+def tokenized(address, out, tokenizer, source, *more, check=True):
+    """`tokenize` of a source of the hub at `address`, all of it for training."""
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(out.parent / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    arguments = (source, "--out", out, "--tokenizer", tokenizer, "--validation", 0, "--test", 0, "--workers", 1, *more)
+    return command("tokenize", *arguments, check=check, environment=environment)
 
 
 def json_files():
@@ -53,10 +58,7 @@ def test_a_stream_that_breaks_gives_every_document_once(tmp_path, byte_bpe, sour
     server.breaks, server.break_after, server.busy = 2, 1500, 2
     out = tmp_path / "out"
     with serve(server) as address:
-        command(
-            "tokenize", source, "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1,
-            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"},
-        )  # fmt: skip
+        tokenized(address, out, byte_bpe, source)
     assert server.seen["broken"] == 2 and server.seen["busy"] == 2
     assert written(out, "train") == [encoder(byte_bpe)(text) for text in TEXTS]
     manifest = read_manifest(out)
@@ -76,11 +78,8 @@ def test_a_subset_of_the_pile(tmp_path, byte_bpe):
         {f"{name}.jsonl.zst": compressed("\n".join(lines).encode(), ".zst") for name, lines in parts.items()},
     )
     with serve(server) as address:
-        command(
-            "tokenize", "pile", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--validation", 0, "--test", 0,
-            "--subset-field", "meta.pile_set_name", "--subset", "Books3",
-            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        chosen = ("--subset-field", "meta.pile_set_name", "--subset", "Books3")
+        tokenized(address, tmp_path / "out", byte_bpe, "pile", *chosen)
     assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in TEXTS[1::2]]
     assert [entry["name"] for entry in read_manifest(tmp_path / "out").sources] == ["Books3"]
 
@@ -96,10 +95,7 @@ def wikitext_files():
 
 def test_the_lines_of_wikitext_become_its_articles(tmp_path, byte_bpe):
     with serve(Hub("Salesforce/wikitext", wikitext_files())) as address:
-        command(
-            "tokenize", "wikitext-103", "--out", tmp_path / "out", "--tokenizer", byte_bpe, "--validation", 0,
-            "--test", 0, environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        tokenized(address, tmp_path / "out", byte_bpe, "wikitext-103")
     (tmp_path / "wiki.raw").write_text(WIKI)
     run([tmp_path / "wiki.raw"], tmp_path / "raw", byte_bpe, validation=0, test=0)
     assert len(written(tmp_path / "out", "train")) == 2
@@ -108,10 +104,7 @@ def test_the_lines_of_wikitext_become_its_articles(tmp_path, byte_bpe):
 
 def test_an_unknown_data_set_is_named(tmp_path, byte_bpe):
     with serve(Hub("some/other", {"a.jsonl": b""})) as address:
-        failed = command(
-            "tokenize", "hub:no/such", "--out", tmp_path / "out", "--tokenizer", byte_bpe, check=False,
-            environment={"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        failed = tokenized(address, tmp_path / "out", byte_bpe, "hub:no/such", check=False)
     assert failed.returncode == 2 and "hub data set 'no/such' cannot be opened" in failed.stderr
 
 
@@ -157,18 +150,13 @@ def test_a_stream_that_fails_again_and_again_is_given_up(monkeypatch, error):
 
 
 def test_a_run_that_is_continued_stays_at_the_commit_it_began_with(tmp_path, byte_bpe):
-    def tokenize(out, *more, check=True):
-        arguments = ["c4", "--out", out, "--tokenizer", byte_bpe, "--validation", 0, "--test", 0, "--workers", 1]
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
-        return command("tokenize", *arguments, *more, check=check, environment=environment)
-
     server = Hub("allenai/c4", json_files())
     with serve(server) as address:
-        tokenize(tmp_path / "out", "--task-index", 0, "--task-count", 2)
+        tokenized(address, tmp_path / "out", byte_bpe, "c4", "--task-index", 0, "--task-count", 2)
         server.push("f" * 40, {name: data for name, data in json_files().items() if "00002" not in name})
-        tokenize(tmp_path / "out", "--task-index", 1, "--task-count", 2)
+        tokenized(address, tmp_path / "out", byte_bpe, "c4", "--task-index", 1, "--task-count", 2)
         command("merge", tmp_path / "out")
-        tokenize(tmp_path / "new")
+        tokenized(address, tmp_path / "new", byte_bpe, "c4")
     assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in TEXTS]
     assert read_manifest(tmp_path / "out").statistics["hub_revisions"] == {"allenai/c4": COMMIT}
     assert written(tmp_path / "new", "train") == [encoder(byte_bpe)(text) for text in TEXTS[:80]]
@@ -197,31 +185,3 @@ def test_it_waits_as_long_as_the_hub_asks(monkeypatch, status, headers, waits):
     slept = []
     assert read(monkeypatch, [6, 0], error, slept.append) == TEXTS[:20]
     assert slept == waits
-
-
-def test_all_files_are_read_at_one_commit(monkeypatch):
-    commits = iter(["first", "second"])
-    loaded = []
-
-    def load(repository, config, split, revision):
-        loaded.append(revision)
-        return SimpleNamespace(num_shards=2, shard=lambda **_: iter([{"text": "a text"}]))
-
-    monkeypatch.setattr(hub, "_commit", lambda repository: next(commits))
-    monkeypatch.setattr(hub, "_load", load)
-    groups = hub.hub_groups("s", "hub:a/b", 0, 1)
-    for group in groups:
-        assert len(list(hub.HubReader(group, ReadOptions()).items(0))) == 1
-    assert loaded == ["first"] * 3
-    assert hub.hub_revisions(groups) == {"a/b": "first"}
-    assert hub.hub_groups("s", "hub:a/b", 0, 1, hub.hub_revisions(groups)) == groups
-    assert hub.hub_groups("s", "hub:a/b", 0, 1) != groups
-
-
-def test_presets_are_hub_addresses():
-    for name, address in hub.PRESETS.items():
-        (source,), _ = find_sources([name], ReadOptions())
-        assert (source.name, source.hub) == (name, address)
-        assert address.startswith("hub:") and "/" in address
-    with pytest.raises(DataError, match="pile, c4, openwebtext, fineweb-edu, wikitext-103"):
-        find_sources(["c5"], ReadOptions())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from data_prep.tokenizers.loading import load_tokenizer
@@ -22,27 +24,23 @@ def test_tokenizers_with_an_id_for_every_byte_lose_nothing(byte_bpe, sentencepie
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("make", "text", "expected"),
     [
-        ("the cat", 0),
-        ("日本 the", 6),  # two characters of three bytes become one <unk>
-        ("the UNK", 3),  # the letters of the unknown token's own name do not make up for lost ones
-        ("éé", 4),
-        ("a\nb\tc", 2),
-        ("🙂", 4),
+        (small.unigram, "the cat", 0),
+        (small.unigram, "日本 the", 6),  # two characters of three bytes become one <unk>
+        (small.unigram, "the UNK", 3),  # the letters of the unknown token's own name do not make up for lost ones
+        (small.unigram, "éé", 4),
+        (small.unigram, "a\nb\tc", 2),
+        (small.unigram, "🙂", 4),
+        (small.word_level, "the cat sat", 0),
+        (small.word_level, "the dog sat", 3),
+        (small.word_piece, "the cats", 0),
+        (small.word_piece, "THE cats", 3),  # its normalizer folds this word's case
+        (small.word_piece, "the nœud", 5),
     ],
 )
-def test_what_becomes_the_unknown_token(tmp_path, text, expected):
-    assert lost(small.unigram(tmp_path / "tokenizer.json"), text) == expected
-
-
-def test_words_outside_the_vocabulary(tmp_path):
-    level, piece = small.word_level(tmp_path / "level.json"), small.word_piece(tmp_path / "piece.json")
-    assert lost(level, "the cat sat") == 0
-    assert lost(level, "the dog sat") == 3
-    assert lost(piece, "the cats") == 0
-    assert lost(piece, "THE cats") == 3  # its normalizer folds this word's case
-    assert lost(piece, "the nœud") == 5
+def test_what_becomes_the_unknown_token(tmp_path, make, text, expected):
+    assert lost(make(tmp_path / "tokenizer.json"), text) == expected
 
 
 def test_sentencepiece_without_byte_fallback(tmp_path):
@@ -52,8 +50,6 @@ def test_sentencepiece_without_byte_fallback(tmp_path):
 
 
 def test_bytes_that_a_byte_level_vocabulary_does_not_have(tmp_path):
-    import json
-
     path = small.bpe(tmp_path / "tokenizer.json", merged=False)
     content = json.loads(path.read_text())
     del content["model"]["vocab"]["Ã"]  # the first byte of é

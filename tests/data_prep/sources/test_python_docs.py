@@ -10,21 +10,13 @@ from data_prep.sources import python_docs
 from data_prep.sources.python_docs import iter_documents
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_prose_without_code_or_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_docs, "LIMIT", 900_000)
-
-
-def test_the_same_documents_whatever_the_number_of_workers(small: None) -> None:
     alone = list(iter_documents(workers=1))
     assert alone == list(iter_documents(workers=3))
-    names = [name for name, _ in alone]
-    assert len(set(names)) == len(names)
-    assert 900_000 <= sum(len(text) for _, text in alone) < 1_100_000
-
-
-def test_documents_are_prose_without_code_or_duplicates(small: None) -> None:
-    documents = dict(iter_documents(workers=1))
+    documents = dict(alone)
+    assert len(documents) == len(alone)
+    assert 900_000 <= sum(map(len, documents.values())) < 1_100_000
     seen: set[str] = set()
     for text in documents.values():
         text.encode()  # no lone surrogates

@@ -8,6 +8,7 @@ import lzma
 import random
 import tracemalloc
 import zlib
+from contextlib import closing
 
 import pytest
 import zstandard
@@ -43,13 +44,13 @@ def test_every_kind_gives_the_bytes(tmp_path, suffix):
     path.write_bytes(compressed(DATA, suffix))
     assert read_all(path) == (DATA, "")
     assert read_all(path, (1, 7, 100_000)) == (DATA, "")
-
-
-@pytest.mark.parametrize("suffix", KINDS[1:])
-def test_frames_one_after_another_are_all_read(tmp_path, suffix):
-    path = tmp_path / f"x{suffix}"
-    path.write_bytes(compressed(DATA, suffix) + compressed(b"", suffix) + compressed(b"end", suffix))
-    assert read_all(path) == (DATA + b"end", "")
+    with closing(ByteStream(path)) as stream:
+        stream.read(10)
+        stream.seek(123_456)
+        assert stream.read(20) == DATA[123_456:123_476]
+    if suffix:  # all frames of a file are read
+        path.write_bytes(path.read_bytes() + compressed(b"", suffix) + compressed(b"end", suffix))
+        assert read_all(path) == (DATA + b"end", "")
 
 
 @pytest.mark.parametrize("suffix", KINDS[1:])
@@ -61,44 +62,10 @@ def test_a_file_cut_off_is_never_a_regular_end(tmp_path, suffix, share):
     data, reason = read_all(path)
     assert reason == "broken_compression"
     assert DATA.startswith(data)
-
-
-@pytest.mark.parametrize("suffix", KINDS[1:])
-def test_what_lies_in_front_of_damage_is_the_same_however_it_is_read(tmp_path, suffix):
-    path = tmp_path / f"x{suffix}"
-    whole = bytearray(compressed(DATA, suffix))
-    middle = len(whole) // 2
-    whole[middle : middle + 64] = bytes(64)
-    path.write_bytes(whole)
-    found = read_all(path)
-    assert found[1] == "broken_compression"
-    assert read_all(path, (1 << 20,)) == read_all(path, (999,)) == found
-
-
-def test_the_error_stays(tmp_path):
-    path = tmp_path / "x.zst"
-    path.write_bytes(compressed(DATA, ".zst")[:100])
-    stream = ByteStream(path)
-    for _ in range(2):
-        with pytest.raises(SourceError, match="broken after"):
-            while stream.read():
-                pass
-
-
-def test_a_missing_file_says_so(tmp_path):
-    with pytest.raises(SourceError, match="cannot be opened") as caught:
-        ByteStream(tmp_path / "none.jsonl")
-    assert caught.value.reason == "unreadable_file"
-
-
-def test_seek_reaches_every_kind(tmp_path):
-    for suffix in KINDS:
-        path = tmp_path / f"y{suffix}"
-        path.write_bytes(compressed(DATA, suffix))
-        stream = ByteStream(path)
-        stream.read(10)
-        stream.seek(123_456)
-        assert stream.read(20) == DATA[123_456:123_476]
+    with closing(ByteStream(path)) as stream:
+        for _ in range(2):  # the error stays
+            with pytest.raises(SourceError, match="broken after"):
+                stream.head(len(DATA) + 1)
 
 
 @pytest.mark.parametrize(

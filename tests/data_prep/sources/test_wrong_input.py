@@ -11,7 +11,6 @@ import resource
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.reading.manifest import read_manifest
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups
@@ -63,17 +62,6 @@ def test_a_file_that_cannot_be_read(tmp_path, byte_bpe):
     assert (line["file"], line["reason"]) == (str(folder / "1.jsonl"), "unreadable_file")
     accepted = command(*arguments, "--max-broken-files", 1)
     assert "train: 10 documents" in accepted.stdout and "rejected: 1 unreadable_file" in accepted.stderr
-
-
-def test_documents_above_the_cap_are_counted_listed_and_named(tmp_path, byte_bpe):
-    huge = "word " * (13 << 20)
-    source = write_jsonl(tmp_path / "a.jsonl", [*documents(99), huge])
-    arguments = ("tokenize", source, "--out", tmp_path / "out", "--tokenizer", byte_bpe, *WHOLE)
-    done = command(*arguments, "--workers", 1)
-    assert "train: 99 documents" in done.stdout and "rejected: 1 too_long" in done.stderr
-    assert read_manifest(tmp_path / "out").rejects == {"too_long": 1}
-    (line,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
-    assert (line["line"], line["reason"], line["detail"]) == (100, "too_long", "it is above 64 MB")
 
 
 def test_no_more_rejects_are_listed_than_a_person_needs(tmp_path, byte_bpe, monkeypatch):
@@ -146,25 +134,21 @@ def test_a_folder_that_cannot_be_made(tmp_path, arguments):
         invoke(name, source, "--out", out, *more)
 
 
-def test_links_in_a_folder_are_followed(tmp_path):
-    write_jsonl(tmp_path / "elsewhere" / "b.jsonl", ["x"])
-    write_jsonl(tmp_path / "corpus" / "a.jsonl", ["x"])
-    write_jsonl(tmp_path / "corpus" / ".cache" / "hidden.jsonl", ["x"])
-    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "corpus" / "circle").symlink_to(tmp_path / "corpus")
-    ((source,), ignored) = find_sources([str(tmp_path / "corpus")], ReadOptions())
-    assert [os.path.relpath(path, tmp_path / "corpus") for path in source.files] == ["a.jsonl", "linked/b.jsonl"]
-    assert ignored == []
-
-
-def test_links_between_folders_lead_to_each_folder_once(tmp_path):
+def test_links_in_a_folder_are_followed_to_each_folder_once(tmp_path):
+    corpus = tmp_path / "corpus"
     for here, there in ("ab", "ba"):
-        write_jsonl(tmp_path / here / f"{here}.jsonl", ["x"])
+        write_jsonl(corpus / here / f"{here}.jsonl", ["x"])
         for number in range(3):
-            (tmp_path / here / f"link{number}").symlink_to(tmp_path / there)
+            (corpus / here / f"link{number}").symlink_to(corpus / there)
+    write_jsonl(tmp_path / "elsewhere" / "c.jsonl", ["x"])
+    write_jsonl(corpus / ".cache" / "hidden.jsonl", ["x"])
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (corpus / "circle").symlink_to(corpus)
+    (corpus / "outer").symlink_to(tmp_path)
     with processor_time(2.0):
-        ((source,), ignored) = find_sources([str(tmp_path)], ReadOptions())
-    assert [os.path.basename(path) for path in source.files] == ["a.jsonl", "b.jsonl"] and ignored == []
+        ((source,), ignored) = find_sources([str(corpus)], ReadOptions())
+    assert [os.path.basename(path) for path in source.files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert ignored == []
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_a_gap(tmp_path, monkeypatch):

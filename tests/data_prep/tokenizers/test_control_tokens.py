@@ -40,23 +40,13 @@ def test_its_name_is_text(tokenizer):
     end = tokenizer.eod_token
     assert tokenizer.decode([tokenizer.eod_id]).strip() == end
     engine, _ = choose_engine(tokenizer, [])
+    kind = tokenizer.content["model"]["type"]
     for text in texts_with(end):
         ids = tokenizer.encode(text)
         assert ids and tokenizer.eod_id not in ids
         assert engine.encode([text])[0].tolist() == ids
-
-
-def test_it_comes_back_as_the_text_it_was(tmp_path):
-    for name, make, more in (
-        ("unigram.json", small.unigram, {}),
-        ("merged.json", small.bpe, {}),
-        ("found.json", small.bpe, {"merged": False, "ignore_merges": True}),
-        ("added.json", small.bpe, {"merged": False, "special": False}),
-    ):
-        tokenizer = load_tokenizer(make(tmp_path / name, **more))
-        for text in texts_with("</s>"):
-            if "\n" not in text or "unigram" not in name:
-                assert tokenizer.decode(tokenizer.encode(text)) == text
+        if kind == "BPE" or (kind == "Unigram" and "\n" not in text):  # others do not keep the spaces
+            assert tokenizer.decode(ids) == text
 
 
 def test_other_control_tokens_are_text_as_well(tmp_path):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import sentencepiece
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,16 +22,17 @@ from data_prep.tokenizing.encoder import (
 )
 from data_prep.tokenizing.nasty import nasty_texts
 from data_prep.tokenizing.train_tokenizer import _train_sentencepiece
+from tests.data_prep.small_tokenizers import trained_sentencepiece
+from tests.data_prep.tokenizing.test_tokenize import encoder
 from tests.data_prep.writing import sentences
 
 fastokens = pytest.importorskip("fastokens")
 
 
 def expected_ids(path, texts):
-    """Ids by the tokenizers library alone, text after text; control tokens in a text stay text."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True
-    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    """Ids by the tokenizer's own library alone, text after text; control tokens in a text stay text."""
+    encode = encoder(path)
+    return [encode(text)[:-1] for text in texts]
 
 
 def lists(flat):
@@ -63,7 +61,7 @@ def test_the_fastest_exact_engine_is_chosen(byte_bpe, digits_bpe, sentencepiece_
     assert choose_engine(load_tokenizer(byte_bpe), sample)[1]["name"] == FASTOKENS
     chosen, report = choose_engine(load_tokenizer(digits_bpe), sample)
     assert (chosen.name, report["name"], report["refused"]) == (FASTOKENS_DIGITS, FASTOKENS_DIGITS, {})
-    assert report["versions"]["fastokens"] == "0.3.5" or report["versions"]["fastokens"] > "0.3"
+    assert report["versions"]["fastokens"]
     assert choose_engine(load_tokenizer(sentencepiece_model), sample)[1]["name"] == FASTOKENS
 
 
@@ -77,64 +75,29 @@ def test_every_engine_gives_the_librarys_ids_on_nasty_texts(kind, request):
         assert [n for n, (a, b) in enumerate(zip(found, wanted)) if a != b] == [], name
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(max_size=80), min_size=1, max_size=8))
-def test_any_text_gets_the_librarys_ids(digits_bpe, texts):
-    engine = _engine(digits_bpe)
-    texts = [text for text in texts if not any(0xD800 <= ord(c) <= 0xDFFF for c in text)] or ["x"]
-    assert lists(engine.encode(texts)) == expected_ids(digits_bpe, texts)
+@pytest.fixture(scope="module", params=["digits", "dummy prefix", "no dummy prefix"])
+def engine(request, digits_bpe, sentencepiece_model, tmp_path_factory):
+    if request.param == "digits":
+        return Engine(load_tokenizer(digits_bpe), FASTOKENS_DIGITS)
+    path = sentencepiece_model
+    if request.param == "no dummy prefix":  # as `tokenizer train` makes models
+        path = tmp_path_factory.mktemp("plain") / "tokenizer.model"
+        path.write_bytes(_train_sentencepiece(iter([sentences(300, 6)]), "bpe", 380, {"bytes": 0}))
+    return Engine(load_tokenizer(path), FASTOKENS)
 
 
-_ENGINES: dict[str, Engine] = {}
-
-
-def _engine(path):
-    if str(path) not in _ENGINES:
-        _ENGINES[str(path)] = Engine(load_tokenizer(path), FASTOKENS_DIGITS)
-    return _ENGINES[str(path)]
-
-
-@pytest.mark.parametrize("trained", ["plain", "dummy prefix"])
 @settings(max_examples=80, deadline=None)
-@given(texts=st.lists(st.text(max_size=80), min_size=1, max_size=6))
-def test_sentencepiece_models_get_their_librarys_ids(sentencepiece_model, plain_model, trained, texts):
-    path = plain_model if trained == "plain" else sentencepiece_model
-    if str(path) not in _ENGINES:
-        _ENGINES[str(path)] = Engine(load_tokenizer(path), FASTOKENS)
-    texts = [text for text in texts if not any(0xD800 <= ord(c) <= 0xDFFF for c in text)] or ["x"]
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    assert lists(_ENGINES[str(path)].encode(texts)) == [model.encode(text) for text in texts]
-
-
-@pytest.fixture(scope="module")
-def plain_model(tmp_path_factory):
-    """A model as `tokenizer train` makes it: no dummy prefix."""
-    path = tmp_path_factory.mktemp("plain") / "tokenizer.model"
-    path.write_bytes(_train_sentencepiece(iter([sentences(300, 6)]), "bpe", 380, {"bytes": 0}))
-    return path
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=1, max_size=6))
+def test_any_text_gets_the_librarys_ids(engine, texts):
+    assert lists(engine.encode(texts)) == expected_ids(engine.tokenizer.path, texts)
 
 
 def test_sentencepiece_models_with_normalisation_or_unigram_stay_with_the_library(tmp_path):
     for number, more in enumerate(({"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"})):
-        made = io.BytesIO()
-        options = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True, **more}
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences(300, 7).splitlines()), model_writer=made, vocab_size=380, minloglevel=2,
-            character_coverage=0.99, **options,
-        )  # fmt: skip
-        path = tmp_path / f"{number}.model"
-        path.write_bytes(made.getvalue())
+        options = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 380, "character_coverage": 0.99, **more}
+        path = trained_sentencepiece(tmp_path / f"{number}.model", sentences(300, 7), **options)
         _, report = choose_engine(load_tokenizer(path), ["text"])
         assert (report["name"], report["refused"]) == (REFERENCE, {})
-
-
-def test_text_never_becomes_a_control_token(byte_bpe):
-    tokenizer = load_tokenizer(byte_bpe)
-    engine, report = choose_engine(tokenizer, ["x <|endoftext|> y"])
-    assert report["name"] == FASTOKENS
-    ids, _ = engine.encode(["a <|endoftext|> b<|pad|>"])
-    assert tokenizer.eod_id not in ids.tolist()
-    assert tokenizer.decode(ids.tolist()) == "a <|endoftext|> b<|pad|>"
 
 
 class Failing:
@@ -188,22 +151,20 @@ def test_long_white_space_that_the_accelerator_refuses_still_gets_ids(byte_bpe):
     assert lists(engine.encode([text])) == expected_ids(byte_bpe, [text])
 
 
-def test_a_real_sentencepiece_model_agrees_on_nasty_and_real_text(shared_data):
-    path = shared_data / "tokenizers" / "llama2" / "tokenizer.model"
-    wiki = (shared_data / "eval" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")[:200_000]
-    chosen, report = choose_engine(load_tokenizer(path), wiki.split("\n \n"))
-    assert (chosen.name, report["refused"]) == (FASTOKENS, {})
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    assert lists(chosen.encode([wiki])) == [model.encode(wiki)]
-
-
-@pytest.mark.parametrize("name", ["smollm", "gpt2", "neox"])
-def test_real_tokenizers_agree_on_nasty_and_real_text(shared_data, name):
-    path = shared_data / "tokenizers" / name / "tokenizer.json"
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [
+        ("smollm/tokenizer.json", FASTOKENS_DIGITS),
+        ("gpt2/tokenizer.json", FASTOKENS),
+        ("neox/tokenizer.json", FASTOKENS),
+        ("llama2/tokenizer.model", FASTOKENS),
+    ],
+)
+def test_real_tokenizers_agree_on_nasty_and_real_text(shared_data, name, best):
+    path = shared_data / "tokenizers" / name
     wiki = (shared_data / "eval" / "wikitext" / "wiki.test.raw").read_text(encoding="utf-8")[:300_000]
     chosen, report = choose_engine(load_tokenizer(path), wiki.split("\n \n"))
-    assert report["refused"] == {}
-    assert chosen.name == (FASTOKENS_DIGITS if name == "smollm" else FASTOKENS)
+    assert (chosen.name, report["refused"]) == (best, {})
     texts = [wiki[at : at + 3000] for at in range(0, 60_000, 3000)]
     assert lists(chosen.encode(texts)) == expected_ids(path, texts)
 

@@ -88,23 +88,15 @@ def _command(process):
         return []
 
 
-def check(corpus, tokenizer, tmp_path, kills, seed):
-    run([corpus], tmp_path / "undisturbed", tokenizer, **SETTINGS)
-    met = torture(corpus, tokenizer, tmp_path / "out", kills, seed)
+@pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+def test_kills_change_nothing(corpus, byte_bpe, tmp_path, kills, seed):
+    run([corpus], tmp_path / "undisturbed", byte_bpe, **SETTINGS)
+    met = torture(corpus, byte_bpe, tmp_path / "out", kills, seed)
     assert met["worker"] and met["parent"]
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (tmp_path / "out", tmp_path / "undisturbed")]
     assert names[0] == names[1]
     assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
     assert verify_dataset(tmp_path / "out").problems == []
-
-
-def test_three_kills(corpus, byte_bpe, tmp_path):
-    check(corpus, byte_bpe, tmp_path, 3, 1)
-
-
-@pytest.mark.slow
-def test_twenty_kills(corpus, byte_bpe, tmp_path):
-    check(corpus, byte_bpe, tmp_path, 20, 2)
 
 
 def test_ctrl_c_stops_with_one_sentence_and_the_run_continues(corpus, byte_bpe, tmp_path):

@@ -122,6 +122,8 @@ def test_a_terminal_shows_bytes_documents_tokens_and_every_worker(tmp_path, byte
 
 def test_elsewhere_a_line_now_and_then_says_the_same(tmp_path, byte_bpe, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "a.jsonl.zst", documents(3000))
+    tokenize(job([source], tmp_path / "short", byte_bpe, piece_bytes=PIECE), Display())
+    assert capsys.readouterr().err == "", "a short run says nothing between"
     clock = itertools.count(0, 20)  # seconds; whoever looks finds it later
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     tokenize(job([source], tmp_path / "out", byte_bpe, piece_bytes=PIECE), Display())
@@ -135,9 +137,3 @@ def test_elsewhere_a_line_now_and_then_says_the_same(tmp_path, byte_bpe, monkeyp
     shares = [float(match[1]) for match in found]
     assert counts == sorted(counts) and shares == sorted(shares) and 80 < shares[-1] <= 100
     assert not found[0][3] and found[-1][3]
-
-
-def test_a_short_run_says_nothing_between(tmp_path, byte_bpe, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
-    tokenize(job([source], tmp_path / "out", byte_bpe, piece_bytes=PIECE), Display())
-    assert capsys.readouterr().err == ""

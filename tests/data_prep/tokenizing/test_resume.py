@@ -147,21 +147,13 @@ def test_what_an_unfinished_run_names_lies_in_its_folder(byte_bpe, tmp_path, pla
         merge_tasks(out)
 
 
-@pytest.mark.parametrize("damage", ["cut", "negative"])
-def test_what_an_unfinished_run_lost_is_said(byte_bpe, tmp_path, damage):
+def test_held_out_text_that_was_cut_off_is_said(byte_bpe, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(40))
     out = tmp_path / "out"
     tokenize(job([source], out, byte_bpe, validation=0.2), Quiet(), share=Share(0, 1))
-    held_out, receipt = (
-        out / WORK / f"{name}" for name in ("held_out-validation-00000-00000.jsonl.zst", "piece-00000-00000.json")
-    )
-    if damage == "cut":
-        held_out.write_bytes(held_out.read_bytes()[:-20])
-    else:
-        value = json.loads(receipt.read_text())
-        value["shards"]["train"][0]["tokens"] *= -1
-        receipt.write_text(json.dumps(value))
-    with pytest.raises(DataError, match=r"ends inside a frame; remove|greater than or equal to 0"):
+    held_out = out / WORK / "held_out-validation-00000-00000.jsonl.zst"
+    held_out.write_bytes(held_out.read_bytes()[:-20])
+    with pytest.raises(DataError, match="ends inside a frame; remove"):
         merge_tasks(out)
     assert not (out / "manifest.json").exists()
 

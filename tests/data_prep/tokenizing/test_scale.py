@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from data_prep.reading.manifest import Manifest, Shard, Split, write_manifest
 from data_prep.tokenizers.base import TokenizerInfo
 from tests.conftest import skip_or_fail
@@ -24,12 +22,15 @@ import json, sys
 from data_prep.reading.dataset import open_dataset
 from data_prep.reading.sample_order import SampleOrder
 
+read = lambda: int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
+before = read()
 data = open_dataset(sys.argv[1])
+opened = read() - before
 order = SampleOrder(data.num_sequences(2048), seed=1)
 batch = data.batch(order.block(0, 512), 2048)
 far = data.sequence(data.num_sequences(2048) - 1, 2048)
 print(json.dumps({"tokens": data.num_tokens, "sequences": data.num_sequences(2048), "shape": batch.shape,
-                  "last": int(far[-1]),
+                  "last": int(far[-1]), "opened": opened,
                   "peak": int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024}))
 """
 
@@ -72,25 +73,5 @@ def test_a_trillion_tokens_open_and_read_in_bounded_memory(tmp_path: Path) -> No
     assert found["tokens"] == 10**12 and found["shape"] == [512, 2049]
     assert found["sequences"] == (10**12 - 1) // 2048
     assert found["last"] == 0
+    assert found["opened"] < 2e6  # bytes, the package's own code included; an index has a gigabyte
     assert found["peak"] < 200  # MB
-
-
-@pytest.mark.parametrize("factor", [1, 1000])
-def test_opening_reads_the_same_number_of_bytes_at_any_size(tmp_path: Path, factor: int) -> None:
-    """Counted by the kernel, so that it holds on a busy machine."""
-    from tests.data_prep.support import make_documents, write_dataset
-
-    documents = make_documents(10, 1) * factor
-    folder = write_dataset(tmp_path / "data", {"train": [("web", documents)]})
-    other = write_dataset(tmp_path / "other", {"train": [("web", make_documents(2, 2))]})
-    code = (
-        "import sys, os\n"
-        "from data_prep.reading.dataset import open_dataset\n"
-        "open_dataset(sys.argv[2])\n"  # reads the modules that opening needs
-        "read = lambda: int(open('/proc/self/io').read().split('rchar: ')[1].split()[0])\n"
-        "first = read(); again = read(); data = open_dataset(sys.argv[1]); print(read() - again - (again - first))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(other)], capture_output=True, text=True, check=True
-    )
-    assert 0 < int(run.stdout) < 40_000

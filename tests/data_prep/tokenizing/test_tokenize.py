@@ -7,8 +7,6 @@ import json
 import resource
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import sentencepiece
 import tokenizers
@@ -20,8 +18,8 @@ from data_prep.reading.dataset import open_dataset
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
 from data_prep.sources.base import ReadOptions
-from data_prep.tokenizing import cutting, piece
-from data_prep.tokenizing.pipeline import merge_tasks, prepare, tokenize
+from data_prep.tokenizing import cutting
+from data_prep.tokenizing.pipeline import tokenize
 from tests.data_prep.support import read_index_independently
 from tests.data_prep.writing import Quiet, command, compressed, documents, invoke, job, jsonl, run, write_jsonl
 
@@ -86,14 +84,6 @@ def test_every_document_is_in_its_split_with_the_librarys_ids(tmp_path, request,
     assert sum(sum(counts) for counts in manifest.statistics["lengths_log2"].values()) == 400
 
 
-def test_every_row_of_a_parquet_file_of_several_pieces_is_there(tmp_path, byte_bpe):
-    texts = documents(200)
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10)
-    manifest = run([tmp_path / "a.parquet"], tmp_path / "out", byte_bpe, validation=0, test=0, piece_bytes=PIECE)
-    assert written(tmp_path / "out", "train") == [encoder(byte_bpe)(text) for text in texts]
-    assert len(manifest.splits["train"].shards) > 5
-
-
 def test_splits_stay_when_documents_are_added(tmp_path, byte_bpe):
     texts = documents(200)
     for name, some in (("some", texts[:100]), ("all", texts)):
@@ -148,11 +138,7 @@ def test_enormous_documents_are_encoded_in_parts_with_the_ids_of_the_whole(tmp_p
     monkeypatch.setattr(cutting, "_FARTHEST", 1200)
     texts = [*documents(20), "\n".join(documents(100, 3)), *documents(5, 4), "\n".join(documents(80, 5))]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    work = job([source], tmp_path / "out", tokenizer, validation=0.3, test=0, split_seed=3)
-    worker = piece.PieceWorker(tmp_path / "out", prepare(work, Quiet())[0])
-    for _ in worker.work(0, 0):
-        pass
-    merge_tasks(tmp_path / "out")
+    run([source], tmp_path / "out", tokenizer, validation=0.3, test=0, split_seed=3)
     encode = encoder(tokenizer)
     for split in ("train", "validation"):
         wanted = [text for text in texts if split_of(text, 0.3, 0, 3) == split]

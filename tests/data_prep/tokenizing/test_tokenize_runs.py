@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import subprocess
 import sys
 
 import pytest
 
-from data_prep import files
 from data_prep.errors import DataError
 from data_prep.reading.manifest import read_manifest
 from data_prep.reading.verify import verify_dataset
-from data_prep.tokenizing import piece
 from data_prep.tokenizing.piece_schedule import Share
-from data_prep.tokenizing.pipeline import merge_tasks, prepare, tokenize
+from data_prep.tokenizing.pipeline import merge_tasks, tokenize
 from tests.data_prep.sources.test_sources import BAD_LINES
 from tests.data_prep.tokenizing.test_tokenize import PIECE, written
 from tests.data_prep.writing import Quiet, compressed, digest, documents, job, jsonl, run, write_jsonl
@@ -172,28 +169,6 @@ def test_a_broken_file_can_be_accepted_and_gives_the_same_for_any_number_of_work
         assert manifest.rejects["broken_compression"] == 1
         assert 100 < sum(split.documents for split in manifest.splits.values()) < 400
     assert digest(tmp_path / "1") == digest(tmp_path / "3")
-
-
-def test_a_full_disk_stops_the_run_and_it_continues_later(corpus, byte_bpe, undisturbed, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    work = job([corpus], out, byte_bpe, **SETTINGS)
-    worker = piece.PieceWorker(out, prepare(work, Quiet())[0])
-    calls = []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) > 12:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        for number in range(10):
-            for _ in worker.work(1, number):
-                pass
-    assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
-    monkeypatch.undo()
-    tokenize(work, Quiet())
-    assert digest(out) == digest(undisturbed)
 
 
 @pytest.mark.parametrize("limit", [1, 700, 5000, 10**9])

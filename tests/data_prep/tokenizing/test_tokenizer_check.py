@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from data_prep.sources.base import ReadOptions
 from data_prep.sources.find import find_sources
 from data_prep.sources.groups import plan_groups
@@ -12,25 +10,15 @@ from data_prep.tokenizing.tokenizer_check import sample_documents
 from tests.data_prep.writing import documents, jsonl, write_jsonl
 
 
-@pytest.fixture
-def corpus(tmp_path):
+def test_whole_documents_from_all_over_the_corpus(tmp_path):
     """Twelve files that are groups of their own, with damage in one of them."""
     for number in range(12):
-        write_jsonl(tmp_path / "corpus" / f"{number:02d}.jsonl", documents(300, number))
-    damaged = tmp_path / "corpus" / "02.jsonl"
-    damaged.write_bytes(b"broken\n" + jsonl(documents(300, 2)))
-    return tmp_path / "corpus"
-
-
-def sampled(corpus, tmp_path):
-    found, _ = find_sources([str(corpus)], ReadOptions())
+        write_jsonl(tmp_path / f"{number:02d}.jsonl", documents(300, number))
+    (tmp_path / "02.jsonl").write_bytes(b"broken\n" + jsonl(documents(300, 2)))
+    found, _ = find_sources([str(tmp_path)], ReadOptions())
     groups = plan_groups(found, ReadOptions(), 80_000)
     assert len(groups) == 12
-    return sample_documents(groups, ReadOptions())
-
-
-def test_whole_documents_from_all_over_the_corpus(corpus, tmp_path):
-    texts = sampled(corpus, tmp_path)
+    texts = sample_documents(groups, ReadOptions())
     owner = {text: number for number in range(12) for text in documents(300, number)}
     met = {owner[text] for text in texts}  # a text that was cut or changed would be no key
     assert len(met) == 6 and max(met) - min(met) >= 10
@@ -43,7 +31,7 @@ def test_whole_documents_from_all_over_the_corpus(corpus, tmp_path):
 def test_a_long_document_gives_its_beginning(tmp_path):
     text = "".join(documents(2000))
     assert len(text) > check._LONGEST
-    write_jsonl(tmp_path / "corpus" / "a.jsonl", [text])
-    found, _ = find_sources([str(tmp_path / "corpus")], ReadOptions())
+    write_jsonl(tmp_path / "a.jsonl", [text])
+    found, _ = find_sources([str(tmp_path)], ReadOptions())
     (sample,) = sample_documents(plan_groups(found, ReadOptions()), ReadOptions())
     assert sample == text[: check._LONGEST]
