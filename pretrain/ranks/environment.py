@@ -1,9 +1,9 @@
 """This process's rank, how many ranks there are and where they meet, from the variables of whatever started it.
 
 `prepare_environment()` is the first line of every training entry point. It finds rank, world size and meeting place
-from deepspeed, torchrun, srun, mpirun (Open MPI, MPICH/Hydra, MVAPICH) or nothing at all, and sets the variables that
-torch and DeepSpeed read, so that nothing has to be exported by hand. A missing variable is an error that names it: with
-a guess, ranks would wait for one another for ever.
+from deepspeed, torchrun, srun, mpirun (Open MPI, MPICH/Hydra, MVAPICH) or no launcher, and sets the variables that
+torch and DeepSpeed read. A missing variable is an error that names it: with a guess, ranks would wait for one another
+for ever.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
-from pretrain.ranks.hostlist import expand_hostlist
+from pretrain.ranks.hostlist import expand_hostlist, shown
 from pretrain.ranks.toolchain import prepare_toolchain
 
 _LOG = logging.getLogger(__name__)
@@ -36,24 +36,13 @@ _FIRST_PORT, _PORTS, _TRIES = 15000, 14000, 100
 # Slurm numbers its own steps (batch script, interactive shell, ...) from here on; smaller numbers are srun's.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-_MPI_LAUNCHERS = (
-    # name, rank, world size, rank on the node, ranks on the node
-    (
-        "openmpi",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    (
-        "mvapich",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
-    ("hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
+_PLACE = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+# Variables of rank, world size, rank on the node and ranks on the node.
+_MPI_LAUNCHERS = {
+    "openmpi": [f"OMPI_COMM_WORLD_{name}" for name in _PLACE],
+    "mvapich": [f"MV2_COMM_WORLD_{name}" for name in _PLACE],
+    "hydra": ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+}
 _INTEGER = re.compile(r"-?[0-9]{1,10}")
 # `2(x3)`: two tasks on each of three nodes.
 _TASKS = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
@@ -151,7 +140,10 @@ def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
             f"PMIX_RANK={shown(environ['PMIX_RANK'])} says that a PMIx launcher started this process, but nothing says "
             "of how many; set WORLD_SIZE, RANK and LOCAL_RANK, or start with mpirun, srun or torchrun."
         )
-    return _plain(environ)
+    tasks = environ.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in environ and _INTEGER.fullmatch(tasks) and int(tasks) > 1:
+        _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
+    return Ranks(0, 1, 0, 1, 0, _address(environ) or LOOPBACK, _port(environ, free_port()), "python")
 
 
 def rendezvous_port(environ: Mapping[str, str]) -> int | None:
@@ -163,8 +155,7 @@ def rendezvous_port(environ: Mapping[str, str]) -> int | None:
     job = next((environ[name] for name in _JOB_ID_VARIABLES if environ.get(name)), None)
     if job is None:
         return None
-    key = f"{job} {environ.get('SLURM_STEP_ID', '')} {environ.get('SLURM_RESTART_COUNT', '0')}"
-    return _derived_port(key)
+    return _derived_port(f"{job} {environ.get('SLURM_STEP_ID', '')} {environ.get('SLURM_RESTART_COUNT', '0')}")
 
 
 def _derived_port(key: str) -> int:
@@ -219,10 +210,11 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
 
 def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
     # One of the two is enough to know the launcher; if the other is missing, reading it raises below.
-    names = next((row for row in _MPI_LAUNCHERS if row[1] in environ or row[2] in environ), None)
-    if names is None:
+    found = (name for name, (rank, size, *_) in _MPI_LAUNCHERS.items() if rank in environ or size in environ)
+    launcher = next(found, None)
+    if launcher is None:
         return None
-    launcher, rank_name, size_name, local_rank_name, local_size_name = names
+    rank_name, size_name, local_rank_name, local_size_name = _MPI_LAUNCHERS[launcher]
     if launcher == "hydra" and _in_srun_step(environ) and local_rank_name not in environ:
         return None  # srun --mpi=pmi2 sets PMI_RANK too; its own variables say more
     world_size = _integer(environ, size_name, minimum=1)
@@ -236,8 +228,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
         address, port = _agree_through_mpi(rank, world_size, port)
     if port is None:
         # mpirun's own name for this run, the same in all its processes.
-        name = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or ""
-        port = _derived_port(name)
+        port = _derived_port(environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or "")
     port = _port(environ, port)
     return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, launcher)
 
@@ -245,9 +236,8 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
 def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
     if not _in_srun_step(environ):
         return None
-    world_size = _integer(
-        environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", minimum=1
-    )
+    size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    world_size = _integer(environ, size_name, minimum=1)
     rank = _integer(environ, "SLURM_PROCID", below=world_size)
     node = _integer(environ, "SLURM_NODEID", default=0)
     local_world_size = _tasks_of_node(environ, node) or world_size
@@ -259,14 +249,6 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
         )
     port = _port(environ, rendezvous_port(environ))
     return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, "srun")
-
-
-def _plain(environ: Mapping[str, str]) -> Ranks:
-    tasks = environ.get("SLURM_NTASKS", "1")
-    if "SLURM_JOB_ID" in environ and _INTEGER.fullmatch(tasks) and int(tasks) > 1:
-        _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
-    port = _port(environ, free_port())
-    return Ranks(0, 1, 0, 1, 0, _address(environ) or LOOPBACK, port, "python")
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
@@ -312,18 +294,12 @@ def reachable_address(host: str) -> str:
         return host
     except (OSError, ValueError):  # ValueError: no host can have that name
         pass
-    try:
-        record = subprocess.run(
-            ["scontrol", "show", "node", host], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, ValueError, subprocess.SubprocessError):
-        record = ""
-    for word in record.split():
-        name, _, value = word.partition("=")
-        if name == "NodeAddr" and value:
-            with contextlib.suppress(OSError, ValueError):
-                socket.getaddrinfo(value, None)
-                return value
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        command = ["scontrol", "show", "node", host]
+        record = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        if known := re.search(r"\bNodeAddr=(\S+)", record):
+            socket.getaddrinfo(known[1], None)
+            return known[1]
     raise LaunchError(
         f"The name of rank 0's node, {shown(host)}, does not resolve from {socket.gethostname()}; "
         "set MASTER_ADDR to its address."
@@ -372,10 +348,8 @@ def _integer(
     """
     text = environ.get(name, None if default is None else str(default))
     if text is None:
-        raise LaunchError(
-            f"{name} is not set although the launcher's other variables are; set it, or start with mor, "
-            "torchrun or srun."
-        )
+        others = "although the launcher's other variables are"
+        raise LaunchError(f"{name} is not set {others}; set it, or start with mor, torchrun or srun.")
     value = read_integer(name, text)
     if value < minimum or (below is not None and value >= below):
         limit = f"between {minimum} and {below - 1}" if below is not None else f"at least {minimum}"
@@ -392,11 +366,6 @@ def read_integer(name: str, text: str, largest: int = 2**31 - 1) -> int:
     if not _INTEGER.fullmatch(text) or abs(int(text)) > largest:
         raise LaunchError(f"{name}={shown(text)!r} is not an integer that a launcher sets; set it right, or unset it.")
     return int(text)
-
-
-def shown(text: str) -> str:
-    """The value of a variable as a message shows it."""
-    return plain(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _port(environ: Mapping[str, str], derived: int | None) -> int:

@@ -25,20 +25,21 @@ class Mirrors:
     def __init__(self, run: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
         self._say = say
         self._open: dict[str, Any] = {}
-        wanted = {"TensorBoard": recipe.logging.tensorboard, "wandb": recipe.logging.wandb != "disabled"}
-        opening = {"TensorBoard": _TensorBoard, "wandb": _Wandb}
-        for name in (name for name, asked in wanted.items() if asked):
+        for name, mirror, wanted in (
+            ("TensorBoard", _TensorBoard, recipe.logging.tensorboard),
+            ("wandb", _Wandb, recipe.logging.wandb != "disabled"),
+        ):
             try:
-                self._open[name] = opening[name](run, recipe)
+                if wanted:
+                    self._open[name] = mirror(run, recipe)
             except Exception as error:
                 self._leave(name, error)
 
-    def show(self, kind: str, values: dict[str, Any]) -> None:
+    def show(self, record: dict[str, Any]) -> None:
         """Show one record of metrics.jsonl; records of a source or suite appear under its name."""
-        if not self._open:
-            return
-        flat = _flat(kind, values)
-        self._each(lambda mirror: mirror.show(flat, values["step"]))
+        if self._open:
+            flat = _flat(record)
+            self._each(lambda mirror: mirror.show(flat, record["step"]))
 
     def rewind(self) -> None:
         """Drop what metrics.jsonl has lost because the run went back to a checkpoint."""
@@ -99,8 +100,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(self._folder), purge_step=last)
         for record in self._records():
             if record["step"] >= last:
-                values = {name: value for name, value in record.items() if name != "kind"}
-                self.show(_flat(record["kind"], values), record["step"])
+                self.show(_flat(record), record["step"])
 
     def _records(self) -> Iterator[dict[str, Any]]:
         return self._run.metrics() if self._run.metrics_file.is_file() else iter(())
@@ -138,10 +138,11 @@ class _Wandb:
         self._run.finish()
 
 
-def _flat(kind: str, values: dict[str, Any]) -> Flat:
-    name = values.get({"validation": "source", "evaluation": "suite"}.get(kind, ""))
-    prefix = f"{kind}/{name}" if name else kind
-    return {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
+def _flat(record: dict[str, Any]) -> Flat:
+    prefix = kind = record["kind"]
+    if name := record.get({"validation": "source", "evaluation": "suite"}.get(kind, "")):
+        prefix = f"{kind}/{name}"
+    return {f"{prefix}/{name}": value for name, value in _flatten(record) if name != "step"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -51,7 +51,8 @@ class Telemetry:
         """Append one record and show it in the mirrors. On a failing or full disk it waits for the next one."""
         if not self._active:
             return
-        self._unwritten += orjson.dumps({"kind": kind, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+        record = {"kind": kind, **values}
+        self._unwritten += orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
         try:
             if self._failing:
                 self._reopen()  # a handle from before a network file system went away stays stale
@@ -62,7 +63,7 @@ class Telemetry:
             if not self._failing:
                 self.say(f"{self._run.metrics_file}: {error}; records wait in memory until it can be written again.")
             self._failing = True
-        self._mirrors.show(kind, values)
+        self._mirrors.show(record)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Append an event: something that happened once and is worth finding again."""

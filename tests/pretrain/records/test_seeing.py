@@ -146,7 +146,7 @@ def test_a_profile_says_where_the_time_went(profiled: tuple[Path, str]) -> None:
     shares = {line[:48].strip(): float(line.split()[-1].rstrip("%")) for line in parts.splitlines()[1:]}
     assert {"data", "forward", "backward", "optimizer", "communication", "everything else"} == shares.keys()
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
-    assert "aten::mm" in operations and "MiB net" in operations
+    assert "aten::" in operations and "MiB net" in operations
 
 
 def test_steps_that_are_not_ahead_are_not_profiled(profiled: tuple[Path, str], two_ranks: Workers) -> None:
