@@ -103,12 +103,8 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
     dropped = {*_LAUNCHED_VARIABLES, _MARKER, "GROUP_RANK"}
     if environ.get("GLOO_SOCKET_IFNAME") == "lo":
         dropped.add("GLOO_SOCKET_IFNAME")  # right for ranks of one host only
-    kept = ("SLURM_CONF",)
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in kept or (name not in dropped and not name.startswith(_RANK_PREFIXES))
-    }
+    dropped |= {name for name in environ if name.startswith(_RANK_PREFIXES)} - {"SLURM_CONF"}
+    return {name: value for name, value in environ.items() if name not in dropped}
 
 
 def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
@@ -164,8 +160,8 @@ def _derived_port(key: str) -> int:
 
 
 def _without_parents_place(environ: Mapping[str, str]) -> tuple[Mapping[str, str], tuple[str, int] | None]:
-    """`environ` without the ranks that a parent process has set for itself; and launcher and local rank, if this
-    process has set them.
+    """`environ` without the ranks that a parent process has set for itself; launcher and local rank, if this process
+    has set them.
     """
     marker = environ.get(_MARKER, "").split(" ", 3)
     if len(marker) != 4 or not _INTEGER.fullmatch(marker[2]) or marker[3] != _fingerprint(environ):
@@ -195,16 +191,16 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
     local_size_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
     local_world_size = _integer(environ, local_size_name, default=world_size, minimum=1)
     if own:
-        local_rank = own[1]
+        local_rank, device = own[1], _integer(environ, "LOCAL_RANK")
     else:
         local_rank = _integer(environ, "LOCAL_RANK", default=0 if alone else None, below=local_world_size)
+        device = _device(environ, local_rank)
     address = _address(environ) or (LOOPBACK if alone else None)
     if address is None:
         raise LaunchError(
             f"WORLD_SIZE={world_size} and RANK={rank} are set, but not MASTER_ADDR; set it to the host of rank 0."
         )
     port = _port(environ, rendezvous_port(environ) or (free_port() if alone else None))
-    device = _integer(environ, "LOCAL_RANK") if own else _device(environ, local_rank)
     return Ranks(rank, world_size, local_rank, local_world_size, device, address, port, launcher)
 
 
@@ -334,12 +330,7 @@ def _device(environ: Mapping[str, str], local_rank: int) -> int:
 
 
 def _integer(
-    environ: Mapping[str, str],
-    name: str,
-    *,
-    default: int | None = None,
-    minimum: int = 0,
-    below: int | None = None,
+    environ: Mapping[str, str], name: str, *, default: int | None = None, minimum: int = 0, below: int | None = None
 ) -> int:
     """An integer variable from `minimum` to `below` - 1; `default` where it is not set.
 

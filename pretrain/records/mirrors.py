@@ -110,10 +110,13 @@ class _Wandb:
     def __init__(self, run: Path, recipe: Recipe) -> None:
         import wandb
 
+        identity = run / "wandb_id"  # the same after every restart
+        if not identity.is_file():
+            write_text(identity, secrets.token_hex(4))
         self._run = wandb.init(
             project=recipe.logging.wandb_project,
             name=recipe.name,
-            id=_wandb_id(run / "wandb_id"),
+            id=identity.read_text(encoding="utf-8").strip(),
             dir=str(run),
             config=recipe.model_dump(mode="json"),
             mode=recipe.logging.wandb,
@@ -155,12 +158,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from _flatten(value, f"{prefix}{name}/")
         elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
             yield from ((f"{prefix}{name}/{index + 1}", item) for index, item in enumerate(value))
-
-
-def _wandb_id(file: Path) -> str:
-    """The id this run has in wandb, the same after every restart."""
-    if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
-    new = secrets.token_hex(4)
-    write_text(file, new)
-    return new

@@ -22,9 +22,6 @@ from pretrain.recipe.recipe import Recipe
 from pretrain.records.mirrors import Mirrors
 from pretrain.records.run_folder import RunFolder, parse_record
 
-# Kind of record by evaluation (`TrainState.unfinished`).
-_RECORDED_AS = {"validation": "validation", "suites": "evaluation"}
-
 
 class Telemetry:
     """Writer of one run's records.
@@ -132,7 +129,7 @@ def rewind_metrics(run: RunFolder, step: int, unfinished: Sequence[str] = ()) ->
 
     A run that resumes at `step` logs what follows again; events stay, because they happened.
     """
-    again = {_RECORDED_AS[name] for name in unfinished}
+    again = {{"validation": "validation", "suites": "evaluation"}[name] for name in unfinished}
     if not run.metrics_file.is_file():
         return
     kept = []

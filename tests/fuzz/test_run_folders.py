@@ -22,7 +22,7 @@ from pretrain.comparison.report.results import Results, read_results
 from pretrain.comparison.run_records import read_run
 from pretrain.records.run_folder import RunFolder
 from tests.fuzz.support import counts, drive, mutate_file, mutate_values
-from tests.pretrain.comparison.synthetic import experiment, network, write_run
+from tests.pretrain.comparison.synthetic import experiment, write_run
 
 FILES = ("metrics.jsonl", "status.json", "recipe.yaml", "plan.json", "environment.json")
 SUITES = ("perplexity", "routing", "blimp", "mmlu")
@@ -129,8 +129,3 @@ def readable(good: Path, run: Path, source: random.Random) -> tuple[str, bytes]:
         (run / name).write_bytes(before)
         if record.state != "unreadable" and content != (good / name).read_bytes():
             return name, content
-
-
-def test_the_run_that_is_mutated_is_a_good_one(good: Path) -> None:
-    record = read_run(Trial("mor", 1, None, good), "mor", ("perplexity",))
-    assert record.problem is None and record.config == network("mor") and len(record.training) > 3

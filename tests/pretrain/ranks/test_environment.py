@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import LaunchError
-from pretrain.ranks import toolchain
+from pretrain.ranks import environment, toolchain
 from pretrain.ranks.environment import clean_environment, discover_ranks, rendezvous_port
 from pretrain.ranks.hostlist import expand_hostlist
 from tests.conftest import skip_or_fail
@@ -350,17 +350,10 @@ def test_a_user_without_a_home_builds_too_but_not_where_others_write(tmp_path, m
         toolchain.prepare_toolchain()
 
 
-def test_threads_are_shared_among_the_ranks_of_a_node():
-    show = (
-        "import os\n"
-        "from pretrain.ranks import environment\n"
-        "environment._usable_cores = lambda: 64\n"
-        "environment.prepare_environment()\n"
-        "print(os.environ['OMP_NUM_THREADS'])\n"
-    )
-    for chosen, expected in ({}, "16"), ({"OMP_NUM_THREADS": "3"}, "3"):
-        environ = {**bare_environment(), **TORCHRUN}
-        del environ["OMP_NUM_THREADS"]
-        command = [sys.executable, "-c", show]
-        done = subprocess.run(command, env={**environ, **chosen}, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected
+@pytest.mark.parametrize(("chosen", "threads"), [({}, "16"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_threads_are_shared_among_the_ranks_of_a_node(chosen, threads, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], **chosen})
+    monkeypatch.setattr(environment, "discover_ranks", lambda: discover_ranks(TORCHRUN))
+    monkeypatch.setattr(environment, "_usable_cores", lambda: 64)
+    environment.prepare_environment()
+    assert os.environ["OMP_NUM_THREADS"] == threads
