@@ -70,14 +70,12 @@ class Ranks:
 def prepare_environment() -> Ranks:
     """Find this process's ranks and set everything torch and DeepSpeed read from the environment. Safe to call twice.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (all of them, so that DeepSpeed
-    never goes looking for MPI by itself), OMP_NUM_THREADS where nobody chose it, and what `prepare_toolchain` sets.
-
     Raises:
         LaunchError: when the variables contradict one another, or the launcher's are incomplete.
     """
     ranks = discover_ranks()
     prepare_toolchain(shared_host=ranks.local_world_size == ranks.world_size)
+    # All of them: if one is missing, DeepSpeed looks for MPI.
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
@@ -267,7 +265,7 @@ def _tasks_of_node(environ: Mapping[str, str], node: int) -> int | None:
 
 
 def _first_host(environ: Mapping[str, str], *, all_here: bool) -> str | None:
-    """Where rank 0 is: on this host, or on the first of Slurm's; None where nothing says."""
+    """Where rank 0 is: on this host, or on the first of Slurm's; None if unknown."""
     if all_here:
         return LOOPBACK
     names = environ.get("SLURM_STEP_NODELIST") if _in_srun_step(environ) else None

@@ -54,11 +54,8 @@ def _extensions_folder() -> Path:
     if (sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ) and os.access(environment, os.W_OK):
         return environment / "torch_extensions"
     home = os.path.expanduser("~")
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        ours = Path(cache, "mor")
-    else:
-        # A container's user may have no home.
-        ours = Path(home, ".cache", "mor") if home != "~" else _temporary_folder()
+    cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else None)
+    ours = Path(cache, "mor") if cache else _temporary_folder()  # a container's user may have no home
     return ours / f"torch_extensions-{zlib.crc32(str(environment).encode()):08x}"
 
 
