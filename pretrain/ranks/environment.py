@@ -1,9 +1,9 @@
 """This process's rank, how many ranks there are and where they meet, from the variables of whatever started it.
 
 `prepare_environment()` is the first line of every training entry point. It finds rank, world size and meeting place
-from deepspeed, torchrun, srun, mpirun (Open MPI, MPICH/Hydra, MVAPICH) or nothing at all, and sets the variables that
-torch and DeepSpeed read, so that nothing has to be exported by hand. A missing variable is an error that names it: with
-a guess, ranks would wait for one another for ever.
+from deepspeed, torchrun, srun, mpirun (Open MPI, MPICH/Hydra, MVAPICH) or no launcher, and sets the variables that
+torch and DeepSpeed read. A missing variable is an error that names it: with a guess, ranks would wait for one another
+for ever.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data_prep.plain_text import plain
 from pretrain.errors import LaunchError
-from pretrain.ranks.hostlist import expand_hostlist
+from pretrain.ranks.hostlist import expand_hostlist, shown
 from pretrain.ranks.toolchain import prepare_toolchain
 
 _LOG = logging.getLogger(__name__)
@@ -36,24 +36,13 @@ _FIRST_PORT, _PORTS, _TRIES = 15000, 14000, 100
 # Slurm numbers its own steps (batch script, interactive shell, ...) from here on; smaller numbers are srun's.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-_MPI_LAUNCHERS = (
-    # name, rank, world size, rank on the node, ranks on the node
-    (
-        "openmpi",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    (
-        "mvapich",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
-    ("hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
+_PLACE = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+# Variables of rank, world size, rank on the node and ranks on the node.
+_MPI_LAUNCHERS = {
+    "openmpi": [f"OMPI_COMM_WORLD_{name}" for name in _PLACE],
+    "mvapich": [f"MV2_COMM_WORLD_{name}" for name in _PLACE],
+    "hydra": ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+}
 _INTEGER = re.compile(r"-?[0-9]{1,10}")
 # `2(x3)`: two tasks on each of three nodes.
 _TASKS = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
@@ -81,14 +70,12 @@ class Ranks:
 def prepare_environment() -> Ranks:
     """Find this process's ranks and set everything torch and DeepSpeed read from the environment. Safe to call twice.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (all of them, so that DeepSpeed
-    never goes looking for MPI by itself), OMP_NUM_THREADS where nobody chose it, and what `prepare_toolchain` sets.
-
     Raises:
         LaunchError: when the variables contradict one another, or the launcher's are incomplete.
     """
     ranks = discover_ranks()
     prepare_toolchain(shared_host=ranks.local_world_size == ranks.world_size)
+    # All of them: if one is missing, DeepSpeed looks for MPI.
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
@@ -114,12 +101,8 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
     dropped = {*_LAUNCHED_VARIABLES, _MARKER, "GROUP_RANK"}
     if environ.get("GLOO_SOCKET_IFNAME") == "lo":
         dropped.add("GLOO_SOCKET_IFNAME")  # right for ranks of one host only
-    kept = ("SLURM_CONF",)
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in kept or (name not in dropped and not name.startswith(_RANK_PREFIXES))
-    }
+    dropped |= {name for name in environ if name.startswith(_RANK_PREFIXES)} - {"SLURM_CONF"}
+    return {name: value for name, value in environ.items() if name not in dropped}
 
 
 def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
@@ -151,7 +134,10 @@ def discover_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
             f"PMIX_RANK={shown(environ['PMIX_RANK'])} says that a PMIx launcher started this process, but nothing says "
             "of how many; set WORLD_SIZE, RANK and LOCAL_RANK, or start with mpirun, srun or torchrun."
         )
-    return _plain(environ)
+    tasks = environ.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in environ and _INTEGER.fullmatch(tasks) and int(tasks) > 1:
+        _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
+    return Ranks(0, 1, 0, 1, 0, _address(environ) or LOOPBACK, _port(environ, free_port()), "python")
 
 
 def rendezvous_port(environ: Mapping[str, str]) -> int | None:
@@ -163,8 +149,7 @@ def rendezvous_port(environ: Mapping[str, str]) -> int | None:
     job = next((environ[name] for name in _JOB_ID_VARIABLES if environ.get(name)), None)
     if job is None:
         return None
-    key = f"{job} {environ.get('SLURM_STEP_ID', '')} {environ.get('SLURM_RESTART_COUNT', '0')}"
-    return _derived_port(key)
+    return _derived_port(f"{job} {environ.get('SLURM_STEP_ID', '')} {environ.get('SLURM_RESTART_COUNT', '0')}")
 
 
 def _derived_port(key: str) -> int:
@@ -173,8 +158,8 @@ def _derived_port(key: str) -> int:
 
 
 def _without_parents_place(environ: Mapping[str, str]) -> tuple[Mapping[str, str], tuple[str, int] | None]:
-    """`environ` without the ranks that a parent process has set for itself; and launcher and local rank, if this
-    process has set them.
+    """`environ` without the ranks that a parent process has set for itself; launcher and local rank, if this process
+    has set them.
     """
     marker = environ.get(_MARKER, "").split(" ", 3)
     if len(marker) != 4 or not _INTEGER.fullmatch(marker[2]) or marker[3] != _fingerprint(environ):
@@ -204,25 +189,26 @@ def _from_torch_variables(environ: Mapping[str, str], own: tuple[str, int] | Non
     local_size_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
     local_world_size = _integer(environ, local_size_name, default=world_size, minimum=1)
     if own:
-        local_rank = own[1]
+        local_rank, device = own[1], _integer(environ, "LOCAL_RANK")
     else:
         local_rank = _integer(environ, "LOCAL_RANK", default=0 if alone else None, below=local_world_size)
+        device = _device(environ, local_rank)
     address = _address(environ) or (LOOPBACK if alone else None)
     if address is None:
         raise LaunchError(
             f"WORLD_SIZE={world_size} and RANK={rank} are set, but not MASTER_ADDR; set it to the host of rank 0."
         )
     port = _port(environ, rendezvous_port(environ) or (free_port() if alone else None))
-    device = _integer(environ, "LOCAL_RANK") if own else _device(environ, local_rank)
     return Ranks(rank, world_size, local_rank, local_world_size, device, address, port, launcher)
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
     # One of the two is enough to know the launcher; if the other is missing, reading it raises below.
-    names = next((row for row in _MPI_LAUNCHERS if row[1] in environ or row[2] in environ), None)
-    if names is None:
+    found = (name for name, (rank, size, *_) in _MPI_LAUNCHERS.items() if rank in environ or size in environ)
+    launcher = next(found, None)
+    if launcher is None:
         return None
-    launcher, rank_name, size_name, local_rank_name, local_size_name = names
+    rank_name, size_name, local_rank_name, local_size_name = _MPI_LAUNCHERS[launcher]
     if launcher == "hydra" and _in_srun_step(environ) and local_rank_name not in environ:
         return None  # srun --mpi=pmi2 sets PMI_RANK too; its own variables say more
     world_size = _integer(environ, size_name, minimum=1)
@@ -236,8 +222,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
         address, port = _agree_through_mpi(rank, world_size, port)
     if port is None:
         # mpirun's own name for this run, the same in all its processes.
-        name = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or ""
-        port = _derived_port(name)
+        port = _derived_port(environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID") or "")
     port = _port(environ, port)
     return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, launcher)
 
@@ -245,9 +230,8 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks | None:
 def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
     if not _in_srun_step(environ):
         return None
-    world_size = _integer(
-        environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", minimum=1
-    )
+    size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    world_size = _integer(environ, size_name, minimum=1)
     rank = _integer(environ, "SLURM_PROCID", below=world_size)
     node = _integer(environ, "SLURM_NODEID", default=0)
     local_world_size = _tasks_of_node(environ, node) or world_size
@@ -259,14 +243,6 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks | None:
         )
     port = _port(environ, rendezvous_port(environ))
     return Ranks(rank, world_size, local_rank, local_world_size, _device(environ, local_rank), address, port, "srun")
-
-
-def _plain(environ: Mapping[str, str]) -> Ranks:
-    tasks = environ.get("SLURM_NTASKS", "1")
-    if "SLURM_JOB_ID" in environ and _INTEGER.fullmatch(tasks) and int(tasks) > 1:
-        _LOG.warning("This Slurm job has %s tasks but this process was started without srun, so it runs alone.", tasks)
-    port = _port(environ, free_port())
-    return Ranks(0, 1, 0, 1, 0, _address(environ) or LOOPBACK, port, "python")
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
@@ -289,7 +265,7 @@ def _tasks_of_node(environ: Mapping[str, str], node: int) -> int | None:
 
 
 def _first_host(environ: Mapping[str, str], *, all_here: bool) -> str | None:
-    """Where rank 0 is: on this host, or on the first of Slurm's; None where nothing says."""
+    """Where rank 0 is: on this host, or on the first of Slurm's; None if unknown."""
     if all_here:
         return LOOPBACK
     names = environ.get("SLURM_STEP_NODELIST") if _in_srun_step(environ) else None
@@ -312,18 +288,12 @@ def reachable_address(host: str) -> str:
         return host
     except (OSError, ValueError):  # ValueError: no host can have that name
         pass
-    try:
-        record = subprocess.run(
-            ["scontrol", "show", "node", host], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, ValueError, subprocess.SubprocessError):
-        record = ""
-    for word in record.split():
-        name, _, value = word.partition("=")
-        if name == "NodeAddr" and value:
-            with contextlib.suppress(OSError, ValueError):
-                socket.getaddrinfo(value, None)
-                return value
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        command = ["scontrol", "show", "node", host]
+        record = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        if known := re.search(r"\bNodeAddr=(\S+)", record):
+            socket.getaddrinfo(known[1], None)
+            return known[1]
     raise LaunchError(
         f"The name of rank 0's node, {shown(host)}, does not resolve from {socket.gethostname()}; "
         "set MASTER_ADDR to its address."
@@ -358,12 +328,7 @@ def _device(environ: Mapping[str, str], local_rank: int) -> int:
 
 
 def _integer(
-    environ: Mapping[str, str],
-    name: str,
-    *,
-    default: int | None = None,
-    minimum: int = 0,
-    below: int | None = None,
+    environ: Mapping[str, str], name: str, *, default: int | None = None, minimum: int = 0, below: int | None = None
 ) -> int:
     """An integer variable from `minimum` to `below` - 1; `default` where it is not set.
 
@@ -372,10 +337,8 @@ def _integer(
     """
     text = environ.get(name, None if default is None else str(default))
     if text is None:
-        raise LaunchError(
-            f"{name} is not set although the launcher's other variables are; set it, or start with mor, "
-            "torchrun or srun."
-        )
+        others = "although the launcher's other variables are"
+        raise LaunchError(f"{name} is not set {others}; set it, or start with mor, torchrun or srun.")
     value = read_integer(name, text)
     if value < minimum or (below is not None and value >= below):
         limit = f"between {minimum} and {below - 1}" if below is not None else f"at least {minimum}"
@@ -392,11 +355,6 @@ def read_integer(name: str, text: str, largest: int = 2**31 - 1) -> int:
     if not _INTEGER.fullmatch(text) or abs(int(text)) > largest:
         raise LaunchError(f"{name}={shown(text)!r} is not an integer that a launcher sets; set it right, or unset it.")
     return int(text)
-
-
-def shown(text: str) -> str:
-    """The value of a variable as a message shows it."""
-    return plain(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _port(environ: Mapping[str, str], derived: int | None) -> int:

@@ -30,12 +30,10 @@ from pretrain.ranks.environment import LOOPBACK, Ranks
 from pretrain.ranks.rendezvous import listen
 
 _MEET_SECONDS = 60.0
-_CONNECT_SECONDS = 20.0
 # Whoever connects is heard one after the other, and has so long to show the secret.
 _INTRODUCTION_SECONDS = 2.0
 _SECRET_BYTES, _RANK_BYTES = 32, 4
 _LONGEST_TEXT = 200
-_LONGEST_LINE = 4096
 # A node without power says nothing: after so many seconds of silence it is asked, in such distances, so often; and so
 # many milliseconds may pass until it confirms what it was sent.
 _LIVENESS = (("TCP_KEEPIDLE", 8), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 24_000))
@@ -158,7 +156,7 @@ class Lifelines:
 
     def _read(self, rank: int, received: bytes) -> None:
         *lines, rest = (self._unread.get(rank, b"") + received).split(b"\n")
-        self._unread[rank] = rest[-_LONGEST_LINE:]
+        self._unread[rank] = rest[-4096:]  # more than any line
         for state in map(read_state, lines):
             if state is not None:
                 self.heard[rank] = (state, time.monotonic())
@@ -175,7 +173,7 @@ class Lifelines:
         """Come into contact with rank 0; what went wrong."""
         rank = self._ranks.rank
         try:
-            connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
+            connection = socket.create_connection((address, port), timeout=20.0)
             connection.sendall(secret + rank.to_bytes(_RANK_BYTES, "big"))
         except OSError as error:
             host = socket.gethostname()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pretrain.ranks.agreement import gather
 from pretrain.ranks.signals import Asked, Request
 
 _Result = TypeVar("_Result")
@@ -103,8 +104,7 @@ class Lockstep:
             dist.all_reduce(each)
         requests, failed = each.tolist()
         if any(failed):
-            reasons: list[Any] = [None] * world
-            dist.all_gather_object(reasons, None if error is None else f"{type(error).__name__}: {error}")
+            reasons = gather(None if error is None else f"{type(error).__name__}: {error}")
             rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
             raise EvaluationFailed(f"rank {rank}: {reasons[rank]}")
         return Asked.strongest(requests)

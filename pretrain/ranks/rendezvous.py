@@ -21,8 +21,6 @@ from pretrain.ranks.environment import LOOPBACK, Ranks, discover_ranks
 
 METHOD = "mor://"
 _AGENT_KEY = "mor/rank 0 listens at"
-_CONNECT_SECONDS = 20.0
-_POLL_SECONDS = 0.2
 
 
 def open_store(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
@@ -98,10 +96,10 @@ def _through_agent(ranks: Ranks, timeout: datetime.timedelta) -> dist.Store:
         port = int(told) if told.isdecimal() and len(told) <= 5 else 0
         try:
             # torch's client would try the port of a start that has ended until its own time is over.
-            socket.create_connection((address, port), timeout=_CONNECT_SECONDS).close()
+            socket.create_connection((address, port), timeout=20.0).close()
             return _join(address, port, timeout)
         except (OSError, OverflowError):
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.2)
     raise dist.DistNetworkError("rank 0 did not come there in time")
 
 

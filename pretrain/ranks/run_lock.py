@@ -23,7 +23,6 @@ LOCK_FILE = ".lock"
 # The job before may still write its last checkpoint; a file server keeps a dead node's locks for a minute or two, and
 # may show a new file to other nodes only then.
 _PATIENCE = 180.0
-_POLL_SECONDS = 1.0
 
 
 @contextmanager
@@ -66,4 +65,4 @@ def sees(folder: Path, text: str, patience: float) -> bool:
                 return True
         if time.monotonic() >= end:
             return False
-        time.sleep(_POLL_SECONDS)
+        time.sleep(1.0)

@@ -1,17 +1,6 @@
 """Requests to stop with a checkpoint, from signals, files in the run folder and the clock; polled once a step.
 
-The loop polls on every rank and reduces the answers with MAX, so that all ranks act in the same step:
-
-    with StopRequest(run.path if ranks.rank == 0 else None, wall_clock=recipe_limit) as stop:
-        for step in steps:
-            ...
-            request = Request(all_reduce_max(int(stop.poll())))
-            if request:
-                save_checkpoint()
-                stop.acknowledge()
-            if request.stops:
-                return request.exit_code
-
+The loop polls on every rank and all ranks act on the strongest answer, in the same step.
 Evaluations poll before every forward pass (`pretrain.ranks.lockstep`).
 
 Exit codes that launch scripts understand are the constants below.
@@ -28,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from pretrain.errors import LaunchError
 from pretrain.ranks.environment import read_integer
 
 EXIT_FINISHED = 0
@@ -96,7 +84,7 @@ class StopRequest:
         reason: why `poll` asked to stop or for a checkpoint.
 
     Raises:
-        LaunchError: for a limit that is not positive or an unreadable SLURM_JOB_END_TIME.
+        LaunchError: for an unreadable SLURM_JOB_END_TIME.
     """
 
     def __init__(
@@ -106,14 +94,13 @@ class StopRequest:
         wall_clock: float | None = None,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        if wall_clock is not None and wall_clock <= 0:
-            raise LaunchError(f"The wall-clock limit is {wall_clock} seconds; it must be positive.")
         self.reserve = 120.0
         self.reason: str | None = None
         watched = _FILES if run_folder is not None else {}
         self._files = {os.path.join(str(run_folder), name): request for name, request in watched.items()}
         self._deadline = None if wall_clock is None else time.monotonic() + wall_clock
-        self._job_end = _job_end(environ)
+        end = environ.get("SLURM_JOB_END_TIME")
+        self._job_end = read_integer("SLURM_JOB_END_TIME", end, largest=10**10) if end else None
         self._polled: float | None = None
         self._longest = 0.0
         self._seen: set[str] = set()
@@ -190,10 +177,3 @@ class StopRequest:
                 with contextlib.suppress(OSError):
                     os.write(2, f"{signal.Signals(number).name} a second time: ending at once.\n".encode())
                 os._exit(128 + number)
-
-
-def _job_end(environ: Mapping[str, str]) -> float | None:
-    text = environ.get("SLURM_JOB_END_TIME")
-    if not text:
-        return None
-    return float(read_integer("SLURM_JOB_END_TIME", text, largest=10**10))

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import ninja
+
 from pretrain.errors import LaunchError
 
 _LOG = logging.getLogger(__name__)
@@ -24,17 +26,13 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
     """Let DeepSpeed find its compiler tools, its build folder and the right accelerator.
 
     Args:
-        shared_host: whether every process that may be building at this moment runs on this host.
+        shared_host: whether every process that may be building now runs on this host.
 
     Raises:
         LaunchError: a lock that torch would wait for without end cannot be removed, or there is no safe build folder.
     """
     if shutil.which("ninja") is None:
-        folders = [
-            str(folder) for folder in (Path(sys.executable).parent, _ninja_folder()) if (folder / "ninja").is_file()
-        ]
-        if folders:
-            os.environ["PATH"] = os.pathsep.join([folders[0], os.environ.get("PATH", os.defpath)])
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(_extensions_folder())
     _remove_abandoned_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]), shared_host)
@@ -50,25 +48,14 @@ def accelerator_present(environ: Mapping[str, str] = os.environ) -> bool:
     return any(next(Path("/dev").glob(pattern), None) is not None for pattern in patterns)
 
 
-def _ninja_folder() -> Path:
-    try:
-        import ninja
-    except ImportError:
-        return Path(sys.executable).parent
-    return Path(ninja.BIN_DIR)
-
-
 def _extensions_folder() -> Path:
     """One build folder per environment: two environments that share one would rebuild each other's operators."""
     environment = Path(sys.prefix)
     if (sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ) and os.access(environment, os.W_OK):
         return environment / "torch_extensions"
     home = os.path.expanduser("~")
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        ours = Path(cache, "mor")
-    else:
-        # A container's user may have no home.
-        ours = Path(home, ".cache", "mor") if home != "~" else _temporary_folder()
+    cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else None)
+    ours = Path(cache, "mor") if cache else _temporary_folder()  # a container's user may have no home
     return ours / f"torch_extensions-{zlib.crc32(str(environment).encode()):08x}"
 
 
@@ -86,38 +73,36 @@ def _temporary_folder() -> Path:
 
 
 def _remove_abandoned_locks(extensions: Path, shared_host: bool) -> None:
-    """Remove build locks whose builder was killed: torch waits for such a lock without end.
+    """Remove build locks whose builder was killed: torch waits for such a lock without end."""
+    suspects = [lock for lock in extensions.glob("**/lock") if _is_abandoned(lock, shared_host)]
+    if suspects:
+        time.sleep(0.5)  # torch closes the file just before it removes it
+    for lock in suspects:
+        if not _is_abandoned(lock, shared_host):
+            continue
+        try:
+            lock.unlink(missing_ok=True)
+        except OSError as error:
+            raise LaunchError(
+                f"{lock}: the process that was building there is gone, and its lock cannot be removed "
+                f"({error.strerror}); remove it, or {_NAME_A_FOLDER}"
+            ) from None
+        _LOG.warning("Removed %s: the process that was building there is gone.", lock)
 
-    torch holds the file open while it builds, which shows on the builder's own host. A builder on another host gets
-    ten minutes.
+
+def _is_abandoned(lock: Path, shared_host: bool) -> bool:
+    """Whether the lock exists and no process of this host holds it open, as torch does while it builds. A builder on
+    another host gets ten minutes.
     """
-    suspects = {lock: _age(lock) for lock in extensions.glob("**/lock") if not _open_somewhere(lock)}
-    if not suspects:
-        return
-    time.sleep(0.5)  # torch closes the file just before it removes it
-    for lock, age in suspects.items():
-        if age is not None and (shared_host or age > 600) and _age(lock) is not None and not _open_somewhere(lock):
-            try:
-                lock.unlink(missing_ok=True)
-            except OSError as error:
-                raise LaunchError(
-                    f"{lock}: the process that was building there is gone, and its lock cannot be removed "
-                    f"({error.strerror}); remove it, or {_NAME_A_FOLDER}"
-                ) from None
-            _LOG.warning("Removed %s: the process that was building there is gone.", lock)
-
-
-def _age(file: Path) -> float | None:
     try:
-        return time.time() - file.stat().st_mtime
+        age = time.time() - lock.stat().st_mtime
     except OSError:
-        return None
-
-
-def _open_somewhere(file: Path) -> bool:
-    name = str(file.resolve())
+        return False
+    if not shared_host and age <= 600:
+        return False
+    name = str(lock.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(descriptor) == name:
-                return True
-    return False
+                return False
+    return True

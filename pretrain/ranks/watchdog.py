@@ -43,13 +43,11 @@ class Watchdog:
         timeout: seconds without a beat after which a rank counts as stalled.
 
     Raises:
-        LaunchError: for a timeout that is not positive; on all ranks alike, for a folder that one of them cannot make,
-            and for ranks that do not reach rank 0.
+        LaunchError: on all ranks alike, for a folder that one of them cannot make, and for ranks that do not reach
+            rank 0.
     """
 
     def __init__(self, folder: str | os.PathLike[str], ranks: Ranks, timeout: float) -> None:
-        if timeout <= 0:
-            raise LaunchError(f"The watchdog's timeout is {timeout} seconds; it must be positive.")
         self._folder = Path(folder)
         self._ranks = ranks
         self._timeout = timeout

@@ -25,20 +25,21 @@ class Mirrors:
     def __init__(self, run: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
         self._say = say
         self._open: dict[str, Any] = {}
-        wanted = {"TensorBoard": recipe.logging.tensorboard, "wandb": recipe.logging.wandb != "disabled"}
-        opening = {"TensorBoard": _TensorBoard, "wandb": _Wandb}
-        for name in (name for name, asked in wanted.items() if asked):
+        for name, mirror, wanted in (
+            ("TensorBoard", _TensorBoard, recipe.logging.tensorboard),
+            ("wandb", _Wandb, recipe.logging.wandb != "disabled"),
+        ):
             try:
-                self._open[name] = opening[name](run, recipe)
+                if wanted:
+                    self._open[name] = mirror(run, recipe)
             except Exception as error:
                 self._leave(name, error)
 
-    def show(self, kind: str, values: dict[str, Any]) -> None:
+    def show(self, record: dict[str, Any]) -> None:
         """Show one record of metrics.jsonl; records of a source or suite appear under its name."""
-        if not self._open:
-            return
-        flat = _flat(kind, values)
-        self._each(lambda mirror: mirror.show(flat, values["step"]))
+        if self._open:
+            flat = _flat(record)
+            self._each(lambda mirror: mirror.show(flat, record["step"]))
 
     def rewind(self) -> None:
         """Drop what metrics.jsonl has lost because the run went back to a checkpoint."""
@@ -99,8 +100,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(self._folder), purge_step=last)
         for record in self._records():
             if record["step"] >= last:
-                values = {name: value for name, value in record.items() if name != "kind"}
-                self.show(_flat(record["kind"], values), record["step"])
+                self.show(_flat(record), record["step"])
 
     def _records(self) -> Iterator[dict[str, Any]]:
         return self._run.metrics() if self._run.metrics_file.is_file() else iter(())
@@ -110,10 +110,13 @@ class _Wandb:
     def __init__(self, run: Path, recipe: Recipe) -> None:
         import wandb
 
+        identity = run / "wandb_id"  # the same after every restart
+        if not identity.is_file():
+            write_text(identity, secrets.token_hex(4))
         self._run = wandb.init(
             project=recipe.logging.wandb_project,
             name=recipe.name,
-            id=_wandb_id(run / "wandb_id"),
+            id=identity.read_text(encoding="utf-8").strip(),
             dir=str(run),
             config=recipe.model_dump(mode="json"),
             mode=recipe.logging.wandb,
@@ -138,10 +141,11 @@ class _Wandb:
         self._run.finish()
 
 
-def _flat(kind: str, values: dict[str, Any]) -> Flat:
-    name = values.get({"validation": "source", "evaluation": "suite"}.get(kind, ""))
-    prefix = f"{kind}/{name}" if name else kind
-    return {f"{prefix}/{name}": value for name, value in _flatten(values) if name != "step"}
+def _flat(record: dict[str, Any]) -> Flat:
+    prefix = kind = record["kind"]
+    if name := record.get({"validation": "source", "evaluation": "suite"}.get(kind, "")):
+        prefix = f"{kind}/{name}"
+    return {f"{prefix}/{name}": value for name, value in _flatten(record) if name != "step"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -154,12 +158,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from _flatten(value, f"{prefix}{name}/")
         elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
             yield from ((f"{prefix}{name}/{index + 1}", item) for index, item in enumerate(value))
-
-
-def _wandb_id(file: Path) -> str:
-    """The id this run has in wandb, the same after every restart."""
-    if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
-    new = secrets.token_hex(4)
-    write_text(file, new)
-    return new

@@ -17,9 +17,6 @@ from data_prep.files import write_text
 from pretrain.errors import LaunchError
 from pretrain.records.stopwatch import Stopwatch
 
-_ROWS = 20
-_SNAPSHOT_ENTRIES = 1_000_000
-
 
 def parse_steps(text: str) -> tuple[int, int]:
     """First and last step of `5-7` or `5`, counted from 1 as metrics.jsonl counts.
@@ -78,7 +75,7 @@ class StepProfiler:
             return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         if self._cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_SNAPSHOT_ENTRIES)
+            torch.cuda.memory._record_memory_history(max_entries=1_000_000)
             torch.cuda.synchronize()
         self._stopwatch.annotate = True
         self._parts = self._stopwatch.total()
@@ -121,11 +118,9 @@ class StepProfiler:
         rows = [row for row in operations if row.key not in annotations and getattr(row, own) > 0]
         rows.sort(key=lambda row: -getattr(row, own))
         total = sum(getattr(row, own) for row in rows) or 1.0
-        lines += [
-            "",
-            f"{'operation (' + where + ', its own time)':<48}{'ms':>10}{'share':>8}{'calls':>8}{'MiB net':>10}",
-        ]
-        for row in rows[:_ROWS]:
+        heading = f"operation ({where}, its own time)"
+        lines += ["", f"{heading:<48}{'ms':>10}{'share':>8}{'calls':>8}{'MiB net':>10}"]
+        for row in rows[:20]:
             lines.append(
                 f"{row.key[:47]:<48}{getattr(row, own) / 1e3 / count:>10.2f}{getattr(row, own) / total:>8.1%}"
                 f"{row.count / count:>8.0f}{getattr(row, held) / 2**20 / count:>10.1f}"

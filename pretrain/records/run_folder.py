@@ -79,10 +79,9 @@ class RunFolder:
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run at `path`, which must be one."""
         run = cls(path)
-        if not run.path.is_dir():
-            raise RunError(f"{path}: no such run folder; give the one that `mor train` wrote (it holds recipe.yaml).")
         if not run.recipe_file.is_file():
-            raise RunError(f"{path}: not a run folder (no recipe.yaml); give the one that `mor train` wrote.")
+            problem = "not a run folder (no recipe.yaml)" if run.path.is_dir() else "no such run folder"
+            raise RunError(f"{path}: {problem}; give the one that `mor train` wrote.")
         return run
 
     def read_json(self, file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -92,27 +94,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # On Linux ru_maxrss survives exec: a rank would report its launcher's peak where that was larger. VmHWM does not.
-    resident = _process_status("VmHWM")
-    if resident is not None:
-        return resident
+    with contextlib.suppress(OSError):
+        _, found, rest = Path("/proc/self/status").read_text(encoding="ascii").partition("VmHWM:")
+        if found:
+            return int(rest.split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory in use: allocated on the device, or resident in this process where the device is the CPU (its peak where
-    the system does not report it).
-    """
+    """Memory in use: allocated on the device, or resident in this process where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    resident = _process_status("VmRSS")
-    return peak_memory_bytes(device) if resident is None else resident
-
-
-def _process_status(name: str) -> int | None:
-    """A size from /proc/self/status in bytes; None where there is no such file or line."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    _, found, rest = text.partition(f"{name}:")
-    return int(rest.split()[0]) * 1024 if found else None
+    return psutil.Process().memory_info().rss

@@ -22,9 +22,6 @@ from pretrain.recipe.recipe import Recipe
 from pretrain.records.mirrors import Mirrors
 from pretrain.records.run_folder import RunFolder, parse_record
 
-# Kind of record by evaluation (`TrainState.unfinished`).
-_RECORDED_AS = {"validation": "validation", "suites": "evaluation"}
-
 
 class Telemetry:
     """Writer of one run's records.
@@ -51,7 +48,8 @@ class Telemetry:
         """Append one record and show it in the mirrors. On a failing or full disk it waits for the next one."""
         if not self._active:
             return
-        self._unwritten += orjson.dumps({"kind": kind, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+        record = {"kind": kind, **values}
+        self._unwritten += orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n"
         try:
             if self._failing:
                 self._reopen()  # a handle from before a network file system went away stays stale
@@ -62,7 +60,7 @@ class Telemetry:
             if not self._failing:
                 self.say(f"{self._run.metrics_file}: {error}; records wait in memory until it can be written again.")
             self._failing = True
-        self._mirrors.show(kind, values)
+        self._mirrors.show(record)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Append an event: something that happened once and is worth finding again."""
@@ -131,7 +129,7 @@ def rewind_metrics(run: RunFolder, step: int, unfinished: Sequence[str] = ()) ->
 
     A run that resumes at `step` logs what follows again; events stay, because they happened.
     """
-    again = {_RECORDED_AS[name] for name in unfinished}
+    again = {{"validation": "validation", "suites": "evaluation"}[name] for name in unfinished}
     if not run.metrics_file.is_file():
         return
     kept = []

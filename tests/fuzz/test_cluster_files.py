@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from pretrain.cluster.restarts import note_start
 from pretrain.cluster.submit import job_environment, slurm_options
 from pretrain.recipe.recipe import build_recipe
 from pretrain.records.finished import unfinished
-from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.fuzz.support import counts, drive, from_file, lost, mutate_json, mutate_text, mutate_value
 from tests.pretrain.support import recipe_values, tiny_model
 
 CLUSTER = {
@@ -61,24 +62,13 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MOR_JOBS", str(tmp_path / "jobs.jsonl"))
 
 
-def as_json(value: Any, source: random.Random) -> bytes:
-    """A value as a file, sometimes damaged once more."""
-    text = json.dumps(value).encode()
-    return mutate_bytes(text, source) if source.random() < 0.3 else text
-
-
-def as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, allow_unicode=False)
-
-
-def cluster_of(content: str) -> Cluster:
-    Path("clusters.yaml").write_text(content, encoding="utf-8", errors="surrogatepass")
+def read_cluster(file: Path) -> Cluster:
     cluster = load_cluster()
-    for word in (
+    words = [
         *slurm_options(cluster, nodes=1, gpus=None, tasks=None),
-        *(part for pair in job_environment(cluster).items() for part in pair),
-    ):
-        assert b"\0" not in os.fsencode(word), "no program could be started with this"
+        *itertools.chain(*job_environment(cluster).items()),
+    ]
+    assert not any(b"\0" in os.fsencode(word) for word in words), "no program could be started with this"
     return cluster
 
 
@@ -86,40 +76,34 @@ def cluster_of(content: str) -> Cluster:
 def test_clusters(count):
     whole = {"default": "a", "clusters": {"a": CLUSTER, "b": {}}}
 
-    def make(source: random.Random) -> Any:
-        return mutate_value(whole, source)
+    use = from_file(Path("clusters.yaml"), read_cluster)
 
     def changed(given: Any, cluster: Cluster) -> str | None:
         chosen = given["clusters"][given["default"]] if (given or {}).get("default") is not None else {}
         for key, value in chosen.items():
-            found = getattr(cluster, key)
             wanted: Any = value
             if key == "time" and value is not None:
                 wanted = str(value)
-            elif key == "options":
-                wanted = tuple(value)
             elif key == "environment":
                 wanted = {name: str(text) for name, text in value.items()}
-            if found != wanted or type(found) is not type(wanted):
-                return f"{key}: {found!r} for {value!r}"
+            if (difference := lost(wanted, getattr(cluster, key))) is not None:
+                return f"{key}: {difference}"
         return None
 
-    drive(count, make, lambda given: cluster_of(as_yaml(given)), changed=changed, used=0.05, refused=0.2)
+    def use_values(given: Any) -> Cluster:
+        return use(yaml.safe_dump(given))
 
-
-@counts
-def test_clusters_as_text(count):
-    text = as_yaml({"default": "a", "clusters": {"a": CLUSTER}})
-    drive(count, lambda source: mutate_text(text, source), cluster_of, seed="text", used=0.1, refused=0.2)
+    drive(count, lambda source: mutate_value(whole, source), use_values, changed=changed, used=0.05, refused=0.2)
+    text = yaml.safe_dump({"default": "a", "clusters": {"a": CLUSTER}})
+    drive(count, lambda source: mutate_text(text, source), use, used=0.1, refused=0.2)
 
 
 @counts
 def test_remembered_jobs(count):
     def make(source: random.Random) -> bytes:
-        return as_json(RECORD, source) + b"\n" + as_json(mutate_value(RECORD, source), source) + b"\n"
+        return json.dumps(RECORD).encode() + b"\n" + mutate_json(RECORD, source) + b"\n"
 
-    def use(given: bytes) -> tuple[list[Record], list[str]]:
-        Path("jobs.jsonl").write_bytes(given)
+    def read(file: Path) -> tuple[list[Record], list[str]]:
         said: list[str] = []
         records = remembered(said.append)
         assert len(view_jobs(records)) == len(records)
@@ -137,7 +121,7 @@ def test_remembered_jobs(count):
                 return str(record)
         return None
 
-    drive(count, make, use, changed=changed, used=1)
+    drive(count, make, from_file(Path("jobs.jsonl"), read), changed=changed, used=1)
 
 
 def json_or_none(line: bytes) -> Any:
@@ -152,11 +136,9 @@ def test_histories_of_starts(count):
     file = Path(".run.restarts.json")
 
     def make(source: random.Random) -> bytes:
-        starts = [START] * source.randrange(5)
-        return as_json(mutate_value({"job": "1", "starts": starts}, source), source)
+        return mutate_json({"job": "1", "starts": [START] * source.randrange(5)}, source)
 
-    def use(given: bytes) -> tuple[str | None, list[str]]:
-        file.write_bytes(given)
+    def read(file: Path) -> tuple[str | None, list[str]]:
         said: list[str] = []
         return note_start(file, "RUN", START["reached"], "1", said.append), said
 
@@ -168,7 +150,7 @@ def test_histories_of_starts(count):
         alike = [start["reached"] for start in starts] == [START["reached"]] * len(starts)
         return "the wrong number of starts" if alike and (problem is not None) != (len(starts) > 3) else None
 
-    drive(count, make, use, changed=changed, used=1)
+    drive(count, make, from_file(file, read), changed=changed, used=1)
 
 
 @counts
@@ -181,10 +163,9 @@ def test_status_files(count, tmp_path):
 
     def make(source: random.Random) -> bytes:
         status = {"state": source.choice(["finished", "running", "failed"]), "step": 12, "steps": 12, "reason": "no"}
-        return as_json(mutate_value(status, source), source)
+        return mutate_json(status, source)
 
-    def use(given: bytes) -> tuple[bool, str]:
-        (tmp_path / "run" / "status.json").write_bytes(given)
+    def read(file: Path) -> tuple[bool, str]:
         return not unfinished(run), view_jobs([record])[0].state
 
     def changed(given: bytes, result: tuple[bool, str]) -> str | None:
@@ -195,4 +176,4 @@ def test_status_files(count, tmp_path):
             return "finished without saying so"
         return None if (state == "COMPLETED") == finished else f"{state}, and finished: {finished}"
 
-    drive(count, make, use, changed=changed, used=1)
+    drive(count, make, from_file(tmp_path / "run" / "status.json", read), changed=changed, used=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pretrain.recipe.deepspeed_json import explain, resolve_ds_config
 from pretrain.recipe.deepspeed_keys import FROM_THE_RECIPE
 from pretrain.recipe.recipe import build_recipe
 from tests.fuzz.recipes import PLAIN
-from tests.fuzz.support import counts, drive, leaves, lost, mutate_bytes, mutate_text, mutate_values
+from tests.fuzz.support import counts, drive, leaves, lost, mutate_file, mutate_values
 
 THEIRS: dict[str, Any] = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
@@ -79,20 +80,15 @@ def changed(given: Given, resolved: dict[str, Any]) -> str | None:
     return None
 
 
+def as_values(source: random.Random) -> Given:
+    return source.choice(PRECISIONS), json.dumps(mutate_values(source.choice(FILES), source)).encode()
+
+
+def as_bytes(source: random.Random) -> Given:
+    return source.choice(PRECISIONS), mutate_file(json.dumps(source.choice(FILES), indent=1), source)
+
+
 @counts
-def test_deepspeed_json_as_values(count: int) -> None:
-    def make(source: random.Random) -> Given:
-        return source.choice(PRECISIONS), json.dumps(mutate_values(source.choice(FILES), source)).encode()
-
-    drive(count, make, use, seed="values", changed=changed, used=0.05, refused=0.25)
-
-
-@counts
-def test_deepspeed_json_as_bytes(count: int) -> None:
-    def make(source: random.Random) -> Given:
-        text = json.dumps(source.choice(FILES), indent=1)
-        if source.random() < 0.5:
-            return source.choice(PRECISIONS), mutate_text(text, source).encode("utf-8", "surrogatepass")
-        return source.choice(PRECISIONS), mutate_bytes(text.encode(), source)
-
-    drive(count, make, use, seed="bytes", changed=changed, used=0.01, refused=0.5)
+@pytest.mark.parametrize(("make", "used", "refused"), [(as_values, 0.05, 0.25), (as_bytes, 0.01, 0.5)])
+def test_deepspeed_json(count: int, make: Callable[[random.Random], Given], used: float, refused: float) -> None:
+    drive(count, make, use, changed=changed, used=used, refused=refused)

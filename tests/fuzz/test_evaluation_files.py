@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.evaluation.local_data import read_records, read_splits
 from pretrain.evaluation.settings import Settings, result_file
 from pretrain.evaluation.summary import markdown_summary
 from pretrain.records.run_folder import RunFolder
-from tests.fuzz.support import counts, drive, mutate_bytes, mutate_text, mutate_value
+from tests.fuzz.support import counts, drive, from_file, mutate_bytes, mutate_file, mutate_json, mutate_value
 from tests.pretrain.evaluation.runs import make_run
 from tests.pretrain.evaluation.test_own_suite import prose
 
@@ -40,13 +41,7 @@ def test_stored_results(run: RunFolder, count: int) -> None:
     written = file.read_bytes()
     whole, made_of = json.loads(written), identity(run, "perplexity", SETTINGS)
 
-    def make(source: random.Random) -> bytes:
-        if source.random() < 0.6:
-            return json.dumps(mutate_value(whole, source)).encode()
-        return mutate_bytes(written, source)
-
-    def use(content: bytes) -> dict[str, Any] | None:
-        file.write_bytes(content)
+    def read(file: Path) -> dict[str, Any] | None:
         found = stored_result(run, "perplexity", SETTINGS, made_of=made_of)
         if found is not None:
             markdown_summary({"run": {"perplexity": found}})
@@ -55,12 +50,11 @@ def test_stored_results(run: RunFolder, count: int) -> None:
     def changed(content: bytes, found: dict[str, Any] | None) -> str | None:
         return None if found is None or found == whole else f"{found}"
 
+    use = from_file(file, read)
     try:
-        drive(count, make, use, seed="results", changed=changed)
-        file.write_bytes(written)
-        assert use(written) == whole
+        drive(count, lambda source: mutate_json(whole, source), use, changed=changed)
     finally:
-        file.write_bytes(written)
+        assert use(written) == whole
 
 
 RECORDS = [
@@ -76,23 +70,20 @@ def lines(records: list[Any]) -> str:
 @counts
 def test_evaluation_sets(tmp_path: Path, count: int) -> None:
     """Records that are used are those that the file holds."""
-    number = iter(range(count))
 
-    def make(source: random.Random) -> str | bytes:
-        chance = source.random()
-        if chance < 0.5:
-            return lines([*RECORDS[:2], mutate_value(RECORDS[2], source)])
-        return mutate_text(lines(RECORDS), source) if chance < 0.8 else mutate_bytes(lines(RECORDS).encode(), source)
+    def make(source: random.Random) -> bytes:
+        if source.random() < 0.5:
+            return lines([*RECORDS[:2], mutate_value(RECORDS[2], source)]).encode()
+        return mutate_file(lines(RECORDS), source)
 
-    def use(content: str | bytes) -> list[dict[str, Any]]:
-        file = tmp_path / f"{next(number)}.jsonl"
-        file.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
-        read_splits({"test": str(file)}, {"subject": "anatomy"})
-        records = read_records(file)
-        file.unlink()
-        return records
+    def use(content: bytes) -> list[dict[str, Any]]:
+        with tempfile.NamedTemporaryFile(dir=tmp_path, suffix=".jsonl") as file:  # a known name is not read again
+            file.write(content)
+            file.flush()
+            read_splits({"test": file.name}, {"subject": "anatomy"})
+            return read_records(Path(file.name))
 
-    def changed(content: str | bytes, records: list[dict[str, Any]]) -> str | None:
+    def changed(content: bytes, records: list[dict[str, Any]]) -> str | None:
         expected = [json.loads(line, parse_int=float) for line in content.splitlines() if line.strip()]
         return None if expected == records else f"{records} for {expected}"
 
@@ -106,13 +97,13 @@ def test_held_out_documents(tmp_path: Path, count: int) -> None:
     file = tmp_path / TEST_FILE
     file.parent.mkdir()
     (tmp_path / "recipe.yaml").write_text("name: x\n", encoding="utf-8")
-    compressed = zstandard.ZstdCompressor(write_checksum=True).compress(lines(documents).encode())
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
 
     def make(source: random.Random) -> tuple[list[Any] | None, bytes]:
         if source.random() < 0.6:
             mutated = [*documents[:3], mutate_value(documents[3], source)]
-            return mutated, zstandard.ZstdCompressor(write_checksum=True).compress(lines(mutated).encode())
-        return None, mutate_bytes(compressed, source)
+            return mutated, compressor.compress(lines(mutated).encode())
+        return None, mutate_bytes(compressor.compress(lines(documents).encode()), source)
 
     def use(given: tuple[list[Any] | None, bytes]) -> list[str]:
         file.write_bytes(given[1])

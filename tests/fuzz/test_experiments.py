@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,18 @@ def test_the_experiments_that_are_mutated_are_accepted(text: str) -> None:
     assert changed((text, []), use((text, []))) is None
 
 
+def as_values(source: random.Random) -> Given:
+    return write_yaml(mutate_values(source.choice(EXPERIMENTS), source)), []
+
+
+def as_text(source: random.Random) -> Given:
+    return mutate_text(source.choice(TEXTS), source), []
+
+
 @counts
-def test_experiments_as_values(count: int) -> None:
-    def make(source: random.Random) -> Given:
-        return write_yaml(mutate_values(source.choice(EXPERIMENTS), source)), []
-
-    drive(count, make, use, seed="values", changed=changed, used=0.02, refused=0.5)
-
-
-@counts
-def test_experiments_as_text(count: int) -> None:
-    def make(source: random.Random) -> Given:
-        return mutate_text(source.choice(TEXTS), source), []
-
-    drive(count, make, use, seed="text", changed=changed, used=0.01, refused=0.5)
+@pytest.mark.parametrize(("make", "used"), [(as_values, 0.02), (as_text, 0.01)])
+def test_experiments(count: int, make: Callable[[random.Random], Given], used: float) -> None:
+    drive(count, make, use, changed=changed, used=used, refused=0.5)
 
 
 @counts

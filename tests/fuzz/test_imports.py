@@ -42,19 +42,15 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     }
 
 
-def write_tokenizer(path: Path) -> str:
-    vocabulary = {"<|endoftext|>": EOD, **{f"w{number}": number for number in range(1, 1000)}}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w1")).save(str(path))
-    return str(path)
-
-
 @counts
 def test_a_mutated_token_file_is_imported_as_it_is_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: dict[str, Files], count: int
 ) -> None:
     monkeypatch.setattr(imports, "load_tokenizer", functools.cache(imports.load_tokenizer))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = str(tmp_path / "tokenizer.json")
+    vocabulary = {"<|endoftext|>": EOD, **{f"w{number}": number for number in range(1, 1000)}}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w1")).save(tokenizer)
 
     def make(source: random.Random) -> tuple[str, Files, str]:
         kind = source.choice(list(good))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,11 +73,9 @@ def test_manifests(folder: Path, count: int) -> None:
 @counts
 def test_what_an_unfinished_run_leaves(tmp_path: Path, count: int) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", documents(60))
-    whole = tmp_path / "whole"
-    todo = job([source], whole, small_byte_bpe(tmp_path / "t.json"), validation=0.1, test=0.1)
-    tokenize(todo, Quiet(), share=Share(0, 1))
     folder = tmp_path / "out"
-    shutil.copytree(whole, folder)
+    todo = job([source], folder, small_byte_bpe(tmp_path / "t.json"), validation=0.1, test=0.1)
+    tokenize(todo, Quiet(), share=Share(0, 1))
     files = [folder / WORK / "plan.json", *sorted((folder / WORK).glob("piece-*.json"))]
     originals = {file: file.read_bytes() for file in files}
     assert len(files) == 2

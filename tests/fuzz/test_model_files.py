@@ -22,8 +22,7 @@ from mor_model.hub.llama import llama_config, to_llama
 from pretrain.checkpoints.checkpoint_manifest import Manifest, read_manifest
 from pretrain.checkpoints.restricted_loading import load_restricted
 from pretrain.checkpoints.store import find_damage
-from pretrain.errors import RunError
-from tests.fuzz.support import counts, drive, lost, mutate_bytes, mutate_json, mutate_value
+from tests.fuzz.support import counts, drive, from_file, lost, mutate_bytes, mutate_json, mutate_value
 from tests.pretrain.payloads import fake_checkpoint, forge
 
 SMALL = {"vocab_size": 7, "hidden_size": 8, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
@@ -58,29 +57,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def copied(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
-    """Copies of a folder whose one file can be written anew."""
-
-    def copy(original: Path) -> Path:
-        shutil.copytree(original, tmp_path / "copy")
-        return tmp_path / "copy"
-
-    return copy
+def copied(original: Path, folder: Path) -> Path:
+    """A copy of a folder, of which one file can be written anew."""
+    return Path(shutil.copytree(original, folder / "copy"))
 
 
 @counts
-def test_a_models_configuration(count: int, model: Path, copied: Any) -> None:
-    folder = copied(model)
-    original = json.loads((model / "model.json").read_text())
+def test_a_models_configuration(count: int, model: Path, tmp_path: Path) -> None:
+    file = copied(model, tmp_path) / "model.json"
+    original = json.loads(file.read_text())
 
-    def use(content: bytes) -> dict[str, Any]:
-        (folder / "model.json").write_bytes(content)
-        return load_model(folder).config.to_dict()
+    def changed(content: bytes, config: ModelConfig) -> str | None:
+        return lost(json.loads(content), config.to_dict())
 
-    def changed(content: bytes, used: dict[str, Any]) -> str | None:
-        return lost(json.loads(content), used)
-
+    use = from_file(file, lambda file: load_model(file.parent).config)
     drive(count, lambda source: mutate_json(original, source), use, changed=changed, used=0.02, refused=0.25)
 
 
@@ -95,18 +85,14 @@ def unpack(content: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 @counts
-def test_a_models_weights(count: int, model: Path, copied: Any) -> None:
+def test_a_models_weights(count: int, model: Path, tmp_path: Path) -> None:
     """What is used is what NumPy reads at the places that the header names."""
-    folder = copied(model)
-    original = (model / "model.safetensors").read_bytes()
+    file = copied(model, tmp_path) / "model.safetensors"
+    original = file.read_bytes()
     header, data = unpack(original)
 
     def make(source: random.Random) -> bytes:
         return pack(mutate_value(header, source), data) if source.random() < 0.6 else mutate_bytes(original, source)
-
-    def use(content: bytes) -> dict[str, torch.Tensor]:
-        (folder / "model.safetensors").write_bytes(content)
-        return load_model(folder).state_dict()
 
     def changed(content: bytes, used: dict[str, torch.Tensor]) -> str | None:
         header, data = unpack(content)
@@ -118,48 +104,44 @@ def test_a_models_weights(count: int, model: Path, copied: Any) -> None:
                     return name
         return None
 
+    use = from_file(file, lambda file: load_model(file.parent).state_dict())
     drive(count, make, use, changed=changed, refused=0.5)
 
 
 @counts
-def test_a_llamas_configuration(count: int, llama: Path, copied: Any) -> None:
-    folder = copied(llama)
-    original = json.loads((llama / "config.json").read_text())
-
-    def use(content: bytes) -> ModelConfig:
-        (folder / "config.json").write_bytes(content)
-        return import_hf(folder)[0]
+def test_a_llamas_configuration(count: int, llama: Path, tmp_path: Path) -> None:
+    file = copied(llama, tmp_path) / "config.json"
+    original = json.loads(file.read_text())
 
     def changed(content: bytes, used: ModelConfig) -> str | None:
         given, found = json.loads(content), llama_config(used)
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         return lost({name: given[name] for name in sizes}, found)
 
+    use = from_file(file, lambda file: import_hf(file.parent)[0])
     drive(count, lambda source: mutate_json(original, source), use, changed=changed, used=0.02, refused=0.25)
 
 
 @counts
-def test_an_index_of_weights(count: int, llama: Path, copied: Any) -> None:
+def test_an_index_of_weights(count: int, llama: Path, tmp_path: Path) -> None:
     """Whatever it says, no file outside its folder is opened: there the whole checkpoint lies under other names."""
-    folder = copied(llama)
-    for file in folder.glob("*.safetensors"):
-        shutil.copy(file, folder.parent / file.name)
-    original = json.loads((llama / "model.safetensors.index.json").read_text())
+    folder = copied(llama, tmp_path)
+    for part in folder.glob("*.safetensors"):
+        shutil.copy(part, tmp_path)
+    file = folder / "model.safetensors.index.json"
+    original = json.loads(file.read_text())
 
     def make(source: random.Random) -> bytes:
         if source.random() < 0.3:
-            place = source.choice(["../part-0.safetensors", str(folder.parent / "part-0.safetensors"), "./../part-0"])
+            place = source.choice(["../part-0.safetensors", str(tmp_path / "part-0.safetensors"), "./../part-0"])
             return json.dumps({"weight_map": {**original["weight_map"], "lm_head.weight": place}}).encode()
         return mutate_json(original, source)
-
-    def use(content: bytes) -> object:
-        (folder / "model.safetensors.index.json").write_bytes(content)
-        return import_hf(folder)
 
     def changed(content: bytes, used: object) -> str | None:
         named = set(json.loads(content)["weight_map"].values())
         return None if named == {"part-0.safetensors", "part-1.safetensors"} else f"opened {named}"
 
+    use = from_file(file, lambda file: import_hf(file.parent))
     drive(count, make, use, changed=changed, refused=0.25)
 
 
@@ -169,16 +151,11 @@ def test_a_checkpoints_description(count: int, tmp_path: Path) -> None:
     checkpoint = fake_checkpoint(tmp_path, 4, skipped=((1, 2),), recent_losses=(1.5, 2.5), best_validation=(1.0, 3))
     original = json.loads((checkpoint / "checkpoint.json").read_text())
 
-    def use(content: bytes) -> None:
-        (checkpoint / "checkpoint.json").write_bytes(content)
-        damage = find_damage(checkpoint)
-        if damage is not None:
-            raise RunError(damage)
+    def changed(content: bytes, damage: str | None) -> str | None:
+        return None if damage is not None or json.loads(content) == original else "accepted"
 
-    def changed(content: bytes, used: None) -> str | None:
-        return None if json.loads(content) == original else "accepted"
-
-    drive(count, lambda source: mutate_json(original, source), use, changed=changed, refused=0.5)
+    use = from_file(checkpoint / "checkpoint.json", lambda file: find_damage(file.parent))
+    drive(count, lambda source: mutate_json(original, source), use, changed=changed)
 
 
 @counts
@@ -220,8 +197,5 @@ def test_a_file_of_a_checkpoint(count: int, tmp_path: Path, inner: bool) -> None
                 copy.writestr(name, mutate_bytes(data, source) if name.endswith("data.pkl") else data)
         return content.getvalue()
 
-    def use(content: bytes) -> Any:
-        file.write_bytes(content)
-        return load_restricted(file, map_location="cpu")
-
+    use = from_file(file, lambda file: load_restricted(file, map_location="cpu"))
     drive(count, make, use, refused=0.25)

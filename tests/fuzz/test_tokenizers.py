@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -14,21 +15,21 @@ from data_prep.tokenizers.base import Tokenizer
 from data_prep.tokenizers.loading import encoding_name, load_tokenizer
 from tests.data_prep import small_tokenizers as small
 from tests.data_prep.writing import sentences
-from tests.fuzz.support import counts, drive, mutate_bytes, mutate_json, mutate_text, mutate_value
+from tests.fuzz.support import counts, drive, from_file, mutate_bytes, mutate_json
 
 TEXTS = ["the cat", "the </s> cat [SEP]", "", "naïve 漢字 🙂\n\n\x00", "x" * 300, "<unk><0x0A> <s>"]
 CONFIG = {"eos_token": {"content": "</s>", "special": True}, "bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}
 
 
-def used(folder: Path) -> tuple[Tokenizer, list[list[int]]]:
-    tokenizer = load_tokenizer(folder)
+def used(file: Path) -> tuple[Tokenizer, list[list[int]]]:
+    tokenizer = load_tokenizer(file.parent)
     ids = tokenizer.encode_batch(TEXTS)
     for one in ids:
         tokenizer.decode(one)
     return tokenizer, ids
 
 
-def difference(original: tuple[Tokenizer, list[list[int]]]) -> object:
+def difference(original: tuple[Tokenizer, list[list[int]]]) -> Any:
     """What was changed silently: text that ends a document, or other ids under the same fingerprint."""
 
     def changed(given: object, found: tuple[Tokenizer, list[list[int]]]) -> str | None:
@@ -45,29 +46,13 @@ def difference(original: tuple[Tokenizer, list[list[int]]]) -> object:
 
 
 @counts
-def test_hugging_face_files(tmp_path: Path, count: int) -> None:
-    makers = {"unigram": small.unigram, "pieces": small.word_piece, "words": small.word_level, "bpe": small.bpe}
-    for number, (kind, make) in enumerate(makers.items()):
-        file = make(tmp_path / f"{kind}.json")
-        folder = tmp_path / kind
-        folder.mkdir()
-        target = file.rename(folder / "tokenizer.json")
-        text = target.read_text(encoding="utf-8")
-        original = used(folder)
-
-        def mutated(source: random.Random, text: str = text) -> bytes:
-            match source.randrange(4):
-                case 0:
-                    return mutate_bytes(text.encode(), source)
-                case 1:
-                    return mutate_text(text, source).encode("utf-8", "surrogatepass")
-            return json.dumps(mutate_value(json.loads(text), source)).encode()
-
-        def use(given: bytes, target: Path = target) -> object:
-            target.write_bytes(given)
-            return used(target.parent)
-
-        drive(count // 4, mutated, use, seed=number, changed=difference(original), used=0.01, refused=0.01)
+@pytest.mark.parametrize("make", [small.unigram, small.word_piece, small.word_level, small.bpe])
+def test_hugging_face_files(tmp_path: Path, make: Callable[[Path], Path], count: int) -> None:
+    file = tmp_path / "tokenizer.json"
+    make(file)
+    value = json.loads(file.read_text(encoding="utf-8"))
+    changed = difference(used(file))
+    drive(count // 4, lambda source: mutate_json(value, source), from_file(file, used), changed=changed, refused=0.01)
 
 
 def mutate_model(data: bytes, source: random.Random) -> bytes:
@@ -97,21 +82,16 @@ def mutate_model(data: bytes, source: random.Random) -> bytes:
 
 @counts
 @pytest.mark.parametrize("mutate", [mutate_bytes, mutate_model])
-def test_sentencepiece_models(tmp_path: Path, mutate: Callable[[bytes, random.Random], bytes], count: int) -> None:
-    for number, rule in enumerate(("identity", "nmt_nfkc")):
-        target = tmp_path / "tokenizer.model"
-        small.sentencepiece_unigram(target, sentences(60, 1), vocab_size=100, normalization_rule_name=rule)
-        data = target.read_bytes()
-        original = used(tmp_path)
-
-        def use(given: bytes, target: Path = target) -> object:
-            target.write_bytes(given)
-            return used(target.parent)
-
-        def made(source: random.Random, data: bytes = data) -> bytes:
-            return mutate(data, source)
-
-        drive(count // 4, made, use, seed=f"{rule} {number}", changed=difference(original), used=0.01, refused=0.01)
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_sentencepiece_models(
+    tmp_path: Path, mutate: Callable[[bytes, random.Random], bytes], rule: str, count: int
+) -> None:
+    file = tmp_path / "tokenizer.model"
+    small.sentencepiece_unigram(file, sentences(60, 1), vocab_size=100, normalization_rule_name=rule)
+    data = file.read_bytes()
+    changed = difference(used(file))
+    use = from_file(file, used)
+    drive(count // 4, lambda source: mutate(data, source), use, changed=changed, used=0.01, refused=0.01)
 
 
 @counts

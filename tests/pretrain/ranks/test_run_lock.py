@@ -7,85 +7,40 @@ import errno
 import fcntl
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_prep.locks import locked
 from pretrain.errors import RunError
 from pretrain.ranks import run_lock
 from pretrain.ranks.run_lock import sole_job
 from tests.pretrain.checkpoints.test_resume import finished_checkpoints
 from tests.pretrain.collectives import Threads
-from tests.pretrain.support import (
-    ALONE,
-    ROOT,
-    Job,
-    Nursery,
-    Workers,
-    losses,
-    metrics,
-    recipe_values,
-    write_recipe,
-)
+from tests.pretrain.support import ALONE, Job, Nursery, Workers, losses, metrics, recipe_values, write_recipe
 from tests.pretrain.training.test_stopping import run_with
 
-HOLDER = """
-import sys
-from pathlib import Path
-from data_prep.locks import locked
-with locked(Path(sys.argv[1], ".lock"), "taken", patience=0.0):
-    print("taken", flush=True)
-    sys.stdin.read()
-"""
 
-
-@contextmanager
-def other_job(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock of a run folder until it is killed."""
-    command = [sys.executable, "-c", HOLDER, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "taken\n"
-        try:
-            yield holder
-        finally:
-            holder.kill()
-
-
-def test_a_second_job_in_a_run_folder_is_refused_and_a_killed_one_leaves_it_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.EAGAIN, "another job is training there"), (errno.EIO, "cannot be begun there")]
+)
+def test_a_folder_that_is_taken_or_cannot_be_locked_is_refused_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
-    monkeypatch.setattr(run_lock, "_PATIENCE", 0.0)
-    folder = tmp_path / "run"
-
-    def enter(rank: int) -> None:
-        with sole_job(folder, dataclasses.replace(ALONE, rank=rank, world_size=2)):
-            pass
-
-    with other_job(folder) as holder:
-        for error in Threads(2, monkeypatch).each(enter):
-            assert isinstance(error, RunError) and "another job is training there" in str(error)
-            assert f'"process": {holder.pid}' in str(error)
-    assert Threads(2, monkeypatch).each(enter) == [None, None]
-
-
-def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(number, os.strerror(number))
 
+    monkeypatch.setattr(run_lock, "_PATIENCE", 0.0)
     monkeypatch.setattr(fcntl, "lockf", fail)
 
     def enter(rank: int) -> None:
-        with sole_job(tmp_path, ALONE):
+        with sole_job(tmp_path, dataclasses.replace(ALONE, rank=rank, world_size=2)):
             pass
 
-    (error,) = Threads(1, monkeypatch).each(enter)
-    assert isinstance(error, RunError) and "cannot be begun there" in str(error)
+    for error in Threads(2, monkeypatch).each(enter):
+        assert isinstance(error, RunError) and message in str(error)
 
 
 def test_ranks_that_do_not_share_the_run_folder_are_named(tmp_path: Path, tiny_data: Path, nursery: Nursery) -> None:
@@ -105,7 +60,7 @@ def test_a_second_job_that_has_waited_takes_nothing_back(
     larger = {**values, "budget": {"steps": 16}}
     shutil.copytree(run, tmp_path / "first")
     done = one_rank.train(tmp_path, {**larger, "run_dir": str(tmp_path / "first")})
-    with other_job(run):
+    with locked(run / run_lock.LOCK_FILE, "taken"):
         job = Job(write_recipe(tmp_path / "larger.yaml", larger), nursery=nursery)
         said = job.processes[0]._folder / "errors"
         while job.running and "waiting for it" not in said.read_text(encoding="utf-8"):

@@ -70,26 +70,25 @@ sys.exit(0)
 
 @pytest.fixture
 def start(tmp_path, nursery):
+    started = []
+
     def start(how, culprit, world_size, timeout=1.0):
         script = tmp_path / "rank.py"
         script.write_text(RANK_PROGRAM)
         place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         arguments = [str(tmp_path / "stacks"), how, str(culprit), str(timeout)]
-        return [
-            nursery.start(script, arguments, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(world_size)
-        ]
+        for rank in range(world_size):
+            started.append(nursery.start(script, arguments, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        return started
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
 
 
 def finish(processes):
-    """Exit codes and outputs; ends whatever does not end by itself."""
-    try:
-        printed = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    """Exit codes and outputs."""
+    printed = [process.communicate(timeout=120) for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, printed)]
 
 
@@ -119,15 +118,9 @@ def test_the_rank_the_others_wait_for_is_named(tmp_path, start):
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_frozen_process_is_named_and_the_others_end(culprit, start):
-    processes = start("frozen", culprit, 2, timeout=3.0)
-    try:
-        _, errors = processes[1 - culprit].communicate(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[1 - culprit].returncode == EXIT_STALLED, errors
-    assert f"rank {culprit}" in errors
-    assert "no longer answers" in errors
+    other = start("frozen", culprit, 2, timeout=3.0)[1 - culprit]
+    ((code, _, errors),) = finish([other])
+    assert code == EXIT_STALLED and f"rank {culprit}" in errors and "no longer answers" in errors, errors
 
 
 @pytest.mark.parametrize(
