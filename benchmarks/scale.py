@@ -42,7 +42,7 @@ def resident(name: str, zero: str, ranks: int) -> int:
     }
     recipe = build_recipe(values)
     ds_config = resolve_ds_config(recipe, ranks)
-    memory = estimate_memory(recipe, preset(name), ds_config, ranks, on_cpu=False, passes=Passes(0, 0))
+    memory = estimate_memory(recipe, ds_config, ranks, on_cpu=False, passes=Passes(0, 0))
     return memory.weights + memory.gradients + memory.optimizer
 
 
