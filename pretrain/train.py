@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None, program: str = "train") -> int:
         ranks = prepare_environment()
         return _train(options, ranks)
     except (UserError, DataError, ConfigError) as error:
-        # The first rank of every node speaks: a missing file may be missing on one node alone.
+        # The first rank of every node reports the error: a file may be missing on one node only.
         if ranks is None or ranks.local_rank == 0:
             place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
             with contextlib.suppress(OSError):
@@ -105,9 +105,7 @@ def _parse(arguments: list[str], program: str) -> argparse.Namespace:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with `code`, which Python would change where the last lines cannot be written: the log's disk is full, the
-    terminal is gone.
-    """
+    """Exit with `code` also if the last lines cannot be written (full disk, closed terminal)."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
