@@ -89,7 +89,7 @@ def _parse(arguments: list[str], program: str) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="recipe file (YAML) and changes")
-    parser.add_argument("--config", metavar="RECIPE", help="the recipe file, where it is not the first word")
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe file, if it is not the first word")
     parser.add_argument("--run-dir", metavar="FOLDER", help="run folder, instead of the recipe's")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, estimate memory and time, and stop")

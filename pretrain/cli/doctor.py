@@ -39,7 +39,7 @@ def doctor(
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to examine [default: the cluster's].")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each node to examine.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Their partition.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of these nodes.")] = None,
 ) -> None:
     """Examine this machine; exits with 1 if something that training needs is broken."""
     from rich.console import Console
