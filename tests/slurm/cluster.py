@@ -76,6 +76,10 @@ PartitionName=all Nodes=ALL MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO Pri
 """
 
 
+def script(name: str) -> str:
+    return str(Path(__file__).resolve().parents[2] / "slurm" / f"{name}.sbatch")
+
+
 def missing_programs() -> list[str]:
     """What of Slurm and munge is not installed."""
     return [name for name in PROGRAMS if not shutil.which(name, path=SEARCH_PATH)]
@@ -105,7 +109,8 @@ class Cluster:
         return self.folder / "work"
 
     def submit(self, *arguments: str, **environ: str) -> str:
-        """`sbatch` with these arguments; the job's number."""
+        """`sbatch` with these arguments, for jobs that use this Python; the job's number."""
+        environ = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": JOB_PATH, **environ}
         return self.run("sbatch", "--parsable", *arguments, **environ).stdout.strip().split(";")[0]
 
     def show(self, job: str) -> dict[str, str]:

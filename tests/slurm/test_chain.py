@@ -49,24 +49,26 @@ def test_a_dry_run_and_what_slurm_would_refuse_submit_nothing(cluster, experimen
     assert cluster.is_empty() and not folder.exists()
 
 
-def submitted(printed: str) -> dict[str, str]:
-    """Job numbers by the names of the steps, from what `mor submit` printed."""
-    return {name: number for number, name in re.findall(r"^ *(\d+)  sbatch .*?--job-name=(\S+)", printed, re.MULTILINE)}
+def chain(cluster: Cluster, file: Path, *options: str) -> dict[str, str]:
+    """Submit an experiment and wait for its end; returns the job numbers by the names of the steps."""
+    done = mor(cluster, "submit", str(file), *NODES, *options)
+    assert done.returncode == 0, done.stderr
+    cluster.until(cluster.is_empty, "the chain", 480)
+    jobs = re.findall(r"^ *(\d+)  sbatch .*?--job-name=(\S+)", done.stdout, re.MULTILINE)
+    return {name: number for number, name in jobs}
 
 
 @pytest.mark.slow
 def test_from_text_to_report(cluster, experiment):
     file, folder = experiment
-    done = mor(cluster, "submit", str(file), *NODES, "--limit=1")
-    assert done.returncode == 0, done.stderr
-    cluster.until(cluster.is_empty, "the chain", 480)
+    numbers = chain(cluster, file, "--limit=1")
     jobs = mor(cluster, "jobs").stdout
     assert jobs.count("COMPLETED") == 6, jobs + cluster.logs()
     assert finished(folder) == ["mor", "vanilla"]
     assert "12/12" in jobs
     table = (folder / "report" / "report.csv").read_text()
     assert "perplexity" in table and "mor" in table
-    times = {name: cluster.interval(number) for name, number in submitted(done.stdout).items()}
+    times = {name: cluster.interval(number) for name, number in numbers.items()}
     training, evaluation = ([times[f"tiny-{arm}{end}"] for arm in ("vanilla", "mor")] for end in ("", "-eval"))
     assert most_at_once(training) == 1, "--limit=1 was not kept"
     assert times["tiny-prepare"][1] <= min(start for start, _ in training)
@@ -80,10 +82,7 @@ def test_a_failing_arm_ends_its_own_evaluation_and_not_the_report(cluster):
     # As if somebody had asked this arm to stop before it began: it fails, and is not requeued.
     (folder / "mor").mkdir(parents=True)
     (folder / "mor" / "stop").touch()
-    done = mor(cluster, "submit", str(file), *NODES)
-    assert done.returncode == 0, done.stderr
-    cluster.until(cluster.is_empty, "the chain", 480)
-    states = {name: cluster.state(number) for name, number in submitted(done.stdout).items()}
+    states = {name: cluster.state(number) for name, number in chain(cluster, file).items()}
     assert states == {
         "tiny-prepare": "COMPLETED",
         "tiny-vanilla": "COMPLETED",

@@ -10,20 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import skip_or_fail
-from tests.slurm.cluster import JOB_PATH, Cluster, most_at_once
+from tests.slurm.cluster import most_at_once, script
 from tests.slurm.corpus import finished, prep_arguments, write_experiment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(name: str) -> str:
-    return str(ROOT / "slurm" / f"{name}.sbatch")
-
-
-def submit(cluster: Cluster, *arguments: str, **environ: str) -> str:
-    standard = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": JOB_PATH}
-    return cluster.submit(*arguments, **{**standard, **environ})
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -36,7 +26,7 @@ def test_an_array_of_tasks_and_its_merge_make_what_one_process_makes(cluster, co
     # Every element waits at the gate, so that how many are there at once does not depend on how fast they are.
     wait = f"touch {gate}/$SLURM_ARRAY_TASK_ID; until [ -e {gate}/open ]; do sleep 0.1; done"
     arguments = [script("prep"), *prep_arguments(corpus, out)]
-    job = submit(cluster, "--array=0-3%2", "--output=prep-array-%a.out", *arguments, MOR_SETUP=wait)
+    job = cluster.submit("--array=0-3%2", "--output=prep-array-%a.out", *arguments, MOR_SETUP=wait)
 
     def states() -> list[str]:
         return sorted(cluster.run("squeue", "-h", "-r", "-j", job, "-o", "%T %r").stdout.splitlines())
@@ -63,7 +53,7 @@ def test_mpi_ranks_make_what_one_process_makes(cluster, corpus, prepared):
     # Both nodes are this machine, whose shared memory real nodes do not have in common.
     over_tcp = {"OMPI_MCA_btl": "self,tcp", "OMPI_MCA_btl_tcp_if_include": "lo"}
     options = ("--nodes=2", "--ntasks-per-node=2", "--output=prep-mpi.out")
-    job = submit(cluster, *options, script("prep"), *prep_arguments(corpus, out), **over_tcp)
+    job = cluster.submit(*options, script("prep"), *prep_arguments(corpus, out), **over_tcp)
     assert cluster.wait(job) == "COMPLETED", cluster.logs()
     assert shards(out) == shards(prepared)
 
@@ -72,7 +62,7 @@ def test_mpi_ranks_make_what_one_process_makes(cluster, corpus, prepared):
 def test_an_experiment_and_its_evaluations_as_arrays(cluster, corpus, prepared):
     folder = cluster.work / "runs" / "array-experiment"
     experiment = write_experiment(cluster.work / "array-experiment.yaml", folder, prepared)
-    job = submit(cluster, "--array=0-1%1", "--output=compare-%a.out", script("compare"), str(experiment))
+    job = cluster.submit("--array=0-1%1", "--output=compare-%a.out", script("compare"), str(experiment))
     cluster.until((folder / "report" / "report.csv").is_file, "the report")
     cluster.until(cluster.is_empty, "an empty queue")
     assert cluster.wait(f"{job}_0") == cluster.wait(f"{job}_1") == "COMPLETED", cluster.logs()
@@ -85,7 +75,7 @@ def test_an_experiment_and_its_evaluations_as_arrays(cluster, corpus, prepared):
     for run in runs:
         shutil.rmtree(run / "evaluation")
     suites = ("--suite", "perplexity", "--suite=routing")
-    job = submit(cluster, "--array=0-3", "--output=eval-%a.out", script("eval"), *map(str, runs), *suites)
+    job = cluster.submit("--array=0-3", "--output=eval-%a.out", script("eval"), *map(str, runs), *suites)
     for element in range(4):
         assert cluster.wait(f"{job}_{element}") == "COMPLETED", cluster.logs()
     for run in runs:

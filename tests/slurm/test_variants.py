@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.pretrain.support import ROOT, losses
-from tests.slurm.cluster import JOB_PATH
+from tests.slurm.cluster import JOB_PATH, script
 from tests.slurm.corpus import prep_arguments
 from tests.slurm.stand_ins import make_apptainer, make_modules, make_pyxis, start_python_with
-from tests.slurm.test_tasks import script, shards
+from tests.slurm.test_tasks import shards
 from tests.slurm.training import log, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -27,8 +27,8 @@ def test_modules_and_conda_bring_python_and_apptainer_runs_it(cluster, corpus, p
     modules, calls = tmp_path / "modules.txt", make_apptainer(tmp_path)
     setup = f". {make_modules(tmp_path, modules)}; module load cuda/12; conda activate mor"
     out = cluster.work / "in-container"
-    environ = {"MOR_SETUP": setup, "MOR_CONTAINER": "/images/mor.sif", "OMP_NUM_THREADS": "1"}
-    environ |= {"PATH": f"{tmp_path / 'bin'}:{BARE_PATH}", "INSIDE": "nothing"}
+    environ = {"MOR_SETUP": setup, "MOR_CONTAINER": "/images/mor.sif", "INSIDE": "nothing"}
+    environ["PATH"] = f"{tmp_path / 'bin'}:{BARE_PATH}"
     job = cluster.submit("--output=in-container.out", script("prep"), *prep_arguments(corpus, out), **environ)
     assert cluster.wait(job) == "COMPLETED", cluster.logs()
     assert lines(modules) == ["module load cuda/12", "conda activate mor"]
@@ -89,8 +89,7 @@ def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_pat
         "        (gate / 'open').touch()\n"
         "        os._exit(130)\n",
     )
-    environ = {"MOR_SETUP": "true", "MOR_CONTAINER": "/images/mor.sqsh", "OMP_NUM_THREADS": "1"}
-    environ |= {"PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": hold}
+    environ = {"MOR_CONTAINER": "/images/mor.sqsh", "PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": hold}
     job = cluster.submit("--output=in-enroot.out", script("prep"), *prep_arguments(corpus, out), **environ)
     cluster.until((tmp_path / "waits").exists, "preparation to wait")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
