@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None, program: str = "train") -> int:
         ranks = prepare_environment()
         return _train(options, ranks)
     except (UserError, DataError, ConfigError) as error:
-        # The first rank of every node speaks: a missing file may be missing on one node alone.
+        # The first rank of every node reports the error: a file may be missing on one node only.
         if ranks is None or ranks.local_rank == 0:
             place = f" (rank {ranks.rank})" if ranks is not None and ranks.rank else ""
             with contextlib.suppress(OSError):
@@ -89,7 +89,7 @@ def _parse(arguments: list[str], program: str) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="recipe file (YAML) and changes")
-    parser.add_argument("--config", metavar="RECIPE", help="the recipe file, where it is not the first word")
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe file, if it is not the first word")
     parser.add_argument("--run-dir", metavar="FOLDER", help="run folder, instead of the recipe's")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, estimate memory and time, and stop")
@@ -105,9 +105,7 @@ def _parse(arguments: list[str], program: str) -> argparse.Namespace:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with `code`, which Python would change where the last lines cannot be written: the log's disk is full, the
-    terminal is gone.
-    """
+    """Exit with `code` also if the last lines cannot be written (full disk, closed terminal)."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

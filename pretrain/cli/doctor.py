@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,7 +39,7 @@ def doctor(
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to examine [default: the cluster's].")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each node to examine.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Their partition.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of these nodes.")] = None,
 ) -> None:
     """Examine this machine; exits with 1 if something that training needs is broken."""
     from rich.console import Console
@@ -47,12 +49,12 @@ def doctor(
 
     console = Console(highlight=False, soft_wrap=True)
     findings = examine()
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        console.print(_marked(finding.state, f"{finding.name:<{width}}  {finding.detail}"))
+    width = max(map(len, findings))
+    for name, finding in findings.items():
+        console.print(_marked(finding.state, f"{name:<{width}}  {finding.detail}"))
         if finding.advice:
             console.print(cell(f"    {'':<{width}}  -> {finding.advice}"))
-    works = not any(finding.state == "broken" for finding in findings)
+    works = not any(finding.state == "broken" for finding in findings.values())
     if cluster is not None:
         from pretrain.cluster.clusters import load_cluster
 
@@ -64,9 +66,6 @@ def doctor(
 
 def _examine_cluster(console: Console, cluster: Cluster) -> bool:
     """Print one page about the nodes of a job; whether all are fit to train together."""
-    import shutil
-    from pathlib import Path
-
     from data_prep.plain_text import cell
     from pretrain.cluster.health import examine_cluster, judge
     from pretrain.cluster.submit import job_environment, slurm_options
@@ -74,10 +73,9 @@ def _examine_cluster(console: Console, cluster: Cluster) -> bool:
 
     if not shutil.which("srun"):
         raise LaunchError("--cluster: there is no srun here; run this on a cluster's login node.")
-    # The examination takes minutes, whatever the time limit of the cluster's jobs is.
-    options = slurm_options(
-        cluster.model_copy(update={"time": None}), nodes=cluster.nodes, gpus=cluster.gpus_per_node, tasks=None
-    )
+    # The examination has its own time limit.
+    untimed = cluster.model_copy(update={"time": None})
+    options = slurm_options(untimed, nodes=cluster.nodes, gpus=cluster.gpus_per_node, tasks=None)
     folder = Path.cwd() / f".health-{time.time_ns()}"
     console.print()
     console.print(cell(f"{cluster.nodes} nodes: srun {' '.join(options)}"))
@@ -118,4 +116,6 @@ def _facts(report: dict[str, Any]) -> str:
     if "gpu_free_share" in report:
         facts.append(f"{report['gpu_free_share']:.0%} of their memory free")
     facts += [f"{name} {report[key]:.3g}" for key, name in _MEASURED.items() if key in report]
-    return "; ".join([*facts, *([f"meets by {report['meeting']}"] if "meeting" in report else [])])
+    if "meeting" in report:
+        facts.append(f"meets by {report['meeting']}")
+    return "; ".join(facts)

@@ -27,29 +27,22 @@ _COMMANDS = {
 }
 
 
-def usage() -> str:
-    """What `mor --help` prints."""
-    width = max(map(len, _COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in _COMMANDS.items()]
-    return "\n".join(
-        [
-            "Usage: mor COMMAND [OPTIONS]",
-            "",
-            "Pretrain Mixture-of-Recursions and vanilla transformers, and compare them at equal FLOPs.",
-            "",
-            "Commands:",
-            *lines,
-            "",
-            "`mor COMMAND --help` describes a command; `mor --version` prints the version.",
-        ]
-    )
+_USAGE = """\
+Usage: mor COMMAND [OPTIONS]
+
+Pretrain Mixture-of-Recursions and vanilla transformers, and compare them at equal FLOPs.
+
+Commands:
+{commands}
+
+`mor COMMAND --help` describes a command; `mor --version` prints the version."""
 
 
 def main() -> None:
     """Run `mor`; an error meant for a person is printed as its message alone and exits with 2."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
+        print(_USAGE.format(commands="\n".join(f"  {name:<8}  {text}" for name, (_, text) in _COMMANDS.items())))
         return
     if name == "--version":
         print(importlib.metadata.version("mor-pretrain"))

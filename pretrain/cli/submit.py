@@ -22,7 +22,7 @@ def submit(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of each training job.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs, and ranks, of each node.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks of each node without GPUs.")] = None,
-    partition: Annotated[str | None, typer.Option(help="As for sbatch, like account, qos, constraint.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Passed to sbatch, as are account, qos and constraint.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of each job: 24:00:00, 2-12:00:00 or minutes.")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,

@@ -48,90 +48,100 @@ class Finding:
         advice: what to do about either.
     """
 
-    name: str
     state: State
     detail: str
     advice: str = ""
 
 
-def examine() -> list[Finding]:
+def examine() -> dict[str, Finding]:
     """Examine everything, at the same time; takes a few seconds."""
     prepare_toolchain()
-    checks = [
-        *(_deepspeed, _compiler, _ninja, _operators, _mpi, _slurm, _hub, _wandb),
-        *(_memory, _shared_memory, _open_files, _disk),
-    ]
+    checks = {
+        "deepspeed": _deepspeed,
+        "C++ compiler": _compiler,
+        "ninja": _ninja,
+        "DeepSpeed operators": _operators,
+        "MPI": _mpi,
+        "Slurm": _slurm,
+        "hub": _hub,
+        "wandb": _wandb,
+        "memory": _memory,
+        "shared memory": _shared_memory,
+        "open files": _open_files,
+        "disk": _disk,
+    }
     with ThreadPoolExecutor(len(checks)) as pool:
-        others = pool.map(lambda check: check(), checks)
-        return [_python(), *_torch(), *others]
+        others = pool.map(lambda check: check(), checks.values())
+        return {"python": _python(), **_torch(), **dict(zip(checks, others))}
 
 
 def _python() -> Finding:
     outside = sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ
     where = f"{sys.executable}{', outside a virtual environment' if outside else ''}"
-    return Finding("python", "ok", f"{platform.python_version()} at {where}")
+    return Finding("ok", f"{platform.python_version()} at {where}")
 
 
-def _torch() -> list[Finding]:
+def _torch() -> dict[str, Finding]:
     """torch, the accelerator and bfloat16."""
     version = _version("torch")
-    if version is None:
-        return [Finding("torch", "broken", "not installed", "make install")]
     shown = _run([sys.executable, "-c", _ASK_TORCH], seconds=_BUSY)
     if shown is None:
-        detail = f"{version} does not import within {_BUSY:.0f} s"
-        return [Finding("torch", "broken", detail, f"{sys.executable} -c 'import torch' shows the reason")]
+        detail = f"{version} does not import within {_BUSY:.0f} s" if version else "not installed"
+        advice = f"make install; {sys.executable} -c 'import torch' shows the reason"
+        return {"torch": Finding("broken", detail, advice)}
     facts = json.loads(shown.splitlines()[-1])
     build = f"build for {facts['build']}" if facts["build"] else "CPU build"
-    found = [Finding("torch", "ok", f"{version}, {build}, {facts['threads']} threads")]
+    found = {"torch": Finding("ok", f"{version}, {build}, {facts['threads']} threads")}
     if facts["gpus"]:
-        found.append(Finding("accelerator", "ok", f"{facts['gpus']} x {'; '.join(facts['names'])}"))
+        found["accelerator"] = Finding("ok", f"{facts['gpus']} x {'; '.join(facts['names'])}")
     elif accelerator_present():
         advice = "install the torch build for its driver (torch in constraints.txt), then look at nvidia-smi"
-        found.append(Finding("accelerator", "broken", "there is a device, but torch sees none", advice))
+        found["accelerator"] = Finding("broken", "there is a device, but torch sees none", advice)
     else:
-        advice = "fine for small models and for tests"
-        found.append(Finding("accelerator", "absent", "no GPU; training runs on the CPU", advice))
-    instructions = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in _cpu_flags()), None)
+        detail = "no GPU; training runs on the CPU"
+        found["accelerator"] = Finding("absent", detail, "fine for small models and for tests")
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text(encoding="utf-8").split() if cpu.exists() else []
+    instructions = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
     if facts["bf16"]:
-        found.append(Finding("bfloat16", "ok", "the GPU computes in it"))
+        found["bfloat16"] = Finding("ok", "the GPU computes in it")
     elif not accelerator_present() and instructions:
-        found.append(Finding("bfloat16", "ok", f"the CPU computes in it ({instructions})"))
+        found["bfloat16"] = Finding("ok", f"the CPU computes in it ({instructions})")
     else:
-        found.append(Finding("bfloat16", "absent", "no hardware for it", "recipes with precision auto use fp32 here"))
+        found["bfloat16"] = Finding("absent", "no hardware for it", "recipes with precision auto use fp32 here")
     return found
 
 
 def _deepspeed() -> Finding:
     version = _version("deepspeed")
     if version is None:
-        return Finding("deepspeed", "broken", "not installed", "make install")
+        return Finding("broken", "not installed", "make install")
     if not shutil.which("deepspeed") and not (Path(sys.executable).parent / "deepspeed").exists():
-        return Finding("deepspeed", "absent", f"{version}, without its launcher on PATH", "activate the environment")
-    return Finding("deepspeed", "ok", version)
+        return Finding("absent", f"{version}, without its launcher on PATH", "activate the environment")
+    return Finding("ok", version)
 
 
 def _compiler() -> Finding:
     program = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     advice = "DeepSpeed compiles operators when it first needs them; on Debian: apt-get install g++"
     if program is None:
-        return Finding("C++ compiler", "absent", "none found", advice)
+        return Finding("absent", "none found", advice)
     command = [program, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"]
     if _run(command, given="#include <optional>\nint main() {}\n", seconds=_BUSY) is None:
-        return Finding("C++ compiler", "broken", f"{program} does not compile C++17", advice)
+        return Finding("broken", f"{program} does not compile C++17", advice)
     first = ((_run([program, "--version"]) or "").splitlines() or [program])[0]
     if accelerator_present() and not shutil.which("nvcc") and "CUDA_HOME" not in os.environ:
         advice = "fused operators for the GPU need nvcc (module load cuda, or set CUDA_HOME); training works without"
-        return Finding("C++ compiler", "absent", f"{first}, but no nvcc", advice)
-    return Finding("C++ compiler", "ok", first)
+        return Finding("absent", f"{first}, but no nvcc", advice)
+    return Finding("ok", first)
 
 
 def _ninja() -> Finding:
     program = shutil.which("ninja")
     version = _run([program, "--version"], seconds=_BUSY) if program else None
     if version is None:
-        return Finding("ninja", "broken", "not found", f"{sys.executable} -m pip install ninja")
-    return Finding("ninja", "ok", f"{version.strip()} at {program}")
+        return Finding("broken", "not found", f"{sys.executable} -m pip install ninja")
+    return Finding("ok", f"{version.strip()} at {program}")
 
 
 def _operators() -> Finding:
@@ -139,66 +149,63 @@ def _operators() -> Finding:
     built = sorted({file.stem for file in folder.glob("**/*.so")})
     parent = next(path for path in [folder, *folder.parents] if path.exists())
     if not os.access(parent, os.W_OK):
-        advice = "set TORCH_EXTENSIONS_DIR to another folder"
-        return Finding("DeepSpeed operators", "broken", f"{folder} is not writable", advice)
+        return Finding("broken", f"{folder} is not writable", "set TORCH_EXTENSIONS_DIR to another folder")
     if not built:
         advice = "the first run builds what it needs (about half a minute each)"
-        return Finding("DeepSpeed operators", "absent", f"none built yet in {folder}", advice)
-    return Finding("DeepSpeed operators", "ok", f"built: {', '.join(built)} in {folder}")
+        return Finding("absent", f"none built yet in {folder}", advice)
+    return Finding("ok", f"built: {', '.join(built)} in {folder}")
 
 
 def _mpi() -> Finding:
     advice = "only for starting with mpirun: pip install 'mor-pretrain[mpi]', or your system's MPI"
     mpirun = shutil.which("mpirun") or shutil.which("mpiexec")
     if mpirun is None:
-        return Finding("MPI", "absent", "no mpirun", advice)
+        return Finding("absent", "no mpirun", advice)
     code = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
     library = _run([sys.executable, "-c", code], seconds=_BUSY)
     if library is None:
-        return Finding("MPI", "absent", f"{mpirun}, but mpi4py does not find its library", advice)
-    return Finding("MPI", "ok", f"{mpirun}; mpi4py uses {library.strip().strip(chr(0)).split(',')[0]}")
+        return Finding("absent", f"{mpirun}, but mpi4py does not find its library", advice)
+    return Finding("ok", f"{mpirun}; mpi4py uses {library.strip().strip(chr(0)).split(',')[0]}")
 
 
 def _slurm() -> Finding:
     if not shutil.which("sbatch"):
-        advice = "only for clusters; mor submit --local runs a chain without it"
-        return Finding("Slurm", "absent", "no sbatch here", advice)
+        return Finding("absent", "no sbatch here", "only for clusters; mor submit --local runs a chain without it")
     shown = _run(["sinfo", "--noheader", "--format=%P %D x %c CPUs %G"])
     if shown is None:
-        return Finding("Slurm", "absent", "installed, but no controller answers", "run this on a login node")
-    return Finding("Slurm", "ok", "; ".join(line.strip() for line in shown.splitlines()) or "no partitions")
+        return Finding("absent", "installed, but no controller answers", "run this on a login node")
+    return Finding("ok", "; ".join(line.strip() for line in shown.splitlines()) or "no partitions")
 
 
 def _hub() -> Finding:
     advice = "data sets and tokenizers must be local paths; the built-in corpus python-docs needs no network"
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
-        return Finding("hub", "absent", "switched off by HF_HUB_OFFLINE", advice)
+        return Finding("absent", "switched off by HF_HUB_OFFLINE", advice)
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500 or error.code in (403, 407):
-            return Finding("hub", "absent", f"{address} answers {error.code}", advice)
+            return Finding("absent", f"{address} answers {error.code}", advice)
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "reason", error)).splitlines()[0][:80]
-        return Finding("hub", "absent", f"{address} cannot be reached ({reason})", advice)
-    return Finding("hub", "ok", address)
+        return Finding("absent", f"{address} cannot be reached ({reason})", advice)
+    return Finding("ok", address)
 
 
 def _wandb() -> Finding:
     version = _version("wandb")
     if version is None:
-        return Finding("wandb", "absent", "not installed", "pip install wandb; metrics.jsonl is written in any case")
-    mode = os.environ.get("WANDB_MODE")
-    if mode in ("offline", "disabled"):
-        return Finding("wandb", "ok", f"{version}, WANDB_MODE={mode}")
+        return Finding("absent", "not installed", "pip install wandb; metrics.jsonl is written in any case")
+    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
+        return Finding("ok", f"{version}, WANDB_MODE={mode}")
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     known = "WANDB_API_KEY" in os.environ
     with contextlib.suppress(OSError):
         known = known or "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
     if not known:
-        return Finding("wandb", "absent", f"{version}, not logged in", "wandb login, or logging.wandb=offline")
-    return Finding("wandb", "ok", f"{version}, logged in")
+        return Finding("absent", f"{version}, not logged in", "wandb login, or logging.wandb=offline")
+    return Finding("ok", f"{version}, logged in")
 
 
 def _memory() -> Finding:
@@ -207,46 +214,37 @@ def _memory() -> Finding:
     gib = psutil.virtual_memory().available / 2**30
     detail = f"{gib:.1f} GiB free, {os.cpu_count()} cores"
     if gib < 6:
-        return Finding("memory", "absent", detail, "the quickstart needs 6 GiB; close other programs")
-    return Finding("memory", "ok", detail)
+        return Finding("absent", detail, "the quickstart needs 6 GiB; close other programs")
+    return Finding("ok", detail)
 
 
 def _shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Finding("shared memory", "absent", "no /dev/shm", "in a container: mount one (docker run --shm-size=8g)")
+        return Finding("absent", "no /dev/shm", "in a container: mount one (docker run --shm-size=8g)")
     free = shutil.disk_usage(folder).free
     if free < 2**29:
         advice = "GPUs of one node communicate through it; in a container: docker run --shm-size=8g"
         state: State = "broken" if accelerator_present() else "absent"
-        return Finding("shared memory", state, f"{free / 2**20:.0f} MiB free in /dev/shm", advice)
-    return Finding("shared memory", "ok", f"{free / 2**30:.1f} GiB free in /dev/shm")
+        return Finding(state, f"{free / 2**20:.0f} MiB free in /dev/shm", advice)
+    return Finding("ok", f"{free / 2**30:.1f} GiB free in /dev/shm")
 
 
 def _open_files() -> Finding:
     import resource
 
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = ("unlimited" if limit == resource.RLIM_INFINITY else str(limit) for limit in limits)
-    if soft != "unlimited" and int(soft) < 1024:
-        return Finding("open files", "absent", f"at most {soft}", f"ulimit -n {hard}")
-    return Finding("open files", "ok", soft if soft == "unlimited" else f"at most {soft}")
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return Finding("ok", "unlimited")
+    return Finding("ok" if limit >= 1024 else "absent", f"at most {limit}", "" if limit >= 1024 else "ulimit -n 4096")
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     detail = f"{free:.1f} GiB free in {Path.cwd()}"
     if free < 5:
-        return Finding("disk", "absent", detail, "a checkpoint has up to 16 bytes per parameter")
-    return Finding("disk", "ok", detail)
-
-
-def _cpu_flags() -> list[str]:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("flags"):
-                return line.split()
-    return []
+        return Finding("absent", detail, "a checkpoint has up to 16 bytes per parameter")
+    return Finding("ok", detail)
 
 
 def _version(package: str) -> str | None:

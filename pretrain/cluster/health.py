@@ -33,7 +33,6 @@ _LEAST_FREE = 0.9  # of a GPU's memory
 _LARGEST_SKEW = 5.0  # seconds
 # A node that fails must not end the examination of the others.
 _OPTIONS = ["--time=5", "--kill-on-bad-exit=0"]
-_REDUCED_BYTES = 64 * 2**20
 # Each node alone first: an all-reduce with a broken node fails on the others too.
 _KINDS = ("alone", "together")
 
@@ -72,7 +71,7 @@ def examine_cluster(
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
     """The nodes' reports, by host name as Slurm knows it."""
     reports = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in folder.glob("*.json"):
         with contextlib.suppress(ValueError):
             reports[file.stem] = json.loads(file.read_text(encoding="utf-8"))
     return reports
@@ -119,7 +118,7 @@ def examine(kind: str, folder: Path) -> None:
     """Examine this node `alone`, or its all-reduce `together` with the others, and write FOLDER/<host>.json."""
     from pretrain.ranks.environment import prepare_environment
 
-    # Before the environment is prepared, which chooses the CPU if a GPU is missing.
+    # Read before prepare_environment, which sets DS_ACCELERATOR=cpu if there is no GPU.
     wants_gpus = os.environ.get("DS_ACCELERATOR") != "cpu"
     given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if wants_gpus else 0
     ranks = prepare_environment()
@@ -134,14 +133,13 @@ def examine(kind: str, folder: Path) -> None:
     write_json(folder / f"{host}.json", report)
 
 
-def all_reduce_speeds(rank: int, nodes: int, *, gpu: bool, size: int = _REDUCED_BYTES) -> dict[str, float]:
+def all_reduce_speeds(rank: int, nodes: int, *, gpu: bool, size: int = 64 * 2**20) -> dict[str, float]:
     """Size of a buffer divided by the time of its all-reduce, the best of three, in 1e9 bytes a second. (A ring moves
     2 (p - 1) / p times the buffer in and out of each of p nodes.)
 
     Args:
         rank, nodes: this node's number and the number of nodes; the process group's variables are set.
-        gpu: whether the buffer is on the first GPU (NCCL) or in memory (gloo).
-        size: of the buffer, in bytes.
+        gpu: whether the buffer of `size` bytes is on the first GPU (NCCL) or in memory (gloo).
 
     Returns:
         `reduce_gbytes` with all nodes; `pair_gbytes`, the better of those with the nodes before and after this one,
@@ -188,7 +186,9 @@ def pairings(nodes: int) -> list[list[tuple[int, int]]]:
 def _alone(folder: Path, host: str) -> dict[str, Any]:
     import torch
 
-    report: dict[str, Any] = {"host": host, "cores": os.cpu_count(), "skew": _clock_skew(folder, host)}
+    probe = folder / f".{host}.clock"
+    probe.touch()
+    report: dict[str, Any] = {"host": host, "cores": os.cpu_count(), "skew": time.time() - probe.stat().st_mtime}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     report |= {"gpus": gpus, "gpu_names": sorted({torch.cuda.get_device_name(index) for index in range(gpus)})}
     devices = [torch.device("cuda", index) for index in range(gpus)] or [torch.device("cpu")]
@@ -207,13 +207,6 @@ def _alone(folder: Path, host: str) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def _clock_skew(folder: Path, host: str) -> float:
-    """This node's clock minus the file server's, in seconds."""
-    probe = folder / f".{host}.clock"
-    probe.touch()
-    return time.time() - probe.stat().st_mtime
 
 
 def _matmul_tflops(device: Any) -> float:

@@ -19,8 +19,8 @@ from pretrain.records.finished import Part, begun_with, parts
 from pretrain.records.run_folder import RunFolder, parse_record
 
 _TAIL_BYTES = 65536
-# The state of an array is the first of these that one of its elements has.
-_STATES = ["RUNNING", "COMPLETING", "PENDING", "FAILED", "TIMEOUT", "NODE_FAIL", "COMPLETED", "CANCELLED"]
+# The state of an array is the last of these that one of its elements has.
+_STATES = ["CANCELLED", "COMPLETED", "NODE_FAIL", "TIMEOUT", "FAILED", "PENDING", "COMPLETING", "RUNNING"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,6 @@ class JobView:
     branch: str | None = None
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """How far a part of a run has come: steps, loss (nan: not finite) and seconds per step, None if unknown."""
-
-    step: int
-    loss: float | None
-    step_seconds: float | None
-
-
 def view_jobs(records: list[Record]) -> list[JobView]:
     """Ask Slurm once about all jobs, and each run folder about its progress."""
     states = _slurm_states([record.job for record in records])
@@ -70,17 +61,16 @@ def _view(record: Record, states: dict[str, tuple[str, str]]) -> JobView:
         progress = [_progress(part) for part in everything]
     except (UserError, ConfigError, OSError) as error:
         return JobView(record, state or "ENDED", reason or str(error))
-    now = progress[everything.index(current)]
-    seconds = now.step_seconds or progress[0].step_seconds
+    step, loss, seconds = progress[everything.index(current)]
+    seconds = seconds or progress[0][2]
     remaining = None
     if state == "RUNNING" and seconds:
-        steps = (part.steps - done.step for part, done in zip(everything, progress) if part in left)
-        remaining = seconds * sum(steps)
+        remaining = seconds * sum(part.steps - done for part, (done, *_) in zip(everything, progress) if part in left)
     if not state:
         # Slurm forgets finished jobs after minutes; the run folder does not.
         state = "COMPLETED" if not left else "GONE" if status["state"] == "running" else "ENDED"
         reason = "" if not left else status.get("reason") or status["state"]
-    return JobView(record, state, reason, now.step, current.steps, now.loss, remaining, current.name)
+    return JobView(record, state, reason, step, current.steps, loss, remaining, current.name)
 
 
 def _recipe(record: Record, run: str) -> Recipe:
@@ -95,14 +85,15 @@ def _recipe(record: Record, run: str) -> Recipe:
     return load_recipe(RunFolder(run).recipe_file).model_copy(update={"run_dir": run})
 
 
-def _progress(part: Part) -> _Progress:
+def _progress(part: Part) -> tuple[int, float | None, float | None]:
+    """Steps that are trained, loss (nan: not finite) and seconds per step; None if unknown."""
     status = part.folder.status()
     if status["state"] == "absent":
         # A branch's folder begins with the trunk's records, which may go beyond the step where the branch leaves.
-        return _Progress(part.start, None, None)
+        return part.start, None, None
     last = Fields(_last_training_record(part.folder.metrics_file), part.folder.metrics_file)
     step = last.values.get("step", status.get("step", part.start))
-    return _Progress(min(step, part.steps), last.number("lm_loss", None), last.amount("step_seconds", None))
+    return min(step, part.steps), last.number("lm_loss", None), last.amount("step_seconds", None)
 
 
 def _last_training_record(metrics: Path) -> dict[str, Any]:
@@ -127,12 +118,6 @@ def _slurm_states(numbers: list[str]) -> dict[str, tuple[str, str]]:
         shown = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    states: dict[str, tuple[str, str]] = {}
-    for number, state, reason in (line.split("|", 2) for line in shown.splitlines() if line.count("|") >= 2):
-        if number not in states or _liveliness(state) < _liveliness(states[number][0]):
-            states[number] = (state, "" if reason == "None" else reason)
-    return states
-
-
-def _liveliness(state: str) -> int:
-    return _STATES.index(state) if state in _STATES else len(_STATES)
+    rows = [line.split("|", 2) for line in shown.splitlines() if line.count("|") >= 2]
+    rows.sort(key=lambda row: _STATES.index(row[1]) if row[1] in _STATES else -1)
+    return {number: (state, "" if reason == "None" else reason) for number, state, reason in rows}

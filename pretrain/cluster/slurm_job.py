@@ -41,6 +41,8 @@ class Job:
         self.identity = environ["SLURM_JOB_ID"]
         self.array = environ.get("SLURM_ARRAY_JOB_ID")
         self.restarts = self.number("SLURM_RESTART_COUNT", "0")
+        self.cores = self.number("SLURM_CPUS_ON_NODE", "1")  # of this node
+        self.tasks = self.number("SLURM_NTASKS", "1")
         self.hosts = expand_hostlist(environ["SLURM_JOB_NODELIST"])
         self.python = "python" if environ.get("MOR_CONTAINER") else sys.executable
         self.announced: signal.Signals | None = None
@@ -55,16 +57,6 @@ class Job:
         """A whole number from one of Slurm's variables."""
         return read_integer(name, self.environ.get(name) or default)
 
-    @property
-    def cores(self) -> int:
-        """Processors of this node that belong to the job."""
-        return self.number("SLURM_CPUS_ON_NODE", "1")
-
-    @property
-    def tasks(self) -> int:
-        """Tasks the job was asked to have; 1 where nobody said."""
-        return self.number("SLURM_NTASKS", "1")
-
     def step(self, command: list[str], *, per_node: int | None = None, options: list[str] | None = None) -> int:
         """Run `command` as a job step on all nodes and return its exit code.
 
@@ -72,14 +64,16 @@ class Job:
             per_node: tasks on each node; by default as many as the job asked for, otherwise one for each GPU of a node.
             options: further options of srun, which override those chosen here.
         """
-        chosen = per_node or self._tasks_per_node()
+        chosen = per_node
+        if not chosen and not {"SLURM_NTASKS_PER_NODE", "SLURM_NTASKS"} & self.environ.keys():
+            chosen = self.number("SLURM_GPUS_ON_NODE", "1")
         own = ["--kill-on-bad-exit=1", *([f"--ntasks-per-node={chosen}"] if chosen else [])]
         if per_node:
             own.append(f"--ntasks={per_node * len(self.hosts)}")
         tasks = chosen or -(-self.tasks // len(self.hosts))
         # Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
         own.append("--overcommit" if tasks > self.cores else f"--cpus-per-task={self.cores // tasks}")
-        return self._wait(["srun", *own, *(options or []), *self.container_options(), *command], signal.SIGUSR1)
+        return self._wait(["srun", *own, *(options or []), *self._container_options(), *command], signal.SIGUSR1)
 
     def alone(self, command: list[str]) -> int:
         """Run `command` once, on this node, and return its exit code."""
@@ -95,18 +89,16 @@ class Job:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace")
         if done.returncode == EXIT_USER:
             raise LaunchError("nothing was started; the message above says why.")
-        problem = f"ended with code {done.returncode}"
-        if done.returncode == 0:
-            problem = "did not print a result"
-            with contextlib.suppress(LookupError, DataError):
-                found = parse_json(done.stdout.strip().splitlines()[-1], "the last line")
-                if isinstance(found, dict) and found.keys() >= set(keys):
-                    return found
+        with contextlib.suppress(LookupError, DataError):
+            found = parse_json(done.stdout.strip().splitlines()[-1], "the last line")
+            if done.returncode == 0 and isinstance(found, dict) and found.keys() >= set(keys):
+                return found
+        problem = f"ended with code {done.returncode}" if done.returncode else "did not print a result"
         raise LaunchError(f"nothing was started: `{shlex.join(command)}` {problem}; run it by hand to see why.")
 
     def _once(self, command: list[str]) -> list[str]:
         """`command` in the job's container, as a step of one task where srun enters the container."""
-        options = self.container_options()
+        options = self._container_options()
         return ["srun", "--nodes=1", "--ntasks=1", *options, *command] if options else self.inside(command)
 
     def inside(self, command: list[str]) -> list[str]:
@@ -169,12 +161,7 @@ class Job:
         names = next((word.partition("=")[2] for word in self._shown() if word.startswith("ExcNodeList=")), "")
         return expand_hostlist(names) if names not in ("", "(null)") else []
 
-    def _tasks_per_node(self) -> int | None:
-        if "SLURM_NTASKS_PER_NODE" in self.environ or "SLURM_NTASKS" in self.environ:
-            return None
-        return self.number("SLURM_GPUS_ON_NODE", "1")
-
-    def container_options(self) -> list[str]:
+    def _container_options(self) -> list[str]:
         image = self.environ.get("MOR_CONTAINER", "")
         if not image or image.endswith(".sif"):
             return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from pretrain.recipe.recipe import Recipe
 
 _SCRIPTS = PROJECT / "slurm"
-_ENOUGH_MEMORY = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,19 @@ def submit(steps: list[Step], cluster: Cluster, *, dry_run: bool, say: Callable[
     """Check every step with `sbatch --test-only`, then submit the chain; returns the job number of each step.
 
     Raises:
-        LaunchError: without Slurm, or when Slurm would refuse a step; nothing has been submitted then.
-        RunError: the folder of the logs cannot be written; the same.
+        LaunchError: there is no Slurm, or Slurm would refuse a step. Nothing has been submitted then.
+        RunError: the folder of the logs cannot be written. Nothing has been submitted then.
     """
     if not shutil.which("sbatch"):
         raise LaunchError("there is no sbatch here; log in to a cluster's login node, or use mor submit --local.")
     if not (_SCRIPTS / "train.sbatch").is_file():
         raise LaunchError(f"{_SCRIPTS} is missing; submit from a checkout of the project (pip install -e .).")
-    environ = job_environment(cluster)
+    run = functools.partial(
+        subprocess.run, env=job_environment(cluster), capture_output=True, text=True, errors="replace"
+    )
     for step in steps:
         test = ["sbatch", "--test-only", *dataclasses.replace(step, after=()).command({})[2:]]
-        done = _sbatch(test, environ)
+        done = run(test)
         if done.returncode:
             reason = ((done.stderr or done.stdout).strip().splitlines() or ["it gave no reason"])[-1]
             raise LaunchError(f"{step.name}: Slurm would refuse this job: {plain(reason)}\n  {shlex.join(test)}")
@@ -160,11 +162,11 @@ def submit(steps: list[Step], cluster: Cluster, *, dry_run: bool, say: Callable[
     numbers: dict[str, str] = {}
     for step in steps:
         if not dry_run:
-            done = _sbatch(step.command(numbers), environ)
+            done = run(step.command(numbers))
             number = done.stdout.strip().split(";")[0]
             if done.returncode or not number:
                 if numbers:
-                    subprocess.run(["scancel", *numbers.values()], env=environ, capture_output=True)
+                    run(["scancel", *numbers.values()])
                 said = plain(done.stderr.strip())
                 raise LaunchError(f"{step.name}: sbatch: {said}; the jobs before it were cancelled.")
             numbers[step.name] = number
@@ -174,10 +176,6 @@ def submit(steps: list[Step], cluster: Cluster, *, dry_run: bool, say: Callable[
                 say(f"{step.name}: is submitted, but mor jobs will not know it: {error}")
         say(f"{numbers.get(step.name, 'would submit'):>12}  {shlex.join(step.command(numbers))}")
     return numbers
-
-
-def _sbatch(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace")
 
 
 def run_locally(steps: list[Step], cluster: Cluster, say: Callable[[str], None]) -> int:
@@ -204,7 +202,7 @@ def _local_command(step: Step, cluster: Cluster) -> list[str]:
 
 
 def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
-    """Everything about a recipe that can be known without its nodes."""
+    """Check what can be checked about a recipe without its nodes."""
     from pretrain.recipe.plan import make_plan
     from pretrain.records.finished import begun_with
     from pretrain.training.open_data import open_data
@@ -213,15 +211,15 @@ def _check_recipe(recipe: Recipe, ranks: int, *, data: bool = True) -> None:
     begun_with(recipe)
     known = recipe if recipe.precision != "auto" else recipe.model_copy(update={"precision": "bf16"})
     plan = make_plan(known)
-    # How much memory the nodes' devices have is not known here: enough for the first stage that is possible at all.
+    # The memory of the nodes' devices is not known here; assume that the first possible stage fits.
     place = Ranks(0, ranks, 0, 1, 0, LOOPBACK, 1, "mor submit")
-    choose_stage(known, place, memory=_ENOUGH_MEMORY, on_cpu=False)
+    choose_stage(known, place, memory=1 << 60, on_cpu=False)
     if data:
         open_data(known, plan)
 
 
 def _check_held_out(recipe: Recipe, suites: Sequence[str]) -> None:
-    """Find out now, and not after days of training, that there is nothing to evaluate on."""
+    """Fail now, and not after days of training, if there is nothing to evaluate on."""
     from pretrain.evaluation.held_out import TEST_FILE
     from pretrain.evaluation.suites import check_suites
 

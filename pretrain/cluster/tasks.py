@@ -27,7 +27,10 @@ _OLD_SECONDS = 30 * 86400
 def run_task(job: Job, kind: str, arguments: list[str]) -> int:
     """Do one of `TASKS`, unless it has been started several times without progress; returns the exit code."""
     work, folders = TASKS[kind](job, arguments)
-    _remove_old_histories(kind)
+    for file in Path.cwd().glob(f".{kind}-*.restarts.json"):  # those of cancelled jobs stay
+        with contextlib.suppress(OSError):  # another job has removed it meanwhile
+            if file.stat().st_mtime < time.time() - _OLD_SECONDS:
+                file.unlink()
     history = Path.cwd() / f".{kind}-{job.identity}.restarts.json"
     if problem := note_start(history, shlex.join([kind, *arguments]), written(folders), job.identity, say):
         say(problem)
@@ -40,14 +43,6 @@ def run_task(job: Job, kind: str, arguments: list[str]) -> int:
     return code
 
 
-def _remove_old_histories(kind: str) -> None:
-    """Cancelled jobs leave their histories here."""
-    for file in Path.cwd().glob(f".{kind}-*.restarts.json"):
-        with contextlib.suppress(OSError):  # another job has removed it meanwhile
-            if file.stat().st_mtime < time.time() - _OLD_SECONDS:
-                file.unlink()
-
-
 def prep(job: Job, arguments: list[str]) -> Task:
     """`tokenize` with these arguments: as an array's element, as MPI ranks, or alone; `merge OUT` after an array."""
     if arguments[0] == "merge":
@@ -57,37 +52,37 @@ def prep(job: Job, arguments: list[str]) -> Task:
     out = parser.parse_known_args(arguments)[0].out
     if out is None:
         raise LaunchError("--out is missing: sbatch slurm/prep.sbatch SOURCE... --out DATA --tokenizer FILE")
-    return lambda: _tokenize(job, arguments, out), [Path(out)]
-
-
-def _tokenize(job: Job, arguments: list[str], out: str) -> int:
     command = ["prep", "tokenize", *arguments]
-    index, count = _place(job)
-    if count > 1:
-        if index == 0:
-            _submit_after(job, "afterok", "prep", ["merge", out])
-        return _mor(job, *command, f"--task-index={index}", f"--task-count={count}", f"--workers={job.cores}")
-    if job.tasks > 1:
-        ranks = job.inside([job.python, *_MOR, *command, "--mpi"])
-        return _restarted(job, job.step(ranks, options=[f"--mpi={job.environ.get('MOR_MPI', 'pmix')}"]))
-    return _mor(job, *command, f"--workers={job.cores}")
+
+    def tokenize() -> int:
+        index, count = _place(job)
+        if count > 1:
+            if index == 0:
+                _submit_after(job, "afterok", "prep", ["merge", out])
+            return _mor(job, *command, f"--task-index={index}", f"--task-count={count}", f"--workers={job.cores}")
+        if job.tasks > 1:
+            ranks = job.inside([job.python, *_MOR, *command, "--mpi"])
+            return _restarted(job, job.step(ranks, options=[f"--mpi={job.environ.get('MOR_MPI', 'pmix')}"]))
+        return _mor(job, *command, f"--workers={job.cores}")
+
+    return tokenize, [Path(out)]
 
 
 def evaluate(job: Job, arguments: list[str]) -> Task:
     """Every suite on every run, shared out over the array's elements; `mor eval` reads results that exist already."""
     runs, suites, options = evaluation_arguments(arguments)
-    return lambda: _evaluate(job, list(itertools.product(runs, suites)), options), [Path(run) for run in runs]
 
+    def work() -> int:
+        index, count = _place(job)
+        code = EXIT_FINISHED
+        for run, suite in itertools.islice(itertools.product(runs, suites), index, None, count):
+            say(f"{suite} on {run}")
+            code = max(code, _mor(job, "eval", run, f"--suite={suite}", *options))
+            if job.announced or code == EXIT_AGAIN:
+                break
+        return code
 
-def _evaluate(job: Job, pairs: list[tuple[str, str]], options: list[str]) -> int:
-    index, count = _place(job)
-    code = EXIT_FINISHED
-    for run, suite in pairs[index::count]:
-        say(f"{suite} on {run}")
-        code = max(code, _mor(job, "eval", run, f"--suite={suite}", *options))
-        if job.announced or code == EXIT_AGAIN:
-            break
-    return code
+    return work, [Path(run) for run in runs]
 
 
 def evaluation_arguments(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -109,19 +104,18 @@ def evaluation_arguments(arguments: list[str]) -> tuple[list[str], list[str], li
 def compare(job: Job, arguments: list[str]) -> Task:
     """The arms of an experiment, shared out over the array's elements, each on a node of its own; then the report."""
     experiment = job.ask("pretrain.cluster.arms", ["list", *arguments], "arms", "folder", "data")
-    folders = [Path(experiment["folder"]), Path(experiment["data"])]
-    return lambda: _compare(job, experiment["arms"], arguments), folders
+    arms = experiment["arms"]
 
-
-def _compare(job: Job, arms: list[str], arguments: list[str]) -> int:
-    index, count = _place(job)
-    if count > 1 and index == 0:
-        _submit_after(job, "afterany", "compare", ["report", *arguments])
-    chosen = arms[index::count]
-    if not chosen:
+    def work() -> int:
+        index, count = _place(job)
+        if count > 1 and index == 0:
+            _submit_after(job, "afterany", "compare", ["report", *arguments])
+        if chosen := arms[index::count]:
+            return _mor(job, "compare", "run", *arguments, f"--arm={','.join(chosen)}")
         say(f"no arm is left for element {index} of {count}: {arguments[0]} has {len(arms)}.")
         return EXIT_FINISHED
-    return _mor(job, "compare", "run", *arguments, f"--arm={','.join(chosen)}")
+
+    return work, [Path(experiment["folder"]), Path(experiment["data"])]
 
 
 def prepare(job: Job, arguments: list[str]) -> Task:
@@ -131,17 +125,12 @@ def prepare(job: Job, arguments: list[str]) -> Task:
     return lambda: _restarted(job, job.alone(command)), [Path(experiment["data"])]
 
 
-def report(job: Job, arguments: list[str]) -> Task:
-    """An experiment's report, from those of its runs that exist."""
-    return lambda: _mor(job, "compare", "report", *arguments), []
-
-
 TASKS: dict[str, Callable[[Job, list[str]], Task]] = {
     "prep": prep,
     "eval": evaluate,
     "compare": compare,
     "prepare": prepare,
-    "report": report,
+    "report": lambda job, arguments: (lambda: _mor(job, "compare", "report", *arguments), []),
 }
 
 

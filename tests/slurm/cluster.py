@@ -30,6 +30,8 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", 
 # In which `python` is the one that runs the tests.
 JOB_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
+# Of each node, whatever this machine has.
+CPUS, GPUS = 2, 2
 CONFIGURATION = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -74,6 +76,10 @@ PartitionName=all Nodes=ALL MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO Pri
 """
 
 
+def script(name: str) -> str:
+    return str(Path(__file__).resolve().parents[2] / "slurm" / f"{name}.sbatch")
+
+
 def missing_programs() -> list[str]:
     """What of Slurm and munge is not installed."""
     return [name for name in PROGRAMS if not shutil.which(name, path=SEARCH_PATH)]
@@ -81,31 +87,30 @@ def missing_programs() -> list[str]:
 
 @dataclass
 class Cluster:
-    """A running cluster. `environ` is what a client needs; `submit`, `state` and `wait` are what tests mostly use."""
+    """A running cluster. `environ` is what a client needs."""
 
     folder: Path
     nodes: int
-    cpus: int
-    gpus: int
     environ: dict[str, str]
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, *command: str, check: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run a client command in the cluster's environment."""
         done = subprocess.run(
-            command,
-            env={**self.environ, **environ},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=self.folder / "work",
+            command, env={**self.environ, **environ}, capture_output=True, text=True, timeout=120, cwd=self.work
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
+    @property
+    def work(self) -> Path:
+        """Where jobs are submitted from."""
+        return self.folder / "work"
+
     def submit(self, *arguments: str, **environ: str) -> str:
-        """`sbatch` with these arguments; the job's number."""
+        """`sbatch` with these arguments, for jobs that use this Python; the job's number."""
+        environ = {"MOR_SETUP": "true", "OMP_NUM_THREADS": "1", "PATH": JOB_PATH, **environ}
         return self.run("sbatch", "--parsable", *arguments, **environ).stdout.strip().split(";")[0]
 
     def show(self, job: str) -> dict[str, str]:
@@ -121,25 +126,28 @@ class Cluster:
         record = self.show(job)
         return record["StartTime"], record["EndTime"]
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
-        """Wait until the job is in one of `states` (default: over) and return that state."""
-        over = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY")
-        return self.until(
-            lambda: self.state(job) if self.state(job) in over else None, f"job {job} to be {over}", seconds
-        )
+    def wait(self, job: str) -> str:
+        """Wait until the job is over and return its state."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+        self.until(lambda: self.state(job) in over, f"the end of job {job}")
+        return self.state(job)
 
-    def until(self, probe: Callable[[], str | None], what: str, seconds: float = 240) -> str:
-        """Poll until `probe` answers."""
+    def is_empty(self) -> bool:
+        """Whether no job waits or runs."""
+        return not self.run("squeue", "-h", "-r", check=False).stdout.strip()
+
+    def until(self, probe: Callable[[], object], what: str, seconds: float = 240) -> None:
+        """Poll until `probe` returns something true."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if answer := probe():
-                return answer
+            if probe():
+                return
             time.sleep(0.2)
         raise AssertionError(f"waited {seconds} s for {what}\n{self.run('squeue', '-t', 'all').stdout}\n{self.logs()}")
 
     def logs(self) -> str:
         """The ends of the daemons' logs and of the jobs' output."""
-        files = [*sorted((self.folder / "log").glob("*.log")), *sorted((self.folder / "work").rglob("*.out"))]
+        files = [*sorted((self.folder / "log").glob("*.log")), *sorted(self.work.rglob("*.out"))]
         return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
     def kill_node(self, node: str, *, processes: bool) -> None:
@@ -162,9 +170,7 @@ class Cluster:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             self.run("scancel", "--user", getpass.getuser(), check=False)
             self.run("scancel", "--full", "--signal=KILL", "--user", getpass.getuser(), check=False)
-            self.until(
-                lambda: None if self.run("squeue", "-h", check=False).stdout.strip() else "empty", "an empty queue", 15
-            )
+            self.until(self.is_empty, "an empty queue", 15)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
             try:
@@ -180,44 +186,35 @@ def _daemon(command: list[str], cluster: Cluster) -> subprocess.Popen[bytes]:
     assert program, command[0]
     log = (cluster.folder / "log" / f"{command[0]}-{command[-1].strip('/').replace('/', '_')[-20:]}.out").open("ab")
     with log:
-        return subprocess.Popen(
-            [program, *command[1:]],
-            env=cluster.environ,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        return subprocess.Popen([program, *command[1:]], env=cluster.environ, start_new_session=True, **streams)
 
 
-def _gpu_files(folder: Path, gpus: int) -> str:
+def _gpu_files(folder: Path) -> str:
     """Character devices that stand for GPUs; an ordinary user cannot make any and borrows terminals."""
     devices = folder / "dev"
     devices.mkdir()
     try:
-        for index in range(gpus):
+        for index in range(GPUS):
             os.mknod(devices / f"gpu{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     except PermissionError:
-        return f"/dev/tty[0-{gpus - 1}]"
-    return f"{devices}/gpu[0-{gpus - 1}]"
+        return f"/dev/tty[0-{GPUS - 1}]"
+    return f"{devices}/gpu[0-{GPUS - 1}]"
 
 
 @contextlib.contextmanager
-def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2) -> Iterator[Cluster]:
+def local_cluster(folder: Path, nodes: int) -> Iterator[Cluster]:
     """Start a cluster in `folder` (which must be empty) and stop it afterwards.
 
     Args:
         folder: its path must be short: a socket's path holds about 100 characters.
         nodes: virtual nodes, named node1, node2, ...; the partitions gpu (default) and urgent have the first two, the
             partition all has all of them.
-        cpus: processors each node claims, whatever this machine has.
-        gpus: generic resources "gpu" of each node.
     """
-    for name in ("munge", "state", "spool", "tmp", "pid", "log", "work"):
-        (folder / name).mkdir(parents=True)
-    for index in range(1, nodes + 1):
-        (folder / "spool" / f"node{index}").mkdir()
-        (folder / "tmp" / f"node{index}").mkdir()
+    names = [f"node{index}" for index in range(1, nodes + 1)]
+    per_node = [f"{place}/{name}" for place in ("spool", "tmp") for name in names]
+    for place in ("munge", "state", "pid", "log", "work", *per_node):
+        (folder / place).mkdir(parents=True)
     (folder / "munge").chmod(0o755)
     key = folder / "munge" / "key"
     key.write_bytes(secrets.token_bytes(1024))
@@ -225,42 +222,34 @@ def local_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2, gpus: int = 2)
     host = socket.gethostname().split(".")[0]
     port, *ports = (free_port() for _ in range(nodes + 1))
     lines = [
-        f"NodeName=node{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[index - 1]} CPUs={cpus} "
-        f"RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN"
-        for index in range(1, nodes + 1)
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} CPUs={CPUS} "
+        f"RealMemory=4000 Gres=gpu:{GPUS} State=UNKNOWN"
+        for name, own in zip(names, ports)
     ]
     text = CONFIGURATION.format(host=host, user=getpass.getuser(), folder=folder, port=port, nodes="\n".join(lines))
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={_gpu_files(folder, gpus)}\n")
+    (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={_gpu_files(folder)}\n")
     # Nothing of a surrounding job or launcher belongs to this cluster.
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
-    cluster = Cluster(folder, nodes, cpus, gpus, {**environ, "SLURM_CONF": str(folder / "slurm.conf")})
+    cluster = Cluster(folder, nodes, {**environ, "SLURM_CONF": str(folder / "slurm.conf")})
     try:
         munge = [f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         cluster.daemons["munged"] = _daemon(["munged", "--foreground", "--force", f"--key-file={key}", *munge], cluster)
-        cluster.until(lambda: "yes" if (folder / "munge" / "socket").exists() else None, "munged", 30)
+        cluster.until((folder / "munge" / "socket").exists, "munged", 30)
         cluster.daemons["slurmctld"] = _daemon(["slurmctld", "-D", "-f", str(folder / "slurm.conf")], cluster)
-        for index in range(1, nodes + 1):
-            cluster.start_node(f"node{index}")
+        for name in names:
+            cluster.start_node(name)
         cluster.until(lambda: _all_idle(cluster), "all nodes to be idle", 60)
         yield cluster
     finally:
         cluster.stop()
 
 
-def _all_idle(cluster: Cluster) -> str | None:
+def _all_idle(cluster: Cluster) -> bool:
     done = cluster.run("sinfo", "-h", "-N", "-p", "all", "-o", "%T", check=False)
-    return "idle" if done.stdout.split() == ["idle"] * cluster.nodes else None
+    return done.stdout.split() == ["idle"] * cluster.nodes
 
 
 def most_at_once(intervals: list[tuple[str, str]]) -> int:
     """How many of the intervals overlap at most; one that starts as another ends does not overlap it."""
     return max(sum(start <= moment < end for start, end in intervals) for moment, _ in intervals)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import skip_or_fail
-from tests.pretrain.support import losses, make_dataset
+from tests.pretrain.support import losses, make_dataset, recipe_values, tiny_model, write_recipe
 from tests.slurm.cluster import Cluster, local_cluster, missing_programs
 from tests.slurm.corpus import prep_arguments, write_text_files
-from tests.slurm.training import Recipes, log, recipe_writer, submit
+from tests.slurm.training import STEPS, log, submit
 
 
 @pytest.fixture(scope="session")
@@ -36,19 +36,21 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set of all recipes."""
-    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+def recipes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
+    """A function that writes a recipe of STEPS steps for this cluster and returns its file and run folder."""
+    data = make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+    def write(name: str, **changes) -> tuple[Path, Path]:
+        run = cluster.work / "runs" / name
+        standard = {"model": tiny_model(), "checkpoint": {"every": 1000}, "budget": {"steps": STEPS}}
+        values = recipe_values(data, run, **{**standard, **changes})
+        return write_recipe(cluster.work / f"{name}.yaml", {**values, "name": name}), run
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def recipes(cluster: Cluster, training_data: Path) -> Recipes:
-    """Writes recipes for this cluster."""
-    return recipe_writer(cluster, training_data)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, recipes: Recipes) -> dict[int, float]:
+def undisturbed(cluster: Cluster, recipes) -> dict[int, float]:
     """Losses of a run that nothing disturbs."""
     recipe, run = recipes("undisturbed")
     job = submit(cluster, recipe)
@@ -59,7 +61,7 @@ def undisturbed(cluster: Cluster, recipes: Recipes) -> dict[int, float]:
 @pytest.fixture(scope="session")
 def corpus(cluster) -> Path:
     """Text files, and a tokenizer of their words."""
-    folder = write_text_files(cluster.folder / "work" / "text")
+    folder = write_text_files(cluster.work / "text")
     command = [sys.executable, "-m", "data_prep", "tokenizer", "train", str(folder / "*.jsonl")]
     command += ["--out", str(folder / "words.model"), "--vocab-size", "300"]
     subprocess.run(command, check=True, capture_output=True)

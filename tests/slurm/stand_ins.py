@@ -50,10 +50,6 @@ if "pretrain.cluster.health" in sys.orig_argv:
     seconds = itertools.count()
     time.perf_counter = lambda: float(next(seconds))
 """
-PYTHON = """\
-#!/usr/bin/env bash
-exec {python} "$@"
-"""
 
 
 def _program(file: Path, text: str) -> Path:
@@ -63,20 +59,26 @@ def _program(file: Path, text: str) -> Path:
     return file
 
 
-def make_apptainer(folder: Path, record: Path) -> None:
-    """`apptainer` in `folder`; a line of its rank and arguments in `record` for each call."""
-    _program(folder / "apptainer", APPTAINER.format(record=record))
+def make_apptainer(folder: Path) -> Path:
+    """`bin/apptainer` in `folder`; returns the file that gets a line of its rank and arguments for each call."""
+    record = folder / "apptainer.txt"
+    _program(folder / "bin" / "apptainer", APPTAINER.format(record=record))
+    return record
 
 
-def make_pyxis(folder: Path, record: Path) -> None:
-    """`srun` in `folder` that knows the options of pyxis; a line of its arguments in `record` for each call."""
+def make_pyxis(folder: Path) -> Path:
+    """`bin/srun` in `folder`, which knows the options of pyxis; returns the file that gets a line of its arguments for
+    each call.
+    """
+    record = folder / "srun.txt"
     srun = shutil.which("srun", path=SEARCH_PATH)
-    _program(folder / "srun", PYXIS.format(record=record, srun=srun))
+    _program(folder / "bin" / "srun", PYXIS.format(record=record, srun=srun))
+    return record
 
 
 def make_modules(folder: Path, record: Path) -> Path:
     """A shell file that defines `module` and `conda`; only `conda activate` makes `python` known."""
-    _program(folder / "programs" / "python", PYTHON.format(python=shlex.quote(sys.executable)))
+    _program(folder / "programs" / "python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     return _program(folder / "modules.sh", MODULES.format(record=record, programs=folder / "programs"))
 
 

@@ -8,43 +8,29 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pretrain.ranks.environment import clean_environment
 from tests.slurm.cluster import Cluster, most_at_once
-from tests.slurm.corpus import write_text_files
+from tests.slurm.corpus import finished, write_whole_experiment
 from tests.slurm.stand_ins import EQUALLY_FAST, start_python_with
-from tests.slurm.test_tasks import finished, write_experiment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 NODES = ("--nodes=2", "--gpus-per-node=1", "--time=60")
 
 
 def mor(cluster: Cluster, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    jobs = str(cluster.folder / "work" / "jobs.jsonl")
-    clusters = str(cluster.folder / "work" / "clusters.yaml")
+    jobs = str(cluster.work / "jobs.jsonl")
+    clusters = str(cluster.work / "clusters.yaml")
     command = [sys.executable, "-m", "pretrain.cli.main", *arguments]
     environ = {"MOR_JOBS": jobs, "MOR_CLUSTERS": clusters, "OMP_NUM_THREADS": "1", "COLUMNS": "250", **variables}
     return cluster.run(*command, check=False, **environ)
 
 
-def untouched_text(work: Path, name: str) -> tuple[Path, Path]:
-    """An experiment whose text is not prepared yet, in `work`: its file and its folder."""
-    text = write_text_files(work / f"{name}-text")
-    folder = work / "runs" / name
-    file = write_experiment(work / f"{name}.yaml", folder, work / f"{name}-data")
-    values = yaml.safe_load(file.read_text())
-    values["data"] |= {"corpus": str(text / "*.jsonl"), "tokenizer": "train", "vocab_size": 300, "test": 0.05}
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-    return file, folder
-
-
 @pytest.fixture(scope="module")
 def experiment(cluster) -> tuple[Path, Path]:
-    return untouched_text(cluster.folder / "work", "chain")
+    return write_whole_experiment(cluster.work, "chain")
 
 
-def test_what_slurm_would_refuse_is_refused_before_anything_is_submitted(cluster, experiment):
+def test_a_dry_run_and_what_slurm_would_refuse_submit_nothing(cluster, experiment):
     file, folder = experiment
     for options, reason in (
         (["--partition=nowhere"], "partition"),
@@ -55,42 +41,34 @@ def test_what_slurm_would_refuse_is_refused_before_anything_is_submitted(cluster
     ):
         done = mor(cluster, "submit", str(file), *options)
         assert done.returncode == 2 and reason in done.stderr.lower(), done.stdout + done.stderr
-    assert not cluster.run("squeue", "-h").stdout.strip()
-    assert not folder.exists()
-
-
-def test_a_dry_run_shows_the_chain_and_sends_nothing(cluster, experiment):
-    file, folder = experiment
+    assert cluster.is_empty() and not folder.exists()
     done = mor(cluster, "submit", str(file), *NODES, "--dry-run")
     assert done.returncode == 0, done.stderr
     scripts = [line.split(".sbatch")[0].rsplit("/", 1)[1] for line in done.stdout.splitlines() if ".sbatch" in line]
     assert scripts == ["compare", "train", "eval", "train", "eval", "compare"]
-    assert not cluster.run("squeue", "-h").stdout.strip()
-    assert not folder.exists()
+    assert cluster.is_empty() and not folder.exists()
 
 
-def queue_is_empty(cluster: Cluster) -> str | None:
-    return "yes" if not cluster.run("squeue", "-h").stdout.strip() else None
-
-
-def submitted(printed: str) -> dict[str, str]:
-    """Job numbers by the names of the steps, from what `mor submit` printed."""
-    return {name: number for number, name in re.findall(r"^ *(\d+)  sbatch .*?--job-name=(\S+)", printed, re.MULTILINE)}
+def chain(cluster: Cluster, file: Path, *options: str) -> dict[str, str]:
+    """Submit an experiment and wait for its end; returns the job numbers by the names of the steps."""
+    done = mor(cluster, "submit", str(file), *NODES, *options)
+    assert done.returncode == 0, done.stderr
+    cluster.until(cluster.is_empty, "the chain", 480)
+    jobs = re.findall(r"^ *(\d+)  sbatch .*?--job-name=(\S+)", done.stdout, re.MULTILINE)
+    return {name: number for number, name in jobs}
 
 
 @pytest.mark.slow
 def test_from_text_to_report(cluster, experiment):
     file, folder = experiment
-    done = mor(cluster, "submit", str(file), *NODES, "--limit=1")
-    assert done.returncode == 0, done.stderr
-    cluster.until(lambda: queue_is_empty(cluster), "the chain", 480)
+    numbers = chain(cluster, file, "--limit=1")
     jobs = mor(cluster, "jobs").stdout
     assert jobs.count("COMPLETED") == 6, jobs + cluster.logs()
     assert finished(folder) == ["mor", "vanilla"]
     assert "12/12" in jobs
     table = (folder / "report" / "report.csv").read_text()
     assert "perplexity" in table and "mor" in table
-    times = {name: cluster.interval(number) for name, number in submitted(done.stdout).items()}
+    times = {name: cluster.interval(number) for name, number in numbers.items()}
     training, evaluation = ([times[f"tiny-{arm}{end}"] for arm in ("vanilla", "mor")] for end in ("", "-eval"))
     assert most_at_once(training) == 1, "--limit=1 was not kept"
     assert times["tiny-prepare"][1] <= min(start for start, _ in training)
@@ -100,14 +78,11 @@ def test_from_text_to_report(cluster, experiment):
 
 @pytest.mark.slow
 def test_a_failing_arm_ends_its_own_evaluation_and_not_the_report(cluster):
-    file, folder = untouched_text(cluster.folder / "work", "half")
+    file, folder = write_whole_experiment(cluster.work, "half")
     # As if somebody had asked this arm to stop before it began: it fails, and is not requeued.
     (folder / "mor").mkdir(parents=True)
     (folder / "mor" / "stop").touch()
-    done = mor(cluster, "submit", str(file), *NODES)
-    assert done.returncode == 0, done.stderr
-    cluster.until(lambda: queue_is_empty(cluster), "the chain", 480)
-    states = {name: cluster.state(number) for name, number in submitted(done.stdout).items()}
+    states = {name: cluster.state(number) for name, number in chain(cluster, file).items()}
     assert states == {
         "tiny-prepare": "COMPLETED",
         "tiny-vanilla": "COMPLETED",
@@ -121,18 +96,6 @@ def test_a_failing_arm_ends_its_own_evaluation_and_not_the_report(cluster):
 
 
 @pytest.mark.slow
-def test_the_same_chain_without_slurm(tmp_path):
-    file, folder = untouched_text(tmp_path, "alone")
-    command = [sys.executable, "-m", "pretrain.cli.main", "submit", str(file), "--local"]
-    environ = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert finished(folder) == ["mor", "vanilla"]
-    table = (folder / "report" / "report.csv").read_text()
-    assert "perplexity" in table and "mor" in table
-
-
-@pytest.mark.slow
 def test_the_doctor_writes_one_page_about_both_nodes(cluster, tmp_path):
     path = start_python_with(tmp_path / "python", EQUALLY_FAST)
     done = mor(cluster, "doctor", "--cluster=default", "--nodes=2", PYTHONPATH=path)
@@ -143,4 +106,4 @@ def test_the_doctor_writes_one_page_about_both_nodes(cluster, tmp_path):
         assert all(facts in line for line in about.values()), done.stdout
     assert lines[-1] == "2 of 2 nodes are fit to train together."
     assert len(lines) < 60
-    assert not list((cluster.folder / "work").glob(".health-*"))
+    assert not list((cluster.work).glob(".health-*"))

@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.slurm.cluster import alive, local_cluster
+from tests.slurm.cluster import local_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
@@ -23,7 +24,7 @@ srun bash -c 'echo $SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $CUDA_VISIBLE_DEVI
 
 def run_one_job(folder: Path) -> list[int]:
     """A job on two nodes of a cluster of its own; the daemons' process numbers."""
-    with local_cluster(folder) as cluster:
+    with local_cluster(folder, nodes=2) as cluster:
         script = folder / "work" / "job.sh"
         script.write_text(JOB)
         job = cluster.submit("--output=job.out", str(script))
@@ -57,7 +58,7 @@ def test_an_ordinary_user_can_have_one_and_nothing_stays(cluster):
             daemons = [int(number) for number in (folder / "daemons").read_text().split()]
         else:
             daemons = run_one_job(folder)
-        assert len(daemons) == 4 and not any(alive(pid) for pid in daemons)
+        assert len(daemons) == 4 and not any(map(psutil.pid_exists, daemons))
         assert "idle" in cluster.run("sinfo", "-h", "-o", "%T").stdout, "another cluster was disturbed"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -29,10 +29,6 @@ time.time = lambda: really() + 90
 """
 
 
-# One node more than the jobs need.
-SPARE = "--partition=all"
-
-
 def unfit(folder: Path, node: str, lines: str) -> str:
     """A PYTHONPATH with which Python on `node` has this fault, and which makes all nodes equally fast."""
     here = f"import os\nif os.environ.get('SLURMD_NODENAME') == {node!r}:"
@@ -42,7 +38,8 @@ def unfit(folder: Path, node: str, lines: str) -> str:
 def test_a_node_that_does_not_see_the_shared_folder_is_left_out(cluster, recipes, undisturbed, tmp_path):
     file, run = recipes("healthy")
     broken = unfit(tmp_path / "blind", "node2", BLIND)
-    job = submit(cluster, file, SPARE, PYTHONPATH=broken, MOR_HEALTH="exclude")
+    # One node more than the job needs.
+    job = submit(cluster, file, "--partition=all", PYTHONPATH=broken, MOR_HEALTH="exclude")
     assert cluster.wait(job) == "COMPLETED", log(cluster, file)
     text = log(cluster, file)
     assert "node node2 is not fit: wrote no report" in text
@@ -52,10 +49,11 @@ def test_a_node_that_does_not_see_the_shared_folder_is_left_out(cluster, recipes
     assert losses(run) == undisturbed
 
 
-def test_a_clock_that_is_off_is_named(cluster, recipes, tmp_path):
+def test_nothing_starts_where_no_node_can_replace_one_whose_clock_is_off(cluster, recipes, tmp_path):
     file, run = recipes("late")
-    broken = unfit(tmp_path / "late", "node3", LATE)
-    job = submit(cluster, file, SPARE, "--nodelist=node[1,3]", PYTHONPATH=broken, MOR_HEALTH="check")
+    job = submit(cluster, file, PYTHONPATH=unfit(tmp_path / "late", "node2", LATE), MOR_HEALTH="exclude")
     assert cluster.wait(job) == "FAILED", log(cluster, file)
-    assert "node node3 is not fit: its clock is +90 s off" in log(cluster, file)
+    text = log(cluster, file)
+    assert "node node2 is not fit: its clock is +90 s off" in text and "node1 is not fit" not in text
+    assert "fewer than 2 other nodes" in text
     assert not run.exists() and cluster.show(job)["Restarts"] == "0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from pretrain.ranks.signals import EXIT_NO_PROGRESS
@@ -11,61 +13,54 @@ from tests.slurm.stand_ins import start_python_with
 from tests.slurm.training import log, reached, restarted, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
-OFTEN = {"every": 4}
 
 
-def both_nodes_back(cluster: Cluster) -> None:
-    """Until both nodes take jobs again."""
-    cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)
-    cluster.until(
-        lambda: "yes" if "down" not in cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout else None, "both nodes", 90
-    )
+def nodes(cluster: Cluster) -> str:
+    """The states of the nodes."""
+    return cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout
 
 
-def test_a_node_that_is_set_down(cluster, recipes, undisturbed):
-    recipe, run = recipes("downed", checkpoint=OFTEN)
-    job = submit(cluster, recipe)
-    cluster.until(lambda: reached(run, 6), "step 6")
+def set_down(cluster: Cluster) -> None:
     cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    cluster.until(lambda: restarted(cluster, job), "the requeue")
-    both_nodes_back(cluster)
-    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
-    assert losses(run) == undisturbed
 
 
-@pytest.mark.parametrize("processes", [False, True], ids=["its daemon alone", "with all its processes"])
-def test_a_node_that_dies(cluster, recipes, undisturbed, processes):
-    recipe, run = recipes(f"lost-{processes}", checkpoint=OFTEN)
-    job = submit(cluster, recipe, "--gpus-per-node=0")
-    cluster.until(lambda: reached(run, 6), "step 6")
+def lose(cluster: Cluster, *, processes: bool) -> None:
+    """Kill node2's daemon, start it again once Slurm has noticed (after SlurmdTimeout)."""
     cluster.kill_node("node2", processes=processes)
     try:
-        # Slurm notices after SlurmdTimeout. Ranks whose daemon alone died live on, and may even finish before that.
-        cluster.until(
-            lambda: "yes" if "down" in cluster.run("sinfo", "-h", "-N", "-o", "%T").stdout else None, "the loss", 120
-        )
+        cluster.until(lambda: "down" in nodes(cluster), "the loss", 120)
     finally:
         cluster.start_node("node2")
-    both_nodes_back(cluster)
+
+
+def take_both_nodes(cluster: Cluster) -> None:
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out")
+    assert cluster.wait(cluster.submit(*options, "--wrap=srun sleep 2")) == "COMPLETED"
+
+
+DISTURBANCES = {
+    "set-down": set_down,
+    "daemon-killed": partial(lose, processes=False),
+    "node-killed": partial(lose, processes=True),
+    "preempted": take_both_nodes,
+}
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_the_losses_are_those_of_an_undisturbed_run(cluster, recipes, undisturbed, name):
+    recipe, run = recipes(name, checkpoint={"every": 4})
+    job = submit(cluster, recipe, "--gpus-per-node=0")
+    reached(cluster, run, 6)
+    DISTURBANCES[name](cluster)
+    cluster.run("scontrol", "update", "nodename=node2", "state=resume", check=False)
+    cluster.until(lambda: "down" not in nodes(cluster), "both nodes", 90)
     state = cluster.wait(job)
     # Slurm 22.05 loses count of the generic resources of a job that is requeued while one of its nodes is gone: they
     # stay taken, and no other test would get them.
     cluster.run("scontrol", "reconfigure")
     assert state == "COMPLETED", log(cluster, recipe)
-    assert restarted(cluster, job) or not processes
-    assert losses(run) == undisturbed
-
-
-def test_a_more_urgent_job_takes_the_nodes(cluster, recipes, undisturbed):
-    recipe, run = recipes("pushed-aside", checkpoint=OFTEN)
-    job = submit(cluster, recipe)
-    cluster.until(lambda: reached(run, 6), "step 6")
-    urgent = cluster.submit(
-        "--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap=srun sleep 2"
-    )
-    assert cluster.wait(urgent) == "COMPLETED"
-    assert restarted(cluster, job)
-    assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
+    # Ranks whose daemon alone died live on, and may even finish before Slurm notices.
+    assert restarted(cluster, job) or name == "daemon-killed"
     assert losses(run) == undisturbed
 
 
@@ -74,18 +69,6 @@ def test_a_crash_loop_stops_with_its_reason(cluster, recipes, tmp_path):
     crash = "import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(9)\n"
     job = submit(cluster, recipe, PYTHONPATH=start_python_with(tmp_path / "crash", crash))
     assert cluster.wait(job) == "FAILED", log(cluster, recipe)
-    assert cluster.show(job)["ExitCode"] == f"{EXIT_NO_PROGRESS}:0"
-    assert cluster.show(job)["Restarts"] == "3"
+    record = cluster.show(job)
+    assert (record["ExitCode"], record["Restarts"]) == (f"{EXIT_NO_PROGRESS}:0", "3")
     assert "started 4 times without a checkpoint after step 0" in log(cluster, recipe)
-
-
-def test_a_node_that_is_not_fit_is_named_and_nothing_starts_on_it(cluster, recipes, tmp_path):
-    recipe, run = recipes("unfit")
-    # Python ends at once on node2, as with a broken mount of the environment.
-    broken = "import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n    os._exit(1)\n"
-    job = submit(cluster, recipe, PYTHONPATH=start_python_with(tmp_path / "broken", broken), MOR_HEALTH="exclude")
-    assert cluster.wait(job) == "FAILED", log(cluster, recipe)
-    assert "fewer than 2 other nodes" in log(cluster, recipe) and cluster.show(job)["Restarts"] == "0"
-    assert "node node2 is not fit: wrote no report" in log(cluster, recipe)
-    assert "node1 is not fit" not in log(cluster, recipe)
-    assert not run.exists()

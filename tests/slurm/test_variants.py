@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.pretrain.support import ROOT, losses
-from tests.slurm.cluster import JOB_PATH
+from tests.slurm.cluster import JOB_PATH, script
 from tests.slurm.corpus import prep_arguments
 from tests.slurm.stand_ins import make_apptainer, make_modules, make_pyxis, start_python_with
-from tests.slurm.test_tasks import script, shards
+from tests.slurm.test_tasks import shards
 from tests.slurm.training import log, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -24,28 +24,27 @@ def lines(record: Path) -> list[str]:
 
 
 def test_modules_and_conda_bring_python_and_apptainer_runs_it(cluster, corpus, prepared, tmp_path):
-    modules, calls = tmp_path / "modules.txt", tmp_path / "apptainer.txt"
-    make_apptainer(tmp_path / "bin", calls)
+    modules, calls = tmp_path / "modules.txt", make_apptainer(tmp_path)
     setup = f". {make_modules(tmp_path, modules)}; module load cuda/12; conda activate mor"
-    out = cluster.folder / "work" / "in-container"
-    environ = {"MOR_SETUP": setup, "MOR_CONTAINER": "/images/mor.sif", "OMP_NUM_THREADS": "1"}
-    environ |= {"PATH": f"{tmp_path / 'bin'}:{BARE_PATH}", "INSIDE": "nothing"}
+    out = cluster.work / "in-container"
+    environ = {"MOR_SETUP": setup, "MOR_CONTAINER": "/images/mor.sif", "INSIDE": "nothing"}
+    environ["PATH"] = f"{tmp_path / 'bin'}:{BARE_PATH}"
     job = cluster.submit("--output=in-container.out", script("prep"), *prep_arguments(corpus, out), **environ)
     assert cluster.wait(job) == "COMPLETED", cluster.logs()
     assert lines(modules) == ["module load cuda/12", "conda activate mor"]
     (call,) = lines(calls)
-    assert f"exec --nv --bind {ROOT},{cluster.folder / 'work'} /images/mor.sif python -u -m pretrain.cli.main" in call
+    assert f"exec --nv --bind {ROOT},{cluster.work} /images/mor.sif python -u -m pretrain.cli.main" in call
     assert shards(out) == shards(prepared)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
 def test_every_rank_trains_in_apptainer(cluster, recipes, undisturbed, tmp_path, launcher):
-    calls = tmp_path / "apptainer.txt"
-    make_apptainer(tmp_path / "bin", calls)
+    calls = make_apptainer(tmp_path)
     recipe, run = recipes(f"apptainer-{launcher}")
-    path = f"{tmp_path / 'bin'}:{JOB_PATH}"
-    job = submit(cluster, recipe, PATH=path, MOR_CONTAINER="/images/mor.sif", MOR_LAUNCHER=launcher)
+    job = submit(
+        cluster, recipe, PATH=f"{tmp_path / 'bin'}:{JOB_PATH}", MOR_CONTAINER="/images/mor.sif", MOR_LAUNCHER=launcher
+    )
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert losses(run) == undisturbed
     assert json.loads((run / "environment.json").read_text())["launcher"] == launcher
@@ -57,14 +56,12 @@ def test_every_rank_trains_in_apptainer(cluster, recipes, undisturbed, tmp_path,
 
 @pytest.mark.slow
 def test_every_rank_trains_in_enroot(cluster, recipes, undisturbed, tmp_path):
-    calls = tmp_path / "srun.txt"
-    make_pyxis(tmp_path / "bin", calls)
+    calls = make_pyxis(tmp_path)
     recipe, run = recipes("enroot")
-    path = f"{tmp_path / 'bin'}:{JOB_PATH}"
-    job = submit(cluster, recipe, PATH=path, MOR_CONTAINER="/images/mor.sqsh")
+    job = submit(cluster, recipe, PATH=f"{tmp_path / 'bin'}:{JOB_PATH}", MOR_CONTAINER="/images/mor.sqsh")
     assert cluster.wait(job) == "COMPLETED", log(cluster, recipe)
     assert losses(run) == undisturbed
-    work = cluster.folder / "work"
+    work = cluster.work
     where, ranks = lines(calls)
     assert "pretrain.cluster.locate" in where and "pretrain.cluster.rank" in ranks
     for call in (where, ranks):
@@ -76,9 +73,8 @@ def test_every_rank_trains_in_enroot(cluster, recipes, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_path):
-    calls = tmp_path / "srun.txt"
-    make_pyxis(tmp_path / "bin", calls)
-    out = cluster.folder / "work" / "in-enroot"
+    make_pyxis(tmp_path)
+    out = cluster.work / "in-enroot"
     # Preparation waits at its first import until it is interrupted; the second start finds the gate open.
     hold = start_python_with(
         tmp_path / "hold",
@@ -93,10 +89,9 @@ def test_the_end_is_announced_into_enroot_too(cluster, corpus, prepared, tmp_pat
         "        (gate / 'open').touch()\n"
         "        os._exit(130)\n",
     )
-    environ = {"MOR_SETUP": "true", "MOR_CONTAINER": "/images/mor.sqsh", "OMP_NUM_THREADS": "1"}
-    environ |= {"PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": hold}
+    environ = {"MOR_CONTAINER": "/images/mor.sqsh", "PATH": f"{tmp_path / 'bin'}:{JOB_PATH}", "PYTHONPATH": hold}
     job = cluster.submit("--output=in-enroot.out", script("prep"), *prep_arguments(corpus, out), **environ)
-    cluster.until(lambda: "yes" if (tmp_path / "waits").exists() else None, "preparation to wait")
+    cluster.until((tmp_path / "waits").exists, "preparation to wait")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait(job) == "COMPLETED", cluster.logs()
     assert cluster.show(job)["Restarts"] == "1"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cluster import rank
-from pretrain.cluster.job import choose_port, outcome, read_codes
+from pretrain.cluster.job import choose_port, read_codes
 from pretrain.cluster.restarts import STARTS_WITHOUT_PROGRESS
 from pretrain.cluster.tasks import evaluation_arguments
 from pretrain.errors import LaunchError
@@ -22,8 +22,8 @@ from pretrain.records.finished import parts
 from tests.pretrain.support import ROOT, recipe_values, tiny_model, write_recipe
 
 FOUR_TASKS = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "4", "SLURM_CPUS_ON_NODE": "4"}
-
-
+TWO_TASKS = {**FOUR_TASKS, "SLURM_NTASKS": "2", "SLURM_CPUS_ON_NODE": "2"}
+ELEMENT = {**TWO_TASKS, "SLURM_ARRAY_JOB_ID": "16"}
 # Writes its arguments down, leaves the exit codes that WORDS holds by rank as ranks would, and ends with CODE.
 SRUN = """#!/bin/sh
 echo "srun $*" >>{calls}
@@ -90,12 +90,8 @@ def test_outside_a_job_it_says_how_to_start_one(started):
 
 def test_a_node_needs_no_packages_for_it():
     # The packages may be inside the container only.
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport pretrain.cluster.job as job, pretrain.cluster.tasks"
-    )
-    program += "\nimport pretrain.cluster.health\nprint(job.__file__)"
-    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()) == ROOT / "pretrain" / "cluster" / "job.py"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pretrain.cluster.job"
+    subprocess.run([sys.executable, "-S", "-c", program], check=True)
 
 
 @pytest.fixture
@@ -112,10 +108,6 @@ def leave(recipe: Recipe, number: int) -> None:
     part = parts(recipe)[number]
     part.folder.write_text(part.folder.recipe_file, part.recipe.to_yaml())
     part.folder.write_json(part.folder.status_file, {"state": "finished", "step": part.steps, "steps": part.steps})
-
-
-TWO_TASKS = {**FOUR_TASKS, "SLURM_NTASKS": "2", "SLURM_CPUS_ON_NODE": "2"}
-ELEMENT = {**TWO_TASKS, "SLURM_ARRAY_JOB_ID": "16"}
 
 
 def programs(calls: list[str]) -> list[str]:
@@ -139,7 +131,7 @@ def test_a_run_whose_branch_is_not_finished_is_trained(started, recipe, tmp_path
     ("words", "code", "expected"),
     [
         (f"0={EXIT_USER} 1={EXIT_USER}", "143", EXIT_USER),
-        (f"1={EXIT_USER}", "143", EXIT_USER),
+        (f"0={EXIT_AGAIN} 1={EXIT_USER}", "0", EXIT_USER),
         (f"0={EXIT_HELD}", "0", EXIT_HELD),
     ],
 )
@@ -148,8 +140,15 @@ def test_what_would_end_the_same_way_ends_the_chain(started, recipe, words, code
     assert programs(calls) == ["srun --kill-on-bad-exit=1", "scancel --state=PENDING"] and found == expected
 
 
-def test_a_recipe_that_cannot_be_used_ends_the_chain(started, recipe):
-    assert started("train", recipe, "optim.learning=1", **ELEMENT) == (["scancel --state=PENDING 16"], EXIT_USER)
+def test_a_recipe_that_cannot_be_used_ends_the_chain(started, recipe, capfd):
+    assert started("train", recipe, "optimm.lr=1", **ELEMENT) == (["scancel --state=PENDING 16"], EXIT_USER)
+    assert "did you mean 'optim'" in capfd.readouterr().err
+
+
+def test_nothing_starts_on_nodes_that_are_not_fit(started, recipe, capfd):
+    calls, code = started("train", recipe, **TWO_TASKS, MOR_HEALTH="check")
+    assert len(calls) == 1 and "pretrain.cluster.health alone" in calls[0] and code == EXIT_FAILED
+    assert "node localhost is not fit: wrote no report" in capfd.readouterr().out
 
 
 def test_ranks_that_say_nothing_are_started_again(started, recipe):
@@ -158,23 +157,6 @@ def test_ranks_that_say_nothing_are_started_again(started, recipe):
     assert programs(calls) == ["srun --kill-on-bad-exit=1", "scontrol requeue"] and code == EXIT_FAILED
     calls, code = started("train", recipe, **ELEMENT, CODE="0")
     assert programs(calls) == ["srun --kill-on-bad-exit=1"] and code == EXIT_FAILED, "a node that failed is no success"
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "expected"),
-    [
-        ({0: 0}, 143, 0),
-        ({1: 0}, 0, EXIT_FAILED),  # the first rank came to no end
-        ({0: 75, 3: 2}, 0, EXIT_USER),
-        ({0: 2, 1: 2}, 143, EXIT_USER),
-        ({0: 75}, 143, EXIT_AGAIN),
-        ({0: 76}, 0, EXIT_HELD),
-        ({}, 137, 137),
-        ({}, 0, EXIT_FAILED),
-    ],
-)
-def test_the_ranks_own_word_outranks_srun(words, code, expected):
-    assert outcome(words, code) == expected
 
 
 def test_ranks_leave_their_codes_where_the_job_reads_them(tmp_path, monkeypatch):
@@ -213,11 +195,8 @@ def test_the_meeting_place_is_free(monkeypatch):
 
 
 def test_runs_suites_and_other_options_of_an_evaluation():
-    assert evaluation_arguments(["a", "b", "--depth=2", "--hub"]) == (
-        ["a", "b"],
-        ["perplexity", "own", "routing"],
-        ["--depth=2", "--hub"],
-    )
+    found = evaluation_arguments(["a", "b", "--depth=2", "--hub"])
+    assert found == (["a", "b"], ["perplexity", "own", "routing"], ["--depth=2", "--hub"])
     given = ["a", "-s", "own", "--limit", "3", "--suite=blimp"]
     assert evaluation_arguments(given) == (["a"], ["own", "blimp"], ["--limit", "3"])
     for wrong in (["--limit=3", "a"], [], ["a", "--markdown=table.md"]):
@@ -228,26 +207,21 @@ def test_runs_suites_and_other_options_of_an_evaluation():
 def test_a_killed_evaluation_is_requeued_until_it_gets_nowhere(started, tmp_path):
     arguments = ("eval", "run", "-s", "own")
     killed = {**FOUR_TASKS, "MOR_CONTAINER": "/mor.sqsh", "CODE": "137", "REQUEUE": "allowed"}
-    history = tmp_path / ".eval-17.restarts.json"
+    history, recent, old = (tmp_path / f".eval-{job}.restarts.json" for job in (17, 4, 3))
+    for file in (recent, old):
+        file.touch()
+    os.utime(old, (0, 0))
     for restart in range(2 * STARTS_WITHOUT_PROGRESS):
         if restart == STARTS_WITHOUT_PROGRESS:
             (tmp_path / "run" / "evaluation").mkdir(parents=True)
             (tmp_path / "run" / "evaluation" / "perplexity.json").touch()  # it has made progress
         calls, code = started(*arguments, **killed, SLURM_RESTART_COUNT=str(restart))
-        assert code == EXIT_AGAIN and "scontrol requeue 17" in calls and history.exists()
+        assert code == EXIT_AGAIN and "scontrol requeue 17" in calls
+        assert sorted(tmp_path.glob(".eval-*")) == [history, recent]
     calls, code = started(*arguments, **killed)
     assert code == EXIT_NO_PROGRESS and programs(calls) == []
     assert not history.exists(), "a job by hand counts from zero"
     assert started(*arguments, **{**killed, "REQUEUE": ""})[1] == 137, "where requeueing is not allowed"
-
-
-def test_old_histories_are_removed(started, tmp_path):
-    old, new = tmp_path / ".eval-3.restarts.json", tmp_path / ".eval-4.restarts.json"
-    for file in (old, new):
-        file.touch()
-    os.utime(old, (0, 0))
-    assert started("eval", "run", "-s", "own", **FOUR_TASKS, MOR_CONTAINER="/mor.sqsh")[1] == EXIT_FINISHED
-    assert sorted(tmp_path.glob(".*.restarts.json")) == [new]
 
 
 @pytest.mark.parametrize(

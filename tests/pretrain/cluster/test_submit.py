@@ -18,8 +18,7 @@ from pretrain.errors import LaunchError, RecipeError, RunError, UserError
 from pretrain.evaluation.held_out import TEST_FILE
 from pretrain.ranks.environment import clean_environment
 from tests.pretrain.support import make_dataset, recipe_values, tiny_model, write_recipe
-from tests.slurm.corpus import prep_arguments, write_text_files
-from tests.slurm.test_tasks import write_experiment
+from tests.slurm.corpus import finished, write_experiment, write_whole_experiment
 
 
 @pytest.fixture
@@ -78,8 +77,6 @@ def test_the_stage_may_be_left_to_the_nodes(recipe):
     impossible = ["deepspeed.config=auto", "optim.name=muon", "checkpoint.universal=true"]
     with pytest.raises(RecipeError, match=r"checkpoint\.universal"):
         plan_recipe(str(recipe), impossible, Cluster(), None)
-    with pytest.raises(RecipeError, match=r"batch\.sequences: 8 is not micro_batch \(2\) x 8 ranks"):
-        plan_recipe(str(recipe), ["deepspeed.config=auto"], Cluster(nodes=4, gpus_per_node=2), None)
 
 
 def test_a_folder_with_another_run_is_refused_before_the_queue(recipe):
@@ -99,13 +96,8 @@ def test_an_experiment_is_evaluated_as_compare_run_does(tmp_path):
     values["evaluation"] = {"suites": ["perplexity", "lambada", "routing"], "limit": 5, "text_bytes": 900, "hub": True}
     file.write_text(yaml.safe_dump(values))
     steps = plan_experiment(str(file), [], Cluster(), None, 0)
-    assert [step.name for step in steps] == [
-        "tiny-prepare",
-        "tiny-vanilla",
-        "tiny-vanilla-eval-1",
-        "tiny-vanilla-eval-2",
-        "tiny-report",
-    ]
+    expected = ["tiny-prepare", "tiny-vanilla", "tiny-vanilla-eval-1", "tiny-vanilla-eval-2", "tiny-report"]
+    assert [step.name for step in steps] == expected
     run = str(tmp_path / "runs" / "vanilla")
     # The limit is one of questions: texts are read whole.
     assert steps[2].arguments == (run, "--suite=perplexity", "--suite=routing", "--text-bytes=900", "--hub")
@@ -187,12 +179,9 @@ def test_a_cluster_reaches_the_jobs_as_variables(monkeypatch):
     [
         ("clusters: {a: {partitoin: gpu}}", "a", "did you mean 'clusters.a.partition'"),
         ("clusters: {a: {}}", "b", "no cluster 'b'"),
-        ("clusters: {a: {nodes: 0}}", "a", "nodes"),
         ("clusters: [", "a", "YAML"),
         ("clusters: {a: {nodes: true}}", "a", r"clusters\.a\.nodes: must be a whole number \(given: True\)"),
         ("clusters: {a: {time: true}}", "a", r"clusters\.a\.time"),
-        ("clusters: {a: {time: 1.5}}", "a", r"clusters\.a\.time"),
-        ("clusters: {a: {partition: [gpu]}}", "a", r"clusters\.a\.partition"),
         ("clusters: {a: {environment: {A: yes}}}", "a", "variable A is True; write its value as text"),
         ("clusters: {a: {environment: {A=B: x}}}", "a", "variable 'A=B' has a name that no shell accepts"),
         ('clusters: {a: {options: ["--x=\\e[2J"]}}', "a", "holds control characters"),
@@ -218,18 +207,12 @@ def test_the_example_can_be_used(monkeypatch):
 
 @pytest.mark.slow
 def test_the_same_chain_without_slurm(tmp_path):
-    text = write_text_files(tmp_path / "text")
-    prep = [sys.executable, "-m", "data_prep"]
-    words = ["--out", str(text / "words.model"), "--vocab-size", "300"]
-    subprocess.run([*prep, "tokenizer", "train", str(text / "*.jsonl"), *words], check=True, capture_output=True)
-    data = tmp_path / "data"
-    subprocess.run([*prep, "tokenize", *prep_arguments(text, data)], check=True, capture_output=True)
-    values = recipe_values(data, tmp_path / "run", model=tiny_model("vanilla", vocab_size=300))
-    recipe = write_recipe(tmp_path / "tiny.yaml", values)
-    command = [sys.executable, "-m", "pretrain.cli.main", "submit", str(recipe), "--local", "--tasks-per-node", "2"]
+    file, folder = write_whole_experiment(tmp_path, "alone")
+    command = [sys.executable, "-m", "pretrain.cli.main", "submit", str(file), "--local", "--tasks-per-node=2"]
     environ = {**clean_environment(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--suite", "routing"], env=environ, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
-    assert (tmp_path / "run" / "evaluation" / "routing.json").is_file()
+    assert finished(folder) == ["mor", "vanilla"]
+    assert json.loads((folder / "mor" / "environment.json").read_text())["world_size"] == 2
+    table = (folder / "report" / "report.csv").read_text()
+    assert "perplexity" in table and "mor" in table
