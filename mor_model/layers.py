@@ -106,7 +106,7 @@ class Projection(nn.Linear):
         """x [..., inputs] to [..., outputs].
 
         Args:
-            outputs: compute only the first so many outputs.
+            outputs: number of outputs to compute, from the first.
             exact: convert the weight to x's precision.
         """
         weight = self.weight if outputs is None else self.weight[:outputs]

@@ -32,7 +32,7 @@ KINDS: dict[str, type[PieceReader]] = {
 }
 _SMALLEST_PIECE, _LARGEST_PIECE = 16 << 20, 1 << 30
 _PIECES = 512  # a corpus is cut into about this many pieces, within the limits above
-_SAMPLE, _SAMPLES = 1 << 12, 16  # bytes looked at in so many places to see whether a file has changed
+_SAMPLE, _SAMPLES = 1 << 12, 16  # bytes of a sample, and samples, that show whether a file has changed
 _EXPANSION = 3  # bytes of text to expect of a byte of a compressed file
 
 

@@ -13,7 +13,7 @@ from data_prep.sources.find import STANDARD_INPUT, SourceFiles, kind_of
 from data_prep.sources.streams import ByteStream
 from data_prep.sources.wikitext import begins_page
 
-_FILES, _BYTES = 8, 8 << 20  # so many files of a source are looked at, and so much of each
+_FILES, _BYTES = 8, 8 << 20  # files of a source that are looked at, and bytes of each
 _MARKS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>")  # what other tools write between documents
 
 

@@ -111,7 +111,7 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: cache of earlier columns; is added to. Gradients do not flow through it.
             labels: [B, T] like input_ids (shifted here), -100 where nothing is to be predicted.
             use_cache: begin a cache where none is given and no gradient is wanted.
-            logits_to_keep: logits of so many last columns; 0 of all.
+            logits_to_keep: number of last columns to compute logits for; 0 for all.
             others: `num_items_in_batch` divides the summed loss in place of this batch's labels; the rest is ignored.
         """
         if past_key_values is None and use_cache and labels is None and not torch.is_grad_enabled():

@@ -23,13 +23,13 @@ def evaluate(
         list[str], typer.Option("--suite", "-s", help="Suite to run; repeat it for several, `all` for every one.")
     ] = list(HELD_OUT_SUITES),  # noqa: B006
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many questions of each task (documents for perplexity).")
+        int | None, typer.Option(min=1, help="Largest number of questions of each task (documents for perplexity).")
     ] = None,
     routing: Annotated[
         str, typer.Option(help="causal, or topk: the training-time selection, which looks ahead.")
     ] = "causal",
     depth: Annotated[
-        int | None, typer.Option(min=1, help="Every token takes so many recursion steps; routers are ignored.")
+        int | None, typer.Option(min=1, help="Recursion steps that every token takes; routers are ignored.")
     ] = None,
     text_bytes: Annotated[
         int, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes.")

@@ -75,7 +75,7 @@ def plan_recipe(path: str, overrides: list[str], cluster: Cluster, suites: list[
     """Train, then evaluate.
 
     Raises:
-        RecipeError, DataError: when the recipe cannot run on so many ranks, or its shards are missing or damaged.
+        RecipeError, DataError: when the recipe cannot run on these ranks, or its shards are missing or damaged.
         UserError: for a suite that does not exist, or that reads text which the data set does not have.
     """
     from pretrain.recipe.recipe import load_recipe
@@ -97,7 +97,7 @@ def plan_experiment(
     """Prepare text and recipes, train every run (at most `limit` at once, 0 for no limit), evaluate, and report.
 
     Raises:
-        RecipeError: when one of its runs cannot run on so many ranks.
+        RecipeError: when one of its runs cannot run on this number of ranks.
     """
     from pretrain.cluster.arms import recipe_file
     from pretrain.comparison.experiment import load_experiment

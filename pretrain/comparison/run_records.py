@@ -113,7 +113,7 @@ class RunRecord:
         return sum(depth * share for depth, share in enumerate(shares)) if shares else None
 
     def time_for(self, tokens: float | None) -> str:
-        """How long training on so many tokens takes at the run's own speed, in words."""
+        """How long training on this many tokens takes at the run's own speed, in words."""
         return duration(tokens / self.tokens_per_second) if tokens and self.tokens_per_second else numbers.MISSING
 
     def score(self, task: str, metric: str) -> Score | None:

@@ -58,7 +58,7 @@ def run_tasks(
 
     Args:
         fewshot: examples before each question.
-        limit: only the first so many documents of each task.
+        limit: number of documents of each task, from the first.
 
     Returns:
         By task: metrics (NaN where the network gives no numbers), stderr (None where there is none), n, not_finite

@@ -85,7 +85,7 @@ def read_splits(splits: dict[str, str], where: dict[str, Any] | None = None, lim
     Args:
         splits: file of each split by its name.
         where: keep only records with these values, such as {"subject": "anatomy"}.
-        limit: keep only the first so many records of the splits that are evaluated; a task would prepare all of them.
+        limit: records kept of each split that is evaluated; without it a task would prepare all of them.
             Few-shot examples are drawn from `training` and `fewshot`, which stay whole.
         **_: the task's metadata, which the harness passes along.
 

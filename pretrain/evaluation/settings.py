@@ -22,7 +22,7 @@ class Settings:
     """What decides an evaluation's numbers, apart from the model and the data.
 
     Attributes:
-        limit: at most so many documents (perplexity) or questions of each task; None takes all.
+        limit: largest number of documents (perplexity) or questions of each task; None takes all.
         routing: see `likelihood.Scorer`; depth: recursion steps every token takes, None lets the routers decide.
         text_bytes: UTF-8 bytes of held-out text that `perplexity` reads; routing analysis reads a fifth of it.
         hub: benchmarks without local files may be read from the Hugging Face hub when it answers.

@@ -33,7 +33,7 @@ def budgets_table(results: Results) -> Table | None:
             with_paper = True
             columns.append(Column("", "paper"))
             cells.append([numbers.fixed(loss, 3) for loss in paper])
-    note = "Validation loss with causal routing, in nats per token, at the end of a run of so many training FLOPs."
+    note = "Validation loss with causal routing, in nats per token, at the end of a run with these training FLOPs."
     if with_paper:
         note += (
             " Paper: arXiv 2507.10524, at a third as many forward FLOPs, on FineWeb-Edu; its MoR losses are with "
