@@ -101,7 +101,11 @@ def write_jsonl(path: Path, records: list[object]) -> Path:
     """JSON lines, compressed as the name says."""
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes({".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)(data))
+    if path.suffix == ".zst":
+        data = zstandard.compress(data)
+    elif path.suffix == ".gz":
+        data = gzip.compress(data)
+    path.write_bytes(data)
     return path
 
 

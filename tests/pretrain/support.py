@@ -58,7 +58,7 @@ def make_dataset(
 
 def tiny_model(variant: str = "mor", **changes: Any) -> dict[str, Any]:
     """A network of some thousand parameters, trained in milliseconds a step."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "num_heads": 2,
