@@ -14,8 +14,6 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import ninja
-
 from pretrain.errors import LaunchError
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +30,8 @@ def prepare_toolchain(*, shared_host: bool = True) -> None:
         LaunchError: a lock that torch would wait for without end cannot be removed, or there is no safe build folder.
     """
     if shutil.which("ninja") is None:
+        import ninja  # here, because the batch script of a job imports this file with the standard library alone
+
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(_extensions_folder())
