@@ -30,7 +30,7 @@ from pretrain.ranks.environment import LOOPBACK, Ranks
 from pretrain.ranks.rendezvous import listen
 
 _MEET_SECONDS = 60.0
-# Whoever connects is heard one after the other, and has so long to show the secret.
+# Connections are admitted one at a time; each has this long to show the secret.
 _INTRODUCTION_SECONDS = 2.0
 _SECRET_BYTES, _RANK_BYTES = 32, 4
 _LONGEST_TEXT = 200

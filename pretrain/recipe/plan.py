@@ -79,10 +79,6 @@ class Plan:
         falls = {self.steps - self.learning_rate.decay} if self.learning_rate.decay else set()
         return frozenset({branch.start for branch in self.branches} | falls)
 
-    def is_decaying(self, step: int) -> bool:
-        """True where update number `step` belongs to the final fall of a warm-up-stable-decay schedule."""
-        return self.learning_rate.kind == "wsd" and step >= self.steps - self.learning_rate.decay
-
     def to_dict(self, data: dict[str, Any]) -> dict[str, Any]:
         """What plan.json holds; `data` adds tokenizer_fingerprint and data_manifest."""
         return {
