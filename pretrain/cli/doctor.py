@@ -37,7 +37,7 @@ def doctor(
             "`default` is the file's default.",
         ),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to examine [default: the cluster's].")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, show_default="the cluster's", help="Nodes to examine.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each node to examine.")] = None,
     partition: Annotated[str | None, typer.Option(help="Partition of these nodes.")] = None,
 ) -> None:

@@ -35,12 +35,12 @@ def evaluate(
         int, typer.Option(min=1, help="Held-out text to read for perplexity, in bytes.")
     ] = TEXT_BYTES,
     data: Annotated[
-        Path | None, typer.Option(help="Data set folder whose held-out text is read. [default: the recipe's]")
+        Path | None, typer.Option(show_default="the recipe's", help="Data set folder whose held-out text is read.")
     ] = None,
     hub: Annotated[
         bool, typer.Option("--hub", help="Read benchmarks without local files from the Hugging Face hub.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is a GPU]")] = None,
+    device: Annotated[str | None, typer.Option(show_default="cuda if there is a GPU", help="cpu or cuda.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
 ) -> None:
     """Evaluate RUNS and write RUN/evaluation/<suite>.json. Results that still hold are read, not computed again."""

@@ -32,7 +32,7 @@ def generate(
     depth: Annotated[
         int | None, typer.Option(min=1, help="Recursion steps of every token; routers are ignored.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the GPU if there is one].")] = None,
+    device: Annotated[str | None, typer.Option(show_default="cuda if there is a GPU", help="cpu or cuda.")] = None,
 ) -> None:
     """Continue each prompt with the model of RUN."""
     from pretrain.errors import RunError, UserError
